@@ -1,0 +1,1 @@
+"""The two nnU-Net trainers and what they share."""

@@ -1,0 +1,1 @@
+"""A checkpoint to another network: the file format, the transfer itself and the fine-tuning plans."""
