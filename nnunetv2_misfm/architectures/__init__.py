@@ -1,0 +1,5 @@
+"""Networks that a plans file can name. Depends on torch only."""
+
+from nnunetv2_misfm.architectures.pct_net import PCTNet
+
+__all__ = ["PCTNet"]

@@ -1,0 +1,40 @@
+"""Activation checkpointing of a module, with BatchNorm statistics that count each batch once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+
+def run_module(module: nn.Module, *inputs: Tensor, checkpointed: bool) -> Tensor:
+    """`module(*inputs)`; if `checkpointed`, its activations are recomputed in the backward pass instead of kept."""
+    if not (checkpointed and torch.is_grad_enabled()):
+        return module(*inputs)
+    return checkpoint(module, *inputs, use_reentrant=False, context_fn=partial(_contexts, module))
+
+
+def _contexts(module: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), _frozen_running_statistics(module)
+
+
+@contextmanager
+def _frozen_running_statistics(module: nn.Module) -> Iterator[None]:
+    # The recomputation sees the same batch a second time; it must not enter the running statistics again.
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    counts = [None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone() for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, momentum, count in zip(norms, momenta, counts, strict=True):
+            norm.momentum = momentum
+            if count is not None:
+                norm.num_batches_tracked.copy_(count)

@@ -1,0 +1,70 @@
+"""What both networks share about resolution: strides, degrees of anisotropy, padding to them and cropping back.
+
+Sizes and strides are in plans axis order (X, Y, Z), the axis with the largest spacing first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+NUM_STAGES = 5
+DEGREES_OF_ANISOTROPY = (0, 1, 2)
+
+
+def strides_of(anisotropy: int) -> list[list[int]]:
+    """The strides of the five stages for a degree of anisotropy, as nnU-Net writes them into plans.
+
+    The degree is the number of (1, 2, 2) entries among the first two poolings (`resolution_mode` of the reference).
+    """
+    if anisotropy not in DEGREES_OF_ANISOTROPY:
+        raise ValueError(f"the degree of anisotropy must be one of {DEGREES_OF_ANISOTROPY}, not {anisotropy!r}")
+    poolings = [[1, 2, 2]] * anisotropy + [[2, 2, 2]] * (NUM_STAGES - 1 - anisotropy)
+    return [[1, 1, 1], *(list(p) for p in poolings)]
+
+
+def anisotropy_of(strides: Sequence[Sequence[int]]) -> int:
+    """The degree of anisotropy of exactly such strides.
+
+    Raises:
+        ValueError: if the strides are not those of one of the three degrees.
+    """
+    given = [list(stride) for stride in strides]
+    for degree in DEGREES_OF_ANISOTROPY:
+        if given == strides_of(degree):
+            return degree
+    allowed = "; ".join(str(strides_of(degree)) for degree in DEGREES_OF_ANISOTROPY)
+    raise ValueError(f"strides {given} are not supported by this network; use one of: {allowed}")
+
+
+def total_strides(strides: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
+    """The stride of each stage relative to the input, finest first."""
+    totals, current = [], (1, 1, 1)
+    for stride in strides:
+        current = tuple(c * int(s) for c, s in zip(current, stride, strict=True))  # type: ignore[assignment]
+        totals.append(current)
+    return totals
+
+
+def pad_to_multiple(x: Tensor, multiple: Sequence[int]) -> Tensor:
+    """Zeros added at the far end of each spatial axis of (B, C, X, Y, Z) until it is a multiple of `multiple`."""
+    pads = [-length % m for length, m in zip(x.shape[2:], multiple, strict=True)]
+    return F.pad(x, (0, pads[2], 0, pads[1], 0, pads[0])) if any(pads) else x
+
+
+def crop_to_scaled(x: Tensor, input_size: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """The part of an output at `stride` that belongs to an unpadded input.
+
+    The size is round(n / stride), which is how nnU-Net scales the segmentations it compares deep-supervision outputs
+    with (`DownsampleSegForDSTransform` of batchgeneratorsv2).
+    """
+    size = [max(1, round(n * (1 / s))) for n, s in zip(input_size, stride, strict=True)]
+    return x if list(x.shape[2:]) == size else x[:, :, : size[0], : size[1], : size[2]]
+
+
+def feature_map_elements(patch_size: Sequence[int], stride: Sequence[int], channels: int) -> int:
+    """Elements of one feature map with `channels` channels at `stride` for one padded patch."""
+    return channels * math.prod(math.ceil(n / s) for n, s in zip(patch_size, stride, strict=True))
