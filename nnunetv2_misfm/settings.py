@@ -12,6 +12,8 @@ import difflib
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Protocol, TypeVar
 
+from nnunetv2_misfm.errors import UserError
+
 
 class Settings(Protocol):
     """What `read_settings` needs: a dataclass that lists what is wrong with its own values."""
@@ -26,7 +28,7 @@ class Settings(Protocol):
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
-class SettingsError(ValueError):
+class SettingsError(UserError, ValueError):
     """One or more settings cannot be used; the message lists all of them with the place they come from."""
 
     def __init__(self, where: str, problems: Iterable[str]):

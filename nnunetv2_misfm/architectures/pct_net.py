@@ -1,9 +1,9 @@
 """PCT-Net: a U-shaped network of parallel convolution and transformer blocks.
 
 Source: MIS-FM (arXiv 2306.16925), reference file `net/pct_net.py`. Stages 0 and 1 are convolutional and form the stem
-(encoder side) and the head (decoder side); they exist in three variants, one per degree of anisotropy. Stages 2 to 4 are
-parallel blocks and the same for all three. Tensors are (B, C, X, Y, Z) in plans axis order, the axis with the largest
-spacing first.
+(encoder side) and the head (decoder side); they exist in three variants, one per degree of anisotropy. Stages 2 to 4
+are parallel blocks and the same for all three. Tensors are (B, C, X, Y, Z) in plans axis order, the axis with the
+largest spacing first.
 """
 
 from __future__ import annotations
@@ -297,6 +297,11 @@ class PCTNet(nn.Module):
         outputs = self.decoder(skips, self.anisotropy, checkpointed)
         outputs = [crop_to_scaled(o, size, stride) for o, stride in zip(outputs, strides, strict=False)]
         return outputs if self.decoder.deep_supervision else outputs[0]
+
+    def checkpointed_modules(self) -> list[nn.Module]:
+        """The modules whose activations are recomputed, one at a time, when `checkpointing` is on."""
+        kinds = (ConvBlock, Downsample, UpsampleConcat, ParallelBlock)
+        return [module for module in self.modules() if isinstance(module, kinds)]
 
     def compute_conv_feature_map_size(self, patch_size: Sequence[int]) -> int:
         """Elements of the feature maps that convolutions and linear layers write for one patch (nnU-Net's measure)."""

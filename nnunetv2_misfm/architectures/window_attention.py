@@ -21,8 +21,8 @@ Size3 = tuple[int, int, int]
 def fit_window(size: Size3, window_size: int) -> tuple[int, int]:
     """The window edge and the shift of shifted blocks for a feature map of `size` voxels.
 
-    A map whose smallest axis does not exceed the window is cut into cubes of that axis' length, unshifted; otherwise the
-    full window is used and shifted blocks move by half of it.
+    A map whose smallest axis does not exceed the window is cut into cubes of that axis' length, unshifted; otherwise
+    the full window is used and shifted blocks move by half of it.
     """
     smallest = min(size)
     if smallest <= window_size:

@@ -6,12 +6,27 @@ openmedlab/MIS-FM, commit 1506d65) meet ours.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nnunetv2_misfm.architectures.plan_entry import architecture_entry
+from nnunetv2_misfm.architectures.resolution import DEGREES_OF_ANISOTROPY
+from nnunetv2_misfm.transfer.checkpoint import PUBLISHED_WEIGHTS, CheckpointError, CheckpointInfo
+
+# The authors' CT recipe: clip to [-1000, 1000] HU, scale to [-1, 1], 64 x 128 x 128 patches.
+PUBLISHED_PREPROCESSING = {
+    "patch_size": [64, 128, 128],
+    "normalization_schemes": ["CTNormalization"],
+    "transpose_forward": [0, 1, 2],
+    "foreground_intensity_properties_per_channel": {
+        "0": {"percentile_00_5": -1000.0, "percentile_99_5": 1000.0, "mean": 0.0, "std": 1000.0}
+    },
+}
 
 # (pattern in the reference, our name). `{m}` is a degree of anisotropy, `{i}` an index within a Sequential.
 _STAGES = {"e2": "encoder.stage2", "e3": "encoder.stage3", "e4": "encoder.stage4"} | {
@@ -117,3 +132,52 @@ def _our_key(key: str, stems: Sequence[int]) -> str:
         if hits:
             return renamed
     raise KeyError(f"{key!r} is not a key of the published PCT-Net")
+
+
+def read_published(
+    state_dict: object, path: str | os.PathLike[str], stems: Sequence[int] = DEGREES_OF_ANISOTROPY
+) -> tuple[dict[str, Tensor], CheckpointInfo]:
+    """Our weights and their description from a published state dict; the network is recognised by its keys and shapes.
+
+    Args:
+        state_dict: the file's "model_state_dict".
+        path: of the file, for errors.
+        stems: degrees of anisotropy to keep; the first one is the one the described network starts with.
+
+    Raises:
+        CheckpointError: if it is not a published PCT-Net.
+    """
+    if not isinstance(state_dict, Mapping) or "embeddings.0.proj.weight" not in state_dict:
+        raise CheckpointError(f"{path} has no weights of a published PCT-Net in its '{PUBLISHED_WEIGHTS}'.")
+    try:
+        features = [
+            state_dict["embeddings.0.proj.weight"].shape[0],
+            state_dict["embeddings.0.down1.conv.2.weight"].shape[0],
+            state_dict["embeddings.0.down2.conv.2.weight"].shape[0],
+            state_dict["pyramid_ct.down3.conv.2.weight"].shape[0],
+            state_dict["pyramid_ct.down4.conv.2.weight"].shape[0],
+        ]
+        tables = {
+            stage: state_dict[f"pyramid_ct.convtrans_{stage}.trans.blocks.0.attn.relative_position_bias_table"].shape
+            for stage in ("e2", "e3", "e4")
+        }
+        weights = convert_pctnet(state_dict, stems)
+    except KeyError as error:
+        raise CheckpointError(f"{path} is not a complete published PCT-Net: {error}") from None
+    entry = architecture_entry(
+        "pctnet",
+        stems[0],
+        features_per_stage=features,
+        num_heads=[shape[1] for shape in tables.values()],
+        stems=list(stems),
+    )
+    info = CheckpointInfo(
+        task="volume_fusion",
+        network_class_name=entry["network_class_name"],
+        arch_kwargs=entry["arch_kwargs"],
+        input_channels=state_dict["embeddings.0.proj.weight"].shape[1],
+        num_classes=state_dict["pyramid_ct.out_conv2.conv.2.weight"].shape[0],
+        preprocessing=PUBLISHED_PREPROCESSING,
+        training={"published": "openmedlab/MIS-FM"},
+    )
+    return weights, info

@@ -1,0 +1,56 @@
+"""The `architecture` entry of a plans file for the networks of this package.
+
+Works on the dicts of a plans file; needs neither nnU-Net nor the network itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nnunetv2_misfm.architectures.resolution import strides_of
+
+NETWORKS = {"pctnet": "nnunetv2_misfm.architectures.PCTNet"}
+
+
+def architecture_entry(network: str, anisotropy: int, **arch_kwargs: Any) -> dict[str, Any]:
+    """What a plan's configuration holds under `architecture`.
+
+    Args:
+        network: a key of `NETWORKS`.
+        anisotropy: degree of anisotropy, 0 to 2.
+        arch_kwargs: constructor arguments that differ from the network's defaults.
+
+    Raises:
+        ValueError: if the network is unknown.
+    """
+    if network not in NETWORKS:
+        raise ValueError(f"network {network!r} is not one of {', '.join(NETWORKS)}")
+    return {
+        "network_class_name": NETWORKS[network],
+        "arch_kwargs": {"strides": strides_of(anisotropy), **arch_kwargs},
+        "_kw_requires_import": [],
+    }
+
+
+def is_own_network(architecture: Mapping[str, Any]) -> bool:
+    """Whether a plan's `architecture` entry names a network of this package."""
+    return architecture["network_class_name"] in NETWORKS.values()
+
+
+def degree_of_anisotropy(configuration: Mapping[str, Any]) -> int:
+    """The degree of anisotropy that fits a 3D configuration of a plans file.
+
+    It is the number of (1, 2, 2) entries among the plan's first two poolings.
+    """
+    strides = configuration["architecture"]["arch_kwargs"]["strides"]
+    return sum(list(stride) == [1, 2, 2] for stride in strides[1:3])
+
+
+def degree_for_spacing(spacing: Sequence[float]) -> int:
+    """The degree for voxels of `spacing` (mm, plans axis order), by nnU-Net's rule.
+
+    An axis is pooled once its spacing is within a factor of 2 of the finest, so each doubling costs one pooling.
+    """
+    ratio = spacing[0] / min(spacing[1:])
+    return sum(ratio >= threshold for threshold in (2.0, 4.0))

@@ -1,0 +1,146 @@
+"""The settings of a run, which live in the plans file under `misfm`.
+
+A plans file with this block is one of ours. The results folder keeps plans.json, so every run records how it was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from nnunetv2_misfm.settings import read_settings
+
+BLOCK = "misfm"
+OPTIMIZERS = ("adam", "adamw", "sgd")
+FINETUNING_SCHEDULES = ("scratch", "default", "warmup", "sawtooth", "decoder_only")
+PRETRAINING_SCHEDULES = ("halving", "poly")
+# Groups of settings that stand inside the block and are read beside the code they steer.
+NESTED_GROUPS = ("fusion", "augmentation", "pool", "network")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What both kinds of run have in common.
+
+    Attributes:
+        num_epochs, num_iterations_per_epoch, num_val_iterations_per_epoch: as in nnU-Net.
+        optimizer: "adam" (published recipe), "adamw" or "sgd" (nnU-Net's, with Nesterov momentum 0.99).
+        initial_lr: learning rate the schedule starts from or rises to.
+        weight_decay: L2 weight decay of the optimiser.
+        schedule: learning-rate schedule, see `trainers/schedules.py`.
+        checkpointing: "auto" (only when memory is short), "on" or "off".
+        seed: of everything random in the run that this package draws.
+    """
+
+    TASK: ClassVar[str] = ""
+    SCHEDULES: ClassVar[tuple[str, ...]] = ()
+
+    num_epochs: int = 1000
+    num_iterations_per_epoch: int = 250
+    num_val_iterations_per_epoch: int = 50
+    optimizer: str = "adam"
+    initial_lr: float = 1e-3
+    weight_decay: float = 1e-5
+    schedule: str = ""
+    checkpointing: str = "auto"
+    seed: int = 12345
+
+    def problems(self) -> list[str]:
+        """One sentence per value that cannot be used."""
+        found = [
+            f"{name} = {getattr(self, name)!r} must be a whole number of at least 1"
+            for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
+            if not _is_whole(getattr(self, name)) or getattr(self, name) < 1
+        ]
+        if self.optimizer not in OPTIMIZERS:
+            found.append(f"optimizer = {self.optimizer!r} must be one of {', '.join(OPTIMIZERS)}")
+        if not _is_number(self.initial_lr) or not 0 < self.initial_lr < 10:
+            found.append(f"initial_lr = {self.initial_lr!r} must be a number above 0")
+        if not _is_number(self.weight_decay) or not 0 <= self.weight_decay < 1:
+            found.append(f"weight_decay = {self.weight_decay!r} must be a number from 0 up to 1")
+        if self.schedule not in self.SCHEDULES:
+            found.append(f"schedule = {self.schedule!r} must be one of {', '.join(self.SCHEDULES)}")
+        if self.checkpointing not in ("auto", "on", "off"):
+            found.append(f"checkpointing = {self.checkpointing!r} must be auto, on or off")
+        if not _is_whole(self.seed) or self.seed < 0:
+            found.append(f"seed = {self.seed!r} must be a whole number of at least 0")
+        return found
+
+
+@dataclass(frozen=True)
+class FinetuningSettings(RunSettings):
+    """A segmentation run.
+
+    Attributes:
+        min_coverage: share of the network outside the segmentation layers that pretrained weights must cover.
+        encoder_only: leave the decoder fresh.
+    """
+
+    TASK = "segmentation"
+    SCHEDULES = FINETUNING_SCHEDULES
+
+    schedule: str = "scratch"
+    min_coverage: float = 1.0
+    encoder_only: bool = False
+
+    def problems(self) -> list[str]:
+        """One sentence per value that cannot be used."""
+        found = super().problems()
+        if not _is_number(self.min_coverage) or not 0 <= self.min_coverage <= 1:
+            found.append(f"min_coverage = {self.min_coverage!r} must be a share from 0 to 1")
+        if not isinstance(self.encoder_only, bool):
+            found.append(f"encoder_only = {self.encoder_only!r} must be true or false")
+        return found
+
+
+@dataclass(frozen=True)
+class PretrainingSettings(RunSettings):
+    """A Volume Fusion run.
+
+    The defaults are the published recipe for about 1,000 volumes: 100,000 iterations, Adam, 1e-3, halved five times.
+
+    Attributes:
+        picture_every: epochs between two pictures of fused samples, labels and predictions.
+    """
+
+    TASK = "volume_fusion"
+    SCHEDULES = PRETRAINING_SCHEDULES
+
+    num_epochs: int = 400
+    num_val_iterations_per_epoch: int = 25
+    schedule: str = "halving"
+    picture_every: int = 50
+
+    def problems(self) -> list[str]:
+        """One sentence per value that cannot be used."""
+        found = super().problems()
+        if not _is_whole(self.picture_every) or self.picture_every < 1:
+            found.append(f"picture_every = {self.picture_every!r} must be a whole number of at least 1")
+        return found
+
+
+def is_ours(plans: Mapping[str, Any]) -> bool:
+    """Whether a plans file was written by this package."""
+    return BLOCK in plans
+
+
+def run_settings(plans: Mapping[str, Any], kind: type[RunSettings]) -> RunSettings:
+    """The settings a plan holds for this kind of run; defaults if the plan is nnU-Net's or made for the other kind.
+
+    Raises:
+        SettingsError: listing every unknown name and bad value in the block.
+    """
+    block = plans.get(BLOCK, {})
+    if not isinstance(block, Mapping) or block.get("task", kind.TASK) != kind.TASK:
+        return kind()
+    flat = {name: value for name, value in block.items() if name not in (*NESTED_GROUPS, "task")}
+    return read_settings(kind, flat, f"The '{BLOCK}' block of the plans {plans.get('plans_name', '')}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,269 @@
+"""What both trainers share: the network in the plans, optimiser and schedule, memory, checkpoint files."""
+
+from __future__ import annotations
+
+import os
+from copy import deepcopy
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
+from nnunetv2_misfm.architectures.memory import estimate_training_memory
+from nnunetv2_misfm.architectures.plan_entry import architecture_entry, degree_of_anisotropy
+from nnunetv2_misfm.architectures.resolution import total_strides
+from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.run_settings import BLOCK, RunSettings, is_ours, run_settings
+from nnunetv2_misfm.settings import write_settings
+from nnunetv2_misfm.trainers.schedules import StagedSchedule
+from nnunetv2_misfm.transfer.checkpoint import (
+    CheckpointError,
+    CheckpointInfo,
+    checkpoint_info,
+    installed_versions,
+    network_weights,
+    preprocessing_of,
+    read_checkpoint,
+    write_checkpoint,
+)
+from nnunetv2_misfm.transfer.transfer import part_of
+
+
+def with_own_network(plans: dict[str, Any], configuration: str, kind: type[RunSettings]) -> dict[str, Any]:
+    """A copy of the plans whose configuration names the network to train.
+
+    Plans of ours already do. In ordinary nnU-Net plans the configuration's network is replaced by PCT-Net, its degree
+    of anisotropy taken from the plan's poolings and everything else from the defaults.
+
+    Raises:
+        PlanError: for a configuration that is missing or not 3D.
+    """
+    plans = deepcopy(plans)
+    if configuration not in plans["configurations"]:
+        known = ", ".join(plans["configurations"])
+        raise PlanError(f"The plans {plans['plans_name']} have no configuration {configuration!r}; they have: {known}.")
+    resolved = PlansManager(plans).get_configuration(configuration).configuration
+    if len(resolved["patch_size"]) != 3:
+        raise PlanError(
+            f"The configuration {configuration!r} of the plans {plans['plans_name']} is 2D (patch size "
+            f"{list(resolved['patch_size'])}), but Volume Fusion and PCT-Net are 3D. Use a 3D configuration such as "
+            f"3d_fullres, or nnU-Net's own trainer for 2d."
+        )
+    if not is_ours(plans):
+        entry = architecture_entry("pctnet", degree_of_anisotropy(resolved))
+        plans["configurations"][configuration]["architecture"] = entry
+        plans[BLOCK] = {"task": kind.TASK, **write_settings(kind())}
+    return plans
+
+
+class BaseTrainer(nnUNetTrainer):
+    """nnU-Net's trainer for a network the plans name, with settings from the plans' `misfm` block."""
+
+    SETTINGS: ClassVar[type[RunSettings]]
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ):
+        plans = with_own_network(plans, configuration, self.SETTINGS)
+        # Read before anything is created, so that a bad value leaves no half-made results folder behind.
+        self.settings = run_settings(plans, self.SETTINGS)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = self.settings.num_epochs
+        self.num_iterations_per_epoch = self.settings.num_iterations_per_epoch
+        self.num_val_iterations_per_epoch = self.settings.num_val_iterations_per_epoch
+        self.initial_lr = self.settings.initial_lr
+        self.weight_decay = self.settings.weight_decay
+        self.save_every = min(50, max(1, self.num_epochs // 20))
+
+    @property
+    def bare_network(self) -> nn.Module:
+        """The network without the wrappers of DDP and torch.compile."""
+        network = self.network.module if self.is_ddp else self.network
+        return getattr(network, "_orig_mod", network)
+
+    # ---------------------------------------------------------------- outputs and loss
+
+    def _network_strides(self) -> list[tuple[int, int, int]]:
+        """Stride of each deep-supervision output relative to the input, finest first."""
+        strides = self.configuration_manager.pool_op_kernel_sizes
+        # One output per stage but the coarsest, in our networks as in nnU-Net's.
+        return total_strides(strides)[:-1]
+
+    def _get_deep_supervision_scales(self) -> list[list[float]] | None:
+        if not self.enable_deep_supervision:
+            return None
+        return [[1 / s for s in stride] for stride in self._network_strides()]
+
+    def _build_loss(self) -> nn.Module:
+        loss = super()._build_loss()
+        if not isinstance(loss, DeepSupervisionWrapper):
+            return loss
+        # nnU-Net leaves the coarsest output untrained; here all are (weights 1, 1/2, 1/4, 1/8 of the published recipe).
+        weights = np.array([0.5**i for i in range(len(self._network_strides()))])
+        return DeepSupervisionWrapper(loss.loss, weights / weights.sum())
+
+    # ---------------------------------------------------------------- optimiser and schedule
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, StagedSchedule]:
+        """The optimiser of the settings with an encoder and a decoder group, and the schedule that steers both."""
+        groups: dict[str, list[nn.Parameter]] = {"decoder": [], "encoder": []}
+        for name, parameter in self.bare_network.named_parameters():
+            groups["encoder" if part_of(name) in ("stem", "encoder") else "decoder"].append(parameter)
+        # The decoder comes first because nnU-Net logs the learning rate of the first group, and the decoder always
+        # trains.
+        named = [{"params": params, "name": name} for name, params in groups.items()]
+        common = {"lr": self.initial_lr, "weight_decay": self.weight_decay}
+        if self.settings.optimizer == "sgd":
+            optimizer: torch.optim.Optimizer = torch.optim.SGD(named, momentum=0.99, nesterov=True, **common)
+        elif self.settings.optimizer == "adamw":
+            optimizer = torch.optim.AdamW(named, **common)
+        else:
+            optimizer = torch.optim.Adam(named, **common)
+        return optimizer, StagedSchedule(optimizer, self.settings.schedule, self.initial_lr, self.num_epochs)
+
+    def on_train_epoch_start(self) -> None:
+        """As in nnU-Net; a frozen encoder keeps its BatchNorm statistics too."""
+        super().on_train_epoch_start()
+        stage = self.lr_scheduler.stage
+        self.print_to_log_file(f"Stage: {stage.name}")
+        if stage.encoder_frozen:
+            for name, module in self.bare_network.named_modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm) and part_of(name + ".") in ("stem", "encoder"):
+                    module.eval()
+
+    # ---------------------------------------------------------------- memory
+
+    def on_train_start(self) -> None:
+        """As in nnU-Net, after making sure that a training step fits into memory."""
+        if not self.was_initialized:
+            self.initialize()
+        self._fit_into_memory()
+        super().on_train_start()
+
+    def _fit_into_memory(self) -> None:
+        if not hasattr(self.bare_network, "checkpointing"):
+            return
+        if self.settings.checkpointing != "auto":
+            self.bare_network.checkpointing = self.settings.checkpointing == "on"
+            return
+        available = _memory_of(self.device)
+        needed = {on: self._estimate(checkpointing=on) for on in (False, True)}
+        gigabytes = {on: f"{bytes_ / 2**30:.1f} GB" for on, bytes_ in needed.items()}
+        if needed[False] <= available:
+            return
+        patch, batch = list(self.configuration_manager.patch_size), self.batch_size
+        if needed[True] > available:
+            raise PlanError(
+                f"A training step with patch size {patch} and batch size {batch} needs about {gigabytes[True]} even "
+                f"with activation checkpointing; {self.device} has {available / 2**30:.1f} GB. Plan for this memory "
+                f"with: misfm_plan -d {self.plans_manager.dataset_name} -c {self.configuration_name} "
+                f"-gpu_memory_target {int(available / 2**30)}"
+            )
+        self.bare_network.checkpointing = True
+        self.print_to_log_file(
+            f"Activation checkpointing is on: a step needs about {gigabytes[False]} without it and {gigabytes[True]} "
+            f"with it; {self.device} has {available / 2**30:.1f} GB."
+        )
+
+    def _estimate(self, checkpointing: bool) -> int:
+        arguments = (
+            self.configuration_manager.network_arch_class_name,
+            self.configuration_manager.network_arch_init_kwargs,
+            self.configuration_manager.network_arch_init_kwargs_req_import,
+            self.num_input_channels,
+            self.label_manager.num_segmentation_heads,
+        )
+        shape = (self.batch_size, self.num_input_channels, *self.configuration_manager.patch_size)
+        return estimate_training_memory(
+            lambda: get_network_from_plans(*arguments, allow_init=False, deep_supervision=True),
+            shape,
+            checkpointing=checkpointing,
+            autocast=self.device.type == "cuda",
+        ).total
+
+    # ---------------------------------------------------------------- checkpoint files
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write nnU-Net's checkpoint as plain data, complete or not at all.
+
+        Overridden whole because nnU-Net offers no hook around the file: its own holds numpy numbers, which only an
+        unrestricted unpickler reads, and is written in place, so that a crash loses the previous one.
+        """
+        if self.local_rank != 0:
+            return
+        if self.disable_checkpointing:
+            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        checkpoint = {
+            "network_weights": self.bare_network.state_dict(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": self._best_ema,
+            "current_epoch": self.current_epoch + 1,
+            "init_args": self.my_init_kwargs,
+            "trainer_name": self.__class__.__name__,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+        }
+        write_checkpoint(checkpoint, self._describe(), filename)
+
+    def _describe(self) -> CheckpointInfo:
+        manager: ConfigurationManager = self.configuration_manager
+        return CheckpointInfo(
+            task=self.SETTINGS.TASK,
+            network_class_name=manager.network_arch_class_name,
+            arch_kwargs=dict(manager.network_arch_init_kwargs),
+            input_channels=self.num_input_channels,
+            num_classes=self.label_manager.num_segmentation_heads,
+            preprocessing=preprocessing_of(self.plans_manager.plans, manager.configuration),
+            training={**self.plans_manager.plans.get(BLOCK, {}), "epochs_done": self.current_epoch + 1},
+            versions=installed_versions(),
+        )
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """Continue from a checkpoint of this trainer, without unpickling code.
+
+        Overridden whole because nnU-Net's own method unpickles whatever the file holds.
+
+        Raises:
+            CheckpointError: if the file cannot be read or belongs to another network.
+        """
+        if not self.was_initialized:
+            self.initialize()
+        name = filename_or_checkpoint if isinstance(filename_or_checkpoint, str) else "the given checkpoint"
+        if isinstance(filename_or_checkpoint, (str, os.PathLike)):
+            checkpoint = read_checkpoint(filename_or_checkpoint)
+        else:
+            checkpoint = filename_or_checkpoint
+        if checkpoint_info(checkpoint, name) is None:
+            raise CheckpointError(f"{name} was not written by {self.__class__.__name__}; it cannot be continued by it.")
+        self.my_init_kwargs = checkpoint["init_args"]
+        self.current_epoch = checkpoint["current_epoch"]
+        self.logger.load_checkpoint(checkpoint["logging"])
+        self._best_ema = checkpoint["_best_ema"]
+        self.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
+        try:
+            self.bare_network.load_state_dict(network_weights(checkpoint, name))
+        except RuntimeError as error:
+            raise CheckpointError(f"{name} does not fit the network of this run's plans: {error}") from None
+        self.optimizer.load_state_dict(checkpoint["optimizer_state"])
+        if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
+            self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
+
+
+def _memory_of(device: torch.device) -> int:
+    """Bytes a training step may use: what is free on a GPU, nine tenths of the machine's memory otherwise."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device)
+    return int(0.9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))

@@ -1,0 +1,71 @@
+"""MisFMTrainer: nnU-Net training of PCT-Net, from scratch or from pretrained weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from batchgenerators.utilities.file_and_folder_operations import join, save_json
+
+from nnunetv2_misfm.run_settings import FinetuningSettings
+from nnunetv2_misfm.trainers.base import BaseTrainer
+from nnunetv2_misfm.transfer.pretrained import PRETRAIN_INFO, load_source
+from nnunetv2_misfm.transfer.transfer import transfer
+
+
+class MisFMTrainer(BaseTrainer):
+    """Trains the network a plan names; with an ordinary nnU-Net plan, a PCT-Net derived from it.
+
+    If the plan has a `pretrain_info` block with a checkpoint, its weights are transferred when training starts, not when
+    it resumes or validates, and the table of what was transferred goes to the log and to transfer_report.json.
+    """
+
+    SETTINGS = FinetuningSettings
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self._resumed = False
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """As in the base class; training that goes on from here does not load pretrained weights again."""
+        super().load_checkpoint(filename_or_checkpoint)
+        self._resumed = True
+
+    def on_train_start(self) -> None:
+        """As in the base class, after loading the weights the plan asks for."""
+        if not self.was_initialized:
+            self.initialize()
+        if not self._resumed:
+            self._load_pretrained_weights()
+        super().on_train_start()
+
+    def _load_pretrained_weights(self) -> None:
+        info: dict[str, Any] = self.plans_manager.plans.get(PRETRAIN_INFO) or {}
+        if info.get("checkpoint_path") is None:
+            self.print_to_log_file("Training from scratch: the plan names no pretrained weights.")
+            return
+        settings = cast(FinetuningSettings, self.settings)
+        source, path = load_source(info)
+        weights, report = transfer(
+            source,
+            str(path),
+            self.bare_network,
+            encoder_only=settings.encoder_only,
+            min_coverage=settings.min_coverage,
+        )
+        self.bare_network.load_state_dict(weights)
+        self.print_to_log_file(report.table(), add_timestamp=False)
+        if self.local_rank == 0:
+            Path(self.output_folder).mkdir(parents=True, exist_ok=True)
+            save_json(report.as_json(), join(self.output_folder, "transfer_report.json"))
+        if self.is_ddp:
+            dist.barrier()

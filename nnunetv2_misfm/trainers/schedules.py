@@ -1,0 +1,92 @@
+"""Learning-rate schedules and which part of the network they train when.
+
+A schedule is a pure function of the epoch, so a resumed run is at the stage an uninterrupted one would be at. Stage
+lengths scale with the number of epochs.
+
+- `scratch`, `default`: the whole network, poly decay (nnU-Net's exponent 0.9).
+- `warmup`: a linear rise over the first 5 % of the epochs, then poly.
+- `sawtooth`: the decoder alone rises for 5 %, the whole network rises for another 5 %, then poly (the best of the
+  fine-tuning schedules for Volume Fusion in arXiv 2412.17041).
+- `decoder_only`: the encoder stays as it is throughout.
+- `halving`: pretraining; halved after each fifth of the run (paper: every 20k of 100k iterations).
+- `poly`: pretraining with nnU-Net's decay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+_RAMP_SHARE = 0.05
+_POLY_EXPONENT = 0.9
+_HALVINGS = 5
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a run is in its schedule.
+
+    Attributes:
+        name: for the log.
+        encoder_factor, decoder_factor: of the initial learning rate; an encoder factor of 0 means frozen.
+    """
+
+    name: str
+    encoder_factor: float
+    decoder_factor: float
+
+    @property
+    def encoder_frozen(self) -> bool:
+        """Whether the encoder must not change, its BatchNorm statistics included."""
+        return self.encoder_factor == 0
+
+
+def stage_at(schedule: str, epoch: int, num_epochs: int) -> Stage:
+    """The stage of `schedule` at an epoch counted from 0."""
+    if schedule in ("scratch", "default", "poly"):
+        factor = _poly(epoch, num_epochs)
+        return Stage("whole network", factor, factor)
+    if schedule == "decoder_only":
+        return Stage("decoder only", 0.0, _poly(epoch, num_epochs))
+    if schedule == "halving":
+        factor = 0.5 ** (epoch * _HALVINGS // num_epochs)
+        return Stage("whole network", factor, factor)
+    ramp = min(max(1, round(_RAMP_SHARE * num_epochs)), num_epochs // 3)
+    if schedule == "sawtooth":
+        if epoch < ramp:
+            return Stage("decoder ramp", 0.0, (epoch + 1) / ramp)
+        epoch, num_epochs = epoch - ramp, num_epochs - ramp
+    if schedule in ("sawtooth", "warmup"):
+        if epoch < ramp:
+            factor = (epoch + 1) / ramp
+            return Stage("whole-network ramp", factor, factor)
+        factor = _poly(epoch - ramp, num_epochs - ramp)
+        return Stage("whole network", factor, factor)
+    raise ValueError(f"{schedule!r} is not a schedule")
+
+
+class StagedSchedule:
+    """Sets the learning rates of an optimiser whose parameter groups are named "encoder" and "decoder"."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, schedule: str, initial_lr: float, num_epochs: int):
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.initial_lr = initial_lr
+        self.num_epochs = num_epochs
+        self.step(0)
+
+    def step(self, epoch: int) -> None:
+        """Set the learning rates for an epoch counted from 0."""
+        self.stage = stage_at(self.schedule, epoch, self.num_epochs)
+        for group in self.optimizer.param_groups:
+            factor = self.stage.encoder_factor if group["name"] == "encoder" else self.stage.decoder_factor
+            group["lr"] = self.initial_lr * factor
+
+    def get_last_lr(self) -> list[float]:
+        """The learning rate of each parameter group."""
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+
+def _poly(epoch: int, num_epochs: int) -> float:
+    return float((1 - epoch / max(1, num_epochs)) ** _POLY_EXPONENT)

@@ -1,0 +1,191 @@
+"""The checkpoint file: nnU-Net's own keys as plain data, plus one block that says what the file is.
+
+This is the only place that knows the keys. A file written here holds tensors, numbers, strings, lists and dicts, so it
+is read with `weights_only=True` and runs nobody's code; nnU-Net's own tools (prediction, export, `-pretrained_weights`)
+read it as one of theirs.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnunetv2_misfm.errors import UserError
+
+FORMAT_VERSION = 1
+BLOCK = "misfm"
+WEIGHTS = "network_weights"
+PUBLISHED_WEIGHTS = "model_state_dict"
+_RECORDED_PACKAGES = ("nnunetv2_misfm", "nnunetv2", "torch", "dynamic-network-architectures", "batchgeneratorsv2")
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint cannot be read or is not what was asked for; the message names the file and the remedy."""
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a checkpoint of ours says about itself.
+
+    Attributes:
+        task: "volume_fusion" or "segmentation".
+        network_class_name, arch_kwargs, input_channels, num_classes: what builds the network.
+        preprocessing: spacing, patch size, normalisation and axis order the network was trained with, as in plans.
+        training: settings of the run (the plan's `misfm` block), seed and epochs done.
+        versions: of the packages that wrote the file.
+    """
+
+    task: str
+    network_class_name: str
+    arch_kwargs: dict[str, Any]
+    input_channels: int
+    num_classes: int
+    preprocessing: dict[str, Any]
+    training: dict[str, Any]
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages a checkpoint depends on; packages run from a source tree are left out."""
+    found = {}
+    for name in _RECORDED_PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def preprocessing_of(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a plan that decides what a network's input looks like."""
+    return {
+        "dataset_name": plans["dataset_name"],
+        "spacing": configuration["spacing"],
+        "patch_size": configuration["patch_size"],
+        "normalization_schemes": configuration["normalization_schemes"],
+        "use_mask_for_norm": configuration["use_mask_for_norm"],
+        "transpose_forward": plans["transpose_forward"],
+        "image_reader_writer": plans["image_reader_writer"],
+        "foreground_intensity_properties_per_channel": plans["foreground_intensity_properties_per_channel"],
+    }
+
+
+def write_checkpoint(checkpoint: Mapping[str, Any], info: CheckpointInfo, path: str | os.PathLike[str]) -> None:
+    """Write nnU-Net's checkpoint keys with our block beside them; the file appears under its name only when complete.
+
+    Args:
+        checkpoint: what `nnUNetTrainer.save_checkpoint` collects. Numpy values and devices become plain ones.
+        info: the block.
+        path: the file; one that already exists stays as it is until the new one is complete.
+    """
+    path = Path(path)
+    content = plain({**checkpoint, BLOCK: {"format_version": FORMAT_VERSION, **asdict(info)}})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint of ours, of nnU-Net or a published MIS-FM file, on the CPU, without running code from it.
+
+    Raises:
+        CheckpointError: if the file is missing, unreadable, or holds anything but plain data.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist or is not a file. Give the path of a checkpoint (.pth or .pt).")
+    try:
+        # Stock nnU-Net checkpoints hold numpy numbers in their training log; nothing else is let through.
+        with torch.serialization.safe_globals(_numpy_scalars()):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds more than plain data and was not loaded, because loading it could run code from the file "
+            f"({_first_line(error)}). If you trust its author, load it once with nnU-Net and save its network_weights "
+            f"as plain tensors."
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise CheckpointError(
+            f"{path} is not a readable checkpoint; it may be truncated or of another format ({_first_line(error)}). "
+            f"Copy or download it again."
+        ) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint. Give a checkpoint file.")
+    return content
+
+
+def checkpoint_info(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> CheckpointInfo | None:
+    """The block of a checkpoint of ours; None for a checkpoint of nnU-Net or a published file.
+
+    Raises:
+        CheckpointError: if the block was written by a newer version or is damaged.
+    """
+    block = checkpoint.get(BLOCK)
+    if block is None:
+        return None
+    if not isinstance(block, dict) or block.get("format_version") != FORMAT_VERSION:
+        version = block.get("format_version") if isinstance(block, dict) else block
+        raise CheckpointError(
+            f"{path} has checkpoint format {version!r}; this version reads format {FORMAT_VERSION}. "
+            f"Update nnunetv2_misfm."
+        )
+    values = {key: value for key, value in block.items() if key != "format_version"}
+    try:
+        return CheckpointInfo(**values)
+    except TypeError as error:
+        raise CheckpointError(f"{path} has a damaged description ({error}). Write the checkpoint again.") from None
+
+
+def network_weights(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The state dict of a checkpoint of ours or of nnU-Net, without the prefixes of wrappers.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    weights = checkpoint.get(WEIGHTS)
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        found = ", ".join(map(str, checkpoint)) or "nothing"
+        raise CheckpointError(f"{path} has no '{WEIGHTS}' (it holds: {found}). Give a checkpoint of ours or nnU-Net's.")
+    return {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in weights.items()}
+
+
+def plain(value: Any) -> Any:
+    """The same data in types that `weights_only=True` reads: numpy numbers become Python's, tensors go to the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {plain(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return str(value)  # torch.device, paths
+
+
+def _numpy_scalars() -> list[Any]:
+    scalar = np.float64(0).__reduce__()[0]
+    dtypes = {type(np.dtype(name)) for name in ("float64", "float32", "float16", "int64", "int32", "bool")}
+    return [scalar, np.dtype, np.ndarray, *dtypes]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

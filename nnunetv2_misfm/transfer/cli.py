@@ -1,0 +1,171 @@
+"""misfm_plan: plan the fine-tuning of an nnU-Net dataset."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_misfm.architectures.plan_entry import NETWORKS
+from nnunetv2_misfm.errors import PlanError, exit_with_message
+from nnunetv2_misfm.run_settings import FINETUNING_SCHEDULES, OPTIMIZERS, FinetuningSettings
+from nnunetv2_misfm.settings import read_settings
+
+DEFAULT_PLANS_NAME = "nnUNetMisFMPlans"
+
+
+def plan_main(arguments: list[str] | None = None) -> None:
+    """Entry point of misfm_plan."""
+    options = _parser().parse_args(arguments)
+    exit_with_message("misfm_plan", lambda: plan(options))
+
+
+def plan(options: argparse.Namespace) -> None:
+    """Write the plans file and provide its data.
+
+    Raises:
+        UserError: for everything in the options, the dataset or the checkpoint that cannot be used.
+    """
+    # nnU-Net and torch take seconds to import; --help and wrong flags should not wait for them.
+    from nnunetv2_misfm.transfer.memory_target import fit_to_memory
+    from nnunetv2_misfm.transfer.plan_data import provide_data
+    from nnunetv2_misfm.transfer.plans import PlanRequest, finetuning_plans
+    from nnunetv2_misfm.transfer.pretrained import read_source
+
+    dataset_folder = preprocessed_dataset(options.d)
+    base = read_plans(dataset_folder, options.p)
+    source = read_source(options.pretrained_weights) if options.pretrained_weights else None
+    scratch = options.from_scratch or source is None
+    request = PlanRequest(
+        plans_name=options.overwrite_plans_name,
+        configurations=tuple(options.c),
+        network=options.network,
+        settings=_settings(options, scratch),
+        arch_kwargs={"features_per_stage": options.features_per_stage} if options.features_per_stage else {},
+        patch_size=tuple(options.patch_size) if options.patch_size else None,
+        batch_size=options.batch_size,
+        from_scratch=scratch,
+    )
+    plans, remarks = finetuning_plans(base, request, source)
+    if options.gpu_memory_target is not None:
+        dataset = json.loads((dataset_folder / "dataset.json").read_text())
+        for name in request.configurations:
+            remarks.append(fit_to_memory(plans, name, dataset, options.gpu_memory_target))
+    path = dataset_folder / f"{request.plans_name}.json"
+    replaced = path.exists()
+    write_plans(plans, path)
+    for remark in remarks:
+        print(f"Note: {remark}")
+    print(f"Plans {'replaced' if replaced else 'written'}: {path}")
+    if not options.no_pp:
+        for name in request.configurations:
+            print(provide_data(dataset_folder, plans, base, name, options.np))
+    print("Train with:")
+    for name in request.configurations:
+        print(f"  nnUNetv2_train {options.d} {name} 0 -tr MisFMTrainer -p {request.plans_name}")
+
+
+def preprocessed_dataset(dataset_name_or_id: str) -> Path:
+    """The folder of a dataset in nnUNet_preprocessed.
+
+    Raises:
+        PlanError: if the folder is not set or the dataset is not there.
+    """
+    root = os.environ.get("nnUNet_preprocessed")
+    if root is None:
+        raise PlanError("nnUNet_preprocessed is not set. Set nnU-Net's three folders (see misfm_doctor).")
+    wanted = dataset_name_or_id
+    if wanted.isdigit():
+        found = sorted(Path(root).glob(f"Dataset{int(wanted):03d}_*"))
+    else:
+        found = [Path(root) / wanted] if (Path(root) / wanted).is_dir() else []
+    if len(found) != 1:
+        problem = "is there more than once: " + ", ".join(f.name for f in found) if found else "is not there"
+        raise PlanError(
+            f"The dataset {wanted} {problem} in {root}. Plan and preprocess it with nnU-Net first: "
+            f"nnUNetv2_plan_and_preprocess -d {wanted}"
+        )
+    return found[0]
+
+
+def read_plans(dataset_folder: Path, plans_name: str) -> dict[str, Any]:
+    """A plans file of a dataset.
+
+    Raises:
+        PlanError: if it is missing or not JSON.
+    """
+    path = dataset_folder / f"{plans_name}.json"
+    if not path.is_file():
+        others = sorted(
+            p.stem for p in dataset_folder.glob("*.json") if "configurations" in p.read_text(errors="replace")
+        )
+        there = f"there are: {', '.join(others)}" if others else "there are no plans"
+        raise PlanError(
+            f"{path} does not exist ({there}). Choose one with -p, or run nnUNetv2_plan_and_preprocess first."
+        )
+    try:
+        plans: dict[str, Any] = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise PlanError(f"{path} is not a readable plans file ({error}). Plan the dataset again.") from None
+    return plans
+
+
+def write_plans(plans: dict[str, Any], path: Path) -> None:
+    """Write a plans file; it appears under its name only when complete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(plans, indent=4))
+    os.replace(temporary, path)
+
+
+def _settings(options: argparse.Namespace, scratch: bool) -> FinetuningSettings:
+    names = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "optimizer", "initial_lr")
+    names += ("weight_decay", "schedule", "checkpointing", "seed", "min_coverage", "encoder_only")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    given.setdefault("schedule", "scratch" if scratch else "sawtooth")
+    return read_settings(FinetuningSettings, given, "The run settings")
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = FinetuningSettings()
+    parser = argparse.ArgumentParser(
+        prog="misfm_plan",
+        description="Write the plans for fine-tuning pretrained weights on an nnU-Net dataset (or for its baseline).",
+    )
+    add = parser.add_argument
+    add("-d", required=True, metavar="ID", help="dataset ID or name")
+    add("-c", nargs="+", default=["3d_fullres"], metavar="CONFIG", help="3D configurations (default: 3d_fullres)")
+    add("-p", default="nnUNetPlans", metavar="PLANS", help="the dataset's plans to start from (default: nnUNetPlans)")
+    add("-pretrained_weights", metavar="CKPT", help="checkpoint of misfm_pretrain, or a published MIS-FM .pt file")
+    add("--from_scratch", action="store_true", help="the same plan without the weights: the fair baseline")
+    add(
+        "-overwrite_plans_name",
+        default=DEFAULT_PLANS_NAME,
+        metavar="NAME",
+        help=f"name of the new plans (default: {DEFAULT_PLANS_NAME})",
+    )
+    add(
+        "-network",
+        choices=[*NETWORKS, "plan"],
+        default="pctnet",
+        help="the network to train; plan keeps the one of the dataset's plans (default: pctnet)",
+    )
+    add("-features_per_stage", nargs=5, type=int, metavar="N", help="channels of the five stages")
+    add("-patch_size", nargs=3, type=int, metavar="N", help="patch size in plans axis order (default: the plan's)")
+    add("-batch_size", type=int, metavar="N", help="batch size (default: the plan's)")
+    add("-gpu_memory_target", type=float, metavar="GB", help="choose patch and batch size for this much memory")
+    add("-num_epochs", type=int, help=f"default: {defaults.num_epochs}")
+    add("-num_iterations_per_epoch", type=int, help=f"default: {defaults.num_iterations_per_epoch}")
+    add("-num_val_iterations_per_epoch", type=int, help=f"default: {defaults.num_val_iterations_per_epoch}")
+    add("-schedule", choices=FINETUNING_SCHEDULES, help="default: sawtooth with weights, scratch without")
+    add("-optimizer", choices=OPTIMIZERS, help=f"default: {defaults.optimizer}")
+    add("-initial_lr", type=float, help=f"default: {defaults.initial_lr}")
+    add("-weight_decay", type=float, help=f"default: {defaults.weight_decay}")
+    add("-checkpointing", choices=("auto", "on", "off"), help="activation checkpointing (default: auto)")
+    add("-seed", type=int, help=f"default: {defaults.seed}")
+    add("-min_coverage", type=float, help="share of the network that the weights must cover (default: 1)")
+    add("--encoder_only", action="store_const", const=True, help="leave the decoder fresh")
+    add("-np", type=int, default=2, help="processes for preprocessing, if that is needed (default: 2)")
+    add("--no_pp", action="store_true", help="write the plans only, preprocess later with nnUNetv2_preprocess")
+    return parser

@@ -1,0 +1,200 @@
+"""Fine-tuning plans: an nnU-Net dataset's plans with our network, run settings and pretrained weights.
+
+Works on the dicts of plans files. Data that nnU-Net preprocessed under another plan is never touched: every plan written
+here has data folders of its own (`data_identifier`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunetv2_misfm.architectures.plan_entry import architecture_entry, degree_of_anisotropy, is_own_network
+from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.run_settings import BLOCK, FinetuningSettings
+from nnunetv2_misfm.settings import write_settings
+from nnunetv2_misfm.transfer.pretrained import PRETRAIN_INFO, Source, portable_path
+
+# Constructor arguments that belong to the target or to a run, not to the weights.
+_NOT_TAKEN_OVER = ("strides", "stems", "deep_supervision", "checkpointing")
+_PREPROCESSING_KEYS = (
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+    "resampling_fn_seg",
+    "resampling_fn_seg_kwargs",
+    "preprocessor_name",
+)
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a fine-tuning plan should be.
+
+    Attributes:
+        plans_name: of the new plans.
+        configurations: 3D configurations to plan.
+        network: "pctnet", or "plan" for the network that the dataset's own plans name.
+        settings: of the run.
+        arch_kwargs: constructor arguments of the network that the user chose.
+        patch_size, batch_size: instead of the plan's; None keeps them.
+        from_scratch: plan for a source but do not load it: the fair baseline.
+    """
+
+    plans_name: str
+    configurations: tuple[str, ...]
+    network: str
+    settings: FinetuningSettings
+    arch_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    patch_size: tuple[int, int, int] | None = None
+    batch_size: int | None = None
+    from_scratch: bool = False
+
+
+def finetuning_plans(
+    base: Mapping[str, Any], request: PlanRequest, source: Source | None
+) -> tuple[dict[str, Any], list[str]]:
+    """The plans for a request, and remarks the user should see.
+
+    Args:
+        base: the dataset's plans as nnU-Net wrote them.
+        request: what to plan.
+        source: the pretrained checkpoint, if any.
+
+    Raises:
+        PlanError: if a configuration is missing, not 3D, or the checkpoint has no network to take over.
+    """
+    if "__" in request.plans_name:
+        raise PlanError(
+            f"The plans name {request.plans_name!r} contains '__', on which nnU-Net splits results folders. "
+            f"Choose another -overwrite_plans_name."
+        )
+    plans = deepcopy(dict(base))
+    plans["plans_name"] = request.plans_name
+    remarks: list[str] = []
+    manager = PlansManager(dict(base))
+    plans["configurations"] = {
+        name: _configuration(manager, name, request, source, remarks) for name in request.configurations
+    }
+    _keep_normalisation(plans, source, remarks)
+    plans[BLOCK] = {"task": FinetuningSettings.TASK, **write_settings(request.settings)}
+    plans[PRETRAIN_INFO] = _pretrain_info(source, request, plans)
+    return plans, remarks
+
+
+def same_preprocessing(plans: Mapping[str, Any], base: Mapping[str, Any], configuration: str) -> bool:
+    """Whether preprocessing under both plans gives the same arrays."""
+    return preprocessing_key(plans, configuration) == preprocessing_key(base, configuration)
+
+
+def preprocessing_key(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    """Everything in a plan that the preprocessed arrays of a configuration depend on."""
+    resolved = PlansManager(dict(plans)).get_configuration(configuration).configuration
+    key = {name: resolved.get(name) for name in _PREPROCESSING_KEYS}
+    key["transpose_forward"] = plans["transpose_forward"]
+    key["image_reader_writer"] = plans["image_reader_writer"]
+    if any(scheme == "CTNormalization" for scheme in resolved["normalization_schemes"]):
+        key["intensities"] = plans["foreground_intensity_properties_per_channel"]
+    return key
+
+
+def _configuration(
+    manager: PlansManager, name: str, request: PlanRequest, source: Source | None, remarks: list[str]
+) -> dict[str, Any]:
+    plans_name = manager.plans_name
+    if name not in manager.available_configurations:
+        raise PlanError(
+            f"The plans {plans_name} have no configuration {name!r}; they have: "
+            f"{', '.join(manager.available_configurations)}. Run nnUNetv2_plan_experiment first, or choose one with -c."
+        )
+    configuration: dict[str, Any] = deepcopy(manager.get_configuration(name).configuration)
+    configuration.pop("inherits_from", None)
+    if len(configuration["patch_size"]) != 3:
+        raise PlanError(f"The configuration {name!r} of the plans {plans_name} is not 3D. Choose a 3D one with -c.")
+    for link in ("previous_stage", "next_stage"):
+        if configuration.get(link) is not None and configuration[link] not in request.configurations:
+            if link == "previous_stage":
+                raise PlanError(
+                    f"{name} needs the predictions of {configuration[link]}. Plan both: -c {configuration[link]} {name}"
+                )
+            del configuration[link]
+    configuration["data_identifier"] = f"{request.plans_name}_{name}"
+    configuration["architecture"] = _architecture(configuration, name, request, source, remarks)
+    if request.patch_size is not None:
+        configuration["patch_size"] = list(request.patch_size)
+    if request.batch_size is not None:
+        configuration["batch_size"] = request.batch_size
+    return configuration
+
+
+def _architecture(
+    configuration: Mapping[str, Any], name: str, request: PlanRequest, source: Source | None, remarks: list[str]
+) -> dict[str, Any]:
+    planned: dict[str, Any] = configuration["architecture"]
+    if request.network == "plan":
+        return planned
+    degree = degree_of_anisotropy(configuration)
+    later = [list(stride) for stride in planned["arch_kwargs"]["strides"][3:]]
+    if any(1 in stride for stride in later) and not is_own_network(planned):
+        remarks.append(f"{name}: the plan also pools unevenly later ({later}); {request.network} pools all axes there.")
+    taken_over: dict[str, Any] = {}
+    if source is not None:
+        if source.info is None:
+            raise PlanError(
+                f"{source.path} does not say which network it holds (a checkpoint of nnU-Net's own). "
+                f"Use -network plan to keep the network of the dataset's plans."
+            )
+        taken_over = {key: value for key, value in source.info.arch_kwargs.items() if key not in _NOT_TAKEN_OVER}
+    return architecture_entry(request.network, degree, **{**taken_over, **request.arch_kwargs})
+
+
+def _keep_normalisation(plans: dict[str, Any], source: Source | None, remarks: list[str]) -> None:
+    """Normalise as in pretraining where both are CT; say so where the two cannot agree."""
+    if source is None or source.info is None:
+        return
+    pretrained = source.info.preprocessing
+    before: Sequence[str] = pretrained["normalization_schemes"]
+    for configuration in plans["configurations"].values():
+        for channel, scheme in enumerate(configuration["normalization_schemes"]):
+            theirs = before[channel] if channel < len(before) else before[0]
+            if scheme != theirs:
+                remarks.append(
+                    f"channel {channel} is normalised by {scheme}, but pretraining used {theirs}: the features may fit "
+                    f"less well. Pretrain on volumes of the same kind if you can."
+                )
+            elif scheme == "CTNormalization":
+                window = pretrained["foreground_intensity_properties_per_channel"]
+                properties = plans["foreground_intensity_properties_per_channel"][str(channel)]
+                properties.update(window.get(str(channel), window["0"]))
+    remarks[:] = list(dict.fromkeys(remarks))
+
+
+def _pretrain_info(source: Source | None, request: PlanRequest, plans: Mapping[str, Any]) -> dict[str, Any]:
+    # A superset of the keys that nnU-Net's main branch keeps under this name; scratch is a path of null.
+    own = is_own_network(next(iter(plans["configurations"].values()))["architecture"])
+    info: dict[str, Any] = {
+        "checkpoint_path": None,
+        "checkpoint_name": None,
+        "key_to_encoder": "encoder" if own else "encoder.stages",
+        "key_to_stem": "encoder.stems" if own else "encoder.stem",
+        "keys_to_in_proj": ["project" if own else "all_modules.0"],
+        "key_to_lpe": None,
+        "pt_num_in_channels": None,
+        "pt_used_patchsize": None,
+    }
+    if source is None or request.from_scratch:
+        return info
+    info["checkpoint_path"] = portable_path(source.path)
+    info["checkpoint_name"] = source.path.name
+    info["sha256"] = source.sha256
+    if source.info is not None:
+        info["pt_num_in_channels"] = source.info.input_channels
+        info["pt_used_patchsize"] = source.info.preprocessing.get("patch_size")
+        info["summary"] = {"task": source.info.task, "kind": source.kind, "training": source.info.training}
+    return info
