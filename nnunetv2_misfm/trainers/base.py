@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -32,6 +33,8 @@ from nnunetv2_misfm.transfer.checkpoint import (
     write_checkpoint,
 )
 from nnunetv2_misfm.transfer.transfer import part_of
+
+CUDA = torch.device("cuda")  # nnU-Net's default device
 
 
 def with_own_network(plans: dict[str, Any], configuration: str, kind: type[RunSettings]) -> dict[str, Any]:
@@ -72,7 +75,7 @@ class BaseTrainer(nnUNetTrainer):
         configuration: str,
         fold: int,
         dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
+        device: torch.device = CUDA,
     ):
         plans = with_own_network(plans, configuration, self.SETTINGS)
         # Read before anything is created, so that a bad value leaves no half-made results folder behind.
@@ -91,6 +94,22 @@ class BaseTrainer(nnUNetTrainer):
         network = self.network.module if self.is_ddp else self.network
         return getattr(network, "_orig_mod", network)
 
+    # ---------------------------------------------------------------- randomness
+
+    def initialize(self) -> None:
+        """As in nnU-Net, with the initial weights drawn from the run's seed."""
+        torch.manual_seed(self.settings.seed)
+        super().initialize()
+
+    def on_epoch_start(self) -> None:
+        """As in nnU-Net; each epoch has random streams of its own, so that a resumed run draws what it would have."""
+        rank_seed = np.random.SeedSequence([self.settings.seed, self.current_epoch, self.local_rank])
+        torch_seed, numpy_seed, python_seed = (int(n) for n in rank_seed.generate_state(3))
+        torch.manual_seed(torch_seed)
+        np.random.seed(numpy_seed)  # nnU-Net's loader draws from it when it runs in this process
+        random.seed(python_seed)
+        super().on_epoch_start()
+
     # ---------------------------------------------------------------- outputs and loss
 
     def _network_strides(self) -> list[tuple[int, int, int]]:
@@ -106,11 +125,14 @@ class BaseTrainer(nnUNetTrainer):
 
     def _build_loss(self) -> nn.Module:
         loss = super()._build_loss()
-        if not isinstance(loss, DeepSupervisionWrapper):
+        return self._with_deep_supervision(loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss)
+
+    def _with_deep_supervision(self, loss: nn.Module) -> nn.Module:
+        if not self.enable_deep_supervision:
             return loss
-        # nnU-Net leaves the coarsest output untrained; here all are (weights 1, 1/2, 1/4, 1/8 of the published recipe).
+        # nnU-Net leaves the coarsest output untrained; here all are (1, 1/2, 1/4, 1/8 in the published recipe).
         weights = np.array([0.5**i for i in range(len(self._network_strides()))])
-        return DeepSupervisionWrapper(loss.loss, weights / weights.sum())
+        return DeepSupervisionWrapper(loss, weights / weights.sum())
 
     # ---------------------------------------------------------------- optimiser and schedule
 

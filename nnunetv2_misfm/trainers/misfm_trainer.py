@@ -10,7 +10,7 @@ import torch.distributed as dist
 from batchgenerators.utilities.file_and_folder_operations import join, save_json
 
 from nnunetv2_misfm.run_settings import FinetuningSettings
-from nnunetv2_misfm.trainers.base import BaseTrainer
+from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
 from nnunetv2_misfm.transfer.pretrained import PRETRAIN_INFO, load_source
 from nnunetv2_misfm.transfer.transfer import transfer
 
@@ -18,8 +18,8 @@ from nnunetv2_misfm.transfer.transfer import transfer
 class MisFMTrainer(BaseTrainer):
     """Trains the network a plan names; with an ordinary nnU-Net plan, a PCT-Net derived from it.
 
-    If the plan has a `pretrain_info` block with a checkpoint, its weights are transferred when training starts, not when
-    it resumes or validates, and the table of what was transferred goes to the log and to transfer_report.json.
+    If the plan has a `pretrain_info` block with a checkpoint, its weights are transferred when training starts, not
+    when it resumes or validates. The table of what was transferred goes to the log and to transfer_report.json.
     """
 
     SETTINGS = FinetuningSettings
@@ -30,7 +30,7 @@ class MisFMTrainer(BaseTrainer):
         configuration: str,
         fold: int,
         dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
+        device: torch.device = CUDA,
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self._resumed = False

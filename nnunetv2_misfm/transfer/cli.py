@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-from pathlib import Path
-from typing import Any
 
 from nnunetv2_misfm.architectures.plan_entry import NETWORKS
-from nnunetv2_misfm.errors import PlanError, exit_with_message
+from nnunetv2_misfm.datasets import preprocessed_dataset, read_dataset_json, read_plans, write_json
+from nnunetv2_misfm.errors import exit_with_message
 from nnunetv2_misfm.run_settings import FINETUNING_SCHEDULES, OPTIMIZERS, FinetuningSettings
 from nnunetv2_misfm.settings import read_settings
 
@@ -50,12 +47,12 @@ def plan(options: argparse.Namespace) -> None:
     )
     plans, remarks = finetuning_plans(base, request, source)
     if options.gpu_memory_target is not None:
-        dataset = json.loads((dataset_folder / "dataset.json").read_text())
+        dataset = read_dataset_json(dataset_folder)
         for name in request.configurations:
             remarks.append(fit_to_memory(plans, name, dataset, options.gpu_memory_target))
     path = dataset_folder / f"{request.plans_name}.json"
     replaced = path.exists()
-    write_plans(plans, path)
+    write_json(plans, path)
     for remark in remarks:
         print(f"Note: {remark}")
     print(f"Plans {'replaced' if replaced else 'written'}: {path}")
@@ -65,58 +62,6 @@ def plan(options: argparse.Namespace) -> None:
     print("Train with:")
     for name in request.configurations:
         print(f"  nnUNetv2_train {options.d} {name} 0 -tr MisFMTrainer -p {request.plans_name}")
-
-
-def preprocessed_dataset(dataset_name_or_id: str) -> Path:
-    """The folder of a dataset in nnUNet_preprocessed.
-
-    Raises:
-        PlanError: if the folder is not set or the dataset is not there.
-    """
-    root = os.environ.get("nnUNet_preprocessed")
-    if root is None:
-        raise PlanError("nnUNet_preprocessed is not set. Set nnU-Net's three folders (see misfm_doctor).")
-    wanted = dataset_name_or_id
-    if wanted.isdigit():
-        found = sorted(Path(root).glob(f"Dataset{int(wanted):03d}_*"))
-    else:
-        found = [Path(root) / wanted] if (Path(root) / wanted).is_dir() else []
-    if len(found) != 1:
-        problem = "is there more than once: " + ", ".join(f.name for f in found) if found else "is not there"
-        raise PlanError(
-            f"The dataset {wanted} {problem} in {root}. Plan and preprocess it with nnU-Net first: "
-            f"nnUNetv2_plan_and_preprocess -d {wanted}"
-        )
-    return found[0]
-
-
-def read_plans(dataset_folder: Path, plans_name: str) -> dict[str, Any]:
-    """A plans file of a dataset.
-
-    Raises:
-        PlanError: if it is missing or not JSON.
-    """
-    path = dataset_folder / f"{plans_name}.json"
-    if not path.is_file():
-        others = sorted(
-            p.stem for p in dataset_folder.glob("*.json") if "configurations" in p.read_text(errors="replace")
-        )
-        there = f"there are: {', '.join(others)}" if others else "there are no plans"
-        raise PlanError(
-            f"{path} does not exist ({there}). Choose one with -p, or run nnUNetv2_plan_and_preprocess first."
-        )
-    try:
-        plans: dict[str, Any] = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise PlanError(f"{path} is not a readable plans file ({error}). Plan the dataset again.") from None
-    return plans
-
-
-def write_plans(plans: dict[str, Any], path: Path) -> None:
-    """Write a plans file; it appears under its name only when complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(plans, indent=4))
-    os.replace(temporary, path)
 
 
 def _settings(options: argparse.Namespace, scratch: bool) -> FinetuningSettings:

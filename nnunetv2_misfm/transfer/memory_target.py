@@ -23,8 +23,8 @@ _SMALLEST_PATCH_AXIS = 16
 def fit_to_memory(plans: dict[str, Any], configuration: str, dataset_json: Mapping[str, Any], gigabytes: float) -> str:
     """Change a configuration's batch size, patch size and activation checkpointing until a training step fits.
 
-    The batch goes down to 2 first, as in nnU-Net; then checkpointing goes on; then the patch shrinks along the axis that
-    covers most of the median image, in steps of the network's total stride.
+    The batch goes down to 2 first, as in nnU-Net; then checkpointing goes on; then the patch shrinks along the axis
+    that covers most of the median image, in steps of the network's total stride.
 
     Returns:
         One sentence with the choice and its estimated memory.
@@ -64,8 +64,8 @@ def fit_to_memory(plans: dict[str, Any], configuration: str, dataset_json: Mappi
             _shrink(entry, strides, gigabytes, needed())
     plans[BLOCK]["checkpointing"] = "on" if checkpointing else plans[BLOCK]["checkpointing"]
     return (
-        f"{configuration}: patch size {entry['patch_size']}, batch size {entry['batch_size']}, activation checkpointing "
-        f"{'on' if checkpointing else 'off'}: about {needed():.1f} of {gigabytes:g} GB under mixed precision."
+        f"{configuration}: patch size {entry['patch_size']}, batch size {entry['batch_size']}, activation "
+        f"checkpointing {'on' if checkpointing else 'off'}: about {needed():.1f} of {gigabytes:g} GB under mixed precision."
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 
+from nnunetv2_misfm.datasets import read_dataset_json, write_json
 from nnunetv2_misfm.transfer.plans import preprocessing_key, same_preprocessing
 
 
@@ -48,9 +49,7 @@ def provide_data(
         dataset_id = convert_dataset_name_to_id(dataset_folder.name)
         preprocess_dataset(dataset_id, plans["plans_name"], (configuration,), [num_processes])
         done = f"{folder} was preprocessed."
-    temporary = record.with_suffix(".tmp")
-    temporary.write_text(json.dumps(wanted))
-    os.replace(temporary, record)
+    write_json(wanted, record)
     return done
 
 
@@ -62,7 +61,7 @@ def _data_identifier(plans: Mapping[str, Any], configuration: str) -> str:
 
 
 def _looks_complete(folder: Path, dataset_folder: Path) -> bool:
-    dataset = json.loads((dataset_folder / "dataset.json").read_text())
+    dataset = read_dataset_json(dataset_folder)
     properties = {path.stem for path in folder.glob("*.pkl")} if folder.is_dir() else set()
     arrays = {path.stem for path in folder.glob("*.b2nd")} if folder.is_dir() else set()
     return len(properties) >= dataset["numTraining"] and properties <= arrays

@@ -1,7 +1,7 @@
 """Fine-tuning plans: an nnU-Net dataset's plans with our network, run settings and pretrained weights.
 
-Works on the dicts of plans files. Data that nnU-Net preprocessed under another plan is never touched: every plan written
-here has data folders of its own (`data_identifier`).
+Works on the dicts of plans files. Data that nnU-Net preprocessed under another plan is never touched: every plan
+written here has data folders of its own (`data_identifier`).
 """
 
 from __future__ import annotations

@@ -1,0 +1,190 @@
+"""misfm_pretrain: from bare volumes, or a dataset nnU-Net has preprocessed, to a pretrained checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nnunetv2_misfm.architectures.plan_entry import NETWORKS
+from nnunetv2_misfm.datasets import preprocessed_dataset, read_plans, write_json
+from nnunetv2_misfm.errors import PlanError, exit_with_message
+from nnunetv2_misfm.run_settings import BLOCK, OPTIMIZERS, PRETRAINING_SCHEDULES, PretrainingSettings
+from nnunetv2_misfm.settings import read_settings
+
+if TYPE_CHECKING:
+    from nnunetv2_misfm.pretrain.plans import RunRequest
+
+DEFAULT_PLANS_NAME = "nnUNetPlans"
+DERIVED_PLANS_NAME = "nnUNetMisFMPretrainPlans"
+RUN_OPTIONS = (
+    "num_epochs",
+    "num_iterations_per_epoch",
+    "num_val_iterations_per_epoch",
+    "optimizer",
+    "initial_lr",
+    "weight_decay",
+    "schedule",
+    "checkpointing",
+    "picture_every",
+    "seed",
+)
+FUSION_OPTIONS = ("geometry", "num_fusion_classes")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of misfm_pretrain."""
+    options = _parser().parse_args(arguments)
+    exit_with_message("misfm_pretrain", lambda: pretrain(options))
+
+
+def pretrain(options: argparse.Namespace) -> None:
+    """Prepare the data if volumes were given, plan, and train.
+
+    Raises:
+        UserError: for everything in the options, folders or plans that cannot be used.
+    """
+    _check(options)
+    dataset_folder, plans = _from_volumes(options) if options.i else _from_preprocessed(options)
+    if plans is None:
+        return
+    configuration, plans_name = options.c, plans["plans_name"]
+    # nnU-Net and torch take seconds to import; --help and wrong flags should not wait for them.
+    from nnunetv2_misfm.pretrain.launch import launch, run_folder
+
+    _protect(run_folder(dataset_folder.name, plans_name, configuration), options)
+    write_json(plans, dataset_folder / f"{plans_name}.json")
+    launch(dataset_folder.name, plans_name, configuration, options.device, options.num_gpus, options.continue_training)
+    checkpoint = run_folder(dataset_folder.name, plans_name, configuration) / "checkpoint_final.pth"
+    print(f"Pretrained weights: {checkpoint}")
+    print(f"Plan a fine-tuning with: misfm_plan -d DATASET_ID -c 3d_fullres -pretrained_weights {checkpoint}")
+
+
+def _from_volumes(options: argparse.Namespace) -> tuple[Path, dict[str, Any] | None]:
+    """Prepare the pool; no plans if there is nothing to train yet because other parts are still to be prepared."""
+    raise SystemExit(3)
+
+
+def _from_preprocessed(options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+    """Plans for a pool that is prepared already, or for a dataset nnU-Net has preprocessed, whose data is shared."""
+    from nnunetv2_misfm.pretrain.plans import run_plans
+
+    dataset_folder = preprocessed_dataset(options.d)
+    base = read_plans(dataset_folder, options.p or DEFAULT_PLANS_NAME)
+    if base.get(BLOCK, {}).get("task") == PretrainingSettings.TASK:
+        plans_name = options.overwrite_plans_name or base["plans_name"]
+    else:
+        plans_name = options.overwrite_plans_name or DERIVED_PLANS_NAME
+    plans = run_plans(base, options.c, plans_name, dataset_folder.name, _request(options, base))
+    data = dataset_folder / plans["configurations"][options.c]["data_identifier"]
+    if not any(data.glob("*.b2nd")):
+        raise PlanError(
+            f"{data} holds no preprocessed cases. Run nnUNetv2_preprocess -d {options.d} -plans_name "
+            f"{base['plans_name']} -c {options.c} first, or give volumes with -i."
+        )
+    return dataset_folder, plans
+
+
+def _request(options: argparse.Namespace, base: Mapping[str, Any] | None) -> RunRequest:
+    """What the options ask for; what they leave open comes from the pool's own plans, then from the defaults."""
+    from nnunetv2_misfm.pretrain.augment import AugmentSettings
+    from nnunetv2_misfm.pretrain.plans import RunRequest
+    from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings
+
+    block = (base or {}).get(BLOCK, {})
+    before = block if block.get("task") == PretrainingSettings.TASK else {}
+    run = {name: before[name] for name in RUN_OPTIONS if name in before}
+    run |= {name: getattr(options, name) for name in RUN_OPTIONS if getattr(options, name) is not None}
+    fusion = dict(before.get("fusion", {}))
+    fusion |= {name: getattr(options, name) for name in FUSION_OPTIONS if getattr(options, name) is not None}
+    return RunRequest(
+        network=options.network,
+        settings=read_settings(PretrainingSettings, run, "The run settings"),
+        fusion=read_settings(FusionSettings, fusion, "The Volume Fusion settings"),
+        augmentation=read_settings(AugmentSettings, before.get("augmentation", {}), "The augmentation settings"),
+        arch_kwargs={"features_per_stage": options.features_per_stage} if options.features_per_stage else {},
+        patch_size=tuple(options.patch_size) if options.patch_size else None,
+        batch_size=options.batch_size,
+    )
+
+
+def _protect(run: Path, options: argparse.Namespace) -> None:
+    """Keep what an earlier run left, unless the user said what to do with it."""
+    finished, begun = (run / "checkpoint_final.pth").is_file(), any(run.glob("checkpoint_*.pth"))
+    if options.continue_training or not begun:
+        return
+    if options.overwrite:
+        shutil.rmtree(run)
+        return
+    state = "a finished" if finished else "an unfinished"
+    go_on = "" if finished else "--c to continue it, "
+    raise PlanError(
+        f"{run} holds {state} run. Use {go_on}--overwrite to delete it and start anew, or -overwrite_plans_name to "
+        f"train beside it."
+    )
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise one error for all combinations of options that make no sense."""
+    problems = []
+    if options.i and options.n is None and options.continue_training is False:
+        problems.append("-i needs -n NAME, the name of the pool's dataset")
+    if options.plans_from and not options.i:
+        problems.append("-plans_from needs volumes (-i)")
+    if options.plans_from and (options.modality or options.spacing):
+        problems.append("-plans_from takes modality and spacing from those plans; leave -modality and -spacing out")
+    if not options.i and (options.modality or options.spacing or options.n):
+        problems.append("-modality, -spacing and -n describe volumes; they need -i")
+    if options.continue_training and options.overwrite:
+        problems.append("--c continues a run and --overwrite deletes it; choose one")
+    if options.num_gpus > 1 and options.device != "cuda":
+        problems.append(f"-num_gpus {options.num_gpus} needs -device cuda")
+    if problems:
+        raise PlanError("; ".join(problems) + ".")
+
+
+def _parser() -> argparse.ArgumentParser:
+    defaults = PretrainingSettings()
+    parser = argparse.ArgumentParser(
+        prog="misfm_pretrain",
+        description="Pretrain a network with Volume Fusion on bare volumes (-i), or on a dataset that nnU-Net has "
+        "preprocessed (no -i). Labels are never used.",
+    )
+    add = parser.add_argument
+    add("-d", required=True, metavar="ID", help="dataset ID; with -i, of the pool that is made")
+    add("-i", action="append", metavar="FOLDER", help="folder of volumes; may be given several times")
+    add("-n", metavar="NAME", help="name of the pool's dataset (with -i)")
+    add("-modality", choices=("auto", "ct", "mr"), help="of the volumes (default: auto, decided for each volume)")
+    add("-spacing", nargs="+", metavar="MM", help="median (default), none, or three numbers in mm, slice axis first")
+    add("--no_body_crop", action="store_true", help="keep the air around the body")
+    add("-plans_from", metavar="ID", help="take spacing, normalisation, network and patch from this dataset's plans")
+    add("-p", metavar="PLANS", help=f"plans to start from (default: {DEFAULT_PLANS_NAME})")
+    add("-c", default="3d_fullres", metavar="CONFIG", help="configuration (default: 3d_fullres)")
+    add("-overwrite_plans_name", metavar="NAME", help="name of the plans that are written")
+    add("-geometry", choices=("boxes", "blocks"), help="Volume Fusion geometry (default: boxes, as in the paper)")
+    add("-num_fusion_classes", type=int, metavar="N", help="fusion coefficients, 0 included (default: 5)")
+    add("-network", choices=[*NETWORKS, "plan"], default="pctnet", help="network to pretrain (default: pctnet)")
+    add("-features_per_stage", nargs=5, type=int, metavar="N", help="channels of the five stages")
+    add("-patch_size", nargs=3, type=int, metavar="N", help="patch size in plans axis order")
+    add("-batch_size", type=int, metavar="N", help="batch size (default: 4, or the plan's)")
+    add("-num_epochs", type=int, help=f"default: {defaults.num_epochs}")
+    add("-num_iterations_per_epoch", type=int, help=f"default: {defaults.num_iterations_per_epoch}")
+    add("-num_val_iterations_per_epoch", type=int, help=f"default: {defaults.num_val_iterations_per_epoch}")
+    add("-optimizer", choices=OPTIMIZERS, help=f"default: {defaults.optimizer}")
+    add("-initial_lr", type=float, help=f"default: {defaults.initial_lr}")
+    add("-weight_decay", type=float, help=f"default: {defaults.weight_decay}")
+    add("-schedule", choices=PRETRAINING_SCHEDULES, help=f"default: {defaults.schedule}")
+    add("-checkpointing", choices=("auto", "on", "off"), help="activation checkpointing (default: auto)")
+    add("-picture_every", type=int, metavar="N", help=f"epochs between pictures (default: {defaults.picture_every})")
+    add("-seed", type=int, help=f"default: {defaults.seed}")
+    add("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="default: cuda")
+    add("-num_gpus", type=int, default=1, help="GPUs of this machine (default: 1)")
+    add("-np", type=int, default=2, help="processes that prepare volumes (default: 2)")
+    add("-num_parts", type=int, default=1, help="prepare only one of so many parts of the volumes, then stop")
+    add("-part_id", type=int, default=0, help="which part, from 0")
+    add("--only_prepare", action="store_true", help="prepare the pool and stop")
+    add("--c", dest="continue_training", action="store_true", help="continue from the latest checkpoint")
+    add("--overwrite", action="store_true", help="delete what an earlier run left and start anew")
+    return parser

@@ -1,0 +1,151 @@
+"""Pretraining plans: which network, patch and settings a Volume Fusion run has. Works on the dicts of plans files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunetv2_misfm.architectures.plan_entry import (
+    architecture_entry,
+    degree_for_spacing,
+    degree_of_anisotropy,
+    is_own_network,
+)
+from nnunetv2_misfm.architectures.resolution import strides_of, total_strides
+from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.pretrain.augment import AugmentSettings
+from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings
+from nnunetv2_misfm.run_settings import BLOCK, PretrainingSettings
+from nnunetv2_misfm.settings import write_settings
+
+# Patch and batch of the paper.
+PUBLISHED_PATCH_SIZE = (64, 128, 128)
+PUBLISHED_BATCH_SIZE = 4
+# What nnU-Net's planner gives a PlainConvUNet.
+_UNET_FEATURES, _UNET_MOST_FEATURES, _UNET_SMALLEST_MAP = 32, 320, 4
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What a pretraining run should be.
+
+    Attributes:
+        network: "pctnet" or "plan".
+        arch_kwargs: constructor arguments of the network that the user chose.
+        patch_size, batch_size: None keeps those of the plan, or takes the published ones for a new pool.
+        settings, fusion, augmentation: of the run.
+    """
+
+    network: str
+    settings: PretrainingSettings
+    fusion: FusionSettings
+    augmentation: AugmentSettings
+    arch_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    patch_size: tuple[int, int, int] | None = None
+    batch_size: int | None = None
+
+    def block(self) -> dict[str, Any]:
+        """The `misfm` block of the plans."""
+        return {
+            "task": PretrainingSettings.TASK,
+            **write_settings(self.settings),
+            "fusion": write_settings(self.fusion),
+            "augmentation": write_settings(self.augmentation),
+        }
+
+
+def new_pool_entry(
+    spacing: Sequence[float], median_shape: Sequence[float], request: RunRequest
+) -> tuple[dict[str, Any], tuple[int, int, int], int]:
+    """Network entry, patch size and batch size for a pool that has no plans yet.
+
+    Args:
+        spacing: mm, plans axis order.
+        median_shape: voxels at that spacing, plans axis order.
+        request: the run; its patch and batch size win.
+    """
+    degree = degree_for_spacing(spacing)
+    stride = total_strides(strides_of(degree))[-1]
+    patch = request.patch_size or _fitting_patch(median_shape, stride)
+    batch = request.batch_size or PUBLISHED_BATCH_SIZE
+    if request.network == "plan":
+        return plain_unet_entry(spacing, patch), patch, batch
+    return architecture_entry(request.network, degree, **request.arch_kwargs), patch, batch
+
+
+def run_plans(
+    base: Mapping[str, Any], configuration: str, plans_name: str, dataset_name: str, request: RunRequest
+) -> dict[str, Any]:
+    """Plans for pretraining in a configuration of existing plans, with its spacing, normalisation and axis order.
+
+    Raises:
+        PlanError: if the configuration is missing, not 3D, or part of a cascade's second stage.
+    """
+    manager = PlansManager(dict(base))
+    if configuration not in manager.available_configurations:
+        known = ", ".join(manager.available_configurations)
+        raise PlanError(f"The plans {manager.plans_name} have no configuration {configuration!r}; they have: {known}.")
+    entry: dict[str, Any] = deepcopy(manager.get_configuration(configuration).configuration)
+    entry.pop("inherits_from", None)
+    entry.pop("next_stage", None)
+    if len(entry["patch_size"]) != 3:
+        raise PlanError(f"The configuration {configuration!r} is 2D; Volume Fusion is 3D. Use -c 3d_fullres.")
+    if entry.pop("previous_stage", None) is not None:
+        raise PlanError(f"{configuration!r} takes label channels, which pretraining has not. Use -c 3d_fullres.")
+    if request.network != "plan":
+        planned = entry["architecture"]
+        # A network of ours in the plans keeps what its plan chose, so that the weights fit that plan.
+        kept = planned["arch_kwargs"] if is_own_network(planned) else {}
+        kept = {key: value for key, value in kept.items() if key not in ("strides", "deep_supervision")}
+        degree = degree_of_anisotropy(entry)
+        entry["architecture"] = architecture_entry(request.network, degree, **{**kept, **request.arch_kwargs})
+    if request.patch_size is not None:
+        entry["patch_size"] = list(request.patch_size)
+    if request.batch_size is not None:
+        entry["batch_size"] = request.batch_size
+    plans = deepcopy(dict(base))
+    pool = plans.get(BLOCK, {}).get("pool")
+    plans.update(plans_name=plans_name, dataset_name=dataset_name, configurations={configuration: entry})
+    plans[BLOCK] = request.block() | ({"pool": pool} if pool is not None else {})
+    return plans
+
+
+def plain_unet_entry(spacing: Sequence[float], patch_size: Sequence[int]) -> dict[str, Any]:
+    """The PlainConvUNet that nnU-Net's planner would choose for this spacing and patch size."""
+    _, strides, kernels, _, _ = get_pool_and_conv_props(spacing, patch_size, _UNET_SMALLEST_MAP, 999999)
+    stages = len(strides)
+    return {
+        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+        "arch_kwargs": {
+            "n_stages": stages,
+            "features_per_stage": [min(_UNET_MOST_FEATURES, _UNET_FEATURES * 2**i) for i in range(stages)],
+            "conv_op": "torch.nn.modules.conv.Conv3d",
+            "kernel_sizes": [list(map(int, kernel)) for kernel in kernels],
+            "strides": [list(map(int, stride)) for stride in strides],
+            "n_conv_per_stage": [2] * stages,
+            "n_conv_per_stage_decoder": [2] * (stages - 1),
+            "conv_bias": True,
+            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+            "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+            "dropout_op": None,
+            "dropout_op_kwargs": None,
+            "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"inplace": True},
+        },
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }
+
+
+def _fitting_patch(median_shape: Sequence[float], stride: Sequence[int]) -> tuple[int, int, int]:
+    # No axis larger than half of the volumes has, rounded up to what the network divides.
+    sizes = [
+        min(published, int(np.ceil(length / s)) * s)
+        for published, length, s in zip(PUBLISHED_PATCH_SIZE, median_shape, stride, strict=True)
+    ]
+    return (sizes[0], sizes[1], sizes[2])

@@ -1,0 +1,38 @@
+"""Metrics of a run as CSV, one row per epoch."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class MetricsFile:
+    """A CSV that a resumed run continues: rows of epochs that are run again are replaced.
+
+    Args:
+        path: of the file; it is created with the first row.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def append(self, epoch: int, values: Mapping[str, Any]) -> None:
+        """Write the row of an epoch; rows of this and later epochs, left by an interrupted run, are dropped."""
+        rows = [row for row in self.rows() if int(row["epoch"]) < epoch]
+        rows.append({"epoch": str(epoch), **{key: "" if v is None else f"{v:.6g}" for key, v in values.items()}})
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[-1]), restval="", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, self.path)
+
+    def rows(self) -> list[dict[str, str]]:
+        """All rows so far, the values as text."""
+        if not self.path.is_file():
+            return []
+        with open(self.path, newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
