@@ -24,7 +24,7 @@ COMMANDS = {"cli.py", "launch.py", "doctor.py"}
 MAY_IMPORT = {
     "architectures": set(),
     "transfer": {"architectures"},
-    "pretrain": {"transfer/checkpoint.py"},
+    "pretrain": {"architectures", "transfer/checkpoint.py"},
     "trainers": {"architectures", "transfer", "pretrain"},
     "nnunet_plugin": {"trainers"},
     "": set(),
