@@ -1,0 +1,106 @@
+"""Reading one crop of one preprocessed case.
+
+Crops are (C, X, Y, Z) in plans axis order, so X is the depth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnunetv2_misfm.pretrain.augment import CropAugmentation, spread_stride
+
+# A crop with this share of voxels of one value is mostly air: others are tried, and the least constant one is used.
+MOSTLY_CONSTANT = 0.9
+MAX_READS_PER_CROP = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Crop:
+    """Voxels, float32 (C, *augmentation.read_size), and what is to be done with them."""
+
+    voxels: Tensor
+    augmentation: CropAugmentation
+
+
+def open_case(path: Path, num_channels: int) -> blosc2.NDArray:
+    """Open a `.b2nd` file of shape (C, X, Y, Z) without reading voxels.
+
+    Raises:
+        ValueError: if it holds something else or has another number of channels.
+        OSError, RuntimeError: and whatever else blosc2 raises for files that are missing, cut off or damaged.
+    """
+    # Memory mapping halves the time of a read, but does not work on Windows; nnU-Net decides the same way.
+    mapping = {} if os.name == "nt" else {"mmap_mode": "r"}
+    volume = blosc2.open(str(path), mode="r", dparams={"nthreads": 1}, **mapping)
+    if not isinstance(volume, blosc2.NDArray) or volume.ndim != 4:
+        raise ValueError("it does not hold an array of four axes (C, X, Y, Z)")
+    if volume.shape[0] != num_channels:
+        raise ValueError(f"it has {volume.shape[0]} channels, not {num_channels}")
+    return volume
+
+
+def read_crop(
+    volume: blosc2.NDArray, augmentation: CropAugmentation, patch_size: Sequence[int], generator: np.random.Generator
+) -> Crop:
+    """Read a crop at a random place; other places are tried while it is mostly of one value.
+
+    The read size shrinks where it exceeds both the volume and an unscaled crop. What still reaches beyond the volume is
+    padded, each channel with its minimum in the crop.
+
+    Raises:
+        ValueError: if voxels are not finite numbers.
+        RuntimeError: and whatever else blosc2 raises for damaged files.
+    """
+    shape = np.array(volume.shape[1:])
+    augmentation = _fit_to_volume(augmentation, shape, patch_size)
+    size = np.array(augmentation.read_size)
+    room = shape - size
+    tries = []
+    for _ in range(MAX_READS_PER_CROP if (room > 0).any() else 1):
+        start = generator.integers(np.minimum(room, 0), np.maximum(room, 0), endpoint=True)
+        first, stop = np.maximum(start, 0), np.minimum(start + size, shape)
+        crop = volume[(slice(None), *map(slice, first.tolist(), stop.tolist()))].astype(np.float32, copy=False)
+        with np.errstate(over="ignore", invalid="ignore"):
+            if not np.isfinite(crop.sum()):
+                raise ValueError("it has voxels that are not finite numbers")
+        constant = _share_of_one_value(crop)
+        tries.append((constant, crop, first - start))
+        if constant < MOSTLY_CONSTANT:
+            break
+    _, crop, offset = min(tries, key=lambda t: t[0])
+    if (room < 0).any():
+        padded = np.empty((len(crop), *size.tolist()), np.float32)
+        padded[:] = crop.min(axis=(1, 2, 3), keepdims=True)
+        inside = map(slice, offset.tolist(), (offset + crop.shape[1:]).tolist())
+        padded[(slice(None), *inside)] = crop
+        crop = padded
+    return Crop(torch.from_numpy(crop), augmentation)
+
+
+def _fit_to_volume(augmentation: CropAugmentation, shape: np.ndarray, patch_size: Sequence[int]) -> CropAugmentation:
+    """Magnify a small volume rather than pad it: only what an unscaled crop lacks is padded."""
+    averaged = augmentation.slices_averaged
+    unscaled = np.array(patch_size) * (averaged, 1, 1)
+    limit = np.maximum(shape, unscaled)
+    limit[0] -= limit[0] % averaged
+    x, y, z = np.minimum(augmentation.read_size, limit).tolist()
+    return dataclasses.replace(augmentation, read_size=(x, y, z))
+
+
+def _share_of_one_value(crop: np.ndarray) -> float:
+    """The largest share of voxels close to one value, in the channel where it is smallest; from a sample of voxels."""
+    shares = []
+    for channel in crop:
+        sample = channel.ravel()[:: spread_stride(channel.size, 4096)]
+        near = np.abs(sample - np.median(sample)) <= 1e-3 * (sample.max() - sample.min())
+        shares.append(float(near.mean()))
+    return min(shares)
