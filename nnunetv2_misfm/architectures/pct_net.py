@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunetv2_misfm.architectures.checkpointing import run_module
+from nnunetv2_misfm.architectures.dropout import Dropout
 from nnunetv2_misfm.architectures.resolution import (
     DEGREES_OF_ANISOTROPY,
     NUM_STAGES,
@@ -46,7 +47,7 @@ class ConvBlock(nn.Sequential):
             *_norm_act(channels),
             _conv(channels, channels, flat),
             *_norm_act(channels),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             _conv(channels, channels, flat),
         )
 
@@ -93,7 +94,7 @@ class ParallelBlock(nn.Module):
     ):
         super().__init__()
         self.conv = ConvBlock(channels, flat=False, dropout=dropout)
-        self.token_dropout = nn.Dropout(dropout)
+        self.token_dropout = Dropout(dropout)
         self.swin = nn.Sequential(
             *(
                 SwinBlock(channels, num_heads, window_size, i % 2 == 1, dropout, drop_path, mlp_ratio)

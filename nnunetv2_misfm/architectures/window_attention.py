@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnunetv2_misfm.architectures.dropout import Dropout, keep_mask
+
 Size3 = tuple[int, int, int]
 
 
@@ -101,6 +103,28 @@ def _once_per_shape(function, *arguments):  # noqa: ANN001, ANN002, ANN202
     return function(*arguments) if torch.compiler.is_compiling() else _cached(function, *arguments)
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float) -> Tensor:
+    """softmax(query · key / sqrt(d) + bias) · value.
+
+    Args:
+        query, key, value: (B, heads, N, d).
+        bias: (1 or B, heads, N, N).
+        dropout: probability for attention weights.
+
+    Returns:
+        (B, heads, N, d)
+    """
+    if query.device.type != "cpu" or not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+    # PyTorch has no fused kernel for training with a learned bias on the CPU; its fallback copies the weights several
+    # times more than this.
+    weights = torch.softmax(query @ (key.transpose(-2, -1) * query.shape[-1] ** -0.5) + bias, dim=-1)
+    if dropout:
+        keep, factor = keep_mask(weights.shape, dropout, weights.device)
+        weights, value = torch.where(keep, weights, 0.0), value * factor
+    return weights @ value
+
+
 class WindowAttention(nn.Module):
     """Multi-head self-attention within windows, with one learned bias per head and relative offset.
 
@@ -120,20 +144,15 @@ class WindowAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
-        self.proj_dropout = nn.Dropout(dropout)
+        self.proj_dropout = Dropout(dropout)
 
     def forward(self, windows: Tensor, window: int, mask: Tensor | None) -> Tensor:
         """(B, W, N, C) windows of edge `window` (N = window**3), mask (W, N, N) or None, to (B, W, N, C)."""
         batch, count, tokens, channels = windows.shape
         qkv = self.qkv(windows).view(batch * count, tokens, 3, self.num_heads, channels // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B·W, heads, N, C / heads)
-        attended = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=self._bias(window, batch, mask).to(query.dtype),
-            dropout_p=self.dropout if self.training else 0.0,
-        )
+        bias = self._bias(window, batch, mask).to(query.dtype)
+        attended = attend(query, key, value, bias, self.dropout if self.training else 0.0)
         attended = attended.transpose(1, 2).reshape(batch, count, tokens, channels)
         return self.proj_dropout(self.proj(attended))
 
@@ -180,9 +199,9 @@ class SwinBlock(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(channels, hidden),
             nn.GELU(),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.Linear(hidden, channels),
-            nn.Dropout(dropout),
+            Dropout(dropout),
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2_misfm.architectures.plan_entry import NETWORKS
-from nnunetv2_misfm.datasets import preprocessed_dataset, read_plans, write_json
+from nnunetv2_misfm.datasets import nnunet_folder, preprocessed_dataset, read_plans, write_json
 from nnunetv2_misfm.errors import PlanError, exit_with_message
 from nnunetv2_misfm.run_settings import BLOCK, OPTIMIZERS, PRETRAINING_SCHEDULES, PretrainingSettings
 from nnunetv2_misfm.settings import read_settings
@@ -47,27 +46,78 @@ def pretrain(options: argparse.Namespace) -> None:
         UserError: for everything in the options, folders or plans that cannot be used.
     """
     _check(options)
-    dataset_folder, plans = _from_volumes(options) if options.i else _from_preprocessed(options)
-    if plans is None:
+    nnunet_folder("nnUNet_results")
+    plans = _from_volumes(options) if options.i else _from_preprocessed(options)
+    if plans is None or options.only_prepare:
         return
-    configuration, plans_name = options.c, plans["plans_name"]
     # nnU-Net and torch take seconds to import; --help and wrong flags should not wait for them.
     from nnunetv2_misfm.pretrain.launch import launch, run_folder
 
-    _protect(run_folder(dataset_folder.name, plans_name, configuration), options)
-    write_json(plans, dataset_folder / f"{plans_name}.json")
-    launch(dataset_folder.name, plans_name, configuration, options.device, options.num_gpus, options.continue_training)
-    checkpoint = run_folder(dataset_folder.name, plans_name, configuration) / "checkpoint_final.pth"
+    dataset_name, plans_name, configuration = plans["dataset_name"], plans["plans_name"], options.c
+    launch(dataset_name, plans_name, configuration, options.device, options.num_gpus, options.continue_training)
+    checkpoint = run_folder(dataset_name, plans_name, configuration) / "checkpoint_final.pth"
     print(f"Pretrained weights: {checkpoint}")
     print(f"Plan a fine-tuning with: misfm_plan -d DATASET_ID -c 3d_fullres -pretrained_weights {checkpoint}")
 
 
-def _from_volumes(options: argparse.Namespace) -> tuple[Path, dict[str, Any] | None]:
-    """Prepare the pool; no plans if there is nothing to train yet because other parts are still to be prepared."""
-    raise SystemExit(3)
+def _from_volumes(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Prepare the pool; None if there is nothing to train yet because other parts are still to be prepared."""
+    from nnunetv2_misfm.pretrain.plans import new_pool_entry, run_plans
+    from nnunetv2_misfm.pretrain.pool import inspect_volumes, plan_pool, prepare_pool
+    from nnunetv2_misfm.pretrain.pool_inspection import PoolSettings
+    from nnunetv2_misfm.pretrain.pool_plans import adopt_plans, existing_plans, find_geometry
+
+    source = (
+        read_plans(preprocessed_dataset(options.plans_from), options.p or DEFAULT_PLANS_NAME)
+        if options.plans_from
+        else None
+    )
+    plans_name = options.overwrite_plans_name or options.p or DEFAULT_PLANS_NAME
+    dataset_name = _pool_dataset_name(options)
+    _protect(dataset_name, plans_name, options)
+    names = (dataset_name, plans_name, options.c)
+    before = existing_plans(dataset_name, plans_name)
+    request = _request(options, before)
+    given = {"modality": options.modality, "spacing": _spacing(options.spacing), "body_crop": options.body_crop}
+    settings = read_settings(
+        PoolSettings, {name: value for name, value in given.items() if value is not None}, "The pool's settings"
+    )
+    inspection = inspect_volumes(options.i, settings, options.np)
+    print(inspection.summary())
+    if source is not None:
+        adopted = adopt_plans(source, options.c, *names, settings, request.block())
+        plans = run_plans(adopted, options.c, plans_name, dataset_name, request)
+    else:
+        geometry = find_geometry(inspection, settings, *names)
+        entry, patch_size, batch_size = new_pool_entry(geometry.spacing, geometry.median_shape, request)
+        plans = plan_pool(inspection, settings, *names, patch_size, batch_size, entry, request.block())
+    if options.continue_training and before is not None:
+        # The run that goes on keeps its network and patch, whatever the options or other volumes would suggest now.
+        for key in ("architecture", "patch_size", "batch_size"):
+            plans["configurations"][options.c][key] = before["configurations"][options.c][key]
+    report = prepare_pool(inspection, plans, options.c, options.np, options.num_parts, options.part_id)
+    print(report.summary())
+    return report.plans if report.complete else None
 
 
-def _from_preprocessed(options: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
+def _pool_dataset_name(options: argparse.Namespace) -> str:
+    if options.d.startswith("Dataset"):
+        return str(options.d)
+    if not options.d.isdigit() or not 0 < int(options.d) < 1000:
+        raise PlanError(f"-d {options.d} is not a dataset ID; use a number from 1 to 999.")
+    return f"Dataset{int(options.d):03d}_{options.n}" if options.n else preprocessed_dataset(options.d).name
+
+
+def _spacing(given: Sequence[str] | None) -> str | list[float] | None:
+    if given is None or given in (["median"], ["none"]):
+        return given[0] if given else None
+    try:
+        return [float(value) for value in given]
+    except ValueError:
+        raise PlanError(f"-spacing {' '.join(given)} is neither median, none nor three numbers in mm.") from None
+
+
+def _from_preprocessed(options: argparse.Namespace) -> dict[str, Any]:
     """Plans for a pool that is prepared already, or for a dataset nnU-Net has preprocessed, whose data is shared."""
     from nnunetv2_misfm.pretrain.plans import run_plans
 
@@ -77,6 +127,10 @@ def _from_preprocessed(options: argparse.Namespace) -> tuple[Path, dict[str, Any
         plans_name = options.overwrite_plans_name or base["plans_name"]
     else:
         plans_name = options.overwrite_plans_name or DERIVED_PLANS_NAME
+    _protect(dataset_folder.name, plans_name, options)
+    path = dataset_folder / f"{plans_name}.json"
+    if options.continue_training and path.is_file():
+        base = read_plans(dataset_folder, plans_name)
     plans = run_plans(base, options.c, plans_name, dataset_folder.name, _request(options, base))
     data = dataset_folder / plans["configurations"][options.c]["data_identifier"]
     if not any(data.glob("*.b2nd")):
@@ -84,7 +138,8 @@ def _from_preprocessed(options: argparse.Namespace) -> tuple[Path, dict[str, Any
             f"{data} holds no preprocessed cases. Run nnUNetv2_preprocess -d {options.d} -plans_name "
             f"{base['plans_name']} -c {options.c} first, or give volumes with -i."
         )
-    return dataset_folder, plans
+    write_json(plans, path)
+    return plans
 
 
 def _request(options: argparse.Namespace, base: Mapping[str, Any] | None) -> RunRequest:
@@ -110,26 +165,29 @@ def _request(options: argparse.Namespace, base: Mapping[str, Any] | None) -> Run
     )
 
 
-def _protect(run: Path, options: argparse.Namespace) -> None:
-    """Keep what an earlier run left, unless the user said what to do with it."""
-    finished, begun = (run / "checkpoint_final.pth").is_file(), any(run.glob("checkpoint_*.pth"))
-    if options.continue_training or not begun:
+def _protect(dataset_name: str, plans_name: str, options: argparse.Namespace) -> None:
+    """Keep what an earlier run left, and the plans it was made with, unless the user said what to do with it."""
+    from nnunetv2_misfm.pretrain.launch import run_folder
+
+    run = run_folder(dataset_name, plans_name, options.c)
+    if options.continue_training or options.only_prepare or not any(run.glob("checkpoint_*.pth")):
         return
     if options.overwrite:
         shutil.rmtree(run)
         return
-    state = "a finished" if finished else "an unfinished"
-    go_on = "" if finished else "--c to continue it, "
+    finished = (run / "checkpoint_final.pth").is_file()
+    remedy = "" if finished else "--c to continue it, "
     raise PlanError(
-        f"{run} holds {state} run. Use {go_on}--overwrite to delete it and start anew, or -overwrite_plans_name to "
-        f"train beside it."
+        f"{run} holds {'a finished' if finished else 'an unfinished'} run. Use {remedy}--overwrite to delete it and "
+        f"start anew, or -overwrite_plans_name to train beside it."
     )
 
 
 def _check(options: argparse.Namespace) -> None:
     """Raise one error for all combinations of options that make no sense."""
     problems = []
-    if options.i and options.n is None and options.continue_training is False:
+    new_pool = options.i and not options.continue_training and not options.d.startswith("Dataset")
+    if new_pool and options.n is None:
         problems.append("-i needs -n NAME, the name of the pool's dataset")
     if options.plans_from and not options.i:
         problems.append("-plans_from needs volumes (-i)")
@@ -158,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-n", metavar="NAME", help="name of the pool's dataset (with -i)")
     add("-modality", choices=("auto", "ct", "mr"), help="of the volumes (default: auto, decided for each volume)")
     add("-spacing", nargs="+", metavar="MM", help="median (default), none, or three numbers in mm, slice axis first")
-    add("--no_body_crop", action="store_true", help="keep the air around the body")
+    add("--no_body_crop", dest="body_crop", action="store_const", const=False, help="keep the air around the body")
     add("-plans_from", metavar="ID", help="take spacing, normalisation, network and patch from this dataset's plans")
     add("-p", metavar="PLANS", help=f"plans to start from (default: {DEFAULT_PLANS_NAME})")
     add("-c", default="3d_fullres", metavar="CONFIG", help="configuration (default: 3d_fullres)")

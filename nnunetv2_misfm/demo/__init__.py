@@ -1,0 +1,1 @@
+"""misfm_demo: the whole job on volumes it makes itself."""
