@@ -1,0 +1,190 @@
+"""The folder of a pool in nnUNet_preprocessed, and how things appear in it: whole, by rename.
+
+DatasetXXX_NAME/
+    dataset.json, dataset_fingerprint.json, <plans_name>.json, report.csv
+    <data_identifier>/               case.b2nd, case_seg.b2nd, case.pkl, and nothing else
+    <data_identifier>_preparation/   records/case.json, temporary/, locks
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from filelock import FileLock, Timeout
+from nnunetv2.paths import nnUNet_preprocessed
+
+from nnunetv2_misfm.pretrain.case_preparation import CASE_ENDINGS, CaseRecord, temporary_files
+from nnunetv2_misfm.pretrain.pool_inspection import PoolError
+from nnunetv2_misfm.pretrain.volume_files import LeftOut
+
+MERGE_WAITS_SECONDS = 3600.0
+REPORT_COLUMNS = (
+    "case",
+    "status",
+    "reason",
+    "source",
+    "format",
+    "channels",
+    "modality",
+    "modality_from",
+    "orientation",
+    "original_shape",
+    "original_spacing",
+    "body_box",
+    "shape",
+    "reader",
+    "content",
+)
+
+
+class PoolFolder:
+    """Paths of one pool and the operations on them that other processes may see."""
+
+    def __init__(self, plans: Mapping[str, Any], configuration: str, num_parts: int, part_id: int):
+        data_identifier = plans["configurations"][configuration]["data_identifier"]
+        self.root = Path(nnUNet_preprocessed.require()) / plans["dataset_name"]
+        self.data = self.root / data_identifier
+        self.plans = self.root / f"{plans['plans_name']}.json"
+        self.dataset_json = self.root / "dataset.json"
+        self.fingerprint = self.root / "dataset_fingerprint.json"
+        self.report = self.root / "report.csv"
+        self._preparation = self.root / f"{data_identifier}_preparation"
+        self._records = self._preparation / "records"
+        self._part = f"part_{part_id}_of_{num_parts}"
+        self._all_temporary = self._preparation / "temporary"
+        self.temporary = self._all_temporary / self._part
+
+    def create(self) -> None:
+        """Make the folders. Raises PoolError if something else than a pool lives there."""
+        if self.root.exists() and any(not path.name.startswith(".") for path in self.root.iterdir()):
+            if not (self.dataset_json.is_file() and read_json(self.dataset_json).get("misfm_pool")):
+                raise PoolError(f"{self.root} exists and is no pretraining pool; choose another dataset ID and name")
+        for folder in (self.data, self._records, self._all_temporary):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def clear_temporary(self) -> None:
+        """Remove what a killed run of the same part left half-written."""
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.temporary.mkdir(parents=True)
+
+    def remove_temporary(self) -> None:
+        """Remove the temporary folders of all parts; for when every volume has its record."""
+        shutil.rmtree(self._all_temporary, ignore_errors=True)
+
+    @contextmanager
+    def lock_part(self) -> Iterator[None]:
+        """Keep a second run from preparing the same part; the system frees the lock of a run that was killed."""
+        with _locked(self._preparation / f"{self._part}.lock", 0.0, "another process is preparing this part"):
+            yield
+
+    @contextmanager
+    def lock_merge(self) -> Iterator[None]:
+        """Let one part at a time bring the results together."""
+        message = "another process has been merging the parts for too long"
+        with _locked(self._preparation / "merge.lock", MERGE_WAITS_SECONDS, message):
+            yield
+
+    def is_whole(self, case: str) -> bool:
+        return (self.data / f"{case}.b2nd").exists()
+
+    def publish(self, record: CaseRecord) -> None:
+        """Move a case from the temporary folder into the pool, its .b2nd last, then write its record."""
+        for file in temporary_files(self.temporary, record.case):
+            os.replace(file, self.data / file.name)
+        self.write_record(record)
+
+    def remove_case(self, case: str) -> None:
+        for ending in reversed(CASE_ENDINGS):
+            (self.data / f"{case}{ending}").unlink(missing_ok=True)
+
+    def write_record(self, record: CaseRecord) -> None:
+        write_json(self._records / f"{record.case}.json", dataclasses.asdict(record))
+
+    def read_records(self) -> dict[str, CaseRecord]:
+        """What became of each volume so far, by case name and sorted by it."""
+        records = (read_json(path) for path in sorted(self._records.glob("*.json")))
+        return {record["case"]: CaseRecord(**{k: _tuples(v) for k, v in record.items()}) for record in records}
+
+    def write_report(self, records: Iterable[CaseRecord], left_out: Sequence[LeftOut]) -> None:
+        """One row per volume in order of source, whether it is in the pool or not."""
+        rows = [{name: _cell(getattr(record, name)) for name in REPORT_COLUMNS} for record in records]
+        rows += [{"status": "left out", "reason": one.reason, "source": one.source} for one in left_out]
+        with _write_then_rename(self.report) as file:
+            writer = csv.DictWriter(file, REPORT_COLUMNS, restval="")
+            writer.writeheader()
+            writer.writerows(sorted(rows, key=lambda row: (row["source"], row.get("case", ""))))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise PoolError(f"{path} holds no JSON object; remove it")
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file that other processes see either not at all or whole."""
+    with _write_then_rename(path) as file:
+        json.dump(content, file, indent=4)
+
+
+@contextmanager
+def _write_then_rename(path: Path) -> Iterator[TextIO]:
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        # Unprintable bytes in file names are written as escapes rather than stopping the report.
+        with open(handle, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextmanager
+def _locked(path: Path, timeout: float, message: str) -> Iterator[None]:
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=timeout)
+    except Timeout as error:
+        raise PoolError(f"{message} ({path} is locked); wait for it or stop it") from error
+    except (NotImplementedError, OSError):
+        # Some shared file systems have no locks. They only guard against starting the same part twice by mistake.
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, tuple):
+        return " ".join(":".join(map(str, item)) if isinstance(item, tuple) else f"{item:.6g}" for item in value)
+    return str(value)

@@ -1,0 +1,89 @@
+"""Running jobs in worker processes that may be killed, for instance by the system for want of memory."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Generic, TypeVar
+
+from nnunetv2_misfm.errors import UserError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+JOBS_AHEAD = 2
+"""Jobs handed out per process: enough to keep it busy, few enough to find the one that kills it."""
+
+
+@dataclass(frozen=True)
+class Killed(Generic[Job]):
+    """The process that ran this job ended without an answer, twice."""
+
+    job: Job
+
+
+def run_jobs(
+    function: Callable[[Job], Result], jobs: Iterable[Job], num_processes: int
+) -> Generator[Result | Killed[Job], None, None]:
+    """Results of `function(job)` as they come, in no fixed order.
+
+    With one process everything runs in this one. Otherwise, when a worker is killed, the jobs under way are tried
+    again one at a time, so that one of them is found out as the cause and the others are done.
+
+    Raises:
+        UserError: if workers cannot even start.
+        Exception: whatever `function` raises.
+    """
+    if num_processes == 1:
+        yield from map(function, jobs)
+        return
+    waiting, suspects = deque(jobs), deque[Job]()
+    while waiting or suspects:
+        if suspects:
+            yield from _run_until_killed(function, suspects, 1, 1, deque())
+        else:
+            yield from _run_until_killed(function, waiting, num_processes, JOBS_AHEAD * num_processes, suspects)
+
+
+def _run_until_killed(
+    function: Callable[[Job], Result], waiting: deque[Job], num_processes: int, at_once: int, suspects: deque[Job]
+) -> Generator[Result | Killed[Job], None, None]:
+    """Run jobs until all are done or a worker is killed; then a lone job is to blame, several become suspects."""
+    executor = ProcessPoolExecutor(min(num_processes, len(waiting)), mp_context=get_context("spawn"))
+    running: dict[Future[Result], Job] = {}
+    interrupted: list[Job] = []
+    try:
+        _check_that_workers_start(executor)
+        while (waiting or running) and not interrupted:
+            while waiting and len(running) < at_once:
+                running[executor.submit(function, waiting[0])] = waiting[0]
+                waiting.popleft()
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                job = running.pop(future)
+                if isinstance(future.exception(), BrokenProcessPool):
+                    interrupted.append(job)
+                else:
+                    yield future.result()
+    except BrokenProcessPool:
+        pass  # between two submissions; the jobs handed out so far are still in `running`
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+    interrupted += running.values()
+    if at_once == 1 and interrupted:
+        yield Killed(interrupted[0])
+    else:
+        suspects.extend(interrupted)
+
+
+def _check_that_workers_start(executor: ProcessPoolExecutor) -> None:
+    try:
+        executor.submit(int).result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            "worker processes end while they start; see their messages above, or use one process. A script that "
+            'prepares a pool needs its main part below `if __name__ == "__main__":`'
+        ) from error
