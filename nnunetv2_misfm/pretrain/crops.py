@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.pretrain.augment import (
     AugmentSettings,
     CropAugmentation,
@@ -40,7 +41,7 @@ MAX_SHARE_OF_BAD_CASES = 0.05
 CASES_BEFORE_JUDGING = 100
 
 
-class CropReadError(RuntimeError):
+class CropReadError(UserError, RuntimeError):
     """Crops cannot be read; the message names the files, what is wrong with them and what to do."""
 
 
