@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,6 +57,8 @@ class CaseRecord:
     original_spacing: tuple[float, ...]
     """mm along (z, y, x)."""
     channels: int
+    layout: str
+    """Hash of everything in the plans that the arrays depend on; a record of other plans counts for nothing."""
     reason: str = ""
     reader: str = ""
     modality: str = ""
@@ -73,10 +76,11 @@ class CaseRecord:
     """Per channel nnU-Net's intensity properties of the voxels kept, before normalisation."""
 
     @classmethod
-    def of(cls, volume: Volume, status: str, **more: Any) -> CaseRecord:
+    def of(cls, volume: Volume, status: str, layout: str, **more: Any) -> CaseRecord:
         return cls(
             case=volume.case,
             status=status,
+            layout=layout,
             source=volume.source,
             format=volume.format,
             num_bytes=volume.num_bytes,
@@ -96,6 +100,8 @@ class CaseTask:
     volume: Volume
     plans: Mapping[str, Any]
     configuration: str
+    layout: str
+    """As in `CaseRecord`."""
     temporary: Path
     """Folder for the files until they are whole; on the file system of the pool."""
     earlier: CaseRecord | None = None
@@ -122,13 +128,14 @@ def prepare_case(task: CaseTask) -> CaseResult:
         record = _prepare(task)
         written = sum(file.stat().st_size for file in temporary_files(task.temporary, task.volume.case))
     except VolumeProblem as problem:
-        record = CaseRecord.of(task.volume, LEFT_OUT, reason=str(problem))
+        record = CaseRecord.of(task.volume, LEFT_OUT, task.layout, reason=str(problem))
     except MemoryError:
-        record = CaseRecord.of(task.volume, FAILED, reason="out of memory; use fewer processes or a coarser spacing")
+        reason = "out of memory; use fewer processes or a coarser spacing"
+        record = CaseRecord.of(task.volume, FAILED, task.layout, reason=reason)
     except Exception as error:  # one volume never stops the rest, whichever library it upsets
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        record = CaseRecord.of(task.volume, FAILED, reason=f"{type(error).__name__}: {error}")
+        record = CaseRecord.of(task.volume, FAILED, task.layout, reason=f"{type(error).__name__}: {error}")
     if record.status != PREPARED:
         remove_temporary_files(task.temporary, task.volume.case)
         written = 0
@@ -181,6 +188,7 @@ def _prepare(task: CaseTask) -> CaseRecord:
     record = CaseRecord.of(
         volume,
         PREPARED,
+        task.layout,
         reader=reader,
         modality=modality or "",
         modality_from=modality_from,
@@ -219,23 +227,24 @@ def _check_intensities(data: np.ndarray) -> None:
 
 
 def _save(data: np.ndarray, seg: np.ndarray, properties: dict[str, Any], target: Path, patch_size: list[int]) -> None:
-    """Store the case as nnU-Net's preprocessor does, and make sure that it reached the disk whole."""
+    """Store the case as nnU-Net's preprocessor does, and make sure that it reached the disk whole.
+
+    Raises:
+        OSError: with ENOSPC if the disk is full, which blosc2 reports as any other failure.
+    """
     data, seg = data.astype(np.float32, copy=False), seg.astype(np.int16, copy=False)
     blocks, chunks = comp_blosc2_params(data.shape, tuple(patch_size), data.itemsize)
     blocks_seg, chunks_seg = comp_blosc2_params(seg.shape, tuple(patch_size), seg.itemsize)
-    nnUNetDatasetBlosc2.save_case(
-        data,
-        seg,
-        properties,
-        str(target),
-        chunks=chunks,
-        blocks=blocks,
-        chunks_seg=chunks_seg,
-        blocks_seg=blocks_seg,
-    )
-    for ending in CASE_ENDINGS:
-        with open(f"{target}{ending}", "rb") as file:
-            os.fsync(file.fileno())
-    stored = blosc2.open(urlpath=f"{target}.b2nd", mode="r")
-    if not np.array_equal(stored[-1, -1], data[-1, -1]):
-        raise OSError(errno.EIO, "what was written cannot be read back", f"{target}.b2nd")
+    layout = {"chunks": chunks, "blocks": blocks, "chunks_seg": chunks_seg, "blocks_seg": blocks_seg}
+    try:
+        nnUNetDatasetBlosc2.save_case(data, seg, properties, str(target), **layout)
+        for ending in CASE_ENDINGS:
+            with open(f"{target}{ending}", "rb") as file:
+                os.fsync(file.fileno())
+        stored = blosc2.open(urlpath=f"{target}.b2nd", mode="r")
+        if not np.array_equal(stored[-1, -1], data[-1, -1]):
+            raise RuntimeError("what was written cannot be read back")
+    except RuntimeError as error:
+        if shutil.disk_usage(target.parent).free < data.nbytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
+        raise

@@ -13,8 +13,8 @@ from __future__ import annotations
 import errno
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from nnunetv2_misfm.pretrain.pool_plans import (
     expected_shape,
     keep_measured,
     layout_differences,
+    layout_hash,
     plan_pool,
     pool_dataset_json,
 )
@@ -118,15 +119,16 @@ def prepare_pool(
         )
     check_names(plans["dataset_name"], plans["plans_name"], configuration)
     folder = PoolFolder(plans, configuration, num_parts, part_id)
-    folder.create()
-    with folder.lock_part():
-        plans = _start_or_continue(folder, plans, configuration, len(inspection.volumes))
-        folder.clear_temporary()
-        tasks = _pending(folder, inspection.volumes[part_id::num_parts], plans, configuration)
-        if tasks:
-            _prepare_all(folder, tasks, num_processes)
-    with folder.lock_merge():
-        merged = merge_pool(folder, inspection, plans, configuration)
+    with _full_disk_explained(folder):
+        folder.create()
+        with folder.lock_part():
+            plans = _start_or_continue(folder, plans, configuration, len(inspection.volumes))
+            folder.clear_temporary()
+            tasks = _pending(folder, inspection.volumes[part_id::num_parts], plans, configuration)
+            if tasks:
+                _prepare_all(folder, tasks, num_processes)
+        with folder.lock_merge():
+            merged = merge_pool(folder, inspection, plans, configuration)
     report = PoolReport(
         folder=folder.root,
         plans=merged.plans,
@@ -139,6 +141,16 @@ def prepare_pool(
     if report.complete and report.num_prepared == 0:
         raise PoolError(f"none of the volumes can be used\n{report.summary()}")
     return report
+
+
+@contextmanager
+def _full_disk_explained(folder: PoolFolder) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise PoolError(f"the disk of {folder.root} is full; make room and run this again to continue") from error
 
 
 def _start_or_continue(
@@ -168,18 +180,22 @@ def _pending(
 ) -> list[CaseTask]:
     """What is left to do: new, changed and failed volumes. Those with the wrong channels get their record at once."""
     records = folder.read_records()
-    channels = plans["misfm"]["pool"]["num_channels"]
+    channels, layout = plans["misfm"]["pool"]["num_channels"], layout_hash(plans, configuration)
     tasks = []
     for volume in volumes:
         record = records.get(volume.case)
-        if record is not None and not _still_holds(record, volume, folder):
+        if record is not None and not (record.layout == layout and _still_holds(record, volume, folder)):
             record = None
         if volume.num_channels != channels:
             reason = f"{volume.num_channels} channels, but the pool's volumes have {channels}"
-            folder.write_record(CaseRecord.of(volume, LEFT_OUT, reason=reason))
+            folder.write_record(CaseRecord.of(volume, LEFT_OUT, layout, reason=reason))
         elif record is None or (record.num_bytes, record.modified_ns) != (volume.num_bytes, volume.modified_ns):
             earlier = record if record is not None and record.status == PREPARED else None
-            tasks.append(CaseTask(volume, plans, configuration, folder.temporary, earlier))
+            tasks.append(CaseTask(volume, plans, configuration, layout, folder.temporary, earlier))
+    for task in tasks:
+        # While a volume is being prepared it has no record, so that no other part takes the pool for complete.
+        if task.volume.case in records:
+            folder.remove_record(task.volume.case)
     return tasks
 
 
@@ -210,10 +226,6 @@ def _prepare_all(folder: PoolFolder, tasks: Sequence[CaseTask], num_processes: i
                         for one in unpublished:
                             folder.publish(one.record)
                         unpublished = None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise PoolError(f"the disk of {folder.root} is full; make room and run this again to continue") from error
     finally:
         folder.clear_temporary()
 
@@ -222,7 +234,7 @@ def _result(outcome: CaseResult | Killed[CaseTask]) -> CaseResult:
     if not isinstance(outcome, Killed):
         return outcome
     reason = "its worker process was killed, mostly for want of memory; use fewer processes or more memory"
-    return CaseResult(CaseRecord.of(outcome.job.volume, FAILED, reason=reason), 0, 0.0)
+    return CaseResult(CaseRecord.of(outcome.job.volume, FAILED, outcome.job.layout, reason=reason), 0, 0.0)
 
 
 def _typical_first(tasks: Sequence[CaseTask]) -> list[CaseTask]:
@@ -260,6 +272,6 @@ def _check_disk(
             f"but only {format_bytes(free)} are free; make room, or use a coarser spacing or fewer volumes"
         )
     return (
-        f"Measured on {len(done)} volumes: the other {len(tasks) - len(done)} take about {seconds / 60:.1f} minutes "
-        f"and {format_bytes(needed)} of {format_bytes(free)} free"
+        f"Measured on {len(done)} of {len(tasks)} volumes: the rest takes about {seconds / 60:.1f} minutes and "
+        f"{format_bytes(needed)} of {format_bytes(free)} free"
     )

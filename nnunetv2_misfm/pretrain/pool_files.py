@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from filelock import FileLock, Timeout
-from nnunetv2.paths import nnUNet_preprocessed
 
+from nnunetv2_misfm.datasets import nnunet_folder
 from nnunetv2_misfm.pretrain.case_preparation import CASE_ENDINGS, CaseRecord, temporary_files
 from nnunetv2_misfm.pretrain.pool_inspection import PoolError
 from nnunetv2_misfm.pretrain.volume_files import LeftOut
@@ -52,7 +52,7 @@ class PoolFolder:
 
     def __init__(self, plans: Mapping[str, Any], configuration: str, num_parts: int, part_id: int):
         data_identifier = plans["configurations"][configuration]["data_identifier"]
-        self.root = Path(nnUNet_preprocessed.require()) / plans["dataset_name"]
+        self.root = nnunet_folder("nnUNet_preprocessed") / plans["dataset_name"]
         self.data = self.root / data_identifier
         self.plans = self.root / f"{plans['plans_name']}.json"
         self.dataset_json = self.root / "dataset.json"
@@ -109,6 +109,9 @@ class PoolFolder:
 
     def write_record(self, record: CaseRecord) -> None:
         write_json(self._records / f"{record.case}.json", dataclasses.asdict(record))
+
+    def remove_record(self, case: str) -> None:
+        (self._records / f"{case}.json").unlink(missing_ok=True)
 
     def read_records(self) -> dict[str, CaseRecord]:
         """What became of each volume so far, by case name and sorted by it."""

@@ -13,7 +13,7 @@ import numpy as np
 from nnunetv2_misfm.pretrain.case_preparation import LEFT_OUT, PREPARED, CaseRecord
 from nnunetv2_misfm.pretrain.pool_files import PoolFolder, read_json, write_json
 from nnunetv2_misfm.pretrain.pool_inspection import PoolInspection
-from nnunetv2_misfm.pretrain.pool_plans import measured_plans, pool_dataset_json
+from nnunetv2_misfm.pretrain.pool_plans import layout_hash, measured_plans, pool_dataset_json
 from nnunetv2_misfm.pretrain.volume_files import LeftOut
 
 
@@ -41,7 +41,8 @@ def merge_pool(
 
     Whichever part calls this last completes the pool; to call it again changes nothing.
     """
-    records = folder.read_records()
+    found, layout = folder.read_records(), layout_hash(plans, configuration)
+    records = {case: record for case, record in found.items() if record.layout == layout}
     waiting = {volume.case for volume in inspection.volumes} - records.keys()
     complete = not waiting
     if complete:
@@ -49,10 +50,10 @@ def merge_pool(
         for duplicate in _duplicates(list(records.values()), set(in_pool_before)):
             folder.write_record(duplicate)
             records[duplicate.case] = duplicate
+        for case in found:
+            if case not in records or records[case].status != PREPARED:
+                folder.remove_case(case)
         folder.remove_temporary()
-    for record in records.values():
-        if record.status != PREPARED:
-            folder.remove_case(record.case)
     prepared = [record for record in records.values() if record.status == PREPARED]
     if complete and prepared:
         fingerprint = _fingerprint(prepared)

@@ -9,6 +9,8 @@ Spacings and shapes inside plans are in plans axis order: canonical (z, y, x), t
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +19,12 @@ from typing import Any
 
 import numpy as np
 from batchgenerators.utilities.file_and_folder_operations import load_json
-from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.paths import nnUNet_raw
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, find_candidate_datasets
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_misfm.datasets import nnunet_folder
 from nnunetv2_misfm.pretrain.pool_inspection import PoolError, PoolInspection, PoolSettings
 from nnunetv2_misfm.pretrain.volumes import Volume
 from nnunetv2_misfm.pretrain.voxels import CANONICAL_READER
@@ -287,7 +290,7 @@ def pool_dataset_json(plans: Mapping[str, Any], configuration: str, num_training
 
 def existing_plans(dataset_name: str, plans_name: str) -> dict[str, Any] | None:
     """The plans of the pool of that name, or None if there is none yet."""
-    path = Path(nnUNet_preprocessed.require()) / dataset_name / f"{plans_name}.json"
+    path = nnunet_folder("nnUNet_preprocessed") / dataset_name / f"{plans_name}.json"
     plans = load_json(str(path)) if path.is_file() else None
     if plans is not None and "pool" not in plans.get("misfm", {}):
         raise PoolError(f"{path} is not a pool's; choose another plans name or dataset")
@@ -304,10 +307,15 @@ def layout_differences(existing: Mapping[str, Any], plans: Mapping[str, Any], co
     return [f"{name.removeprefix('pool.settings.')}: {old.get(name)} there, {new.get(name)} now" for name in differing]
 
 
+def layout_hash(plans: Mapping[str, Any], configuration: str) -> str:
+    """Differs between plans that make different arrays of the same volume."""
+    layout = json.dumps(_data_layout(plans, configuration), sort_keys=True)
+    return hashlib.blake2b(layout.encode(), digest_size=8).hexdigest()
+
+
 def check_names(dataset_name: str, plans_name: str, configuration: str) -> None:
-    """Raise a PoolError unless these names can be a pool's and the dataset's ID belongs to no other dataset."""
-    if not nnUNet_preprocessed.is_set():
-        raise PoolError("nnUNet_preprocessed is not set; set it to the folder that is to hold the pool")
+    """Raise a UserError unless these names can be a pool's and the dataset's ID belongs to no other dataset."""
+    nnunet_folder("nnUNet_preprocessed")
     if re.fullmatch(r"Dataset\d{3}_[\w.-]+", dataset_name) is None:
         raise PoolError(f"{dataset_name!r} is no dataset name; use DatasetXXX_NAME with three digits")
     for name in (dataset_name, plans_name, configuration):

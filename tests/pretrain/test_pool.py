@@ -372,6 +372,15 @@ def test_other_settings_on_an_existing_pool_are_an_error_that_names_them(images:
     assert "another plans name" in str(error.value)
 
 
+def test_removing_plans_and_data_starts_anew(images: Path) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.mr())
+    phantoms.write(images / "small.nii.gz", phantoms.mr(shape=(6, 20, 20)))
+    report = make_pool([images], spacing="none")
+    (report.folder / f"{PLANS}.json").unlink()
+    shutil.rmtree(data_folder(report))
+    assert set(arrays(make_pool([images], spacing="none", min_size=4))) == {"a", "small"}
+
+
 def test_another_patch_or_network_is_no_other_pool(images: Path) -> None:
     phantoms.write(images / "a.nii.gz", phantoms.mr())
     make_pool([images])
