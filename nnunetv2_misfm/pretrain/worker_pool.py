@@ -16,6 +16,8 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 JOBS_AHEAD = 2
 """Jobs handed out per process: enough to keep it busy, few enough to find the one that kills it."""
+STARTS = 3
+"""How often workers may fail to start before that is taken for their nature rather than for bad luck."""
 
 
 @dataclass(frozen=True)
@@ -52,11 +54,10 @@ def _run_until_killed(
     function: Callable[[Job], Result], waiting: deque[Job], num_processes: int, at_once: int, suspects: deque[Job]
 ) -> Generator[Result | Killed[Job], None, None]:
     """Run jobs until all are done or a worker is killed; then a lone job is to blame, several become suspects."""
-    executor = ProcessPoolExecutor(min(num_processes, len(waiting)), mp_context=get_context("spawn"))
+    executor = _start(min(num_processes, len(waiting)))
     running: dict[Future[Result], Job] = {}
     interrupted: list[Job] = []
     try:
-        _check_that_workers_start(executor)
         while (waiting or running) and not interrupted:
             while waiting and len(running) < at_once:
                 running[executor.submit(function, waiting[0])] = waiting[0]
@@ -79,11 +80,16 @@ def _run_until_killed(
         suspects.extend(interrupted)
 
 
-def _check_that_workers_start(executor: ProcessPoolExecutor) -> None:
-    try:
-        executor.submit(int).result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            "worker processes end while they start; see their messages above, or use one process. A script that "
-            'prepares a pool needs its main part below `if __name__ == "__main__":`'
-        ) from error
+def _start(num_processes: int) -> ProcessPoolExecutor:
+    """Worker processes of which the first has answered, so that a later end is the fault of a job."""
+    for _ in range(STARTS):
+        executor = ProcessPoolExecutor(num_processes, mp_context=get_context("spawn"))
+        try:
+            executor.submit(int).result()
+            return executor
+        except BrokenProcessPool:
+            executor.shutdown()
+    raise UserError(
+        "worker processes end while they start; see their messages above, or use one process. A script that prepares "
+        'a pool needs its main part below `if __name__ == "__main__":`'
+    )
