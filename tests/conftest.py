@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,26 @@ def real_data_folder() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: set MISFM_REAL_DATA to a folder of images ({folder} does not exist)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def dataset_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small labelled dataset in nnU-Net's folders, made once."""
+    from nnunet_dataset import make_dataset  # imports nnU-Net, which most tests do without
+
+    root = tmp_path_factory.mktemp("nnunet")
+    make_dataset(root)
+    return root
+
+
+@pytest.fixture
+def nnunet(dataset_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with nnU-Net's three folders, which the environment names; loading runs in this process."""
+    root = tmp_path / "nnunet"
+    shutil.copytree(dataset_template, root)
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (root / name).mkdir(exist_ok=True)
+        monkeypatch.setenv(name, str(root / name))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    monkeypatch.setenv("nnUNet_compile", "0")
+    return root

@@ -12,9 +12,9 @@ from nnunetv2_misfm.errors import PlanError, exit_with_message
 
 PLANS = {"pretrained": "nnUNetMisFMPlans", "from scratch": "nnUNetMisFMScratchPlans"}
 _NUM_VOLUMES, _NUM_TRAINING, _NUM_TEST = 16, 6, 3
-_PRETRAINING_EPOCHS, _FINETUNING_EPOCHS, _ITERATIONS = 10, 10, 12
-_NETWORK = ("-features_per_stage", "8", "16", "32", "64", "128")
-_PATCH = ("-patch_size", "32", "64", "64", "-batch_size", "2")
+_PRETRAINING_EPOCHS, _FINETUNING_EPOCHS, _ITERATIONS = 8, 8, 20
+_NETWORK = ("-features_per_stage", "4", "8", "16", "32", "64")
+_PATCH = ("-patch_size", "32", "48", "48", "-batch_size", "2")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -63,6 +63,7 @@ def demo(folder: Path, device: str | None) -> None:
 
 
 def _use_folders(folder: Path) -> None:
+    (folder / "demo.log").unlink(missing_ok=True)
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "volumes"):
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir(parents=True)

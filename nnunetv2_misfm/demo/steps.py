@@ -91,6 +91,7 @@ class Demo:
             run_training(_DATASET_ID, "3d_fullres", 0, "MisFMTrainer", plans, device=device)
         model = self.results / f"MisFMTrainer__{plans}__3d_fullres"
         predictions = self.folder / f"predictions_{plans}"
+        predictions.mkdir(exist_ok=True)
         images = sorted((self.raw / "imagesTs").glob("*_0000.nii.gz"))
         with step(f"Predicting {name}", self.log, len(images), r"\s*Predicting "):
             predictor = nnUNetPredictor(

@@ -1,0 +1,134 @@
+"""PCT-Net: shapes, padding, independence of the patch size, checkpointing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nnunetv2_misfm.architectures import PCTNet
+from nnunetv2_misfm.architectures.resolution import strides_of
+
+SMALL = {"features_per_stage": (4, 4, 8, 16, 32), "num_heads": (2, 2, 4), "window_size": 3}
+
+
+def network(anisotropy: int = 0, **changes: object) -> PCTNet:
+    torch.manual_seed(0)
+    arguments = {"input_channels": 1, "num_classes": 3, "strides": strides_of(anisotropy), **SMALL, **changes}
+    return PCTNet(**arguments).eval()  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("anisotropy", [0, 1, 2])
+@pytest.mark.parametrize("size", [(16, 32, 48), (17, 33, 20), (5, 40, 56), (1, 16, 16), (3, 7, 100)])
+def test_output_has_the_size_of_the_input(anisotropy: int, size: tuple[int, int, int]) -> None:
+    with torch.no_grad():
+        outputs = network(anisotropy)(torch.randn(2, 1, *size))
+    assert [tuple(o.shape[:2]) for o in outputs] == [(2, 3)] * 4
+    assert tuple(outputs[0].shape[2:]) == size
+    assert all(torch.isfinite(o).all() for o in outputs)
+
+
+@pytest.mark.parametrize(("anisotropy", "multiple"), [(0, (16, 16, 16)), (1, (8, 16, 16)), (2, (4, 16, 16))])
+def test_padding_inside_equals_zero_padding_by_the_user(anisotropy: int, multiple: tuple[int, int, int]) -> None:
+    net = network(anisotropy, deep_supervision=False)
+    x = torch.randn(1, 1, 13, 35, 50)
+    pads = [-n % m for n, m in zip(x.shape[2:], multiple, strict=True)]
+    padded = torch.nn.functional.pad(x, (0, pads[2], 0, pads[1], 0, pads[0]))
+    with torch.no_grad():
+        assert torch.equal(net(x), net(padded)[:, :, :13, :35, :50])
+
+
+def test_deep_supervision_outputs_have_the_sizes_nnunet_scales_segmentations_to() -> None:
+    with torch.no_grad():
+        outputs = network(1)(torch.randn(1, 1, 13, 30, 44))
+    assert [tuple(o.shape[2:]) for o in outputs] == [(13, 30, 44), (13, 15, 22), (6, 8, 11), (3, 4, 6)]
+
+
+def test_one_state_dict_serves_ten_patch_sizes() -> None:
+    state = network(1).state_dict()
+    sizes = [(64, 32, 32), (8, 16, 16), (40, 56, 40), (28, 48, 32), (7, 64, 16), (16, 16, 96), (33, 17, 31)]
+    sizes += [(1, 32, 32), (12, 80, 16), (24, 24, 24)]
+    for size in sizes:
+        net = network(1, deep_supervision=False)
+        net.load_state_dict(state, strict=True)
+        with torch.no_grad():
+            assert tuple(net(torch.randn(1, 1, *size)).shape[2:]) == size
+
+
+def test_a_sample_does_not_depend_on_the_rest_of_its_batch() -> None:
+    net = network(0, deep_supervision=False)
+    x = torch.randn(3, 1, 16, 32, 32)
+    with torch.no_grad():
+        together = net(x)
+        alone = torch.cat([net(sample[None]) for sample in x])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_axes_are_not_interchanged() -> None:
+    """An anisotropic network treats its first axis differently from the other two, and those two alike in shape."""
+    net = network(2, deep_supervision=False)
+    x = torch.zeros(1, 1, 8, 32, 32)
+    x[0, 0, 4, 16, 16] = 1
+    with torch.no_grad():
+        stem = net.encoder.stems["2"].project
+        response = stem(x) - stem(torch.zeros_like(x))
+    touched = [int(response[0].abs().sum(dim=[d for d in range(4) if d != axis]).count_nonzero()) for axis in (1, 2, 3)]
+    assert touched == [1, 3, 3]
+
+
+def test_stems_of_a_universal_network_are_chosen_by_degree() -> None:
+    net = network(0, stems=(0, 1, 2), deep_supervision=False)
+    x = torch.randn(1, 1, 16, 32, 32)
+    with torch.no_grad():
+        isotropic = net(x)
+        net.use_anisotropy(2)
+        anisotropic = net(x)
+    assert isotropic.shape == anisotropic.shape
+    assert not torch.allclose(isotropic, anisotropic)
+    with pytest.raises(ValueError, match="no stem for degree of anisotropy 1"):
+        network(0).use_anisotropy(1)
+
+
+def test_segmentation_layers_run_from_coarse_to_fine_as_in_nnunet() -> None:
+    layers = network(1).decoder.seg_layers
+    assert [layer.in_channels for layer in layers] == [16, 8, 4, 4]
+    assert all(layer.out_channels == 3 for layer in layers)
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    net = network(1).train()
+    sum(o.square().mean() for o in net(torch.randn(2, 1, 16, 32, 32))).backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None] == []
+
+
+def test_checkpointing_changes_neither_gradients_nor_running_statistics() -> None:
+    plain, checkpointed = (network(1, dropout_per_stage=(0.0,) * 5, drop_path=0.0).train() for _ in range(2))
+    checkpointed.checkpointing = True
+    x = torch.randn(2, 1, 16, 32, 32)
+    for net in (plain, checkpointed):
+        sum(o.square().mean() for o in net(x)).backward()
+    for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, msg=name)
+    for (name, a), b in zip(plain.named_buffers(), checkpointed.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_checkpointing_recomputes_with_the_same_dropout() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        net = network(1, checkpointing=checkpointing).train()
+        torch.manual_seed(1)
+        sum(o.square().mean() for o in net(torch.randn(2, 1, 16, 32, 32))).backward()
+        gradients.append(net.encoder.stage2.conv[2].weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+def test_all_wrong_arguments_are_named_at_once() -> None:
+    with pytest.raises(ValueError) as error:
+        network(0, features_per_stage=(4, 4, 9, 16, 32), dropout_per_stage=(0.1,), stems=(1,))
+    message = str(error.value)
+    assert "features_per_stage[2] = 9" in message and "dropout_per_stage needs 5" in message and "stems" in message
+
+
+def test_strides_of_other_topologies_are_refused() -> None:
+    with pytest.raises(ValueError, match="not supported by this network"):
+        network(0, strides=[[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]])

@@ -1,0 +1,103 @@
+"""Window attention: partition, relative positions, masks, and blocks in a larger context."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nnunetv2_misfm.architectures.window_attention import (
+    SwinBlock,
+    attend,
+    fit_window,
+    merge_windows,
+    partition_windows,
+    relative_position_index,
+    shifted_window_mask,
+)
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("size", [(6, 6, 6), (12, 6, 18), (7, 13, 5), (1, 2, 3)])
+def test_merging_undoes_partitioning(size: tuple[int, int, int]) -> None:
+    x = torch.randn(2, *size, 3)
+    windows, padded = partition_windows(x, 3)
+    assert windows.shape[2] == 27 and all(n % 3 == 0 for n in padded)
+    assert torch.equal(merge_windows(windows, 3, padded, size), x)
+
+
+def test_small_maps_shrink_the_window_and_drop_the_shift() -> None:
+    assert fit_window((12, 12, 12), 6) == (6, 3)
+    assert fit_window((6, 12, 12), 6) == (6, 0)
+    assert fit_window((3, 4, 3), 6) == (3, 0)
+
+
+def test_relative_positions_are_told_apart() -> None:
+    index = relative_position_index(3, 3, CPU)
+    position = torch.stack(torch.meshgrid(*[torch.arange(3)] * 3, indexing="ij")).flatten(1).T
+    offsets = {}
+    for q in range(27):
+        for k in range(27):
+            offsets.setdefault(tuple((position[q] - position[k]).tolist()), set()).add(int(index[q, k]))
+    assert len(offsets) == 125 and all(len(rows) == 1 for rows in offsets.values())
+    assert len(set.union(*offsets.values())) == 125
+
+
+def test_a_smaller_window_uses_the_centre_of_the_table() -> None:
+    small, full = relative_position_index(2, 4, CPU), relative_position_index(4, 4, CPU)
+    inside = [(x * 4 + y) * 4 + z for x in range(2) for y in range(2) for z in range(2)]
+    assert torch.equal(small, full[inside][:, inside])
+
+
+def test_mask_separates_exactly_what_the_shift_brought_together() -> None:
+    mask = shifted_window_mask((4, 4, 4), 2, 1, CPU)
+    regions = torch.zeros(4, 4, 4)
+    for axis in range(3):
+        regions.select(axis, 3).add_(10**axis)
+    ids = partition_windows(regions[None, ..., None], 2)[0][0, :, :, 0]
+    assert torch.equal(torch.isinf(mask), ids[:, None, :] != ids[:, :, None])
+
+
+@pytest.mark.parametrize(("shifted", "start"), [(False, 3), (True, 1)])
+def test_a_block_gives_a_window_the_same_result_in_a_larger_context(shifted: bool, start: int) -> None:
+    """Windows of the shifted block begin half a window earlier; a region aligned with them sees nothing else."""
+    torch.manual_seed(0)
+    block = SwinBlock(8, 2, 3, shifted, 0.0, 0.0, 2.0).eval()
+    aligned = SwinBlock(8, 2, 3, False, 0.0, 0.0, 2.0).eval()
+    aligned.load_state_dict(block.state_dict())
+    x = torch.randn(1, 9, 12, 9, 8)
+    region = slice(start, start + 3)
+    with torch.no_grad():
+        context = block(x)[:, region, region, region]
+        alone = aligned(x[:, region, region, region])
+    torch.testing.assert_close(context, alone)
+
+
+def test_explicit_attention_of_training_equals_the_fused_one() -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 4, 2, 27, 8).unbind(0)
+    bias = torch.randn(1, 2, 27, 27)
+    explicit = attend(query, key, value, bias, 0.0)
+    with torch.no_grad():
+        fused = attend(query, key, value, bias, 0.0)
+    torch.testing.assert_close(explicit, fused)
+
+
+def test_inference_mode_does_not_spoil_later_training() -> None:
+    """Masks and indices are remembered per shape; one made for prediction must still serve training."""
+    torch.manual_seed(0)
+    block = SwinBlock(8, 2, 4, True, 0.0, 0.0, 2.0)
+    x = torch.randn(1, 11, 9, 10, 8)
+    with torch.inference_mode():
+        block.eval()(x)
+    block.train()(x).sum().backward()
+    assert block.attention.relative_position_bias_table.grad is not None
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    block = SwinBlock(8, 2, 4, False, 0.0, 0.5, 2.0).train()
+    branch = torch.ones(4000, 1, 1, 1, 2)
+    dropped = block._drop_path(branch)
+    assert set(dropped.unique().tolist()) == {0.0, 2.0}
+    assert abs(dropped.mean().item() - 1) < 0.05

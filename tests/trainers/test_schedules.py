@@ -1,0 +1,43 @@
+"""Learning-rate schedules: shapes, stages, and that they know nothing but the epoch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nnunetv2_misfm.run_settings import FINETUNING_SCHEDULES, PRETRAINING_SCHEDULES
+from nnunetv2_misfm.trainers.schedules import StagedSchedule, stage_at
+
+
+def test_sawtooth_ramps_the_decoder_then_everything_then_decays() -> None:
+    stages = [stage_at("sawtooth", epoch, 100) for epoch in range(100)]
+    assert all(stage.encoder_frozen for stage in stages[:5]) and not stages[5].encoder_frozen
+    assert [round(stage.decoder_factor, 2) for stage in stages[:10]] == [0.2, 0.4, 0.6, 0.8, 1.0] * 2
+    assert stages[10].decoder_factor == stages[10].encoder_factor == 1
+    assert all(a.decoder_factor > b.decoder_factor for a, b in zip(stages[10:], stages[11:], strict=False))
+
+
+def test_halving_halves_after_each_fifth() -> None:
+    assert [stage_at("halving", epoch, 10).encoder_factor for epoch in range(10)] == [
+        1, 1, 0.5, 0.5, 0.25, 0.25, 0.125, 0.125, 0.0625, 0.0625,
+    ]  # fmt: skip
+
+
+def test_poly_is_nnunets() -> None:
+    assert stage_at("scratch", 250, 1000).decoder_factor == pytest.approx(0.75**0.9)
+
+
+@pytest.mark.parametrize("schedule", [*FINETUNING_SCHEDULES, *PRETRAINING_SCHEDULES])
+@pytest.mark.parametrize("num_epochs", [1, 2, 3, 5, 20, 1000])
+def test_the_decoder_always_trains(schedule: str, num_epochs: int) -> None:
+    for epoch in range(num_epochs):
+        stage = stage_at(schedule, epoch, num_epochs)
+        assert 0 < stage.decoder_factor <= 1 and 0 <= stage.encoder_factor <= 1
+
+
+def test_groups_get_the_learning_rates_of_their_part() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    groups = [{"params": parameters[:1], "name": "decoder"}, {"params": parameters[1:], "name": "encoder"}]
+    schedule = StagedSchedule(torch.optim.Adam(groups, lr=1.0), "decoder_only", 0.01, 10)
+    schedule.step(3)
+    assert schedule.get_last_lr() == [pytest.approx(0.01 * 0.7**0.9), 0]

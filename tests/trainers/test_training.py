@@ -1,0 +1,251 @@
+"""Both trainers through nnU-Net's own loop: what is trained, what is written, and that a resumed run is the same run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nnunet_dataset import NAME
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+
+from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.pretrain.cli import main as misfm_pretrain
+from nnunetv2_misfm.start_up import add_plugin_folder
+from nnunetv2_misfm.trainers.base import BaseTrainer
+from nnunetv2_misfm.transfer.checkpoint import CheckpointError, read_checkpoint
+from nnunetv2_misfm.transfer.cli import plan_main as misfm_plan
+
+CPU = torch.device("cpu")
+NETWORK = ["-features_per_stage", "4", "4", "8", "16", "32"]
+SHORT = ["-num_iterations_per_epoch", "2", "-num_val_iterations_per_epoch", "1"]
+
+
+def trainer(name: str, plans: str, fold: str | int = 0, continue_training: bool = False) -> BaseTrainer:
+    """A trainer as nnUNetv2_train makes it, found by name."""
+    add_plugin_folder()
+    made = get_trainer_from_args(NAME, "3d_fullres", fold, name, plans, continue_training, CPU)
+    maybe_load_checkpoint(made, continue_training, False)
+    return made
+
+
+def pretrain(num_epochs: int = 2, *more: str) -> Path:
+    add_plugin_folder()
+    misfm_pretrain(["-d", "4", "-device", "cpu", "-num_epochs", str(num_epochs), *NETWORK, *SHORT, *more])
+    return run_folder("VolumeFusionTrainer", "nnUNetMisFMPretrainPlans") / "fold_all" / "checkpoint_final.pth"
+
+
+def plan(*more: str, num_epochs: int = 2) -> None:
+    misfm_plan(["-d", "4", "-num_epochs", str(num_epochs), *SHORT, *more])
+
+
+def run_folder(trainer_name: str, plans: str) -> Path:
+    import os
+
+    return Path(os.environ["nnUNet_results"]) / NAME / f"{trainer_name}__{plans}__3d_fullres"
+
+
+def test_pretrain_plan_finetune_and_predict(nnunet: Path, tmp_path: Path) -> None:
+    """The main job: what pretraining learnt arrives, and stock nnU-Net rebuilds the result from its folder."""
+    checkpoint = pretrain()
+    pretrained = read_checkpoint(checkpoint)
+    assert pretrained["misfm"]["num_classes"] == 5
+    assert (checkpoint.parent / "fused_samples.png").stat().st_size > 1000
+    assert len((checkpoint.parent / "metrics.csv").read_text().splitlines()) == 3
+    assert len(json.loads((checkpoint.parent / "validation" / "summary.json").read_text())["dice"]) == 5
+
+    plan("-pretrained_weights", str(checkpoint))
+    run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
+    run.on_train_start()
+    weights = run.bare_network.state_dict()
+    for key, value in pretrained["network_weights"].items():
+        assert ".seg_layers." in key or torch.equal(weights[key], value), key
+    report = json.loads((Path(run.output_folder) / "transfer_report.json").read_text())
+    assert report["coverage"]["decoder"] == 1 and report["coverage"]["segmentation layers"] == 0
+    run.on_train_end()
+
+    checkpoint.rename(tmp_path / "moved.pth")
+    trained = trainer("MisFMTrainer", "nnUNetMisFMPlans", continue_training=True)
+    trained.run_training()
+    predictor = nnUNetPredictor(device=CPU, allow_tqdm=False, perform_everything_on_device=False)
+    predictor.initialize_from_trained_model_folder(str(run_folder("MisFMTrainer", "nnUNetMisFMPlans")), (0,))
+    (tmp_path / "out").mkdir()
+    image = nnunet / "nnUNet_raw" / NAME / "imagesTr" / "case_0_0000.nii.gz"
+    predictor.predict_from_files_sequential([[str(image)]], str(tmp_path / "out"), overwrite=True)
+    assert (tmp_path / "out" / "case_0.nii.gz").is_file()
+
+
+def test_an_ordinary_plan_trains_pctnet_and_the_results_folder_rebuilds_it(nnunet: Path) -> None:
+    run = trainer("MisFMTrainer", "nnUNetPlans")
+    run.num_epochs, run.num_iterations_per_epoch, run.num_val_iterations_per_epoch = 1, 1, 1
+    run.run_training()
+    kept = json.loads((run_folder("MisFMTrainer", "nnUNetPlans") / "plans.json").read_text())
+    entry = kept["configurations"]["3d_fullres"]["architecture"]
+    assert entry["network_class_name"] == "nnunetv2_misfm.architectures.PCTNet"
+    stock = json.loads((nnunet / "nnUNet_preprocessed" / NAME / "nnUNetPlans.json").read_text())
+    assert "PlainConvUNet" in stock["configurations"]["3d_fullres"]["architecture"]["network_class_name"]
+    predictor = nnUNetPredictor(device=CPU, allow_tqdm=False, perform_everything_on_device=False)
+    predictor.initialize_from_trained_model_folder(str(run_folder("MisFMTrainer", "nnUNetPlans")), (0,))
+    assert type(predictor.network).__name__ == "PCTNet"
+
+
+def test_all_four_outputs_are_trained(nnunet: Path) -> None:
+    plan(*NETWORK)
+    run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
+    run.initialize()
+    data = torch.randn(1, 1, 24, 32, 24)
+    outputs = run.network(data)
+    targets = [torch.zeros(1, 1, *output.shape[2:]) for output in outputs]
+    assert len(outputs) == len(run._get_deep_supervision_scales()) == 4
+    run.loss(outputs, targets).backward()
+    assert all(layer.weight.grad.abs().sum() > 0 for layer in run.bare_network.decoder.seg_layers)
+
+
+def test_losses_fall_on_a_dataset_that_is_easy(nnunet: Path) -> None:
+    plan(*NETWORK, "-num_iterations_per_epoch", "20", num_epochs=2)
+    run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
+    run.run_training()
+    losses = run.logger.get_value("train_losses", step=None)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_resumed_pretraining_equals_an_uninterrupted_one(nnunet: Path) -> None:
+    whole = read_checkpoint(pretrain(3))
+
+    pretrain(3, "--overwrite", "-overwrite_plans_name", "Interrupted", "--only_prepare")
+    first = trainer("VolumeFusionTrainer", "Interrupted", "all")
+    first.on_train_start()
+    _run_epochs(first, 2)
+    first.save_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
+    # nnU-Net counts the epoch up before a checkpoint is written at the end of a run.
+    content = read_checkpoint(Path(first.output_folder) / "checkpoint_latest.pth")
+    assert content["current_epoch"] == 3
+    first.current_epoch -= 1
+    first.save_checkpoint(str(Path(first.output_folder) / "checkpoint_latest.pth"))
+
+    second = trainer("VolumeFusionTrainer", "Interrupted", "all", continue_training=True)
+    assert second.current_epoch == 2
+    second.run_training()
+    resumed = read_checkpoint(Path(second.output_folder) / "checkpoint_final.pth")
+    for key, value in whole["network_weights"].items():
+        assert torch.equal(value, resumed["network_weights"][key]), key
+
+
+def _run_epochs(run: Any, count: int) -> None:
+    for _ in range(count):
+        run.on_epoch_start()
+        run.on_train_epoch_start()
+        run.on_train_epoch_end(
+            [run.train_step(next(run.dataloader_train)) for _ in range(run.num_iterations_per_epoch)]
+        )
+        with torch.no_grad():
+            run.on_validation_epoch_start()
+            steps = range(run.num_val_iterations_per_epoch)
+            run.on_validation_epoch_end([run.validation_step(next(run.dataloader_val)) for _ in steps])
+        run.on_epoch_end()
+
+
+def test_a_missing_checkpoint_is_an_error_not_a_start_from_scratch(nnunet: Path) -> None:
+    checkpoint = pretrain(1)
+    plan("-pretrained_weights", str(checkpoint))
+    checkpoint.unlink()
+    with pytest.raises(CheckpointError, match="does not exist"):
+        trainer("MisFMTrainer", "nnUNetMisFMPlans").on_train_start()
+
+
+def test_a_changed_checkpoint_is_noticed(nnunet: Path) -> None:
+    checkpoint = pretrain(1)
+    plan("-pretrained_weights", str(checkpoint))
+    pretrain(1, "--overwrite", "-seed", "1")
+    with pytest.raises(CheckpointError, match="not the file the plan was made with"):
+        trainer("MisFMTrainer", "nnUNetMisFMPlans").on_train_start()
+
+
+def test_the_scratch_twin_differs_in_nothing_but_the_weights(nnunet: Path) -> None:
+    checkpoint = pretrain(1)
+    plan("-pretrained_weights", str(checkpoint), "-schedule", "sawtooth")
+    plan(
+        "-pretrained_weights",
+        str(checkpoint),
+        "-schedule",
+        "sawtooth",
+        "--from_scratch",
+        "-overwrite_plans_name",
+        "Twin",
+    )
+    folder = nnunet / "nnUNet_preprocessed" / NAME
+    ours, twin = (json.loads((folder / f"{name}.json").read_text()) for name in ("nnUNetMisFMPlans", "Twin"))
+    assert ours.pop("pretrain_info")["checkpoint_path"] is not None
+    assert twin.pop("pretrain_info")["checkpoint_path"] is None
+    for plans in (ours, twin):
+        plans["configurations"]["3d_fullres"].pop("data_identifier")
+        plans.pop("plans_name")
+    assert ours == twin
+
+
+def test_planning_leaves_the_stock_data_alone(nnunet: Path) -> None:
+    stock = nnunet / "nnUNet_preprocessed" / NAME / "nnUNetPlans_3d_fullres"
+    before = {path.name: path.read_bytes() for path in stock.iterdir()}
+    plan(*NETWORK)
+    assert {path.name: path.read_bytes() for path in stock.iterdir()} == before
+    entry = json.loads((stock.parent / "nnUNetMisFMPlans.json").read_text())["configurations"]["3d_fullres"]
+    assert entry["data_identifier"] == "nnUNetMisFMPlans_3d_fullres"
+    assert sorted(p.name for p in (stock.parent / "nnUNetMisFMPlans_3d_fullres").iterdir()) == sorted(before)
+
+
+def test_finished_runs_are_not_overwritten(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = pretrain(1)
+    before = checkpoint.read_bytes()
+    with pytest.raises(SystemExit):
+        pretrain(1)
+    assert "holds a finished run" in capsys.readouterr().err
+    assert checkpoint.read_bytes() == before
+
+
+def test_2d_configurations_get_a_clear_error(nnunet: Path) -> None:
+    add_plugin_folder()
+    with pytest.raises(PlanError, match="is 2D"):
+        get_trainer_from_args(NAME, "2d", 0, "MisFMTrainer", "nnUNetPlans", False, CPU)
+    assert not list((nnunet / "nnUNet_results").rglob("fold_0"))
+
+
+def test_volume_fusion_takes_fold_all_only(nnunet: Path) -> None:
+    with pytest.raises(PlanError, match="fold all"):
+        trainer("VolumeFusionTrainer", "nnUNetPlans", 0)
+
+
+def test_volume_fusion_pretrains_the_network_of_the_plan_too(nnunet: Path) -> None:
+    misfm_pretrain(["-d", "4", "-device", "cpu", "-network", "plan", "-num_epochs", "1", *SHORT])
+    folder = run_folder("VolumeFusionTrainer", "nnUNetMisFMPretrainPlans") / "fold_all"
+    info = read_checkpoint(folder / "checkpoint_final.pth")["misfm"]
+    assert "PlainConvUNet" in info["network_class_name"]
+
+
+def test_too_little_memory_names_the_remedy(nnunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan(*NETWORK)
+    run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
+    run.initialize()
+    needed = {on: run._estimate(checkpointing=on) for on in (False, True)}
+    assert needed[True] < needed[False]
+    monkeypatch.setattr("nnunetv2_misfm.trainers.base._memory_of", lambda device: (needed[True] + needed[False]) // 2)
+    run._fit_into_memory()
+    assert run.bare_network.checkpointing
+    monkeypatch.setattr("nnunetv2_misfm.trainers.base._memory_of", lambda device: needed[True] // 2)
+    with pytest.raises(PlanError, match="misfm_plan .* -gpu_memory_target"):
+        run._fit_into_memory()
+
+
+def test_a_frozen_encoder_keeps_weights_and_statistics(nnunet: Path) -> None:
+    plan(*NETWORK, "-schedule", "decoder_only")
+    run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
+    run.on_train_start()
+    before = {name: value.clone() for name, value in run.bare_network.state_dict().items()}
+    run.on_epoch_start()
+    run.on_train_epoch_start()
+    run.train_step(next(run.dataloader_train))
+    after = run.bare_network.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items() if name.startswith("encoder."))
+    assert not torch.equal(after["decoder.up2.merge.2.weight"], before["decoder.up2.merge.2.weight"])

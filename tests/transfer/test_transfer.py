@@ -1,0 +1,129 @@
+"""Transfer: every parameter is accounted for, and what is adapted keeps its function."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from torch import nn
+
+from nnunetv2_misfm.architectures import PCTNet
+from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.transfer.transfer import TransferError, part_of, transfer
+
+SMALL = {"features_per_stage": (4, 4, 8, 16, 32), "num_heads": (2, 2, 4), "window_size": 3}
+
+
+def network(seed: int, input_channels: int = 1, num_classes: int = 5, anisotropy: int = 1, **changes: object) -> PCTNet:
+    torch.manual_seed(seed)
+    arguments = {"strides": strides_of(anisotropy), **SMALL, **changes}
+    return PCTNet(input_channels, num_classes, **arguments).eval()  # type: ignore[arg-type]
+
+
+def test_everything_but_the_segmentation_layers_arrives() -> None:
+    source, target = network(0), network(1, num_classes=3)
+    fresh = {name: p.clone() for name, p in target.named_parameters() if ".seg_layers." in name}
+    weights, report = transfer(source.state_dict(), "source", target)
+    target.load_state_dict(weights)
+    for name, parameter in target.named_parameters():
+        expected = fresh[name] if name in fresh else dict(source.named_parameters())[name]
+        assert torch.equal(parameter, expected), name
+    assert report.coverage(["stem", "encoder", "decoder"]) == 1
+    assert report.coverage(["segmentation layers"]) == 0
+
+
+def test_batchnorm_statistics_arrive_too() -> None:
+    source, target = network(0), network(1)
+    source.train()(torch.randn(2, 1, 8, 32, 32))
+    target.load_state_dict(transfer(source.state_dict(), "source", target)[0])
+    for (name, a), b in zip(source.named_buffers(), target.buffers(), strict=True):
+        if ".seg_layers." not in name:
+            assert torch.equal(a, b), name
+
+
+def test_more_input_channels_keep_the_response_to_a_repeated_image() -> None:
+    source, target = network(0), network(1, input_channels=3)
+    target.load_state_dict(transfer(source.state_dict(), "source", target)[0])
+    x = torch.randn(1, 1, 8, 32, 32)
+    with torch.no_grad():
+        a = source.encoder(x, 1, False)
+        b = target.encoder(x.repeat(1, 3, 1, 1, 1), 1, False)
+    for mine, theirs in zip(a, b, strict=True):
+        assert (mine - theirs).norm() / mine.norm() < 1e-5
+
+
+def test_the_right_stem_of_a_universal_checkpoint_is_taken() -> None:
+    source, target = network(0, anisotropy=0, stems=(0, 1, 2)), network(1, anisotropy=2)
+    weights, report = transfer(source.state_dict(), "source", target)
+    assert torch.equal(weights["encoder.stems.2.project.weight"], source.encoder.stems["2"].project.weight)
+    assert report.coverage(["stem", "encoder", "decoder"]) == 1
+
+
+def test_too_little_coverage_is_an_error_that_names_the_mismatches() -> None:
+    source = network(0, features_per_stage=(4, 8, 8, 16, 32))
+    with pytest.raises(TransferError) as error:
+        transfer(source.state_dict(), "source.pth", network(1))
+    message = str(error.value)
+    assert "source.pth covers" in message and "[4, 4, 1, 3, 3]" not in message.splitlines()[0]
+    assert "shape [8" in message and "-min_coverage" in message
+
+
+def test_renamed_keys_never_end_as_a_silent_start_from_scratch() -> None:
+    renamed = {f"net.{key}": value for key, value in network(0).state_dict().items()}
+    with pytest.raises(TransferError, match="covers 0.00 %"):
+        transfer(renamed, "source", network(1))
+
+
+def test_encoder_only_leaves_the_decoder_as_it_was() -> None:
+    source, target = network(0), network(1)
+    weights, report = transfer(source.state_dict(), "source", target, encoder_only=True)
+    assert torch.equal(weights["decoder.up2.merge.2.weight"], target.decoder.up2.merge[2].weight)
+    assert report.coverage(["encoder", "stem"]) == 1 and report.coverage(["decoder"]) == 0
+
+
+def test_a_lower_threshold_lets_a_partial_transfer_through() -> None:
+    source = {k: v for k, v in network(0).state_dict().items() if k.startswith("encoder.")}
+    _, report = transfer(source, "source", network(1), min_coverage=0.3)
+    assert 0.3 <= report.coverage(["stem", "encoder", "decoder"]) < 1
+
+
+def test_the_target_is_not_changed() -> None:
+    target = network(1)
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    transfer(network(0).state_dict(), "source", target)
+    assert all(torch.equal(before[name], value) for name, value in target.state_dict().items())
+
+
+def test_parameters_that_nnunet_lists_twice_are_counted_once() -> None:
+    torch.manual_seed(0)
+    arguments = dict(n_stages=3, features_per_stage=[4, 8, 16], conv_op=nn.Conv3d, kernel_sizes=3, strides=[1, 2, 2])
+    arguments |= dict(n_conv_per_stage=1, n_conv_per_stage_decoder=1, conv_bias=True, norm_op=nn.InstanceNorm3d)
+    arguments |= dict(norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU, deep_supervision=True)
+    source, target = PlainConvUNet(1, num_classes=5, **arguments), PlainConvUNet(1, num_classes=3, **arguments)
+    weights, report = transfer(source.state_dict(), "source", target)
+    target.load_state_dict(weights)
+    assert sum(entry.numel for entry in report.entries) == sum(p.numel() for p in target.parameters())
+    assert torch.equal(
+        target.decoder.encoder.stages[0][0].convs[0].conv.weight, source.encoder.stages[0][0].convs[0].conv.weight
+    )
+
+
+def test_table_fits_a_terminal_and_names_every_part() -> None:
+    _, report = transfer(network(0).state_dict(), "checkpoint_final.pth", network(1))
+    lines = report.table().splitlines()
+    assert max(map(len, lines[:7])) <= 80
+    assert [line.split("  ")[0] for line in lines[2:7]] == [
+        "stem",
+        "encoder",
+        "decoder",
+        "segmentation layers",
+        "total",
+    ]
+
+
+def test_parts_by_name() -> None:
+    assert part_of("encoder.stems.1.project.weight") == "stem"
+    assert part_of("encoder.stage2.conv.0.weight") == "encoder"
+    assert part_of("decoder.encoder.stages.0.0.convs.0.conv.weight") == "encoder"
+    assert part_of("decoder.pre_seg2.0.weight") == "decoder"
+    assert part_of("decoder.seg_layers.0.weight") == "segmentation layers"
