@@ -171,7 +171,7 @@ def test_from_pythonpath_it_gives_the_command_that_mends_the_search_path(tmp_pat
     (remedy,) = [line.strip() for line in wrong.splitlines() if "-> export nnUNet_extTrainer=" in line]
     value = shlex.split(remedy)[-1].partition("=")[2]
     mended = run_doctor(python, PYTHONPATH=SOURCE, nnUNet_extTrainer=value).stdout
-    assert value == os.pathsep.join(["/tmp", str(doctor.PLUGIN_FOLDER)])
+    assert value == os.pathsep.join(["/tmp", str(REPOSITORY / "nnunetv2_misfm" / "nnunet_plugin")])
     assert "(PYTHONPATH, a copied folder)" in wrong and "does not hold the trainers" not in mended
 
 
