@@ -1,4 +1,4 @@
-"""Errors that a user can do something about. Commands print their message alone; a traceback is for our own mistakes."""
+"""Errors that a user can do something about: commands print the message alone, without a traceback."""
 
 from __future__ import annotations
 

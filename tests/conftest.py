@@ -13,6 +13,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_extTrainer", "nnUNet_misfm_off"):
     os.environ.pop(variable, None)
 os.environ["MPLBACKEND"] = "Agg"
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # tests that run side by side must not take each other's cores
 
 
 @pytest.fixture(scope="session")

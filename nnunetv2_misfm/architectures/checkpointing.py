@@ -19,6 +19,11 @@ def run_module(module: nn.Module, *inputs: Tensor, checkpointed: bool) -> Tensor
     return checkpoint(module, *inputs, use_reentrant=False, context_fn=partial(_contexts, module))
 
 
+def set_checkpointing(network: nn.Module, on: bool) -> None:
+    """Switch activation checkpointing of a network that offers it."""
+    network.checkpointing = on  # type: ignore[assignment] # torch types every attribute of a module as a tensor or module
+
+
 def _contexts(module: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
     return nullcontext(), _frozen_running_statistics(module)
 
@@ -36,5 +41,5 @@ def _frozen_running_statistics(module: nn.Module) -> Iterator[None]:
     finally:
         for norm, momentum, count in zip(norms, momenta, counts, strict=True):
             norm.momentum = momentum
-            if count is not None:
+            if count is not None and norm.num_batches_tracked is not None:
                 norm.num_batches_tracked.copy_(count)

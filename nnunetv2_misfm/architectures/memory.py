@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from nnunetv2_misfm.architectures.checkpointing import set_checkpointing
+
 # Weights, gradients and Adam's two moments, in float32.
 _BYTES_PER_PARAMETER = 16
 # Under autocast most, not all, kept activations are half as wide: norms and the loss stay in float32.
@@ -58,7 +60,7 @@ def estimate_training_memory(
         activations = _kept_bytes(network, x)
     else:
         largest = _largest_segment(network, x)
-        network.checkpointing = True
+        set_checkpointing(network, True)
         # One segment at a time is recomputed while the inputs of all of them are kept.
         activations = _kept_bytes(network, x) + largest
     if autocast:

@@ -8,7 +8,8 @@ largest spacing first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +153,7 @@ class Encoder(nn.Module):
         def run(module: nn.Module, value: Tensor) -> Tensor:
             return run_module(module, value, checkpointed=checkpointed)
 
-        stem = self.stems[str(anisotropy)]
+        stem = cast(Stem, self.stems[str(anisotropy)])
         x0 = run(stem.stage0, stem.project(x))
         x1 = run(stem.stage1, run(stem.down1, x0))
         x2 = run(self.stage2, run(stem.down2, x1))
@@ -194,7 +195,7 @@ class Decoder(nn.Module):
             return run_module(module, *values, checkpointed=checkpointed)
 
         x0, x1, x2, x3, x4 = skips
-        head = self.heads[str(anisotropy)]
+        head = cast(Head, self.heads[str(anisotropy)])
         d3 = run(self.stage3, run(self.up3, x3, x4))
         d2 = run(self.stage2, run(self.up2, x2, d3))
         d1 = run(head.stage1, run(head.up1, x1, d2))
@@ -278,6 +279,15 @@ class PCTNet(nn.Module):
             num_classes,
             deep_supervision,
         )
+        self.to(memory_format=torch.channels_last_3d)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PCTNet:
+        # Convolutions follow the memory format of their weights. Channels-last is faster on the CPU (the narrow stages
+        # twice as fast); elsewhere the weights take PyTorch's default format.
+        super()._apply(fn, recurse)
+        if next(self.parameters()).device.type not in ("cpu", "meta"):
+            super()._apply(lambda t: t.contiguous() if t.ndim == 5 else t, recurse)
+        return self
 
     def use_anisotropy(self, anisotropy: int) -> None:
         """Choose which of the built stems and heads the next forward passes go through."""

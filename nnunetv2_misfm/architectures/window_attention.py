@@ -9,6 +9,7 @@ smaller window indexes into its centre, so that no parameter depends on the patc
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from functools import lru_cache
 
 import torch
@@ -92,13 +93,13 @@ def shifted_window_mask(padded: Size3, window: int, shift: int, device: torch.de
 
 
 @lru_cache(maxsize=64)
-def _cached(function, *arguments):  # noqa: ANN001, ANN002, ANN202 - a memo of the two pure functions above
+def _cached(function: Callable[..., Tensor], *arguments: Hashable) -> Tensor:
     # A tensor made inside inference mode could never take part in training afterwards.
     with torch.inference_mode(False), torch.no_grad():
         return function(*arguments)
 
 
-def _once_per_shape(function, *arguments):  # noqa: ANN001, ANN002, ANN202
+def _once_per_shape(function: Callable[..., Tensor], *arguments: Hashable) -> Tensor:
     # The compiler traces through and folds the result itself; a cache would only be a side effect to it.
     return function(*arguments) if torch.compiler.is_compiling() else _cached(function, *arguments)
 

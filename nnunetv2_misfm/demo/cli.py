@@ -8,11 +8,12 @@ import shutil
 from pathlib import Path
 from time import perf_counter
 
+from nnunetv2_misfm.cpu_threads import keep_cores_free
 from nnunetv2_misfm.errors import PlanError, exit_with_message
 
 PLANS = {"pretrained": "nnUNetMisFMPlans", "from scratch": "nnUNetMisFMScratchPlans"}
 _NUM_VOLUMES, _NUM_TRAINING, _NUM_TEST = 16, 6, 3
-_PRETRAINING_EPOCHS, _FINETUNING_EPOCHS, _ITERATIONS = 8, 8, 20
+_PRETRAINING_EPOCHS, _FINETUNING_EPOCHS, _ITERATIONS = 8, 8, 18
 _NETWORK = ("-features_per_stage", "4", "8", "16", "32", "64")
 _PATCH = ("-patch_size", "32", "48", "48", "-batch_size", "2")
 
@@ -73,6 +74,7 @@ def _use_folders(folder: Path) -> None:
     os.environ["nnUNet_def_n_proc"] = "1"
     os.environ["nnUNet_n_proc_DA"] = "1"
     os.environ["nnUNet_compile"] = "0"
+    keep_cores_free()
     os.environ.setdefault("MPLBACKEND", "Agg")
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-SHAPE = (40, 72, 72)
-SPACING_ZYX = (5.0, 4.5, 4.5)
+SHAPE = (32, 56, 56)
+SPACING_ZYX = (6.0, 6.0, 6.0)
 LABELS = {"background": 0, "liver": 1, "spleen": 2, "kidney": 3}
 
 

@@ -6,12 +6,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import matplotlib
 import numpy as np
 import SimpleITK as sitk
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 
 from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
 
@@ -91,7 +92,7 @@ Fused samples, their labels and the pretrained network's answers:
 
 def _picture(pretraining: Path, arms: Sequence[Arm], images: Path, labels: Path) -> Figure:
     figure = Figure(figsize=(11, 7.5), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1, 1.15])
+    top, bottom = cast(Sequence[SubFigure], figure.subfigures(2, 1, height_ratios=[1, 1]))
     left, right = top.subplots(1, 2)
     log = read_checkpoint(pretraining / "checkpoint_final.pth")["logging"]
     _curve(left, log["train_losses"], "training")

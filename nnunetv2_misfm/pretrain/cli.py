@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2_misfm.architectures.plan_entry import NETWORKS
+from nnunetv2_misfm.cpu_threads import keep_cores_free
 from nnunetv2_misfm.datasets import nnunet_folder, preprocessed_dataset, read_plans, write_json
 from nnunetv2_misfm.errors import PlanError, exit_with_message
 from nnunetv2_misfm.run_settings import BLOCK, OPTIMIZERS, PRETRAINING_SCHEDULES, PretrainingSettings
@@ -36,6 +37,7 @@ FUSION_OPTIONS = ("geometry", "num_fusion_classes")
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of misfm_pretrain."""
     options = _parser().parse_args(arguments)
+    keep_cores_free()
     exit_with_message("misfm_pretrain", lambda: pretrain(options))
 
 

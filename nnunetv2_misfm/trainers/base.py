@@ -15,6 +15,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
+from nnunetv2_misfm.architectures.checkpointing import set_checkpointing
 from nnunetv2_misfm.architectures.memory import estimate_training_memory
 from nnunetv2_misfm.architectures.plan_entry import architecture_entry, degree_of_anisotropy
 from nnunetv2_misfm.architectures.resolution import total_strides
@@ -34,6 +35,7 @@ from nnunetv2_misfm.transfer.checkpoint import (
 )
 from nnunetv2_misfm.transfer.transfer import part_of
 
+_FIRST_LOSSES = 5
 CUDA = torch.device("cuda")  # nnU-Net's default device
 
 
@@ -86,6 +88,7 @@ class BaseTrainer(nnUNetTrainer):
         self.num_val_iterations_per_epoch = self.settings.num_val_iterations_per_epoch
         self.initial_lr = self.settings.initial_lr
         self.weight_decay = self.settings.weight_decay
+        self._steps_done = 0
         self.save_every = min(50, max(1, self.num_epochs // 20))
 
     @property
@@ -144,7 +147,7 @@ class BaseTrainer(nnUNetTrainer):
         # The decoder comes first because nnU-Net logs the learning rate of the first group, and the decoder always
         # trains.
         named = [{"params": params, "name": name} for name, params in groups.items()]
-        common = {"lr": self.initial_lr, "weight_decay": self.weight_decay}
+        common: dict[str, Any] = {"lr": self.initial_lr, "weight_decay": self.weight_decay}
         if self.settings.optimizer == "sgd":
             optimizer: torch.optim.Optimizer = torch.optim.SGD(named, momentum=0.99, nesterov=True, **common)
         elif self.settings.optimizer == "adamw":
@@ -163,6 +166,14 @@ class BaseTrainer(nnUNetTrainer):
                 if isinstance(module, nn.modules.batchnorm._BatchNorm) and part_of(name + ".") in ("stem", "encoder"):
                     module.eval()
 
+    def train_step(self, batch: Any) -> dict:
+        """As in nnU-Net; the first losses are printed, because a first epoch can take long."""
+        result = super().train_step(batch)
+        self._steps_done += 1
+        if self._steps_done <= _FIRST_LOSSES:
+            self.print_to_log_file(f"Iteration {self._steps_done}: loss {float(result['loss']):.4f}")
+        return result
+
     # ---------------------------------------------------------------- memory
 
     def on_train_start(self) -> None:
@@ -176,7 +187,7 @@ class BaseTrainer(nnUNetTrainer):
         if not hasattr(self.bare_network, "checkpointing"):
             return
         if self.settings.checkpointing != "auto":
-            self.bare_network.checkpointing = self.settings.checkpointing == "on"
+            set_checkpointing(self.bare_network, self.settings.checkpointing == "on")
             return
         available = _memory_of(self.device)
         needed = {on: self._estimate(checkpointing=on) for on in (False, True)}
@@ -191,7 +202,7 @@ class BaseTrainer(nnUNetTrainer):
                 f"with: misfm_plan -d {self.plans_manager.dataset_name} -c {self.configuration_name} "
                 f"-gpu_memory_target {int(available / 2**30)}"
             )
-        self.bare_network.checkpointing = True
+        set_checkpointing(self.bare_network, True)
         self.print_to_log_file(
             f"Activation checkpointing is on: a step needs about {gigabytes[False]} without it and {gigabytes[True]} "
             f"with it; {self.device} has {available / 2**30:.1f} GB."

@@ -56,7 +56,7 @@ class VolumeFusionTrainer(BaseTrainer):
         dataset_json: dict,
         device: torch.device = CUDA,
     ):
-        if fold != "all":
+        if str(fold) != "all":
             raise PlanError(f"Volume Fusion pretrains on all volumes: use fold all instead of {fold}.")
         block = plans.get(BLOCK) or {}
         groups = block if block.get("task") == PretrainingSettings.TASK else {}
@@ -76,9 +76,8 @@ class VolumeFusionTrainer(BaseTrainer):
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """Training and validation volumes: a stable hold-out of 5 % (at most 50), none in pools under 10 volumes."""
-        if self.dataset_class is None:
-            self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
-        return hold_out(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder))
+        dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        return hold_out(dataset_class.get_identifiers(self.preprocessed_dataset_folder))
 
     def get_dataloaders(self) -> tuple[TimedIterator, TimedIterator]:
         """Iterators over batches of crop pairs; training goes on from the current epoch."""

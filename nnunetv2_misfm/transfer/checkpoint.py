@@ -182,9 +182,11 @@ def plain(value: Any) -> Any:
 
 
 def _numpy_scalars() -> list[Any]:
-    scalar = np.float64(0).__reduce__()[0]
+    scalar: Any = np.float64(0).__reduce__()[0]
+    # The function's module was renamed in numpy 2; files name it as the numpy that wrote them did.
+    names = [(scalar, f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")]
     dtypes = {type(np.dtype(name)) for name in ("float64", "float32", "float16", "int64", "int32", "bool")}
-    return [scalar, np.dtype, np.ndarray, *dtypes]
+    return [*names, np.dtype, *dtypes]
 
 
 def _first_line(error: BaseException) -> str:

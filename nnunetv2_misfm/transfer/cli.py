@@ -65,8 +65,8 @@ def plan(options: argparse.Namespace) -> None:
 
 
 def _settings(options: argparse.Namespace, scratch: bool) -> FinetuningSettings:
-    names = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "optimizer", "initial_lr")
-    names += ("weight_decay", "schedule", "checkpointing", "seed", "min_coverage", "encoder_only")
+    names = ["num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "optimizer", "initial_lr"]
+    names += ["weight_decay", "schedule", "checkpointing", "seed", "min_coverage", "encoder_only"]
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     given.setdefault("schedule", "scratch" if scratch else "sawtooth")
     return read_settings(FinetuningSettings, given, "The run settings")

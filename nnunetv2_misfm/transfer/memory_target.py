@@ -64,8 +64,8 @@ def fit_to_memory(plans: dict[str, Any], configuration: str, dataset_json: Mappi
             _shrink(entry, strides, gigabytes, needed())
     plans[BLOCK]["checkpointing"] = "on" if checkpointing else plans[BLOCK]["checkpointing"]
     return (
-        f"{configuration}: patch size {entry['patch_size']}, batch size {entry['batch_size']}, activation "
-        f"checkpointing {'on' if checkpointing else 'off'}: about {needed():.1f} of {gigabytes:g} GB under mixed precision."
+        f"{configuration}: patch size {entry['patch_size']}, batch size {entry['batch_size']}, activation checkpointing"
+        f" {'on' if checkpointing else 'off'}: about {needed():.1f} of {gigabytes:g} GB under mixed precision."
     )
 
 

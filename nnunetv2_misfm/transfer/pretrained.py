@@ -70,7 +70,8 @@ def load_source(info: Mapping[str, Any]) -> tuple[dict[str, Tensor], Path]:
     if not path.is_file():
         raise CheckpointError(
             f"The pretrained checkpoint {info['checkpoint_path']} named in the plan does not exist (looked for "
-            f"{path}). Put it back, or plan again with misfm_plan -pretrained_weights; misfm_plan --from_scratch plans without."
+            f"{path}). Put it back, or plan again with misfm_plan -pretrained_weights; misfm_plan --from_scratch "
+            f"plans without."
         )
     source = read_source(path)
     expected = info.get("sha256")

@@ -1,4 +1,4 @@
-"""Both trainers through nnU-Net's own loop: what is trained, what is written, and that a resumed run is the same run."""
+"""Both trainers through nnU-Net's own loop: what is trained and written, and that a resumed run is the same run."""
 
 from __future__ import annotations
 

@@ -96,9 +96,9 @@ def test_the_target_is_not_changed() -> None:
 
 def test_parameters_that_nnunet_lists_twice_are_counted_once() -> None:
     torch.manual_seed(0)
-    arguments = dict(n_stages=3, features_per_stage=[4, 8, 16], conv_op=nn.Conv3d, kernel_sizes=3, strides=[1, 2, 2])
-    arguments |= dict(n_conv_per_stage=1, n_conv_per_stage_decoder=1, conv_bias=True, norm_op=nn.InstanceNorm3d)
-    arguments |= dict(norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU, deep_supervision=True)
+    arguments = {"n_stages": 3, "features_per_stage": [4, 8, 16], "kernel_sizes": 3, "strides": [1, 2, 2]}
+    arguments |= {"conv_op": nn.Conv3d, "n_conv_per_stage": 1, "n_conv_per_stage_decoder": 1, "conv_bias": True}
+    arguments |= {"norm_op": nn.InstanceNorm3d, "norm_op_kwargs": {"affine": True}, "nonlin": nn.LeakyReLU}
     source, target = PlainConvUNet(1, num_classes=5, **arguments), PlainConvUNet(1, num_classes=3, **arguments)
     weights, report = transfer(source.state_dict(), "source", target)
     target.load_state_dict(weights)
