@@ -109,6 +109,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist or is not a file. Give the path of a checkpoint (.pth or .pt).")
+    with open(path, "rb") as file:
+        start = file.read(2)
+    if not start.startswith((b"PK", b"\x80")):  # PyTorch's zip files, and the pickles of PyTorch before 1.6
+        raise CheckpointError(f"{path} is not a readable checkpoint; it is empty or a file of another kind.")
     try:
         # Stock nnU-Net checkpoints hold numpy numbers in their training log; nothing else is let through.
         with torch.serialization.safe_globals(_numpy_scalars()):

@@ -1,0 +1,124 @@
+"""misfm_pretrain as a user types it: bare volumes, another dataset's plans, continuing, and mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import pytest
+from pretrain.phantoms import ct, mr, write
+
+from nnunetv2_misfm.pretrain.cli import main
+from nnunetv2_misfm.start_up import add_plugin_folder
+from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
+
+TINY = ["-features_per_stage", "4", "8", "16", "32", "64", "-batch_size", "2", "-device", "cpu", "-np", "1"]
+SHORT = ["-num_epochs", "1", "-num_iterations_per_epoch", "1", "-num_val_iterations_per_epoch", "1"]
+
+
+def run(*arguments: str) -> None:
+    add_plugin_folder()
+    main([*arguments, *TINY, *SHORT])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(list(arguments))
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+def run_folder(nnunet: Path, dataset: str, plans: str = "nnUNetPlans") -> Path:
+    return nnunet / "nnUNet_results" / dataset / f"VolumeFusionTrainer__{plans}__3d_fullres" / "fold_all"
+
+
+def test_one_bare_volume_is_enough(nnunet: Path, tmp_path: Path) -> None:
+    write(tmp_path / "scans" / "a b" / "ü.nii.gz", ct(), spacing=(2.0, 1.5, 1.5))
+    run("-i", str(tmp_path / "scans"), "-d", "900", "-n", "Pool", "-modality", "ct", "-geometry", "blocks")
+    folder = run_folder(nnunet, "Dataset900_Pool")
+    checkpoint = read_checkpoint(folder / "checkpoint_final.pth")
+    assert checkpoint["misfm"]["training"]["fusion"]["geometry"] == "blocks"
+    assert checkpoint["misfm"]["preprocessing"]["spacing"] == [2.0, 1.5, 1.5]
+    window = checkpoint["misfm"]["preprocessing"]["foreground_intensity_properties_per_channel"]["0"]
+    assert (window["percentile_00_5"], window["percentile_99_5"], window["mean"], window["std"]) == (
+        -1000,
+        1000,
+        0,
+        1000,
+    )
+    assert (folder / "fused_samples.png").is_file() and (folder / "progress.png").is_file()
+
+
+def test_another_datasets_plans_decide_everything_but_the_volumes(nnunet: Path, tmp_path: Path) -> None:
+    for index in range(2):
+        write(tmp_path / "scans" / f"{index}.nii.gz", mr(index), spacing=(2.0, 1.0, 1.0))
+    run("-i", str(tmp_path / "scans"), "-d", "901", "-n", "For4", "-plans_from", "4", "-p", "nnUNetPlans")
+    pool = nnunet / "nnUNet_preprocessed" / "Dataset901_For4"
+    plans = json.loads((pool / "nnUNetPlans.json").read_text())
+    target = json.loads((nnunet / "nnUNet_preprocessed" / "Dataset004_Small" / "nnUNetPlans.json").read_text())
+    ours, theirs = plans["configurations"]["3d_fullres"], target["configurations"]["3d_fullres"]
+    for key in ("spacing", "patch_size", "normalization_schemes"):
+        assert ours[key] == theirs[key]
+    cases = sorted((pool / ours["data_identifier"]).glob("*.b2nd"))
+    array = np.asarray(blosc2.open(str(next(c for c in cases if not c.stem.endswith("_seg"))))[:])
+    assert array.shape[1:] == (40, 24, 28)  # 20 slices of 2 mm resampled to 1 mm
+    assert (run_folder(nnunet, "Dataset901_For4") / "checkpoint_final.pth").is_file()
+
+
+def test_an_interrupted_run_is_kept_until_the_user_decides(
+    nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "scans" / "a.nii.gz", ct())
+    arguments = ["-i", str(tmp_path / "scans"), "-d", "900", "-n", "Pool", "-modality", "ct", *TINY, *SHORT]
+    main([*arguments, "--only_prepare"])
+    assert not (nnunet / "nnUNet_results" / "Dataset900_Pool").exists()
+    add_plugin_folder()
+    main(arguments)
+    folder = run_folder(nnunet, "Dataset900_Pool")
+    (folder / "checkpoint_final.pth").rename(folder / "checkpoint_latest.pth")
+    assert "--c to continue it" in refused(capsys, *arguments)
+    main([*arguments[:-6], "-num_epochs", "2", "-num_iterations_per_epoch", "1", "--c"])
+    assert read_checkpoint(folder / "checkpoint_final.pth")["current_epoch"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["-d", "77"], "The dataset 77 is not there"),
+        (["-d", "4", "-p", "NoSuchPlans"], "There are: nnUNetPlans"),
+        (["-d", "4", "-c", "3d_lowres"], "no configuration '3d_lowres'"),
+        (["-d", "4", "-c", "2d"], "is 2D"),
+        (["-d", "4", "-modality", "ct"], "need -i"),
+        (["-d", "4", "-num_gpus", "2", "-device", "cpu"], "needs -device cuda"),
+        (["-d", "4", "-num_epochs", "0", "-initial_lr", "-1", "-num_fusion_classes", "5"], "num_epochs = 0"),
+        (["-d", "900", "-n", "P", "-i", "no/such/folder"], "no/such/folder"),
+        (["-d", "x", "-n", "P", "-i", "."], "not a dataset ID"),
+        (["-d", "4", "-n", "P", "-i", "."], "belongs to Dataset004_Small"),
+        (["-d", "900", "-n", "P", "-i", ".", "-spacing", "1", "x", "1"], "three numbers in mm"),
+        (["-d", "900", "-i", "."], "needs -n NAME"),
+        (["-d", "900", "-n", "P", "-i", ".", "-plans_from", "4", "-modality", "ct"], "leave -modality"),
+    ],
+)
+def test_mistakes_get_one_clear_message(
+    nnunet: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    expected: str,
+) -> None:
+    write(tmp_path / "here" / "a.nii.gz", ct())
+    monkeypatch.chdir(tmp_path / "here")
+    assert expected in refused(capsys, *arguments)
+
+
+def test_without_nnunets_folders_the_remedy_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.delenv(name, raising=False)
+    assert "nnUNet_results is not set" in refused(capsys, "-d", "4")
