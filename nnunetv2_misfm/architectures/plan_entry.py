@@ -10,7 +10,10 @@ from typing import Any
 
 from nnunetv2_misfm.architectures.resolution import strides_of
 
-NETWORKS = {"pctnet": "nnunetv2_misfm.architectures.PCTNet"}
+NETWORKS = {
+    "pctnet": "nnunetv2_misfm.architectures.PCTNet",
+    "fmunet": "nnunetv2_misfm.architectures.FMUNet",
+}
 
 
 def architecture_entry(network: str, anisotropy: int, **arch_kwargs: Any) -> dict[str, Any]:

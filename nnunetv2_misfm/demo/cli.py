@@ -13,8 +13,8 @@ from nnunetv2_misfm.errors import PlanError, exit_with_message
 
 PLANS = {"pretrained": "nnUNetMisFMPlans", "from scratch": "nnUNetMisFMScratchPlans"}
 _NUM_VOLUMES, _NUM_TRAINING, _NUM_TEST = 16, 6, 3
-_PRETRAINING_EPOCHS, _FINETUNING_EPOCHS, _ITERATIONS = 8, 8, 18
-_NETWORK = ("-features_per_stage", "4", "8", "16", "32", "64")
+_PRETRAINING_EPOCHS, _FINETUNING_EPOCHS, _ITERATIONS = 8, 8, 15
+_NETWORK = ("-features_per_stage", "6", "12", "24", "48", "96")
 _PATCH = ("-patch_size", "32", "48", "48", "-batch_size", "2")
 
 

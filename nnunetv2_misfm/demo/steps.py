@@ -79,7 +79,8 @@ class Demo:
         """misfm_plan twice: with the pretrained weights, and the same without them."""
         common = ["-d", _DATASET_ID, "-c", "3d_fullres", "-pretrained_weights", str(checkpoint), "-np", "1", *options]
         common += ["-num_epochs", str(epochs), "-num_iterations_per_epoch", str(iterations)]
-        common += ["-num_val_iterations_per_epoch", "4"]
+        # Twice the published learning rate: a run this short needs larger steps.
+        common += ["-num_val_iterations_per_epoch", "4", "-initial_lr", "0.002"]
         with step("Planning the fine-tunings", self.log, 2, r"Train with"):
             misfm_plan([*common, "-overwrite_plans_name", "nnUNetMisFMPlans"])
             misfm_plan([*common, "-overwrite_plans_name", "nnUNetMisFMScratchPlans", "--from_scratch"])

@@ -1,7 +1,7 @@
 """The published MIS-FM weights (`pctnet_ct10k_volf.pt` and its like) in this package's parameter names.
 
-The key map below is literal on purpose: it is the one place where the reference's names (net/pct_net.py of
-openmedlab/MIS-FM, commit 1506d65) meet ours.
+The key maps below are literal on purpose: this is the one place where the reference's names (net/pct_net.py and
+net/fmunet.py of openmedlab/MIS-FM, commit 1506d65) meet ours.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +57,18 @@ _SWIN: list[tuple[str, str]] = [
     (r"trans\.blocks\.(\d+)\.mlp\.fc1\.", r"swin.\1.mlp.0."),
     (r"trans\.blocks\.(\d+)\.mlp\.fc2\.", r"swin.\1.mlp.3."),
     (r"trans\.blocks\.(\d+)\.", r"swin.\1."),
+]
+# FMUNet (net/fmunet.py). Its decoder counts stages from fine to coarse, ours from coarse to fine: `{i}` becomes 3 − i.
+_FMUNET: list[tuple[str, str]] = [
+    (r"project\.", "encoder.stem."),
+    (r"encoder\.en_conv(\d)\.conv_list\.", r"encoder.stages.\1.convs."),
+    (r"encoder\.down(\d)\.down\.", r"encoder.downs.\1."),
+    (r"decoder\.de_conv4\.conv_list\.", "decoder.bottleneck.convs."),
+    (r"decoder\.de_conv(\d)\.conv_list\.", "decoder.stages.{i}.convs."),
+    (r"decoder\.upcat(\d)\.up\.", "decoder.merges.{i}.reduce."),
+    (r"decoder\.upcat(\d)\.conv\.", "decoder.merges.{i}.merge."),
+    (r"out_layers\.(\d)\.2\.", "decoder.seg_layers.{i}."),
+    (r"out_layers\.(\d)\.", "decoder.pre_seg.{i}."),
 ]
 # Built by the reference but never used in its forward pass, or derived from sizes.
 _UNUSED = re.compile(r"pyramid_ct\.convtrans_..\.norm_layer\.|.*\.relative_position_index$")
@@ -134,6 +147,24 @@ def _our_key(key: str, stems: Sequence[int]) -> str:
     raise KeyError(f"{key!r} is not a key of the published PCT-Net")
 
 
+def convert_fmunet(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of our FMUNet from the reference's.
+
+    Raises:
+        KeyError: naming a key of the reference that the map does not know.
+    """
+    return {_our_fmunet_key(key): value for key, value in state_dict.items()}
+
+
+def _our_fmunet_key(key: str) -> str:
+    for pattern, ours in _FMUNET:
+        match = re.match(pattern, key)
+        if match:
+            prefix = match.expand(ours) if "{i}" not in ours else ours.format(i=3 - int(match[1]))
+            return prefix + key[match.end() :]
+    raise KeyError(f"{key!r} is not a key of the published FMUNet")
+
+
 def read_published(
     state_dict: object, path: str | os.PathLike[str], stems: Sequence[int] = DEGREES_OF_ANISOTROPY
 ) -> tuple[dict[str, Tensor], CheckpointInfo]:
@@ -142,42 +173,53 @@ def read_published(
     Args:
         state_dict: the file's "model_state_dict".
         path: of the file, for errors.
-        stems: degrees of anisotropy to keep; the first one is the one the described network starts with.
+        stems: degrees of anisotropy of PCT-Net to keep; the described network starts with the first one.
 
     Raises:
-        CheckpointError: if it is not a published PCT-Net.
+        CheckpointError: if it is neither a published PCT-Net nor a published FMUNet.
     """
-    if not isinstance(state_dict, Mapping) or "embeddings.0.proj.weight" not in state_dict:
-        raise CheckpointError(f"{path} has no weights of a published PCT-Net in its '{PUBLISHED_WEIGHTS}'.")
+    is_weights = isinstance(state_dict, Mapping) and all(isinstance(value, Tensor) for value in state_dict.values())
+    known = {"embeddings.0.proj.weight": _pctnet_from, "project.weight": _fmunet_from}
+    reader = next((reader for key, reader in known.items() if is_weights and key in cast(Mapping, state_dict)), None)
+    if reader is None:
+        raise CheckpointError(f"{path} has no weights of a published PCT-Net or FMUNet in its '{PUBLISHED_WEIGHTS}'.")
     try:
-        features = [
-            state_dict["embeddings.0.proj.weight"].shape[0],
-            state_dict["embeddings.0.down1.conv.2.weight"].shape[0],
-            state_dict["embeddings.0.down2.conv.2.weight"].shape[0],
-            state_dict["pyramid_ct.down3.conv.2.weight"].shape[0],
-            state_dict["pyramid_ct.down4.conv.2.weight"].shape[0],
-        ]
-        tables = {
-            stage: state_dict[f"pyramid_ct.convtrans_{stage}.trans.blocks.0.attn.relative_position_bias_table"].shape
-            for stage in ("e2", "e3", "e4")
-        }
-        weights = convert_pctnet(state_dict, stems)
-    except KeyError as error:
-        raise CheckpointError(f"{path} is not a complete published PCT-Net: {error}") from None
-    entry = architecture_entry(
-        "pctnet",
-        stems[0],
-        features_per_stage=features,
-        num_heads=[shape[1] for shape in tables.values()],
-        stems=list(stems),
-    )
+        weights, entry, input_channels, num_classes = reader(cast(Mapping[str, Tensor], state_dict), stems)
+    except (KeyError, IndexError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a complete published network: {error}") from None
     info = CheckpointInfo(
         task="volume_fusion",
         network_class_name=entry["network_class_name"],
         arch_kwargs=entry["arch_kwargs"],
-        input_channels=state_dict["embeddings.0.proj.weight"].shape[1],
-        num_classes=state_dict["pyramid_ct.out_conv2.conv.2.weight"].shape[0],
+        input_channels=input_channels,
+        num_classes=num_classes,
         preprocessing=PUBLISHED_PREPROCESSING,
         training={"published": "openmedlab/MIS-FM"},
     )
     return weights, info
+
+
+_Read = tuple[dict[str, Tensor], dict[str, Any], int, int]
+
+
+def _pctnet_from(state_dict: Mapping[str, Tensor], stems: Sequence[int]) -> _Read:
+    features = [state_dict["embeddings.0.proj.weight"].shape[0]]
+    features += [state_dict[f"embeddings.0.down{i}.conv.2.weight"].shape[0] for i in (1, 2)]
+    features += [state_dict[f"pyramid_ct.down{i}.conv.2.weight"].shape[0] for i in (3, 4)]
+    table = "pyramid_ct.convtrans_{}.trans.blocks.0.attn.relative_position_bias_table"
+    heads = [state_dict[table.format(stage)].shape[1] for stage in ("e2", "e3", "e4")]
+    arguments = {"features_per_stage": features, "num_heads": heads, "stems": list(stems)}
+    entry = architecture_entry("pctnet", stems[0], **arguments)
+    channels = state_dict["embeddings.0.proj.weight"].shape[1]
+    num_classes = state_dict["pyramid_ct.out_conv2.conv.2.weight"].shape[0]
+    return convert_pctnet(state_dict, stems), entry, channels, num_classes
+
+
+def _fmunet_from(state_dict: Mapping[str, Tensor], stems: Sequence[int]) -> _Read:
+    # FMUNet has one stem; which degree it was trained for shows in the kernels of its first two stages.
+    kernels = [state_dict[f"encoder.en_conv{i}.conv_list.0.3.weight"].shape[2] for i in (0, 1)]
+    features = [state_dict[f"encoder.en_conv{i}.conv_list.0.3.weight"].shape[0] for i in range(5)]
+    depth = len({key.split(".")[3] for key in state_dict if key.startswith("encoder.en_conv0.conv_list.")})
+    entry = architecture_entry("fmunet", kernels.count(1), features_per_stage=features, depth=depth)
+    channels, num_classes = state_dict["project.weight"].shape[1], state_dict["out_layers.0.2.weight"].shape[0]
+    return convert_fmunet(state_dict), entry, channels, num_classes
