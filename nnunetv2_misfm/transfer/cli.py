@@ -1,12 +1,13 @@
-"""misfm_plan: plan the fine-tuning of an nnU-Net dataset."""
+"""misfm_plan and misfm_import_checkpoint: what a checkpoint goes through between pretraining and fine-tuning."""
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from nnunetv2_misfm.architectures.plan_entry import NETWORKS
 from nnunetv2_misfm.datasets import preprocessed_dataset, read_dataset_json, read_plans, write_json
-from nnunetv2_misfm.errors import exit_with_message
+from nnunetv2_misfm.errors import PlanError, exit_with_message
 from nnunetv2_misfm.run_settings import FINETUNING_SCHEDULES, OPTIMIZERS, FinetuningSettings
 from nnunetv2_misfm.settings import read_settings
 
@@ -17,6 +18,43 @@ def plan_main(arguments: list[str] | None = None) -> None:
     """Entry point of misfm_plan."""
     options = _parser().parse_args(arguments)
     exit_with_message("misfm_plan", lambda: plan(options))
+
+
+def import_main(arguments: list[str] | None = None) -> None:
+    """Entry point of misfm_import_checkpoint."""
+    parser = argparse.ArgumentParser(
+        prog="misfm_import_checkpoint",
+        description="Turn a published MIS-FM file, such as pctnet_ct10k_volf.pt, into a checkpoint of this package.",
+    )
+    parser.add_argument("-i", required=True, metavar="FILE.pt", help="the published file")
+    parser.add_argument("-o", required=True, metavar="FILE.pth", help="the checkpoint to write")
+    parser.add_argument(
+        "-resolution_mode",
+        choices=("0", "1", "2", "all"),
+        default="all",
+        help="which of PCT-Net's three stems to keep: the degree of anisotropy they are for (default: all)",
+    )
+    options = parser.parse_args(arguments)
+    exit_with_message("misfm_import_checkpoint", lambda: import_checkpoint(options))
+
+
+def import_checkpoint(options: argparse.Namespace) -> None:
+    """Convert a published file.
+
+    Raises:
+        UserError: if the file cannot be used or the target exists.
+    """
+    from nnunetv2_misfm.transfer.networks import import_published
+
+    target = Path(options.o)
+    if target.exists():
+        raise PlanError(f"{target} exists. Choose another name with -o, or remove it.")
+    if not target.resolve().parent.is_dir():
+        raise PlanError(f"The folder of {target} does not exist. Make it, or choose another name with -o.")
+    stems = (0, 1, 2) if options.resolution_mode == "all" else (int(options.resolution_mode),)
+    info = import_published(Path(options.i), target, stems)
+    name = info.network_class_name.rpartition(".")[2]
+    print(f"{target}: {name}, {info.input_channels} input channel(s), {info.num_classes} classes, {info.arch_kwargs}")
 
 
 def plan(options: argparse.Namespace) -> None:
