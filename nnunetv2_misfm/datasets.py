@@ -67,13 +67,6 @@ def read_plans(dataset_folder: Path, plans_name: str) -> dict[str, Any]:
     return plans
 
 
-def write_json(content: dict[str, Any], path: Path) -> None:
-    """Write JSON as nnU-Net does; the file appears under its name only when complete."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=4), encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def _read_json(path: Path, remedy: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -15,10 +15,8 @@ from nnunetv2_misfm.architectures.checkpointing import run_module
 from nnunetv2_misfm.architectures.dropout import Dropout
 from nnunetv2_misfm.architectures.resolution import (
     NUM_STAGES,
-    anisotropy_of,
-    crop_to_scaled,
+    AnySizeNetwork,
     feature_map_elements,
-    pad_to_multiple,
     strides_of,
     total_strides,
 )
@@ -135,7 +133,7 @@ class Decoder(nn.Module):
         return outputs[::-1]
 
 
-class FMUNet(nn.Module):
+class FMUNet(AnySizeNetwork):
     """Residual U-Net for nnU-Net plans; takes inputs of any size.
 
     Args:
@@ -158,8 +156,7 @@ class FMUNet(nn.Module):
         deep_supervision: bool = True,
         checkpointing: bool = False,
     ):
-        super().__init__()
-        self.anisotropy = anisotropy_of(strides)
+        super().__init__(strides, checkpointing)
         problems = [
             f"{name} needs {NUM_STAGES} entries, got {list(values)}"
             for name, values in (("features_per_stage", features_per_stage), ("dropout_per_stage", dropout_per_stage))
@@ -167,7 +164,6 @@ class FMUNet(nn.Module):
         ]
         if problems:
             raise ValueError("FMUNet cannot be built: " + "; ".join(problems))
-        self.checkpointing = checkpointing
         self.features_per_stage = tuple(features_per_stage)
         flat = [self.anisotropy > stage for stage in range(NUM_STAGES)]
         self.encoder = Encoder(input_channels, features_per_stage, strides, flat, depth, dropout_per_stage)
@@ -180,14 +176,9 @@ class FMUNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, a=1e-2)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """(B, C, X, Y, Z) image of any size to logits (B, num_classes, X, Y, Z); a list with deep supervision."""
-        size = x.shape[2:]
-        strides = total_strides(strides_of(self.anisotropy))
-        checkpointed = self.checkpointing and self.training
-        outputs = self.decoder(self.encoder(pad_to_multiple(x, strides[-1]), checkpointed), checkpointed)
-        outputs = [crop_to_scaled(o, size, stride) for o, stride in zip(outputs, strides, strict=False)]
-        return outputs if self.decoder.deep_supervision else outputs[0]
+    def logits(self, x: Tensor, checkpointed: bool) -> list[Tensor]:
+        """See `AnySizeNetwork`."""
+        return self.decoder(self.encoder(x, checkpointed), checkpointed)
 
     def checkpointed_modules(self) -> list[nn.Module]:
         """The modules whose activations are recomputed, one at a time, when `checkpointing` is on."""

@@ -19,10 +19,8 @@ from nnunetv2_misfm.architectures.dropout import Dropout
 from nnunetv2_misfm.architectures.resolution import (
     DEGREES_OF_ANISOTROPY,
     NUM_STAGES,
-    anisotropy_of,
-    crop_to_scaled,
+    AnySizeNetwork,
     feature_map_elements,
-    pad_to_multiple,
     strides_of,
     total_strides,
 )
@@ -210,7 +208,7 @@ class Decoder(nn.Module):
         return outputs
 
 
-class PCTNet(nn.Module):
+class PCTNet(AnySizeNetwork):
     """Parallel convolution and transformer network for nnU-Net plans; weights do not depend on the patch size.
 
     Args:
@@ -249,11 +247,9 @@ class PCTNet(nn.Module):
         stems: Sequence[int] | None = None,
         checkpointing: bool = False,
     ):
-        super().__init__()
-        self.anisotropy = anisotropy_of(strides)
+        super().__init__(strides, checkpointing)
         built = tuple(sorted({self.anisotropy} if stems is None else set(stems)))
         _check(features_per_stage, num_heads, dropout_per_stage, built, self.anisotropy)
-        self.checkpointing = checkpointing
         self.features_per_stage = tuple(features_per_stage)
 
         def parallel(stage: int) -> ParallelBlock:
@@ -296,18 +292,9 @@ class PCTNet(nn.Module):
             raise ValueError(f"this network has no stem for degree of anisotropy {anisotropy}; it has: {built}")
         self.anisotropy = anisotropy
 
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """(B, C, X, Y, Z) image of any size to logits (B, num_classes, X, Y, Z).
-
-        With `decoder.deep_supervision`, a list of four, finest first, each round(n / stride) along each axis.
-        """
-        size = x.shape[2:]
-        strides = total_strides(strides_of(self.anisotropy))
-        checkpointed = self.checkpointing and self.training
-        skips = self.encoder(pad_to_multiple(x, strides[-1]), self.anisotropy, checkpointed)
-        outputs = self.decoder(skips, self.anisotropy, checkpointed)
-        outputs = [crop_to_scaled(o, size, stride) for o, stride in zip(outputs, strides, strict=False)]
-        return outputs if self.decoder.deep_supervision else outputs[0]
+    def logits(self, x: Tensor, checkpointed: bool) -> list[Tensor]:
+        """See `AnySizeNetwork`."""
+        return self.decoder(self.encoder(x, self.anisotropy, checkpointed), self.anisotropy, checkpointed)
 
     def checkpointed_modules(self) -> list[nn.Module]:
         """The modules whose activations are recomputed, one at a time, when `checkpointing` is on."""

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 NUM_STAGES = 5
 DEGREES_OF_ANISOTROPY = (0, 1, 2)
@@ -68,3 +68,34 @@ def crop_to_scaled(x: Tensor, input_size: Sequence[int], stride: Sequence[int]) 
 def feature_map_elements(patch_size: Sequence[int], stride: Sequence[int], channels: int) -> int:
     """Elements of one feature map with `channels` channels at `stride` for one padded patch."""
     return channels * math.prod(math.ceil(n / s) for n, s in zip(patch_size, stride, strict=True))
+
+
+class AnySizeNetwork(nn.Module):
+    """A five-stage network that takes inputs of any size by padding them inside and cropping its outputs.
+
+    Attributes:
+        anisotropy: degree of anisotropy, which fixes the strides.
+        checkpointing: recompute activations in the backward pass (less memory, more time).
+    """
+
+    decoder: nn.Module
+
+    def __init__(self, strides: Sequence[Sequence[int]], checkpointing: bool):
+        super().__init__()
+        self.anisotropy = anisotropy_of(strides)
+        self.checkpointing = checkpointing
+
+    def logits(self, x: Tensor, checkpointed: bool) -> list[Tensor]:
+        """The outputs for (B, C, X, Y, Z) whose size all strides divide, finest first; one without deep supervision."""
+        raise TypeError(f"{type(self).__name__} has to define logits")
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """(B, C, X, Y, Z) image of any size to logits (B, num_classes, X, Y, Z).
+
+        With `decoder.deep_supervision`, a list of four, finest first, each round(n / stride) along each axis.
+        """
+        size = x.shape[2:]
+        strides = total_strides(strides_of(self.anisotropy))
+        outputs = self.logits(pad_to_multiple(x, strides[-1]), self.checkpointing and self.training)
+        outputs = [crop_to_scaled(o, size, stride) for o, stride in zip(outputs, strides, strict=False)]
+        return outputs if self.decoder.deep_supervision else outputs[0]

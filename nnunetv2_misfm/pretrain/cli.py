@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from nnunetv2_misfm.architectures.plan_entry import NETWORKS
 from nnunetv2_misfm.cpu_threads import keep_cores_free
-from nnunetv2_misfm.datasets import nnunet_folder, preprocessed_dataset, read_plans, write_json
+from nnunetv2_misfm.datasets import nnunet_folder, preprocessed_dataset, read_plans
 from nnunetv2_misfm.errors import PlanError, exit_with_message
+from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.run_settings import BLOCK, OPTIMIZERS, PRETRAINING_SCHEDULES, PretrainingSettings
 from nnunetv2_misfm.settings import read_settings
 

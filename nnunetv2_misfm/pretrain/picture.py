@@ -6,12 +6,13 @@ Tensors are (B, C, X, Y, Z) in plans axis order; the middle slice along X is sho
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from nnunetv2_misfm.files import written_whole
 
 _MOST_SAMPLES = 4
 
@@ -34,10 +35,8 @@ def write_fusion_picture(
     # nnU-Net's progress plot leaves its large fonts behind in matplotlib's global settings.
     with matplotlib.rc_context(matplotlib.rcParamsDefault):
         figure = _draw(columns, rows, middle, fused, labels, predictions, num_fusion_classes)
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.png")
-        figure.savefig(temporary, dpi=80)
-    os.replace(temporary, path)
+        with written_whole(path) as temporary:
+            figure.savefig(temporary, dpi=80, format="png")
 
 
 def _draw(

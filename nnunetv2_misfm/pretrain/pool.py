@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.pretrain.case_preparation import (
     FAILED,
     LEFT_OUT,
@@ -31,7 +32,7 @@ from nnunetv2_misfm.pretrain.case_preparation import (
     CaseTask,
     prepare_case,
 )
-from nnunetv2_misfm.pretrain.pool_files import PoolFolder, write_json
+from nnunetv2_misfm.pretrain.pool_files import PoolFolder
 from nnunetv2_misfm.pretrain.pool_inspection import (
     PoolError,
     PoolInspection,
@@ -170,8 +171,8 @@ def _start_or_continue(
             )
         plans = keep_measured(plans, existing, configuration)
     if not folder.dataset_json.is_file():
-        write_json(folder.dataset_json, pool_dataset_json(plans, configuration, num_volumes))
-    write_json(folder.plans, plans)
+        write_json(pool_dataset_json(plans, configuration, num_volumes), folder.dataset_json)
+    write_json(plans, folder.plans)
     return plans
 
 

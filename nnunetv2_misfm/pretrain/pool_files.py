@@ -8,21 +8,20 @@ DatasetXXX_NAME/
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from filelock import FileLock, Timeout
 
 from nnunetv2_misfm.datasets import nnunet_folder
+from nnunetv2_misfm.files import write_json, written_whole
 from nnunetv2_misfm.pretrain.case_preparation import CASE_ENDINGS, CaseRecord, temporary_files
 from nnunetv2_misfm.pretrain.pool_inspection import PoolError
 from nnunetv2_misfm.pretrain.volume_files import LeftOut
@@ -108,7 +107,7 @@ class PoolFolder:
             (self.data / f"{case}{ending}").unlink(missing_ok=True)
 
     def write_record(self, record: CaseRecord) -> None:
-        write_json(self._records / f"{record.case}.json", dataclasses.asdict(record))
+        write_json(dataclasses.asdict(record), self._records / f"{record.case}.json")
 
     def remove_record(self, case: str) -> None:
         (self._records / f"{case}.json").unlink(missing_ok=True)
@@ -122,10 +121,12 @@ class PoolFolder:
         """One row per volume in order of source, whether it is in the pool or not."""
         rows = [{name: _cell(getattr(record, name)) for name in REPORT_COLUMNS} for record in records]
         rows += [{"status": "left out", "reason": one.reason, "source": one.source} for one in left_out]
-        with _write_then_rename(self.report) as file:
-            writer = csv.DictWriter(file, REPORT_COLUMNS, restval="")
-            writer.writeheader()
-            writer.writerows(sorted(rows, key=lambda row: (row["source"], row.get("case", ""))))
+        with written_whole(self.report) as temporary:
+            # Undecodable bytes in the names of files are written as escapes rather than stopping the report.
+            with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+                writer = csv.DictWriter(file, REPORT_COLUMNS, restval="")
+                writer.writeheader()
+                writer.writerows(sorted(rows, key=lambda row: (row["source"], row.get("case", ""))))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -133,35 +134,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise PoolError(f"{path} holds no JSON object; remove it")
     return content
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file that other processes see either not at all or whole."""
-    with _write_then_rename(path) as file:
-        json.dump(content, file, indent=4)
-
-
-@contextmanager
-def _write_then_rename(path: Path) -> Iterator[TextIO]:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        # Unprintable bytes in file names are written as escapes rather than stopping the report.
-        with open(handle, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @contextmanager

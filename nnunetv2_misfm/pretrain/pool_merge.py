@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.pretrain.case_preparation import LEFT_OUT, PREPARED, CaseRecord
-from nnunetv2_misfm.pretrain.pool_files import PoolFolder, read_json, write_json
+from nnunetv2_misfm.pretrain.pool_files import PoolFolder, read_json
 from nnunetv2_misfm.pretrain.pool_inspection import PoolInspection
 from nnunetv2_misfm.pretrain.pool_plans import layout_hash, measured_plans, pool_dataset_json
 from nnunetv2_misfm.pretrain.volume_files import LeftOut
@@ -59,9 +60,9 @@ def merge_pool(
         fingerprint = _fingerprint(prepared)
         intensity = fingerprint["foreground_intensity_properties_per_channel"]
         plans = measured_plans(plans, configuration, _modalities(prepared), intensity)
-        write_json(folder.fingerprint, fingerprint)
-        write_json(folder.dataset_json, pool_dataset_json(plans, configuration, len(prepared)))
-        write_json(folder.plans, plans)
+        write_json(fingerprint, folder.fingerprint)
+        write_json(pool_dataset_json(plans, configuration, len(prepared)), folder.dataset_json)
+        write_json(plans, folder.plans)
     in_header = {left_out.source for left_out in inspection.left_out}
     shown = tuple(r for r in records.values() if r.status == PREPARED or r.source not in in_header)
     folder.write_report(shown, inspection.left_out)

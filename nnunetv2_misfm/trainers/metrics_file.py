@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from nnunetv2_misfm.files import written_whole
 
 
 class MetricsFile:
@@ -23,12 +24,10 @@ class MetricsFile:
         """Write the row of an epoch; rows of this and later epochs, left by an interrupted run, are dropped."""
         rows = [row for row in self.rows() if int(row["epoch"]) < epoch]
         rows.append({"epoch": str(epoch), **{key: "" if v is None else f"{v:.6g}" for key, v in values.items()}})
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        with open(temporary, "w", newline="", encoding="utf-8") as file:
+        with written_whole(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[-1]), restval="", extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(temporary, self.path)
 
     def rows(self) -> list[dict[str, str]]:
         """All rows so far, the values as text."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_misfm.errors import UserError
+from nnunetv2_misfm.files import written_whole
 
 FORMAT_VERSION = 1
 BLOCK = "misfm"
@@ -87,17 +88,9 @@ def write_checkpoint(checkpoint: Mapping[str, Any], info: CheckpointInfo, path: 
         info: the block.
         path: the file; one that already exists stays as it is until the new one is complete.
     """
-    path = Path(path)
     content = plain({**checkpoint, BLOCK: {"format_version": FORMAT_VERSION, **asdict(info)}})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as temporary:
+        torch.save(content, temporary)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from nnunetv2_misfm.architectures.plan_entry import NETWORKS
-from nnunetv2_misfm.datasets import preprocessed_dataset, read_dataset_json, read_plans, write_json
+from nnunetv2_misfm.datasets import preprocessed_dataset, read_dataset_json, read_plans
 from nnunetv2_misfm.errors import PlanError, exit_with_message
+from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.run_settings import FINETUNING_SCHEDULES, OPTIMIZERS, FinetuningSettings
 from nnunetv2_misfm.settings import read_settings
 

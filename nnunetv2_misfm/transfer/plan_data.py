@@ -16,7 +16,8 @@ from typing import Any
 from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 
-from nnunetv2_misfm.datasets import read_dataset_json, write_json
+from nnunetv2_misfm.datasets import read_dataset_json
+from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.transfer.plans import preprocessing_key, same_preprocessing
 
 

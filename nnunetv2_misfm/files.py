@@ -1,0 +1,34 @@
+"""Files that other processes see either whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary name beside `path` to write to; it takes the place of `path` when the block ends without an error.
+
+    Until then, and if writing fails, whatever was at `path` stays as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # else a crash of the machine could leave an empty file under the final name
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write JSON, indented as nnU-Net does."""
+    with written_whole(path) as temporary:
+        # Undecodable bytes in the names of files are written as escapes.
+        temporary.write_text(json.dumps(content, indent=4), encoding="utf-8", errors="backslashreplace")
