@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.plan_checks import check_complete
 
 
 def nnunet_folder(variable: str) -> Path:
@@ -57,13 +58,14 @@ def read_plans(dataset_folder: Path, plans_name: str) -> dict[str, Any]:
     Raises:
         PlanError: if it is missing or damaged; the message lists the plans there are.
     """
-    others = sorted(path.stem for path in dataset_folder.glob("*.json") if '"configurations"' in path.read_text())
+    others = sorted(
+        path.stem for path in dataset_folder.glob("*.json") if '"configurations"' in path.read_text(errors="replace")
+    )
     there = f"There are: {', '.join(others)}." if others else "There are none yet."
     plans = _read_json(
         dataset_folder / f"{plans_name}.json", f"{there} Choose plans with -p, or run nnUNetv2_plan_and_preprocess."
     )
-    if not isinstance(plans.get("configurations"), dict):
-        raise PlanError(f"{dataset_folder / plans_name}.json is not a plans file: it has no configurations. {there}")
+    check_complete(plans, dataset_folder / f"{plans_name}.json", there)
     return plans
 
 

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from nnunetv2_misfm.settings import read_settings
+from nnunetv2_misfm.settings import SettingsError, read_settings
 
 BLOCK = "misfm"
+TASKS = ("segmentation", "volume_fusion")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 FINETUNING_SCHEDULES = ("scratch", "default", "warmup", "sawtooth", "decoder_only")
 PRETRAINING_SCHEDULES = ("halving", "poly")
@@ -122,7 +123,7 @@ class PretrainingSettings(RunSettings):
 
 def is_ours(plans: Mapping[str, Any]) -> bool:
     """Whether a plans file was written by this package."""
-    return BLOCK in plans
+    return isinstance(plans.get(BLOCK), Mapping)
 
 
 def run_settings(plans: Mapping[str, Any], kind: type[RunSettings]) -> RunSettings:
@@ -132,10 +133,14 @@ def run_settings(plans: Mapping[str, Any], kind: type[RunSettings]) -> RunSettin
         SettingsError: listing every unknown name and bad value in the block.
     """
     block = plans.get(BLOCK, {})
-    if not isinstance(block, Mapping) or block.get("task", kind.TASK) != kind.TASK:
+    where = f"The '{BLOCK}' block of the plans {plans.get('plans_name', '')}"
+    task = block.get("task", kind.TASK) if isinstance(block, Mapping) else None
+    if task not in TASKS:
+        raise SettingsError(where, [f"its task is {task!r}; known tasks are {', '.join(TASKS)}"])
+    if task != kind.TASK:
         return kind()
     flat = {name: value for name, value in block.items() if name not in (*NESTED_GROUPS, "task")}
-    return read_settings(kind, flat, f"The '{BLOCK}' block of the plans {plans.get('plans_name', '')}")
+    return read_settings(kind, flat, where)
 
 
 def _is_whole(value: object) -> bool:

@@ -48,6 +48,8 @@ def read_settings(cls: type[SettingsT], values: Mapping[str, Any], where: str) -
     Raises:
         SettingsError: with one line per problem.
     """
+    if not isinstance(values, Mapping):
+        raise SettingsError(where, [f"it must be an object with named settings, not {values!r}"])
     names = [field.name for field in dataclasses.fields(cls)]
     found, known = [], {}
     for name, value in values.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,15 @@ for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_
     os.environ.pop(variable, None)
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # tests that run side by side must not take each other's cores
+
+
+@pytest.fixture(autouse=True)
+def environment_is_restored() -> Iterator[None]:
+    """What commands set for their own process must not reach the next test or its child processes."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

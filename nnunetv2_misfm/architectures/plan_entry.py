@@ -41,6 +41,12 @@ def is_own_network(architecture: Mapping[str, Any]) -> bool:
     return architecture["network_class_name"] in NETWORKS.values()
 
 
+def own_network_name(architecture: Mapping[str, Any]) -> str | None:
+    """The key of `NETWORKS` for a plan's `architecture` entry; None for a network that is not of this package."""
+    names = {class_name: name for name, class_name in NETWORKS.items()}
+    return names.get(architecture["network_class_name"])
+
+
 def degree_of_anisotropy(configuration: Mapping[str, Any]) -> int:
     """The degree of anisotropy that fits a 3D configuration of a plans file.
 

@@ -34,6 +34,8 @@ def demo(folder: Path, device: str | None) -> None:
         PlanError: if the folder has something else in it.
     """
     started = perf_counter()
+    if folder.is_file():
+        raise PlanError(f"{folder} is a file. Choose a folder with -o.")
     if folder.exists() and any(folder.iterdir()) and not (folder / "demo.log").is_file():
         raise PlanError(f"{folder} exists and is not an earlier demo. Choose an empty folder with -o.")
     _use_folders(folder)
@@ -64,12 +66,15 @@ def demo(folder: Path, device: str | None) -> None:
 
 
 def _use_folders(folder: Path) -> None:
-    (folder / "demo.log").unlink(missing_ok=True)
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "volumes"):
-        shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / name).mkdir(parents=True)
-        if name.startswith("nnUNet"):
-            os.environ[name] = str(folder / name)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "demo.log").write_text("")
+    shutil.rmtree(folder / "volumes", ignore_errors=True)
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        # Only what an earlier demo made: a user may have tried more in these folders.
+        for earlier in (folder / name).glob("Dataset99[89]_MisFMDemo*"):
+            shutil.rmtree(earlier)
+        (folder / name).mkdir(exist_ok=True)
+        os.environ[name] = str(folder / name)
     # Before nnU-Net is imported, which reads them once: each worker process would cost seconds of imports.
     os.environ["nnUNet_def_n_proc"] = "1"
     os.environ["nnUNet_n_proc_DA"] = "1"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,8 @@ from nnunetv2_misfm.cpu_threads import keep_cores_free
 from nnunetv2_misfm.datasets import nnunet_folder, preprocessed_dataset, read_plans
 from nnunetv2_misfm.errors import PlanError, exit_with_message
 from nnunetv2_misfm.files import write_json
+from nnunetv2_misfm.plan_checks import build_on_meta, check_plans_name, check_replaceable
+from nnunetv2_misfm.pretrain.earlier_run import EarlierRun, check_device, run_folder
 from nnunetv2_misfm.run_settings import BLOCK, OPTIMIZERS, PRETRAINING_SCHEDULES, PretrainingSettings
 from nnunetv2_misfm.settings import read_settings
 
@@ -50,15 +51,23 @@ def pretrain(options: argparse.Namespace) -> None:
     """
     _check(options)
     nnunet_folder("nnUNet_results")
+    if not options.only_prepare:
+        check_device(options.device, options.num_gpus)
     plans = _from_volumes(options) if options.i else _from_preprocessed(options)
     if plans is None or options.only_prepare:
         return
     # nnU-Net and torch take seconds to import; --help and wrong flags should not wait for them.
-    from nnunetv2_misfm.pretrain.launch import launch, run_folder
+    from nnunetv2_misfm.pretrain.launch import launch
 
     dataset_name, plans_name, configuration = plans["dataset_name"], plans["plans_name"], options.c
+    run = EarlierRun(run_folder(dataset_name, plans_name, configuration))
+    if options.overwrite:
+        run.delete()
+    elif options.continue_training and run.is_finished(plans):
+        print(f"{run.folder} is finished; give a larger -num_epochs to go on.")
+        return
     launch(dataset_name, plans_name, configuration, options.device, options.num_gpus, options.continue_training)
-    checkpoint = run_folder(dataset_name, plans_name, configuration) / "checkpoint_final.pth"
+    checkpoint = run.folder / "checkpoint_final.pth"
     print(f"Pretrained weights: {checkpoint}")
     print(f"Plan a fine-tuning with: misfm_plan -d DATASET_ID -c 3d_fullres -pretrained_weights {checkpoint}")
 
@@ -77,8 +86,9 @@ def _from_volumes(options: argparse.Namespace) -> dict[str, Any] | None:
     )
     plans_name = options.overwrite_plans_name or options.p or DEFAULT_PLANS_NAME
     dataset_name = _pool_dataset_name(options)
-    _protect(dataset_name, plans_name, options)
+    check_plans_name(plans_name)
     names = (dataset_name, plans_name, options.c)
+    run = _earlier_run(dataset_name, plans_name, options)
     before = existing_plans(dataset_name, plans_name)
     request = _request(options, before)
     given = {"modality": options.modality, "spacing": _spacing(options.spacing), "body_crop": options.body_crop}
@@ -94,10 +104,18 @@ def _from_volumes(options: argparse.Namespace) -> dict[str, Any] | None:
         geometry = find_geometry(inspection, settings, *names)
         entry, patch_size, batch_size = new_pool_entry(geometry.spacing, geometry.median_shape, request)
         plans = plan_pool(inspection, settings, *names, patch_size, batch_size, entry, request.block())
-    if options.continue_training and before is not None:
-        # The run that goes on keeps its network and patch, whatever the options or other volumes would suggest now.
-        for key in ("architecture", "patch_size", "batch_size"):
-            plans["configurations"][options.c][key] = before["configurations"][options.c][key]
+    if before is not None and options.c in before["configurations"]:
+        # What the options leave open stays as the pool's plans have it.
+        planned, now = before["configurations"][options.c], plans["configurations"][options.c]
+        open_options = {
+            "architecture": options.network is None and options.features_per_stage is None,
+            "patch_size": options.patch_size is None,
+            "batch_size": options.batch_size is None,
+        }
+        now.update({key: planned[key] for key, is_open in open_options.items() if is_open})
+    build_on_meta(plans["configurations"][options.c]["architecture"], 1, request.fusion.num_fusion_classes)
+    if options.continue_training:
+        run.check_same(plans, options.c)
     report = prepare_pool(inspection, plans, options.c, options.np, options.num_parts, options.part_id)
     print(report.summary())
     return report.plans if report.complete else None
@@ -130,11 +148,18 @@ def _from_preprocessed(options: argparse.Namespace) -> dict[str, Any]:
         plans_name = options.overwrite_plans_name or base["plans_name"]
     else:
         plans_name = options.overwrite_plans_name or DERIVED_PLANS_NAME
-    _protect(dataset_folder.name, plans_name, options)
+    check_plans_name(plans_name)
+    run = _earlier_run(dataset_folder.name, plans_name, options)
     path = dataset_folder / f"{plans_name}.json"
-    if options.continue_training and path.is_file():
-        base = read_plans(dataset_folder, plans_name)
+    existing = check_replaceable(path, PretrainingSettings.TASK)
+    if options.continue_training and existing is not None and options.c in existing["configurations"]:
+        base = existing
     plans = run_plans(base, options.c, plans_name, dataset_folder.name, _request(options, base))
+    if options.continue_training:
+        run.check_same(plans, options.c)
+    if existing is not None:
+        # Runs of other configurations under the same name need their entries to be continued.
+        plans["configurations"] = {**existing["configurations"], **plans["configurations"]}
     data = dataset_folder / plans["configurations"][options.c]["data_identifier"]
     if not any(data.glob("*.b2nd")):
         raise PlanError(
@@ -168,22 +193,16 @@ def _request(options: argparse.Namespace, base: Mapping[str, Any] | None) -> Run
     )
 
 
-def _protect(dataset_name: str, plans_name: str, options: argparse.Namespace) -> None:
-    """Keep what an earlier run left, and the plans it was made with, unless the user said what to do with it."""
-    from nnunetv2_misfm.pretrain.launch import run_folder
+def _earlier_run(dataset_name: str, plans_name: str, options: argparse.Namespace) -> EarlierRun:
+    """What an earlier run left, checked but not touched.
 
-    run = run_folder(dataset_name, plans_name, options.c)
-    if options.continue_training or options.only_prepare or not any(run.glob("checkpoint_*.pth")):
-        return
-    if options.overwrite:
-        shutil.rmtree(run)
-        return
-    finished = (run / "checkpoint_final.pth").is_file()
-    remedy = "" if finished else "--c to continue it, "
-    raise PlanError(
-        f"{run} holds {'a finished' if finished else 'an unfinished'} run. Use {remedy}--overwrite to delete it and "
-        f"start anew, or -overwrite_plans_name to train beside it."
-    )
+    Raises:
+        PlanError: if there is one and the user did not say what to do with it.
+    """
+    run = EarlierRun(run_folder(dataset_name, plans_name, options.c))
+    if not (options.continue_training or options.only_prepare or options.overwrite):
+        run.check_absent()
+    return run
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -200,6 +219,8 @@ def _check(options: argparse.Namespace) -> None:
         problems.append("-modality, -spacing and -n describe volumes; they need -i")
     if options.continue_training and options.overwrite:
         problems.append("--c continues a run and --overwrite deletes it; choose one")
+    if options.num_gpus < 1:
+        problems.append(f"-num_gpus {options.num_gpus} must be at least 1")
     if options.num_gpus > 1 and options.device != "cuda":
         problems.append(f"-num_gpus {options.num_gpus} needs -device cuda")
     if problems:
@@ -226,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-overwrite_plans_name", metavar="NAME", help="name of the plans that are written")
     add("-geometry", choices=("boxes", "blocks"), help="Volume Fusion geometry (default: boxes, as in the paper)")
     add("-num_fusion_classes", type=int, metavar="N", help="fusion coefficients, 0 included (default: 5)")
-    add("-network", choices=[*NETWORKS, "plan"], default="pctnet", help="network to pretrain (default: pctnet)")
+    add("-network", choices=[*NETWORKS, "plan"], help="network (default: pctnet, or the one of a pool's plans)")
     add("-features_per_stage", nargs=5, type=int, metavar="N", help="channels of the five stages")
     add("-patch_size", nargs=3, type=int, metavar="N", help="patch size in plans axis order")
     add("-batch_size", type=int, metavar="N", help="batch size (default: 4, or the plan's)")

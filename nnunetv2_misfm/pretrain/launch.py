@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
-from nnunetv2_misfm.datasets import nnunet_folder
 from nnunetv2_misfm.start_up import add_plugin_folder
-
-
-def run_folder(dataset_name: str, plans_name: str, configuration: str) -> Path:
-    """The results folder of a pretraining run."""
-    name = f"VolumeFusionTrainer__{plans_name}__{configuration}"
-    return nnunet_folder("nnUNet_results") / dataset_name / name / "fold_all"
 
 
 def launch(

@@ -16,9 +16,11 @@ from nnunetv2_misfm.architectures.plan_entry import (
     degree_for_spacing,
     degree_of_anisotropy,
     is_own_network,
+    own_network_name,
 )
 from nnunetv2_misfm.architectures.resolution import strides_of, total_strides
 from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.plan_checks import build_on_meta, check_sizes
 from nnunetv2_misfm.pretrain.augment import AugmentSettings
 from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings
 from nnunetv2_misfm.run_settings import BLOCK, PretrainingSettings
@@ -36,13 +38,14 @@ class RunRequest:
     """What a pretraining run should be.
 
     Attributes:
-        network: "pctnet" or "plan".
+        network: a name of `NETWORKS`, "plan" for the one the plans name, or None for what our plans have already,
+            PCT-Net in others.
         arch_kwargs: constructor arguments of the network that the user chose.
         patch_size, batch_size: None keeps those of the plan, or takes the published ones for a new pool.
         settings, fusion, augmentation: of the run.
     """
 
-    network: str
+    network: str | None
     settings: PretrainingSettings
     fusion: FusionSettings
     augmentation: AugmentSettings
@@ -73,10 +76,11 @@ def new_pool_entry(
     degree = degree_for_spacing(spacing)
     stride = total_strides(strides_of(degree))[-1]
     patch = request.patch_size or _fitting_patch(median_shape, stride)
-    batch = request.batch_size or PUBLISHED_BATCH_SIZE
+    batch = PUBLISHED_BATCH_SIZE if request.batch_size is None else request.batch_size
+    check_sizes(patch, batch)
     if request.network == "plan":
         return plain_unet_entry(spacing, patch), patch, batch
-    return architecture_entry(request.network, degree, **request.arch_kwargs), patch, batch
+    return architecture_entry(request.network or "pctnet", degree, **request.arch_kwargs), patch, batch
 
 
 def run_plans(
@@ -98,17 +102,21 @@ def run_plans(
         raise PlanError(f"The configuration {configuration!r} is 2D; Volume Fusion is 3D. Use -c 3d_fullres.")
     if entry.pop("previous_stage", None) is not None:
         raise PlanError(f"{configuration!r} takes label channels, which pretraining has not. Use -c 3d_fullres.")
-    if request.network != "plan":
-        planned = entry["architecture"]
+    planned = entry["architecture"]
+    keep = request.network is None and base.get(BLOCK, {}).get("task") == PretrainingSettings.TASK
+    if request.network != "plan" and not (keep and not is_own_network(planned)):
+        network = request.network or own_network_name(planned) or "pctnet"
         # A network of ours in the plans keeps what its plan chose, so that the weights fit that plan.
-        kept = planned["arch_kwargs"] if is_own_network(planned) else {}
+        kept = planned["arch_kwargs"] if own_network_name(planned) == network else {}
         kept = {key: value for key, value in kept.items() if key not in ("strides", "deep_supervision")}
         degree = degree_of_anisotropy(entry)
-        entry["architecture"] = architecture_entry(request.network, degree, **{**kept, **request.arch_kwargs})
+        entry["architecture"] = architecture_entry(network, degree, **{**kept, **request.arch_kwargs})
     if request.patch_size is not None:
         entry["patch_size"] = list(request.patch_size)
     if request.batch_size is not None:
         entry["batch_size"] = request.batch_size
+    check_sizes(entry["patch_size"], entry["batch_size"])
+    build_on_meta(entry["architecture"], 1, request.fusion.num_fusion_classes)
     plans = deepcopy(dict(base))
     pool = plans.get(BLOCK, {}).get("pool")
     plans.update(plans_name=plans_name, dataset_name=dataset_name, configurations={configuration: entry})

@@ -14,6 +14,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel as DDP
 
 from nnunetv2_misfm.architectures.checkpointing import set_checkpointing
 from nnunetv2_misfm.architectures.memory import estimate_training_memory
@@ -94,7 +95,8 @@ class BaseTrainer(nnUNetTrainer):
     @property
     def bare_network(self) -> nn.Module:
         """The network without the wrappers of DDP and torch.compile."""
-        network = self.network.module if self.is_ddp else self.network
+        # nnU-Net configures the optimiser before it wraps the network, so `is_ddp` alone does not tell.
+        network = self.network.module if isinstance(self.network, DDP) else self.network
         return getattr(network, "_orig_mod", network)
 
     # ---------------------------------------------------------------- randomness
@@ -198,15 +200,18 @@ class BaseTrainer(nnUNetTrainer):
         if needed[True] > available:
             raise PlanError(
                 f"A training step with patch size {patch} and batch size {batch} needs about {gigabytes[True]} even "
-                f"with activation checkpointing; {self.device} has {available / 2**30:.1f} GB. Plan for this memory "
-                f"with: misfm_plan -d {self.plans_manager.dataset_name} -c {self.configuration_name} "
-                f"-gpu_memory_target {int(available / 2**30)}"
+                f"with activation checkpointing; {self.device} has {available / 2**30:.1f} GB. "
+                f"{self._memory_remedy(available / 2**30)}"
             )
         set_checkpointing(self.bare_network, True)
         self.print_to_log_file(
             f"Activation checkpointing is on: a step needs about {gigabytes[False]} without it and {gigabytes[True]} "
             f"with it; {self.device} has {available / 2**30:.1f} GB."
         )
+
+    def _memory_remedy(self, gigabytes: float) -> str:
+        """What to do when a training step does not fit."""
+        raise TypeError(f"{type(self).__name__} has to define _memory_remedy")
 
     def _estimate(self, checkpointing: bool) -> int:
         arguments = (

@@ -11,8 +11,8 @@ from batchgenerators.utilities.file_and_folder_operations import join, save_json
 
 from nnunetv2_misfm.run_settings import FinetuningSettings
 from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
-from nnunetv2_misfm.transfer.pretrained import PRETRAIN_INFO, load_source
-from nnunetv2_misfm.transfer.transfer import transfer
+from nnunetv2_misfm.transfer.pretrained import PRETRAIN_INFO, load_source, resolve_checkpoint
+from nnunetv2_misfm.transfer.transfer import TransferError, transfer
 
 
 class MisFMTrainer(BaseTrainer):
@@ -35,6 +35,23 @@ class MisFMTrainer(BaseTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self._resumed = False
 
+    def initialize(self) -> None:
+        """As in the base class; remembers the initial weights, to notice weights that were loaded from outside."""
+        super().initialize()
+        self._initial_weights = self._weights_checksum()
+
+    def _weights_checksum(self) -> float:
+        return sum(float(p.detach().double().abs().sum()) for p in self.bare_network.parameters())
+
+    def _memory_remedy(self, gigabytes: float) -> str:
+        info: dict[str, Any] = self.plans_manager.plans.get(PRETRAIN_INFO) or {}
+        path = info.get("checkpoint_path")
+        weights = f" -pretrained_weights {resolve_checkpoint(path)}" if path else ""
+        return (
+            f"Plan for this memory with: misfm_plan -d {self.plans_manager.dataset_name} -c {self.configuration_name}"
+            f"{weights} -gpu_memory_target {max(1, int(gigabytes))}, then train with -p nnUNetMisFMPlans."
+        )
+
     def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
         """As in the base class; training that goes on from here does not load pretrained weights again."""
         super().load_checkpoint(filename_or_checkpoint)
@@ -50,6 +67,15 @@ class MisFMTrainer(BaseTrainer):
 
     def _load_pretrained_weights(self) -> None:
         info: dict[str, Any] = self.plans_manager.plans.get(PRETRAIN_INFO) or {}
+        loaded = self._weights_checksum() != self._initial_weights
+        if loaded and info.get("checkpoint_path") is not None:
+            raise TransferError(
+                f"Weights were given twice: with -pretrained_weights, and in the plans ({info['checkpoint_path']}). "
+                f"Leave -pretrained_weights out, or plan with misfm_plan --from_scratch."
+            )
+        if loaded:
+            self.print_to_log_file("Training starts from the weights given with -pretrained_weights.")
+            return
         if info.get("checkpoint_path") is None:
             self.print_to_log_file("Training from scratch: the plan names no pretrained weights.")
             return

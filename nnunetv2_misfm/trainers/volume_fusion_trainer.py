@@ -58,8 +58,8 @@ class VolumeFusionTrainer(BaseTrainer):
     ):
         if str(fold) != "all":
             raise PlanError(f"Volume Fusion pretrains on all volumes: use fold all instead of {fold}.")
-        block = plans.get(BLOCK) or {}
-        groups = block if block.get("task") == PretrainingSettings.TASK else {}
+        block = plans.get(BLOCK)
+        groups = block if isinstance(block, Mapping) and block.get("task") == PretrainingSettings.TASK else {}
         where = f"The '{BLOCK}' block of the plans {plans['plans_name']}"
         self.fusion = read_settings(FusionSettings, groups.get("fusion", {}), f"{where}, group 'fusion',")
         self.augmentation = read_settings(
@@ -71,6 +71,9 @@ class VolumeFusionTrainer(BaseTrainer):
         self.pretraining = cast(PretrainingSettings, self.settings)
         self.metrics = MetricsFile(Path(self.output_folder) / "metrics.csv") if self.output_folder else None
         self._scores: dict[str, Any] = {}
+
+    def _memory_remedy(self, gigabytes: float) -> str:
+        return "Pretrain with a smaller -patch_size or -batch_size of misfm_pretrain."
 
     # ---------------------------------------------------------------- data
 
@@ -248,7 +251,8 @@ class VolumeFusionTrainer(BaseTrainer):
         batch = next(pair_loader(pairs, min(4, self.configuration_manager.batch_size), 1))
         data, labels = self._fused(batch)
         self.network.eval()
-        output = self.network(data)
+        # Without the DDP wrapper, whose forward pass waits for the other processes.
+        output = self.bare_network(data)
         logits = output[0] if self.enable_deep_supervision else output
         path = Path(self.output_folder) / "fused_samples.png"
         write_fusion_picture(path, data, labels, logits.argmax(1, keepdim=True), self.fusion.num_fusion_classes)

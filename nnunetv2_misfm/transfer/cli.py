@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from nnunetv2_misfm.architectures.plan_entry import NETWORKS
 from nnunetv2_misfm.datasets import preprocessed_dataset, read_dataset_json, read_plans
 from nnunetv2_misfm.errors import PlanError, exit_with_message
 from nnunetv2_misfm.files import write_json
+from nnunetv2_misfm.plan_checks import check_replaceable
 from nnunetv2_misfm.run_settings import FINETUNING_SCHEDULES, OPTIMIZERS, FinetuningSettings
 from nnunetv2_misfm.settings import read_settings
 
@@ -67,11 +69,12 @@ def plan(options: argparse.Namespace) -> None:
     # nnU-Net and torch take seconds to import; --help and wrong flags should not wait for them.
     from nnunetv2_misfm.transfer.memory_target import fit_to_memory
     from nnunetv2_misfm.transfer.plan_data import provide_data
-    from nnunetv2_misfm.transfer.plans import PlanRequest, finetuning_plans
+    from nnunetv2_misfm.transfer.plans import PlanRequest, check_fit, finetuning_plans
     from nnunetv2_misfm.transfer.pretrained import read_source
 
     dataset_folder = preprocessed_dataset(options.d)
     base = read_plans(dataset_folder, options.p)
+    dataset = read_dataset_json(dataset_folder)
     source = read_source(options.pretrained_weights) if options.pretrained_weights else None
     scratch = options.from_scratch or source is None
     request = PlanRequest(
@@ -86,21 +89,37 @@ def plan(options: argparse.Namespace) -> None:
     )
     plans, remarks = finetuning_plans(base, request, source)
     if options.gpu_memory_target is not None:
-        dataset = read_dataset_json(dataset_folder)
         for name in request.configurations:
             remarks.append(fit_to_memory(plans, name, dataset, options.gpu_memory_target))
+    for name in request.configurations:
+        check_fit(plans, name, dataset, source)
     path = dataset_folder / f"{request.plans_name}.json"
-    replaced = path.exists()
+    replaced = check_replaceable(path, FinetuningSettings.TASK)
+    remarks += what_is_lost(replaced, plans)
     write_json(plans, path)
     for remark in remarks:
         print(f"Note: {remark}")
-    print(f"Plans {'replaced' if replaced else 'written'}: {path}")
+    print(f"Plans {'written' if replaced is None else 'replaced'}: {path}")
     if not options.no_pp:
         for name in request.configurations:
             print(provide_data(dataset_folder, plans, base, name, options.np))
     print("Train with:")
     for name in request.configurations:
         print(f"  nnUNetv2_train {options.d} {name} 0 -tr MisFMTrainer -p {request.plans_name}")
+
+
+def what_is_lost(replaced: dict[str, Any] | None, plans: dict[str, Any]) -> list[str]:
+    """What plans that take the place of others do not have any more."""
+    if replaced is None:
+        return []
+    lost = []
+    weights = (replaced.get("pretrain_info") or {}).get("checkpoint_path")
+    if weights is not None and plans["pretrain_info"]["checkpoint_path"] != weights:
+        lost.append(f"the plans that are replaced started from {weights}; these do not")
+    gone = sorted(set(replaced.get("configurations", {})) - set(plans["configurations"]))
+    if gone:
+        lost.append(f"the plans that are replaced also had {', '.join(gone)}; name them with -c to keep them")
+    return lost
 
 
 def _settings(options: argparse.Namespace, scratch: bool) -> FinetuningSettings:
@@ -132,8 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "-network",
         choices=[*NETWORKS, "plan"],
-        default="pctnet",
-        help="the network to train; plan keeps the one of the dataset's plans (default: pctnet)",
+        help="the network to train; plan keeps the one of the dataset's plans (default: the checkpoint's, or pctnet)",
     )
     add("-features_per_stage", nargs=5, type=int, metavar="N", help="channels of the five stages")
     add("-patch_size", nargs=3, type=int, metavar="N", help="patch size in plans axis order (default: the plan's)")

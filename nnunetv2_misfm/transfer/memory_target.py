@@ -32,6 +32,8 @@ def fit_to_memory(plans: dict[str, Any], configuration: str, dataset_json: Mappi
     Raises:
         PlanError: if not even the smallest patch fits.
     """
+    if not 0 < gigabytes < float("inf"):
+        raise PlanError(f"-gpu_memory_target {gigabytes} must be a number of gigabytes above 0.")
     entry = plans["configurations"][configuration]
     strides = total_strides(entry["architecture"]["arch_kwargs"]["strides"])[-1]
     entry["patch_size"] = [-(-n // s) * s for n, s in zip(entry["patch_size"], strides, strict=True)]
@@ -49,7 +51,8 @@ def fit_to_memory(plans: dict[str, Any], configuration: str, dataset_json: Mappi
         allow_init=False,
         deep_supervision=True,
     )
-    checkpointing = False
+    setting = plans[BLOCK]["checkpointing"]
+    checkpointing = setting == "on"
 
     def needed() -> float:
         shape = (entry["batch_size"], channels, *entry["patch_size"])
@@ -58,11 +61,11 @@ def fit_to_memory(plans: dict[str, Any], configuration: str, dataset_json: Mappi
     while needed() > gigabytes:
         if entry["batch_size"] > _SMALLEST_BATCH:
             entry["batch_size"] -= 1
-        elif not checkpointing and is_own_network(architecture):
+        elif not checkpointing and setting == "auto" and is_own_network(architecture):
             checkpointing = True
         else:
             _shrink(entry, strides, gigabytes, needed())
-    plans[BLOCK]["checkpointing"] = "on" if checkpointing else plans[BLOCK]["checkpointing"]
+    plans[BLOCK]["checkpointing"] = "on" if checkpointing else setting
     return (
         f"{configuration}: patch size {entry['patch_size']}, batch size {entry['batch_size']}, activation checkpointing"
         f" {'on' if checkpointing else 'off'}: about {needed():.1f} of {gigabytes:g} GB under mixed precision."

@@ -1,7 +1,7 @@
 """The preprocessed data behind a fine-tuning plan: linked from nnU-Net's where the arrays are the same, else made anew.
 
-A small record beside each data folder says which preprocessing its arrays come from and is written last, so a folder
-left half-made is never taken for whole.
+A record beside each data folder says which preprocessing its arrays come from and which files they are. It is written
+last, so a folder left half-made, or one whose source has changed since, is never taken for up to date.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from typing import Any
 from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 
-from nnunetv2_misfm.datasets import read_dataset_json
+from nnunetv2_misfm.datasets import nnunet_folder, read_dataset_json
+from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.transfer.plans import preprocessing_key, same_preprocessing
 
@@ -28,29 +29,38 @@ def provide_data(
 
     Args:
         dataset_folder: the dataset in nnUNet_preprocessed; the plans file must be in it.
-        plans: our plans.
+        plans: our plans, under a name of their own.
         base: the plans they were made from.
         configuration: to provide.
         num_processes: for nnU-Net's preprocessing.
 
     Returns:
         One sentence on what was done.
+
+    Raises:
+        PlanError: if the data has to be preprocessed and the raw dataset is not there.
     """
     folder = dataset_folder / plans["configurations"][configuration]["data_identifier"]
+    stock = dataset_folder / _data_identifier(base, configuration)
+    shared = same_preprocessing(plans, base, configuration) and _looks_complete(stock, dataset_folder)
     record = dataset_folder / f"{folder.name}.preprocessing.json"
-    wanted = preprocessing_key(plans, configuration)
-    if folder.is_dir() and record.is_file() and json.loads(record.read_text()) == json.loads(json.dumps(wanted)):
+    wanted = json.loads(json.dumps(preprocessing_key(plans, configuration)))
+    known = _read_record(record)
+    files = _listing(folder)
+    if known == {"preprocessing": wanted, "files": files} and (not shared or files == _listing(stock)):
         return f"{folder} is up to date."
     record.unlink(missing_ok=True)
-    stock = dataset_folder / _data_identifier(base, configuration)
-    if same_preprocessing(plans, base, configuration) and _looks_complete(stock, dataset_folder):
+    if shared:
         _link_cases(stock, folder)
         done = f"{folder} shares the arrays of {stock.name} (hard links, no further disk space)."
     else:
+        raw = nnunet_folder("nnUNet_raw") / dataset_folder.name
+        if not (raw / "dataset.json").is_file():
+            raise PlanError(f"{folder} has to be preprocessed, but {raw} is not there. Put the raw dataset back.")
         dataset_id = convert_dataset_name_to_id(dataset_folder.name)
         preprocess_dataset(dataset_id, plans["plans_name"], (configuration,), [num_processes])
         done = f"{folder} was preprocessed."
-    write_json(wanted, record)
+    write_json({"preprocessing": wanted, "files": _listing(folder)}, record)
     return done
 
 
@@ -58,22 +68,41 @@ def _data_identifier(plans: Mapping[str, Any], configuration: str) -> str:
     entry = plans["configurations"][configuration]
     while "data_identifier" not in entry:
         entry = plans["configurations"][entry["inherits_from"]]
-    return entry["data_identifier"]
+    return str(entry["data_identifier"])
 
 
 def _looks_complete(folder: Path, dataset_folder: Path) -> bool:
-    dataset = read_dataset_json(dataset_folder)
-    properties = {path.stem for path in folder.glob("*.pkl")} if folder.is_dir() else set()
-    arrays = {path.stem for path in folder.glob("*.b2nd")} if folder.is_dir() else set()
-    return len(properties) >= dataset["numTraining"] and properties <= arrays
+    names = set(_listing(folder))
+    cases = [name.removesuffix(".pkl") for name in names if name.endswith(".pkl")]
+    whole = all({f"{case}.b2nd", f"{case}_seg.b2nd"} <= names for case in cases)
+    return whole and len(cases) >= read_dataset_json(dataset_folder)["numTraining"]
+
+
+def _listing(folder: Path) -> dict[str, list[int]]:
+    """Size and time of last change of each file."""
+    if not folder.is_dir():
+        return {}
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir())}
+
+
+def _read_record(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def _link_cases(source: Path, target: Path) -> None:
-    if target.is_dir():
-        shutil.rmtree(target)
-    target.mkdir()
-    for path in sorted(source.iterdir()):
-        try:
-            os.link(path, target / path.name)
-        except OSError:  # another file system, or one without hard links
-            shutil.copy2(path, target / path.name)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        for path in sorted(source.iterdir()):
+            try:
+                os.link(path, temporary / path.name)
+            except OSError:  # another file system, or one without hard links
+                shutil.copy2(path, temporary / path.name)
+        if target.is_dir():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

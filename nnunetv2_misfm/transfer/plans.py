@@ -11,13 +11,16 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_misfm.architectures.plan_entry import architecture_entry, degree_of_anisotropy, is_own_network
+from nnunetv2_misfm.architectures.plan_entry import NETWORKS, architecture_entry, degree_of_anisotropy, is_own_network
 from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.plan_checks import build_on_meta, check_plans_name, check_sizes
 from nnunetv2_misfm.run_settings import BLOCK, FinetuningSettings
 from nnunetv2_misfm.settings import write_settings
 from nnunetv2_misfm.transfer.pretrained import PRETRAIN_INFO, Source, portable_path
+from nnunetv2_misfm.transfer.transfer import transfer
 
 # Constructor arguments that belong to the target or to a run, not to the weights.
 _NOT_TAKEN_OVER = ("strides", "stems", "deep_supervision", "checkpointing")
@@ -40,7 +43,8 @@ class PlanRequest:
     Attributes:
         plans_name: of the new plans.
         configurations: 3D configurations to plan.
-        network: "pctnet", or "plan" for the network that the dataset's own plans name.
+        network: a name of `NETWORKS`, or "plan" for the network that the dataset's own plans name; None for the
+            checkpoint's, PCT-Net without one.
         settings: of the run.
         arch_kwargs: constructor arguments of the network that the user chose.
         patch_size, batch_size: instead of the plan's; None keeps them.
@@ -49,7 +53,7 @@ class PlanRequest:
 
     plans_name: str
     configurations: tuple[str, ...]
-    network: str
+    network: str | None
     settings: FinetuningSettings
     arch_kwargs: Mapping[str, Any] = field(default_factory=dict)
     patch_size: tuple[int, int, int] | None = None
@@ -70,10 +74,10 @@ def finetuning_plans(
     Raises:
         PlanError: if a configuration is missing, not 3D, or the checkpoint has no network to take over.
     """
-    if "__" in request.plans_name:
+    check_plans_name(request.plans_name)
+    if request.plans_name == base["plans_name"]:
         raise PlanError(
-            f"The plans name {request.plans_name!r} contains '__', on which nnU-Net splits results folders. "
-            f"Choose another -overwrite_plans_name."
+            f"-p and -overwrite_plans_name are both {request.plans_name!r}; the new plans need a name of their own."
         )
     plans = deepcopy(dict(base))
     plans["plans_name"] = request.plans_name
@@ -86,6 +90,32 @@ def finetuning_plans(
     plans[BLOCK] = {"task": FinetuningSettings.TASK, **write_settings(request.settings)}
     plans[PRETRAIN_INFO] = _pretrain_info(source, request, plans)
     return plans, remarks
+
+
+def check_fit(
+    plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any], source: Source | None
+) -> None:
+    """Make sure that a planned network can be built and, if there are weights, that they cover what is asked for.
+
+    Raises:
+        PlanError: if the network cannot be built.
+        TransferError: if the weights do not fit it.
+    """
+    manager = PlansManager(dict(plans))
+    channels = determine_num_input_channels(manager, manager.get_configuration(configuration), dict(dataset_json))
+    heads = manager.get_label_manager(dict(dataset_json)).num_segmentation_heads
+    architecture = plans["configurations"][configuration]["architecture"]
+    network = build_on_meta(architecture, channels, heads)
+    if source is None:
+        return
+    settings = plans[BLOCK]
+    transfer(
+        source.weights,
+        str(source.path),
+        network.to_empty(device="cpu"),
+        encoder_only=settings["encoder_only"],
+        min_coverage=settings["min_coverage"],
+    )
 
 
 def same_preprocessing(plans: Mapping[str, Any], base: Mapping[str, Any], configuration: str) -> bool:
@@ -130,6 +160,7 @@ def _configuration(
         configuration["patch_size"] = list(request.patch_size)
     if request.batch_size is not None:
         configuration["batch_size"] = request.batch_size
+    check_sizes(configuration["patch_size"], configuration["batch_size"])
     return configuration
 
 
@@ -139,10 +170,16 @@ def _architecture(
     planned: dict[str, Any] = configuration["architecture"]
     if request.network == "plan":
         return planned
+    network = request.network or _network_of(source)
+    if network is None:
+        return planned
+    if source is not None and source.info is not None and _network_of(source) != network:
+        held = source.info.network_class_name.rpartition(".")[2]
+        raise PlanError(f"{source.path} holds a {held}, which -network {network} cannot use. Leave -network out.")
     degree = degree_of_anisotropy(configuration)
     later = [list(stride) for stride in planned["arch_kwargs"]["strides"][3:]]
     if any(1 in stride for stride in later) and not is_own_network(planned):
-        remarks.append(f"{name}: the plan also pools unevenly later ({later}); {request.network} pools all axes there.")
+        remarks.append(f"{name}: the plan also pools unevenly later ({later}); {network} pools all axes there.")
     taken_over: dict[str, Any] = {}
     if source is not None:
         if source.info is None:
@@ -151,7 +188,15 @@ def _architecture(
                 f"Use -network plan to keep the network of the dataset's plans."
             )
         taken_over = {key: value for key, value in source.info.arch_kwargs.items() if key not in _NOT_TAKEN_OVER}
-    return architecture_entry(request.network, degree, **{**taken_over, **request.arch_kwargs})
+    return architecture_entry(network, degree, **{**taken_over, **request.arch_kwargs})
+
+
+def _network_of(source: Source | None) -> str | None:
+    """The name of the checkpoint's network, PCT-Net without one; None for a network that only plans can describe."""
+    if source is None or source.info is None:
+        return "pctnet"
+    names = {class_name: name for name, class_name in NETWORKS.items()}
+    return names.get(source.info.network_class_name)
 
 
 def _keep_normalisation(plans: dict[str, Any], source: Source | None, remarks: list[str]) -> None:

@@ -200,6 +200,6 @@ def _require(report: TransferReport, min_coverage: float, encoder_only: bool) ->
     raise TransferError(
         f"{report.source} covers {100 * coverage:.2f} % of the network's {', '.join(parts)}; the plan asks for "
         f"{100 * min_coverage:.2f} %. First mismatches:\n" + "\n".join(lines) + "\n"
-        "Plan again with the network of the checkpoint (misfm_plan takes it over), or allow this with "
-        "-min_coverage or --encoder_only."
+        "Use a checkpoint of the same network, with stems for the same degree of anisotropy, or allow this with "
+        "misfm_plan -min_coverage or --encoder_only."
     )

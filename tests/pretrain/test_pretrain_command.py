@@ -24,8 +24,9 @@ def run(*arguments: str) -> None:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    device = [] if "-device" in arguments else ["-device", "cpu"]
     with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
+        main([*arguments, *device])
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert "Traceback" not in message
@@ -100,6 +101,14 @@ def test_an_interrupted_run_is_kept_until_the_user_decides(
         (["-d", "4", "-n", "P", "-i", "."], "belongs to Dataset004_Small"),
         (["-d", "900", "-n", "P", "-i", ".", "-spacing", "1", "x", "1"], "three numbers in mm"),
         (["-d", "900", "-i", "."], "needs -n NAME"),
+        (["-d", "4", "-num_gpus", "0"], "-num_gpus 0 must be at least 1"),
+        (["-d", "4", "-device", "cuda", "-num_gpus", "99"], "usable GPUs"),
+        (["-d", "4", "-batch_size", "0"], "batch size 0"),
+        (["-d", "4", "-patch_size", "0", "8", "8"], "patch size [0, 8, 8]"),
+        (["-d", "4", "-features_per_stage", "5", "7", "9", "11", "13"], "not a multiple"),
+        (["-d", "4", "-overwrite_plans_name", "nnUNetPlans"], "not written by this command"),
+        (["-d", "4", "-overwrite_plans_name", "dataset"], "cannot be a plans name"),
+        (["-d", "4", "-overwrite_plans_name", "../x"], "cannot be a plans name"),
         (["-d", "900", "-n", "P", "-i", ".", "-plans_from", "4", "-modality", "ct"], "leave -modality"),
     ],
 )
@@ -114,6 +123,29 @@ def test_mistakes_get_one_clear_message(
     write(tmp_path / "here" / "a.nii.gz", ct())
     monkeypatch.chdir(tmp_path / "here")
     assert expected in refused(capsys, *arguments)
+
+
+def test_a_run_that_cannot_start_deletes_nothing(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("-d", "4")
+    checkpoint = run_folder(nnunet, "Dataset004_Small", "nnUNetMisFMPretrainPlans") / "checkpoint_final.pth"
+    before = checkpoint.read_bytes()
+    refused(capsys, "-d", "4", "--overwrite", "-num_epochs", "0")
+    refused(capsys, "-d", "4", "--overwrite", "-device", "cuda", "-num_gpus", "99")
+    assert checkpoint.read_bytes() == before
+
+
+def test_continuing_keeps_the_run_what_it_was(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add_plugin_folder()
+    main(["-d", "4", "-network", "plan", "-geometry", "blocks", "-batch_size", "2", "-device", "cpu", *SHORT])
+    folder = run_folder(nnunet, "Dataset004_Small", "nnUNetMisFMPretrainPlans")
+    before = (folder / "checkpoint_final.pth").read_bytes()
+    message = refused(capsys, "-d", "4", "--c", "-geometry", "boxes", "-batch_size", "3")
+    assert "fusion:" in message and "batch_size: 2 then, 3 now" in message
+    main(["-d", "4", "--c", "-device", "cpu"])
+    assert "is finished" in capsys.readouterr().out
+    assert (folder / "checkpoint_final.pth").read_bytes() == before
+    main(["-d", "4", "--c", "-device", "cpu", "-num_epochs", "2"])
+    assert read_checkpoint(folder / "checkpoint_final.pth")["current_epoch"] == 2
 
 
 def test_without_nnunets_folders_the_remedy_is_named(

@@ -14,10 +14,12 @@ from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoi
 
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.pretrain.cli import main as misfm_pretrain
+from nnunetv2_misfm.settings import SettingsError
 from nnunetv2_misfm.start_up import add_plugin_folder
 from nnunetv2_misfm.trainers.base import BaseTrainer
 from nnunetv2_misfm.transfer.checkpoint import CheckpointError, read_checkpoint
 from nnunetv2_misfm.transfer.cli import plan_main as misfm_plan
+from nnunetv2_misfm.transfer.transfer import TransferError
 
 CPU = torch.device("cpu")
 NETWORK = ["-features_per_stage", "4", "4", "8", "16", "32"]
@@ -236,6 +238,41 @@ def test_too_little_memory_names_the_remedy(nnunet: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("nnunetv2_misfm.trainers.base._memory_of", lambda device: needed[True] // 2)
     with pytest.raises(PlanError, match="misfm_plan .* -gpu_memory_target"):
         run._fit_into_memory()
+
+
+def test_weights_given_twice_are_an_error(nnunet: Path) -> None:
+    checkpoint = pretrain(1)
+    plan("-pretrained_weights", str(checkpoint))
+    run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
+    run.initialize()
+    with torch.no_grad():
+        next(run.bare_network.parameters()).add_(1.0)  # what nnUNetv2_train -pretrained_weights does before training
+    with pytest.raises(TransferError, match="given twice"):
+        run.on_train_start()
+
+
+def test_the_network_is_found_behind_the_wrapper_of_distributed_training(nnunet: Path, tmp_path: Path) -> None:
+    plan(*NETWORK)
+    run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
+    run.initialize()
+    network = run.network
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        run.is_ddp = True
+        assert run.bare_network is network  # nnU-Net configures the optimiser before it wraps the network
+        run.network = torch.nn.parallel.DistributedDataParallel(network)
+        assert run.bare_network is network
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_misspelt_task_is_not_ignored(nnunet: Path) -> None:
+    plan(*NETWORK)
+    path = nnunet / "nnUNet_preprocessed" / NAME / "nnUNetMisFMPlans.json"
+    path.write_text(path.read_text().replace('"task": "segmentation"', '"task": "segmentatoin"'))
+    with pytest.raises(SettingsError, match="segmentatoin"):
+        trainer("MisFMTrainer", "nnUNetMisFMPlans")
 
 
 def test_a_frozen_encoder_keeps_weights_and_statistics(nnunet: Path) -> None:

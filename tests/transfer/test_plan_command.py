@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from nnunetv2_misfm.architectures import PCTNet
+from nnunetv2_misfm.architectures.plan_entry import NETWORKS
+from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint
 from nnunetv2_misfm.transfer.cli import plan_main
 
 DATASET = "Dataset004_Small"
@@ -58,10 +62,17 @@ def test_running_it_again_does_not_preprocess_again(nnunet: Path, capsys: pytest
     ("arguments", "expected"),
     [
         (["-d", "88"], "The dataset 88 is not there"),
-        (["-d", "4", "-p", "Nope"], "There are: nnUNetPlans"),
+        (["-d", "4", "-p", "Nope"], "There are: Foreign, Incomplete, nnUNetPlans"),
         (["-d", "4", "-c", "2d"], "is not 3D"),
         (["-d", "4", "-c", "3d_lowres"], "they have: 2d, 3d_fullres"),
-        (["-d", "4", "-overwrite_plans_name", "a__b"], "contains '__'"),
+        (["-d", "4", "-overwrite_plans_name", "a__b"], "cannot be a plans name"),
+        (["-d", "4", "-overwrite_plans_name", "dataset"], "cannot be a plans name"),
+        (["-d", "4", "-overwrite_plans_name", "nnUNetPlans"], "need a name of their own"),
+        (["-d", "4", "-overwrite_plans_name", "Foreign"], "not written by this command"),
+        (["-d", "4", "-batch_size", "0"], "batch size 0"),
+        (["-d", "4", "-features_per_stage", "5", "7", "9", "11", "13"], "not a multiple"),
+        (["-d", "4", "-gpu_memory_target", "nan"], "above 0"),
+        (["-d", "4", "-p", "Incomplete"], "it lacks: plans_name"),
         (["-d", "4", "-pretrained_weights", "nowhere.pth"], "nowhere.pth does not exist"),
         (["-d", "4", "-pretrained_weights", "text.pth"], "text.pth is not a readable checkpoint"),
         (["-d", "4", "-num_epochs", "-3", "-min_coverage", "7"], "min_coverage = 7.0"),
@@ -77,6 +88,11 @@ def test_mistakes_get_one_clear_message(
     expected: str,
 ) -> None:
     (tmp_path / "text.pth").write_text("not a checkpoint")
+    stock = plans(nnunet, "nnUNetPlans")
+    folder = nnunet / "nnUNet_preprocessed" / DATASET
+    (folder / "Foreign.json").write_text(json.dumps(stock))
+    (folder / "Incomplete.json").write_text(json.dumps({k: v for k, v in stock.items() if k != "plans_name"}))
+    (folder / "odd.json").write_bytes(b"\xff\xfe")
     monkeypatch.chdir(tmp_path)
     before = sorted(path.name for path in (nnunet / "nnUNet_preprocessed" / DATASET).iterdir())
     with pytest.raises(SystemExit) as stop:
@@ -85,6 +101,49 @@ def test_mistakes_get_one_clear_message(
     message = capsys.readouterr().err
     assert expected in message and "Traceback" not in message
     assert sorted(path.name for path in (nnunet / "nnUNet_preprocessed" / DATASET).iterdir()) == before
+
+
+def test_data_is_provided_again_when_its_source_has_changed(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan_main(["-d", "4"])
+    folder = nnunet / "nnUNet_preprocessed" / DATASET
+    stock, ours = folder / "nnUNetPlans_3d_fullres", folder / "nnUNetMisFMPlans_3d_fullres"
+    changed = (stock / "case_0_seg.b2nd").read_bytes()
+    (stock / "case_0_seg.b2nd").unlink()
+    (stock / "case_0_seg.b2nd").write_bytes(changed)  # a new file, as when nnU-Net preprocesses again
+    (ours / "case_1.b2nd").unlink()
+    plan_main(["-d", "4"])
+    assert "up to date" not in capsys.readouterr().out
+    assert (ours / "case_1.b2nd").is_file()
+    assert (ours / "case_0_seg.b2nd").stat().st_ino == (stock / "case_0_seg.b2nd").stat().st_ino
+
+
+def test_weights_that_do_not_fit_are_noticed_when_planning(
+    nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint, features = tmp_path / "c.pth", [4, 8, 16, 32, 64]
+    weights = PCTNet(1, 5, strides_of(2), features).state_dict()
+    arguments = {"strides": strides_of(2), "features_per_stage": features}
+    preprocessing = {"normalization_schemes": ["ZScoreNormalization"], "patch_size": [8, 32, 32]}
+    info = CheckpointInfo("volume_fusion", NETWORKS["pctnet"], arguments, 1, 5, preprocessing, {})
+    write_checkpoint({"network_weights": weights}, info, checkpoint)
+    for more in ([], ["-network", "plan"], ["-network", "fmunet"]):
+        with pytest.raises(SystemExit):
+            plan_main(["-d", "4", "-pretrained_weights", str(checkpoint), *more])
+    messages = capsys.readouterr().err
+    assert "degree of anisotropy" in messages and "holds a PCTNet" in messages
+    assert not (nnunet / "nnUNet_preprocessed" / DATASET / "nnUNetMisFMPlans.json").exists()
+
+
+def test_replacing_plans_says_what_is_lost(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan_main(["-d", "4", "--no_pp"])
+    path = nnunet / "nnUNet_preprocessed" / DATASET / "nnUNetMisFMPlans.json"
+    written = json.loads(path.read_text())
+    written["pretrain_info"]["checkpoint_path"] = "somewhere/c.pth"
+    written["configurations"]["3d_lowres"] = written["configurations"]["3d_fullres"]
+    path.write_text(json.dumps(written))
+    plan_main(["-d", "4", "--no_pp"])
+    out = capsys.readouterr().out
+    assert "started from somewhere/c.pth" in out and "also had 3d_lowres" in out
 
 
 def test_a_checkpoint_that_names_no_network_asks_for_the_plans(

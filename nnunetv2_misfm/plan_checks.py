@@ -1,0 +1,109 @@
+"""Checks of plans before anything is written: names, files that are not ours, complete entries, networks that build."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.run_settings import BLOCK
+
+_PLANS_KEYS = (
+    "dataset_name",
+    "plans_name",
+    "transpose_forward",
+    "transpose_backward",
+    "image_reader_writer",
+    "foreground_intensity_properties_per_channel",
+)
+_CONFIGURATION_KEYS = (
+    "data_identifier",
+    "patch_size",
+    "batch_size",
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "architecture",
+)
+
+
+def check_plans_name(name: str) -> None:
+    """Raise a PlanError unless `name` can be the name of plans: of a file and, within '__', of results folders."""
+    if re.fullmatch(r"\w[\w.-]*", name) is None or "__" in name or name in ("dataset", "dataset_fingerprint"):
+        raise PlanError(
+            f"{name!r} cannot be a plans name: use letters, digits, dots, dashes and single underscores (nnU-Net "
+            f"splits results folders at '__'). Choose another -overwrite_plans_name."
+        )
+
+
+def check_replaceable(path: Path, task: str) -> dict[str, Any] | None:
+    """The plans at `path` if they are ours for this task, None if there is no file.
+
+    Raises:
+        PlanError: if the file is anything else, which must not be overwritten.
+    """
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        ours = content[BLOCK]["task"] == task
+    except (ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise PlanError(f"{path} exists and was not written by this command. Choose another -overwrite_plans_name.")
+    assert isinstance(content, dict)
+    return content
+
+
+def check_complete(plans: Mapping[str, Any], path: Path, remedy: str) -> None:
+    """Raise one PlanError naming everything that a plans file lacks."""
+    missing = [key for key in _PLANS_KEYS if key not in plans]
+    configurations = plans.get("configurations")
+    if not isinstance(configurations, Mapping):
+        missing.append("configurations")
+        configurations = {}
+    for name, configuration in configurations.items():
+        if not isinstance(configuration, Mapping):
+            missing.append(f"configurations.{name}")
+        elif "inherits_from" not in configuration:
+            missing += [f"configurations.{name}.{key}" for key in _CONFIGURATION_KEYS if key not in configuration]
+    if BLOCK in plans and not isinstance(plans[BLOCK], Mapping):
+        missing.append(f"an object under {BLOCK}")
+    if missing:
+        raise PlanError(f"{path} is not a complete plans file; it lacks: {', '.join(missing)}. {remedy}")
+
+
+def check_sizes(patch_size: object, batch_size: object) -> None:
+    """Raise a PlanError unless both are whole numbers of at least 1."""
+    patch = list(patch_size) if isinstance(patch_size, (list, tuple)) else [patch_size]
+    wrong = [str(n) for n in (*patch, batch_size) if not isinstance(n, int) or isinstance(n, bool) or n < 1]
+    if wrong or len(patch) != 3:
+        raise PlanError(f"patch size {patch} and batch size {batch_size} must be whole numbers of at least 1.")
+
+
+def build_on_meta(architecture: Mapping[str, Any], input_channels: int, num_classes: int) -> Any:
+    """The network of a plan's `architecture` entry without memory for its weights.
+
+    Raises:
+        PlanError: if it cannot be built.
+    """
+    import torch
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+    try:
+        with torch.device("meta"):
+            return get_network_from_plans(
+                architecture["network_class_name"],
+                architecture["arch_kwargs"],
+                architecture["_kw_requires_import"],
+                input_channels,
+                num_classes,
+                allow_init=False,
+                deep_supervision=True,
+            )
+    except (TypeError, ValueError, KeyError, ImportError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+        name = str(architecture.get("network_class_name")).rpartition(".")[2]
+        raise PlanError(f"The network {name} of these plans cannot be built: {error}") from None
