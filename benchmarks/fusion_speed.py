@@ -19,16 +19,12 @@ Times are those of the process (all threads) and the three take turns, so that o
 from __future__ import annotations
 
 import argparse
-import datetime
-import platform
-import subprocess
 import sys
 import tempfile
 import time
 import typing
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -36,6 +32,7 @@ import blosc2
 import numpy as np
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
+from provenance import processor, provenance
 from scipy.ndimage import gaussian_filter
 
 from nnunetv2_misfm.pretrain.augment import AugmentSettings, apply_augmentation, sample_pair_augmentations
@@ -183,8 +180,7 @@ def make_report(milliseconds: dict[str, float], checkouts: dict[str, Path], samp
         for name, ms in milliseconds.items()
     ]
     packages = ("torch", "numpy", "scipy", "blosc2", "batchgenerators")
-    versions = [f"Python {platform.python_version()}", *(f"{package} {version(package)}" for package in packages)]
-    commits = [f"{name} {commit_of(checkout)}" for name, checkout in checkouts.items()]
+    command = "python benchmarks/fusion_speed.py --nnssl nnssl --pymic PyMIC"
     patch, volume = ("x".join(map(str, size)) for size in (PATCH, VOLUME))
     return "\n".join(
         [
@@ -200,26 +196,10 @@ def make_report(milliseconds: dict[str, float], checkouts: dict[str, Path], samp
             "`reading two crops` is all that is left to the CPU when the training device is a GPU; the others' times "
             "do not include reading.",
             "",
-            "- Command: `python benchmarks/fusion_speed.py --nnssl nnssl --pymic PyMIC`",
-            f"- Versions: {', '.join([*versions, *commits])}",
-            f"- Processor: {processor()}",
-            f"- Date: {datetime.date.today().isoformat()}",
+            *provenance(command, packages, checkouts, f"CPU, {processor()}"),
             "",
         ]
     )
-
-
-def commit_of(checkout: Path) -> str:
-    found = subprocess.run(["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return found.stdout.strip() or "of unknown commit"
-
-
-def processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

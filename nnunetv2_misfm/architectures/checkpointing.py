@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
@@ -14,9 +14,16 @@ from torch.utils.checkpoint import checkpoint
 
 def run_module(module: nn.Module, *inputs: Tensor, checkpointed: bool) -> Tensor:
     """`module(*inputs)`; if `checkpointed`, its activations are recomputed in the backward pass instead of kept."""
-    if not (checkpointed and torch.is_grad_enabled()):
-        return module(*inputs)
-    return checkpoint(module, *inputs, use_reentrant=False, context_fn=partial(_contexts, module))
+    return recompute(module, *inputs, norms=module) if checkpointed and torch.is_grad_enabled() else module(*inputs)
+
+
+def recompute(function: Callable[..., Tensor], *inputs: Tensor, norms: nn.Module) -> Tensor:
+    """`function(*inputs)`, run again in the backward pass, as far as that needs it, instead of keeping activations.
+
+    Args:
+        norms: the module whose BatchNorms `function` uses.
+    """
+    return checkpoint(function, *inputs, use_reentrant=False, context_fn=partial(_contexts, norms))
 
 
 def set_checkpointing(network: nn.Module, on: bool) -> None:

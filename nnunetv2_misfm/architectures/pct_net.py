@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nnunetv2_misfm.architectures.checkpointing import run_module
 from nnunetv2_misfm.architectures.dropout import Dropout
+from nnunetv2_misfm.architectures.norm_act_conv import NormActConvSequential, norm_act_conv
 from nnunetv2_misfm.architectures.resolution import (
     DEGREES_OF_ANISOTROPY,
     NUM_STAGES,
@@ -38,7 +39,13 @@ def _norm_act(channels: int) -> list[nn.Module]:
     return [nn.BatchNorm3d(channels), nn.PReLU()]
 
 
-class ConvBlock(nn.Sequential):
+def _segment(pre_seg: nn.Sequential, seg_layer: nn.Module, x: Tensor) -> Tensor:
+    """Logits (B, num_classes, X, Y, Z) of (B, C, X, Y, Z)."""
+    norm, act = pre_seg
+    return norm_act_conv(x, cast(nn.BatchNorm3d, norm), cast(nn.PReLU, act), None, cast(nn.Conv3d, seg_layer))
+
+
+class ConvBlock(NormActConvSequential):
     """Twice norm, activation, convolution, with dropout between."""
 
     def __init__(self, channels: int, flat: bool, dropout: float):
@@ -51,7 +58,7 @@ class ConvBlock(nn.Sequential):
         )
 
 
-class Downsample(nn.Sequential):
+class Downsample(NormActConvSequential):
     """Max-pooling, norm, activation, convolution to the next stage's channels."""
 
     def __init__(self, in_channels: int, out_channels: int, pool_flat: bool, conv_flat: bool):
@@ -68,10 +75,10 @@ class UpsampleConcat(nn.Module):
     def __init__(self, coarse_channels: int, channels: int, flat: bool):
         super().__init__()
         kernel = (1, 2, 2) if flat else (2, 2, 2)
-        self.upsample = nn.Sequential(
+        self.upsample = NormActConvSequential(
             *_norm_act(coarse_channels), nn.ConvTranspose3d(coarse_channels, channels, kernel, stride=kernel)
         )
-        self.merge = nn.Sequential(*_norm_act(2 * channels), _conv(2 * channels, channels, flat))
+        self.merge = NormActConvSequential(*_norm_act(2 * channels), _conv(2 * channels, channels, flat))
 
     def forward(self, skip: Tensor, coarse: Tensor) -> Tensor:
         """(B, C, X, Y, Z) skip and the map of the next coarser stage, to (B, C, X, Y, Z)."""
@@ -200,11 +207,11 @@ class Decoder(nn.Module):
         d0 = run(head.stage0, run(head.up0, x0, d1))
         first = 2 + 2 * list(self.heads).index(str(anisotropy))
         seg1, seg0 = self.seg_layers[first], self.seg_layers[first + 1]
-        outputs = [seg0(head.pre_seg0(d0))]
+        outputs = [_segment(head.pre_seg0, seg0, d0)]
         if self.deep_supervision:
-            outputs.append(seg1(head.pre_seg1(d1)))
-            outputs.append(self.seg_layers[1](self.pre_seg2(d2)))
-            outputs.append(self.seg_layers[0](self.pre_seg3(d3)))
+            outputs.append(_segment(head.pre_seg1, seg1, d1))
+            outputs.append(_segment(self.pre_seg2, self.seg_layers[1], d2))
+            outputs.append(_segment(self.pre_seg3, self.seg_layers[0], d3))
         return outputs
 
 

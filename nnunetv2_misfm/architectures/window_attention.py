@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunetv2_misfm.architectures.dropout import Dropout, keep_mask
+from nnunetv2_misfm.architectures.attention import attend
+from nnunetv2_misfm.architectures.dropout import Dropout
 
 Size3 = tuple[int, int, int]
 
@@ -104,28 +105,6 @@ def _once_per_shape(function: Callable[..., Tensor], *arguments: Hashable) -> Te
     return function(*arguments) if torch.compiler.is_compiling() else _cached(function, *arguments)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float) -> Tensor:
-    """softmax(query · key / sqrt(d) + bias) · value.
-
-    Args:
-        query, key, value: (B, heads, N, d).
-        bias: (1 or B, heads, N, N).
-        dropout: probability for attention weights.
-
-    Returns:
-        (B, heads, N, d)
-    """
-    if query.device.type != "cpu" or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
-    # PyTorch has no fused kernel for training with a learned bias on the CPU; its fallback copies the weights several
-    # times more than this.
-    weights = torch.softmax(query @ (key.transpose(-2, -1) * query.shape[-1] ** -0.5) + bias, dim=-1)
-    if dropout:
-        keep, factor = keep_mask(weights.shape, dropout, weights.device)
-        weights, value = torch.where(keep, weights, 0.0), value * factor
-    return weights @ value
-
-
 class WindowAttention(nn.Module):
     """Multi-head self-attention within windows, with one learned bias per head and relative offset.
 
@@ -152,20 +131,12 @@ class WindowAttention(nn.Module):
         batch, count, tokens, channels = windows.shape
         qkv = self.qkv(windows).view(batch * count, tokens, 3, self.num_heads, channels // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B·W, heads, N, C / heads)
-        bias = self._bias(window, batch, mask).to(query.dtype)
-        attended = attend(query, key, value, bias, self.dropout if self.training else 0.0)
+        index = _once_per_shape(relative_position_index, window, self.window_size, windows.device)
+        bias = self.relative_position_bias_table[index].permute(2, 0, 1).to(query.dtype)  # (heads, N, N)
+        mask = None if mask is None else mask.to(query.dtype)
+        attended = attend(query, key, value, bias, mask, self.dropout if self.training else 0.0)
         attended = attended.transpose(1, 2).reshape(batch, count, tokens, channels)
         return self.proj_dropout(self.proj(attended))
-
-    def _bias(self, window: int, batch: int, mask: Tensor | None) -> Tensor:
-        """What is added to the attention logits: (1 or B·W, heads, N, N)."""
-        table = self.relative_position_bias_table
-        index = _once_per_shape(relative_position_index, window, self.window_size, table.device)
-        bias = table[index].permute(2, 0, 1)[None]
-        if mask is None:
-            return bias
-        bias = bias + mask[:, None]
-        return bias if batch == 1 else bias.repeat(batch, 1, 1, 1)
 
 
 class SwinBlock(nn.Module):

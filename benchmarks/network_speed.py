@@ -1,0 +1,296 @@
+"""PCT-Net here against the published implementation: time and peak memory of a training step and of inference.
+
+    python benchmarks/network_speed.py --reference <checkout of openmedlab/MIS-FM>
+
+The checkout is imported from where it is; it needs einops and timm. Both networks have the same weights, input, dropout
+and drop path, and all four outputs; that they compute the same is checked first. Each variant lives in a process of its
+own, so that its memory can be told from the others'; the processes take turns, one step each, and ratios are taken
+within a round. A training step is forward pass, cross entropy of the four outputs, backward pass and an Adam step.
+
+Peak memory is what the device's allocator held on a GPU, and on a CPU the process' largest resident size, less what it
+had before the network was built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+import torch.nn.functional as F
+from provenance import processor, provenance
+from torch import Tensor, nn
+
+from nnunetv2_misfm.architectures import PCTNet
+from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.transfer.published_weights import convert_pctnet
+
+RESULTS = Path(__file__).parent / "results"
+FEATURES = (24, 48, 128, 256, 512)
+NUM_CLASSES = 5
+ANISOTROPY = 1
+KINDS = ("inference", "training step")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the network."""
+
+    name: str
+    ours: bool
+    amp: bool = False
+    checkpointing: bool = False
+    compiled: bool = False
+
+
+CPU_VARIANTS = (
+    Variant("original", False),
+    Variant("ours", True),
+    Variant("ours, activation checkpointing", True, checkpointing=True),
+)
+CUDA_VARIANTS = (
+    Variant("original", False),
+    Variant("original, AMP", False, amp=True),
+    Variant("ours", True),
+    Variant("ours, AMP", True, amp=True),
+    Variant("ours, AMP, compiled", True, amp=True, compiled=True),
+    Variant("ours, AMP, activation checkpointing", True, amp=True, checkpointing=True),
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What all variants are given."""
+
+    reference: Path
+    device: str
+    batch_size: int
+    patch_size: tuple[int, int, int]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--reference", type=Path, required=True, help="checkout of openmedlab/MIS-FM")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--batch_size", type=int, help="default: 1 on a CPU, 2 on a GPU")
+    parser.add_argument("--patch_size", type=int, nargs=3, default=(64, 128, 128))
+    parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="where the table goes (default: results/network_speed_DEVICE.md)")
+    options = parser.parse_args()
+    batch_size = options.batch_size or (1 if options.device == "cpu" else 2)
+    job = Job(options.reference.resolve(), options.device, batch_size, tuple(options.patch_size))
+    variants = CPU_VARIANTS if job.device == "cpu" else CUDA_VARIANTS
+
+    error = largest_difference(job)
+    print(f"Largest relative difference of an output: {error:.1e}", flush=True)
+    if error > 1e-4:
+        sys.exit("The two networks do not compute the same; there is nothing to compare.")
+    tables = {kind: measure(job, variants, kind, options.rounds) for kind in KINDS}
+    report = make_report(job, variants, tables, error, options.rounds)
+    output = options.output or RESULTS / f"network_speed_{job.device}.md"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(report)
+    print(report)
+
+
+def build(job: Job, variant: Variant) -> nn.Module:
+    """The variant's network; both implementations have the weights of the original drawn from one seed."""
+    torch.manual_seed(0)
+    original = original_network(job)
+    if not variant.ours:
+        return original.to(job.device)
+    network = PCTNet(1, NUM_CLASSES, strides_of(ANISOTROPY), FEATURES, checkpointing=variant.checkpointing)
+    network.load_state_dict(convert_pctnet(original.state_dict(), [ANISOTROPY]))
+    return network.to(job.device)
+
+
+def original_network(job: Job) -> nn.Module:
+    if str(job.reference) not in sys.path:
+        sys.path.insert(0, str(job.reference))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from net.pct_net import PCTNet as OriginalPCTNet
+    parameters = {
+        "in_chns": 1,
+        "class_num": NUM_CLASSES,
+        "input_size": list(job.patch_size),
+        "feature_chns": list(FEATURES),
+        "dropout": [0, 0, 0.2, 0.2, 0.2],
+        "resolution_mode": ANISOTROPY,
+        "multiscale_pred": True,
+    }
+    network: nn.Module = OriginalPCTNet(parameters)
+    return network
+
+
+def largest_difference(job: Job) -> float:
+    """Relative error of our outputs to the original's, the largest of the four, in float32."""
+    image, _ = make_batch(job)
+    with torch.no_grad():
+        theirs, ours = (build(job, Variant("", ours)).eval()(image) for ours in (False, True))
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(ours, theirs, strict=True))
+
+
+def make_batch(job: Job) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    size = (job.batch_size, 1, *job.patch_size)
+    image = torch.randn(size, generator=generator)
+    labels = torch.randint(NUM_CLASSES, size, generator=generator)
+    return image.to(job.device), labels.to(job.device)
+
+
+def measure(job: Job, variants: Sequence[Variant], kind: str, rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds and peak bytes of each variant in each round, after one round that does not count."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = {}, []
+    for variant in variants:
+        pipes[variant.name], theirs = context.Pipe()
+        processes.append(context.Process(target=serve, args=(theirs, job, variant, kind), daemon=True))
+        processes[-1].start()
+        pipes[variant.name].recv()  # one at a time: building takes memory, and reading it off must not be disturbed
+    results: dict[str, list[tuple[float, float]]] = {variant.name: [] for variant in variants}
+    for round_ in range(rounds + 1):
+        for name, pipe in pipes.items():
+            pipe.send("step")
+            result = pipe.recv()
+            if round_:
+                results[name].append(result)
+            print(f"{kind}, round {round_}, {name}: {result[0]:.2f} s, {result[1] / 2**30:.2f} GB", flush=True)
+    for pipe in pipes.values():
+        pipe.send("stop")
+    for process in processes:
+        process.join()
+    return results
+
+
+def serve(pipe: Any, job: Job, variant: Variant, kind: str) -> None:
+    """What each process does: build, then run one step whenever it is asked to."""
+    torch.set_num_threads(torch.get_num_threads())  # starts the threads before memory is read off
+    memory = CudaMemory() if job.device == "cuda" else ResidentMemory()
+    network = build(job, variant)
+    batch = make_batch(job)
+    if variant.compiled:
+        network.compile()
+    step = training_step(network, variant, batch) if kind == "training step" else inference(network, variant, batch)
+    pipe.send("ready")
+    while pipe.recv() == "step":
+        memory.reset()
+        start = time.perf_counter()
+        step()
+        if job.device == "cuda":
+            torch.cuda.synchronize()
+        pipe.send((time.perf_counter() - start, memory.peak()))
+
+
+def inference(network: nn.Module, variant: Variant, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
+    network.eval()
+    image, _ = batch
+
+    def step() -> None:
+        with torch.no_grad(), torch.autocast(image.device.type, torch.float16, enabled=variant.amp):
+            network(image)
+
+    return step
+
+
+def training_step(network: nn.Module, variant: Variant, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
+    network.train()
+    image, labels = batch
+    optimizer = torch.optim.Adam(network.parameters(), 1e-3, weight_decay=1e-5)
+    scaler = torch.amp.GradScaler(image.device.type, enabled=variant.amp)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(image.device.type, torch.float16, enabled=variant.amp):
+            loss = torch.zeros((), device=image.device)
+            for output in network(image):
+                scaled = F.interpolate(labels.float(), output.shape[2:], mode="nearest")[:, 0].long()
+                loss = loss + F.cross_entropy(output, scaled)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+    return step
+
+
+class ResidentMemory:
+    """The process' largest resident size since `reset`, less its size when this object was made (Linux)."""
+
+    def __init__(self) -> None:
+        self.before = self._read("VmRSS")
+
+    def reset(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def peak(self) -> float:
+        return self._read("VmHWM") - self.before
+
+    @staticmethod
+    def _read(name: str) -> float:
+        status = Path("/proc/self/status").read_text()
+        return float(next(line.split()[1] for line in status.splitlines() if line.startswith(name))) * 1024
+
+
+class CudaMemory:
+    """The most bytes that PyTorch's allocator had handed out at once since `reset`."""
+
+    def reset(self) -> None:
+        torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> float:
+        return float(torch.cuda.max_memory_allocated())
+
+
+def make_report(
+    job: Job,
+    variants: Sequence[Variant],
+    tables: Mapping[str, Mapping[str, list[tuple[float, float]]]],
+    error: float,
+    rounds: int,
+) -> str:
+    originals = [variant.name for variant in variants if not variant.ours]
+    header = ["", "s", "GB", *(f"{what} / {name}" for name in originals for what in ("time", "memory"))]
+    lines = []
+    for kind, results in tables.items():
+        lines += ["", f"## {kind.capitalize()}", "", f"| {' | '.join(header)} |", "| --- " * len(header) + "|"]
+        for name, rows in results.items():
+            cells = [name, f"{median(t for t, _ in rows):.2f}", f"{median(m for _, m in rows) / 2**30:.2f}"]
+            for other in originals:
+                for index in (0, 1):
+                    ratios = [a[index] / b[index] for a, b in zip(rows, results[other], strict=True)]
+                    cells.append(f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+            lines.append(f"| {' | '.join(cells)} |")
+    device = f"CPU, {processor()}, {torch.get_num_threads()} threads"
+    if job.device == "cuda":
+        device = torch.cuda.get_device_name()
+    command = "python benchmarks/network_speed.py --reference MIS-FM"
+    patch = "x".join(map(str, job.patch_size))
+    return "\n".join(
+        [
+            "# PCT-Net: time and memory against the published implementation",
+            "",
+            f"Features {'/'.join(map(str, FEATURES))}, patch {patch}, batch {job.batch_size}, degree of anisotropy "
+            f"{ANISOTROPY}; float32 where AMP (float16) is not named. Medians of {rounds} alternating rounds, ratios "
+            f"with their range. The outputs of the two agree to {error:.0e} (relative).",
+            *lines,
+            "",
+            *provenance(command, ("torch", "timm"), {"MIS-FM": job.reference}, device),
+            "",
+        ]
+    )
+
+
+def median(values: Any) -> float:
+    return statistics.median(values)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""BatchNorm, PReLU and convolution in a row, as one step of training that keeps one feature map instead of three.
+
+Run one after the other, each of the three keeps its input for the backward pass. Only the first of these maps is not
+cheap to get back: the other two follow from it by a scale, a shift and a slope. Here the backward pass computes them
+again. Parameters stay in the modules, so names in a state dict, conversion to SyncBatchNorm and exports do not change.
+
+Tensors are (B, C, X, Y, Z).
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from nnunetv2_misfm.architectures.checkpointing import recompute
+from nnunetv2_misfm.architectures.dropout import Dropout, drop_mask
+
+Conv = nn.Conv3d | nn.ConvTranspose3d
+
+# Elements.
+_PIECE = 2**20
+# Dividing by a slope below this would lose too many digits.
+_SMALLEST_INVERTIBLE_SLOPE = 1e-3
+
+
+class NormActConvSequential(nn.Sequential):
+    """A sequence of modules in which every norm, activation, optional dropout and convolution in a row are one step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, X, Y, Z) to the last module's output."""
+        given, modules = x, list(self)
+        while modules:
+            module = modules.pop(0)
+            if isinstance(module, _BatchNorm):
+                act = cast(nn.PReLU, modules.pop(0))
+                dropout = modules.pop(0) if isinstance(modules[0], Dropout) else None
+                x = norm_act_conv(x, module, act, dropout, cast(Conv, modules.pop(0)), overwrite=x is not given)
+            else:
+                x = module(x)
+        return x
+
+
+def norm_act_conv(
+    x: Tensor, norm: _BatchNorm, act: nn.PReLU, dropout: nn.Module | None, conv: Conv, overwrite: bool = False
+) -> Tensor:
+    """conv(dropout(act(norm(x)))) of (B, C, X, Y, Z); the PReLU has one slope for all channels.
+
+    Args:
+        overwrite: whether `x` is not needed any more; prediction on a CPU then works in its memory.
+    """
+
+    def one_by_one(x: Tensor) -> Tensor:
+        y = act(norm(x))
+        output: Tensor = conv(y if dropout is None else dropout(y))
+        return output
+
+    if torch.compiler.is_compiling():
+        return one_by_one(x)  # the compiler itself decides what to compute again
+    on_cpu = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and isinstance(norm, nn.BatchNorm3d)
+    if not torch.is_grad_enabled():
+        return _predict(x, norm, act, conv, overwrite) if on_cpu and not norm.training else one_by_one(x)
+    if not (on_cpu and norm.training and norm.momentum is not None):
+        return recompute(one_by_one, x, norms=norm)
+    assert norm.num_batches_tracked is not None
+    norm.num_batches_tracked.add_(1)
+    p = dropout.p if isinstance(dropout, Dropout) and dropout.training else 0.0
+    drop, factor = drop_mask(x, p) if p else (None, 1.0)
+    statistics = (norm.running_mean, norm.running_var, norm.momentum, norm.eps)
+    step: Tensor = _NormActConv.apply(
+        x, norm.weight, norm.bias, act.weight, conv.weight, conv.bias, drop, factor, statistics, _geometry(conv)
+    )
+    return step
+
+
+def _predict(x: Tensor, norm: _BatchNorm, act: nn.PReLU, conv: Conv, overwrite: bool) -> Tensor:
+    # Touching fresh memory takes ten times as long as the arithmetic.
+    y = torch.empty_like(x) if not overwrite else x
+    unused = x.new_empty(0), x.new_empty(0)
+    fixed = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    torch.native_batch_norm(x, *fixed, False, 0.0, norm.eps, out=(y, *unused))
+    output: Tensor = conv(F.leaky_relu_(y, float(act.weight)))
+    return output
+
+
+def _geometry(conv: Conv) -> tuple[Any, ...]:
+    """Stride, padding, dilation, transposed, output padding and groups, as ATen's convolution takes them."""
+    sizes = (list(conv.stride), list(conv.padding), list(conv.dilation))
+    return (*sizes, conv.transposed, list(conv.output_padding), conv.groups)
+
+
+class _NormActConv(torch.autograd.Function):
+    """The step on a CPU in training, where a kernel per elementwise operation costs as much as the memory it fills."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, slope: Tensor, *rest: Any) -> Tensor:
+        weight, bias, drop, factor, (running_mean, running_var, momentum, eps), geometry = rest
+        y, mean, inverse_std = torch.native_batch_norm(x, gamma, beta, running_mean, running_var, True, momentum, eps)
+        z = _dropped_(F.leaky_relu_(y, float(slope)), drop, factor)
+        ctx.save_for_backward(x, gamma, beta, slope, weight, mean, inverse_std, drop)
+        ctx.factor, ctx.eps, ctx.geometry = factor, eps, geometry
+        ctx.bias_size = None if bias is None else list(bias.shape)
+        output: Tensor = torch.ops.aten.convolution(z, weight, bias, *geometry)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gamma, beta, slope, weight, mean, inverse_std, drop = ctx.saved_tensors
+        variance = inverse_std.pow(-2) - ctx.eps
+        y, _, _ = torch.native_batch_norm(x, gamma, beta, mean, variance, False, 0.0, ctx.eps)
+        # Fresh memory is what costs time, so what is not needed any more is overwritten. A positive slope keeps signs:
+        # then the activation's own output tells where its input was negative, and by how much.
+        in_place = drop is None and float(slope) > _SMALLEST_INVERTIBLE_SLOPE
+        z = _dropped_((F.leaky_relu_ if in_place else F.leaky_relu)(y, float(slope)), drop, ctx.factor)
+        grad_z, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad, z, weight, ctx.bias_size, *ctx.geometry, (True, True, ctx.bias_size is not None)
+        )
+        del z
+        grad_z = _dropped_(grad_z, drop, ctx.factor)
+        grad_y, grad_slope = _activation_backward_(grad_z, y, float(slope), in_place)
+        del grad_z, y
+        grad_x, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(
+            grad_y, x, gamma, None, None, mean, inverse_std, True, ctx.eps, (True, True, True)
+        )
+        return grad_x, grad_gamma, grad_beta, grad_slope.view_as(slope), grad_weight, grad_bias, None, None, None, None
+
+
+def _dropped_(x: Tensor, drop: Tensor | None, factor: float) -> Tensor:
+    return x if drop is None else x.mul_(factor).masked_fill_(drop, 0)
+
+
+def _activation_backward_(grad: Tensor, y: Tensor, slope: float, y_is_output: bool) -> tuple[Tensor, Tensor]:
+    """The gradients of a PReLU's input, written over `grad`, and of its slope.
+
+    Args:
+        grad: of the output.
+        y: the input, or the output if `y_is_output`; it has to be dense in memory.
+    """
+    if grad.stride() != y.stride():
+        grad = torch.empty_like(y).copy_(grad)
+    grad_slope = grad.new_zeros(())
+    # A piece at a time stays in the processor's cache.
+    for grad_piece, y_piece in zip(*(_in_order_of_memory(t).split(_PIECE) for t in (grad, y)), strict=True):
+        grad_slope += torch.dot(grad_piece, y_piece.clamp(max=0))
+        torch.ops.aten.leaky_relu_backward.grad_input(grad_piece, y_piece, slope, y_is_output, grad_input=grad_piece)
+    return grad, grad_slope / slope if y_is_output else grad_slope
+
+
+def _in_order_of_memory(x: Tensor) -> Tensor:
+    """All elements of a dense (B, C, X, Y, Z) tensor, as a view."""
+    return x.view(-1) if x.is_contiguous() else x.permute(0, 2, 3, 4, 1).view(-1)

@@ -1,0 +1,83 @@
+"""Norm, activation and convolution as one step give what the three modules give one after the other."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+
+from nnunetv2_misfm.architectures.dropout import Dropout
+from nnunetv2_misfm.architectures.norm_act_conv import NormActConvSequential
+
+
+def modules(conv: nn.Module, slope: float, dropout: float = 0.0) -> list[nn.Module]:
+    torch.manual_seed(0)
+    norm, act = nn.BatchNorm3d(4), nn.PReLU(init=slope)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return [nn.MaxPool3d((1, 2, 2)), norm, act, *([Dropout(dropout)] if dropout else []), conv]
+
+
+CONVS = [nn.Conv3d(4, 3, 3, padding=1), nn.Conv3d(4, 3, (1, 3, 3)), nn.ConvTranspose3d(4, 3, (1, 2, 2), (1, 2, 2))]
+CONVS += [nn.Conv3d(4, 3, 1, bias=False)]
+
+
+@pytest.mark.parametrize("conv", CONVS)
+@pytest.mark.parametrize("slope", [0.25, 0.0, -0.5])
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last_3d])
+def test_outputs_gradients_and_statistics(conv: nn.Module, slope: float, memory: torch.memory_format) -> None:
+    ours = NormActConvSequential(*deepcopy(modules(conv, slope)))
+    plain = nn.Sequential(*deepcopy(modules(conv, slope)))
+    inputs = [torch.randn(2, 4, 3, 8, 6, generator=torch.Generator().manual_seed(1)) * 3 + 10 for _ in range(2)]
+    inputs = [x.to(memory_format=memory).requires_grad_() for x in inputs]
+    for net, x in zip((ours, plain), inputs, strict=True):
+        for _ in range(2):
+            output = net(x)
+            (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+        net.last = net(x)
+    torch.testing.assert_close(ours.last, plain.last, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-4, atol=1e-5)
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4, msg=name)
+    for (name, a), b in zip(ours.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_evaluation_with_and_without_gradients_and_frozen_statistics() -> None:
+    ours, plain = (
+        kind(*deepcopy(modules(CONVS[0], 0.25, 0.5))).eval() for kind in (NormActConvSequential, nn.Sequential)
+    )
+    x = torch.randn(1, 4, 3, 8, 6)
+    kept = x.clone()
+    torch.testing.assert_close(ours(x), plain(x))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), plain(x))
+    assert torch.equal(x, kept)
+
+
+def test_gradients_with_dropout_are_those_of_the_recorded_mask() -> None:
+    """In float64 against finite differences; the mask is the same each time because the seed is."""
+    net = NormActConvSequential(*modules(nn.Conv3d(4, 2, (1, 3, 3)), 0.3, 0.5)).double()
+    x = torch.randn(1, 4, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(7)
+        return net(x)
+
+    assert torch.autograd.gradcheck(run, (x,))
+
+
+def test_one_feature_map_is_kept_instead_of_three() -> None:
+    net = NormActConvSequential(*modules(nn.Conv3d(4, 4, 3, padding=1), 0.25)[1:])
+    x = torch.randn(1, 4, 8, 16, 16, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        net(x)
+    assert sum(size >= x.numel() for size in kept.values()) == 1
