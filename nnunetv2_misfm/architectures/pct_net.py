@@ -108,10 +108,12 @@ class ParallelBlock(nn.Module):
             )
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, checkpointed: bool) -> Tensor:
         """(B, C, X, Y, Z) to the same shape."""
-        tokens = self.swin(self.token_dropout(x.permute(0, 2, 3, 4, 1)))
-        return self.conv(x) + tokens.permute(0, 4, 1, 2, 3)
+        tokens = self.token_dropout(x.permute(0, 2, 3, 4, 1))
+        for block in self.swin:
+            tokens = run_module(block, tokens, checkpointed=checkpointed)
+        return run_module(self.conv, x, checkpointed=checkpointed) + tokens.permute(0, 4, 1, 2, 3)
 
 
 class Stem(nn.Module):
@@ -161,9 +163,9 @@ class Encoder(nn.Module):
         stem = cast(Stem, self.stems[str(anisotropy)])
         x0 = run(stem.stage0, stem.project(x))
         x1 = run(stem.stage1, run(stem.down1, x0))
-        x2 = run(self.stage2, run(stem.down2, x1))
-        x3 = run(self.stage3, run(self.down3, x2))
-        x4 = run(self.stage4, run(self.down4, x3))
+        x2 = self.stage2(run(stem.down2, x1), checkpointed)
+        x3 = self.stage3(run(self.down3, x2), checkpointed)
+        x4 = self.stage4(run(self.down4, x3), checkpointed)
         return [x0, x1, x2, x3, x4]
 
 
@@ -201,8 +203,8 @@ class Decoder(nn.Module):
 
         x0, x1, x2, x3, x4 = skips
         head = cast(Head, self.heads[str(anisotropy)])
-        d3 = run(self.stage3, run(self.up3, x3, x4))
-        d2 = run(self.stage2, run(self.up2, x2, d3))
+        d3 = self.stage3(run(self.up3, x3, x4), checkpointed)
+        d2 = self.stage2(run(self.up2, x2, d3), checkpointed)
         d1 = run(head.stage1, run(head.up1, x1, d2))
         d0 = run(head.stage0, run(head.up0, x0, d1))
         first = 2 + 2 * list(self.heads).index(str(anisotropy))
@@ -305,7 +307,7 @@ class PCTNet(AnySizeNetwork):
 
     def checkpointed_modules(self) -> list[nn.Module]:
         """The modules whose activations are recomputed, one at a time, when `checkpointing` is on."""
-        kinds = (ConvBlock, Downsample, UpsampleConcat, ParallelBlock)
+        kinds = (ConvBlock, Downsample, UpsampleConcat, SwinBlock)
         return [module for module in self.modules() if isinstance(module, kinds)]
 
     def compute_conv_feature_map_size(self, patch_size: Sequence[int]) -> int:
