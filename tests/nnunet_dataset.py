@@ -83,7 +83,7 @@ def make_dataset(root: Path) -> Path:
     dataset = {"channel_names": {"0": "MRI"}, "labels": LABELS, "numTraining": len(CASES), "file_ending": ".nii.gz"}
     for folder in (raw, preprocessed):
         (folder / "dataset.json").write_text(json.dumps(dataset))
-    (preprocessed / "dataset_fingerprint.json").write_text("{}")
+    (preprocessed / "dataset_fingerprint.json").write_text('{"median_relative_size_after_cropping": 1.0}')
     (preprocessed / "nnUNetPlans.json").write_text(json.dumps(plans()))
     manager = PlansManager(plans())
     configuration = manager.get_configuration("3d_fullres")

@@ -35,7 +35,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor
     Returns:
         (B · W, heads, N, d)
     """
-    if query.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
+    # On the meta device too, where memory is estimated: fused kernels keep about as much, PyTorch's fallback far more.
+    if (
+        query.device.type in ("cpu", "meta")
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+    ):
         attended: Tensor = _WindowsInTurn.apply(query, key, value, bias, mask, dropout)
         return attended
     bias = bias[None]

@@ -9,6 +9,7 @@ Tensors are (B, C, X, Y, Z).
 
 from __future__ import annotations
 
+import threading
 from typing import Any, cast
 
 import torch
@@ -22,10 +23,11 @@ from nnunetv2_misfm.architectures.dropout import Dropout, drop_mask
 
 Conv = nn.Conv3d | nn.ConvTranspose3d
 
-# Elements.
+# Elements of a feature map that are worked on at a time.
 _PIECE = 2**20
 # Dividing by a slope below this would lose too many digits.
 _SMALLEST_INVERTIBLE_SLOPE = 1e-3
+_buffers = threading.local()
 
 
 class NormActConvSequential(nn.Sequential):
@@ -78,13 +80,26 @@ def norm_act_conv(
 
 
 def _predict(x: Tensor, norm: _BatchNorm, act: nn.PReLU, conv: Conv, overwrite: bool) -> Tensor:
-    # Touching fresh memory takes ten times as long as the arithmetic.
-    y = torch.empty_like(x) if not overwrite else x
+    y = x if overwrite else _scratch(x)
     unused = x.new_empty(0), x.new_empty(0)
     fixed = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
     torch.native_batch_norm(x, *fixed, False, 0.0, norm.eps, out=(y, *unused))
     output: Tensor = conv(F.leaky_relu_(y, float(act.weight)))
     return output
+
+
+def _scratch(x: Tensor) -> Tensor:
+    """A tensor with the size and layout of `x`, whose content lasts until this is called again.
+
+    Memory that is returned to the system and asked for again has to be mapped and zeroed; for these maps that takes ten
+    times as long as the arithmetic. One buffer, as large as the largest map so far, serves all steps of a thread.
+    """
+    size = x.untyped_storage().nbytes()
+    buffer: Tensor | None = getattr(_buffers, "bytes", None)
+    if buffer is None or buffer.numel() < size:
+        buffer = _buffers.bytes = torch.empty(size, dtype=torch.uint8)
+    like = torch.empty_like(x, device="meta")
+    return buffer.view(x.dtype).as_strided(like.shape, like.stride())
 
 
 def _geometry(conv: Conv) -> tuple[Any, ...]:
@@ -99,7 +114,10 @@ class _NormActConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, slope: Tensor, *rest: Any) -> Tensor:
         weight, bias, drop, factor, (running_mean, running_var, momentum, eps), geometry = rest
-        y, mean, inverse_std = torch.native_batch_norm(x, gamma, beta, running_mean, running_var, True, momentum, eps)
+        y, mean, inverse_std = _scratch(x), gamma.new_empty(0), gamma.new_empty(0)
+        torch.native_batch_norm(
+            x, gamma, beta, running_mean, running_var, True, momentum, eps, out=(y, mean, inverse_std)
+        )
         z = _dropped_(F.leaky_relu_(y, float(slope)), drop, factor)
         ctx.save_for_backward(x, gamma, beta, slope, weight, mean, inverse_std, drop)
         ctx.factor, ctx.eps, ctx.geometry = factor, eps, geometry
@@ -112,8 +130,9 @@ class _NormActConv(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, beta, slope, weight, mean, inverse_std, drop = ctx.saved_tensors
         variance = inverse_std.pow(-2) - ctx.eps
-        y, _, _ = torch.native_batch_norm(x, gamma, beta, mean, variance, False, 0.0, ctx.eps)
-        # Fresh memory is what costs time, so what is not needed any more is overwritten. A positive slope keeps signs:
+        y, unused = _scratch(x), (gamma.new_empty(0), gamma.new_empty(0))
+        torch.native_batch_norm(x, gamma, beta, mean, variance, False, 0.0, ctx.eps, out=(y, *unused))
+        # What is not needed any more is overwritten. A positive slope keeps signs:
         # then the activation's own output tells where its input was negative, and by how much.
         in_place = drop is None and float(slope) > _SMALLEST_INVERTIBLE_SLOPE
         z = _dropped_((F.leaky_relu_ if in_place else F.leaky_relu)(y, float(slope)), drop, ctx.factor)

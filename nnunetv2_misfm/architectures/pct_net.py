@@ -58,12 +58,30 @@ class ConvBlock(NormActConvSequential):
         )
 
 
+class MaxPool(nn.MaxPool3d):
+    """Max-pooling that has a reproducible backward pass where PyTorch's has none, on GPUs, if that was asked for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, X, Y, Z) whose size the kernel divides, to the size divided by it."""
+        if x.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+            return reproducible_max_pool(x, self.kernel_size)  # type: ignore[arg-type]
+        return super().forward(x)
+
+
+def reproducible_max_pool(x: Tensor, kernel: tuple[int, int, int]) -> Tensor:
+    """Maxima of blocks of `kernel` voxels, from operations whose backward pass adds nothing up."""
+    for axis, length in zip((2, 3, 4), kernel, strict=True):
+        # Along one axis at a time; each gradient goes to exactly one of the voxels.
+        x = x.unflatten(axis, (-1, length)).max(dim=axis + 1).values
+    return x
+
+
 class Downsample(NormActConvSequential):
     """Max-pooling, norm, activation, convolution to the next stage's channels."""
 
     def __init__(self, in_channels: int, out_channels: int, pool_flat: bool, conv_flat: bool):
         super().__init__(
-            nn.MaxPool3d((1, 2, 2) if pool_flat else 2),
+            MaxPool((1, 2, 2) if pool_flat else (2, 2, 2)),
             *_norm_act(in_channels),
             _conv(in_channels, out_channels, conv_flat),
         )

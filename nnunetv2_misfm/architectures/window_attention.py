@@ -124,7 +124,7 @@ class WindowAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
-        self.proj_dropout = Dropout(dropout)
+        self.proj_dropout = Dropout(dropout, inplace=True)
 
     def forward(self, windows: Tensor, window: int, mask: Tensor | None) -> Tensor:
         """(B, W, N, C) windows of edge `window` (N = window**3), mask (W, N, N) or None, to (B, W, N, C)."""
@@ -171,9 +171,9 @@ class SwinBlock(nn.Module):
         self.mlp = nn.Sequential(
             nn.Linear(channels, hidden),
             nn.GELU(),
-            Dropout(dropout),
+            Dropout(dropout, inplace=True),
             nn.Linear(hidden, channels),
-            Dropout(dropout),
+            Dropout(dropout, inplace=True),
         )
 
     def forward(self, x: Tensor) -> Tensor:

@@ -67,11 +67,13 @@ def plan(options: argparse.Namespace) -> None:
         UserError: for everything in the options, the dataset or the checkpoint that cannot be used.
     """
     # nnU-Net and torch take seconds to import; --help and wrong flags should not wait for them.
-    from nnunetv2_misfm.transfer.memory_target import fit_to_memory
     from nnunetv2_misfm.transfer.plan_data import provide_data
+    from nnunetv2_misfm.transfer.planner import fit_to_memory
     from nnunetv2_misfm.transfer.plans import PlanRequest, check_fit, finetuning_plans
     from nnunetv2_misfm.transfer.pretrained import read_source
 
+    if options.gpu_memory_target is not None and (options.patch_size or options.batch_size):
+        raise PlanError("-gpu_memory_target chooses patch and batch size; leave -patch_size and -batch_size out.")
     dataset_folder = preprocessed_dataset(options.d)
     base = read_plans(dataset_folder, options.p)
     dataset = read_dataset_json(dataset_folder)

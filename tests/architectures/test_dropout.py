@@ -43,3 +43,14 @@ def test_follows_the_seed() -> None:
 def test_probabilities_outside_the_range_are_refused() -> None:
     with pytest.raises(ValueError, match="from 0 up to 1"):
         Dropout(1.0)
+
+
+def test_in_place_gives_the_same_values_and_gradients() -> None:
+    results = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        x = torch.ones(1000, requires_grad=True)
+        y = Dropout(0.3, inplace)(x * 2)
+        y.sum().backward()
+        results += [y.detach(), x.grad]
+    assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])

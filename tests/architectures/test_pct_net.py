@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 
 from nnunetv2_misfm.architectures import PCTNet
+from nnunetv2_misfm.architectures.pct_net import reproducible_max_pool
 from nnunetv2_misfm.architectures.resolution import strides_of
 
 SMALL = {"features_per_stage": (4, 4, 8, 16, 32), "num_heads": (2, 2, 4), "window_size": 3}
@@ -132,3 +135,64 @@ def test_all_wrong_arguments_are_named_at_once() -> None:
 def test_strides_of_other_topologies_are_refused() -> None:
     with pytest.raises(ValueError, match="not supported by this network"):
         network(0, strides=[[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiles_without_graph_breaks(training: bool) -> None:
+    """With a backend that runs the traced graphs as they are; the slow test compiles machine code."""
+    plain = network(1, dropout_per_stage=(0.0,) * 5, drop_path=0.0).train(training)
+    compiled = torch.compile(deepcopy(plain), fullgraph=True, backend="aot_eager")
+    x = torch.randn(1, 1, 13, 35, 50)
+    for ours, theirs in zip(compiled(x), plain(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_training_step_with_dropout() -> None:
+    net = network(1).train()
+    compiled = torch.compile(net, fullgraph=True)
+    sum(o.square().mean() for o in compiled(torch.randn(2, 1, 16, 32, 32))).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_reduced_precision_stays_finite_and_close(dtype: torch.dtype) -> None:
+    """Large activations too: attention logits beyond what float16 holds would make every later value NaN."""
+    net = network(1, dropout_per_stage=(0.0,) * 5, drop_path=0.0)
+    x = 100 * torch.randn(1, 1, 16, 32, 32)
+    with torch.no_grad():
+        exact = net(x)
+        with torch.autocast("cpu", dtype):
+            reduced = net(x)
+    for a, b in zip(reduced, exact, strict=True):
+        assert (a.float() - b).norm() < 0.05 * b.norm()
+    net.train()
+    # Without oneDNN, whose bfloat16 kernel leaves parts of some weight gradients of tiny maps uninitialised.
+    with torch.backends.mkldnn.flags(enabled=False):
+        with torch.autocast("cpu", dtype):
+            outputs = net(x)
+        sum(o.float().mean() for o in outputs).backward()
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters())
+
+
+def test_the_same_seed_gives_the_same_gradients() -> None:
+    gradients = []
+    torch.use_deterministic_algorithms(True)
+    try:
+        for _ in range(2):
+            net = network(1).train()
+            torch.manual_seed(1)
+            sum(o.square().mean() for o in net(torch.randn(2, 1, 16, 32, 32))).backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("kernel", [(2, 2, 2), (1, 2, 2)])
+def test_reproducible_pooling_equals_ordinary_pooling(kernel: tuple[int, int, int]) -> None:
+    inputs = [torch.randn(2, 3, 4, 6, 8, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2)]
+    pooled = [torch.nn.functional.max_pool3d(inputs[0], kernel), reproducible_max_pool(inputs[1], kernel)]
+    for output in pooled:
+        output.square().sum().backward()
+    assert torch.equal(*pooled) and torch.equal(inputs[0].grad, inputs[1].grad)

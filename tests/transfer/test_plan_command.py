@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from nnunetv2_misfm.architectures import PCTNet
-from nnunetv2_misfm.architectures.plan_entry import NETWORKS
+from nnunetv2_misfm.architectures.plan_entry import NETWORKS, architecture_entry
 from nnunetv2_misfm.architectures.resolution import strides_of
 from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint
 from nnunetv2_misfm.transfer.cli import plan_main
+from nnunetv2_misfm.transfer.planner import MemoryBudget, MisFMPlanner
 
 DATASET = "Dataset004_Small"
 
@@ -42,13 +44,28 @@ def test_the_network_of_the_plan_can_be_kept(nnunet: Path) -> None:
 
 
 def test_a_memory_target_changes_patch_and_batch(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan_main(["-d", "4", "-gpu_memory_target", "100", "-batch_size", "6", "--no_pp"])
-    roomy = plans(nnunet)["configurations"]["3d_fullres"]
-    plan_main(["-d", "4", "-gpu_memory_target", "1", "-batch_size", "6", "--no_pp"])
+    plan_main(["-d", "4", "-gpu_memory_target", "100", "--no_pp"])
+    roomy = plans(nnunet)
+    plan_main(["-d", "4", "-gpu_memory_target", "1.5", "--no_pp"])
     tight = plans(nnunet)
-    assert roomy["batch_size"] == 6 and roomy["patch_size"] == [32, 32, 32]
-    assert tight["configurations"]["3d_fullres"]["batch_size"] < 6
-    assert "of 1 GB" in capsys.readouterr().out
+    small, large = (p["configurations"]["3d_fullres"] for p in (tight, roomy))
+    # The whole image, as nnU-Net plans it, at a multiple of what the network divides; 5 % of the voxels is one sample.
+    assert large["patch_size"] == [32, 32, 32] and large["batch_size"] == 2
+    assert math.prod(small["patch_size"]) < math.prod(large["patch_size"]) or tight["misfm"]["checkpointing"] == "on"
+    assert all(n % 16 == 0 for n in small["patch_size"])
+    assert "of 1.5 GB" in capsys.readouterr().out
+
+
+def test_the_batch_grows_into_the_memory_and_is_limited_by_the_dataset(nnunet: Path) -> None:
+    budget = MemoryBudget(4.0, architecture_entry("pctnet", 0, features_per_stage=[4, 8, 16, 32, 64]), 1, 3, "auto")
+    planner = MisFMPlanner(DATASET, budget)
+    planner.dataset_json["numTraining"] = 600
+    entry = plans(nnunet, "nnUNetPlans")["configurations"]["3d_fullres"]
+    limited = planner.sizes_for(entry)["batch_size"]
+    assert limited == round(0.05 * 600 * 24 * 30 * 26 / 32**3)
+    budget.gigabytes = 0.2
+    assert 2 <= planner.sizes_for(entry)["batch_size"] < limited
+    assert budget.needed(planner.sizes_for(entry)) <= 0.2
 
 
 def test_running_it_again_does_not_preprocess_again(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,6 +89,7 @@ def test_running_it_again_does_not_preprocess_again(nnunet: Path, capsys: pytest
         (["-d", "4", "-batch_size", "0"], "batch size 0"),
         (["-d", "4", "-features_per_stage", "5", "7", "9", "11", "13"], "not a multiple"),
         (["-d", "4", "-gpu_memory_target", "nan"], "above 0"),
+        (["-d", "4", "-gpu_memory_target", "8", "-batch_size", "2"], "leave -patch_size and -batch_size out"),
         (["-d", "4", "-p", "Incomplete"], "it lacks: plans_name"),
         (["-d", "4", "-pretrained_weights", "nowhere.pth"], "nowhere.pth does not exist"),
         (["-d", "4", "-pretrained_weights", "text.pth"], "text.pth is not a readable checkpoint"),
