@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from nnunetv2_misfm.settings import SettingsError, read_settings
 
 BLOCK = "misfm"
+DEFAULT_FINETUNING_PLANS = "nnUNetMisFMPlans"
 TASKS = ("segmentation", "volume_fusion")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 FINETUNING_SCHEDULES = ("scratch", "default", "warmup", "sawtooth", "decoder_only")
@@ -76,6 +77,9 @@ class FinetuningSettings(RunSettings):
     Attributes:
         min_coverage: share of the network outside the segmentation layers that pretrained weights must cover.
         encoder_only: leave the decoder fresh.
+        mix_input_channels: mix the input channels of pretrained weights to fit another number of channels.
+        layer_decay: learning rate of each stage of the encoder as a share of the next deeper one's; the decoder's is
+            the full one.
     """
 
     TASK = "segmentation"
@@ -84,14 +88,19 @@ class FinetuningSettings(RunSettings):
     schedule: str = "scratch"
     min_coverage: float = 1.0
     encoder_only: bool = False
+    mix_input_channels: bool = False
+    layer_decay: float = 1.0
 
     def problems(self) -> list[str]:
         """One sentence per value that cannot be used."""
         found = super().problems()
         if not _is_number(self.min_coverage) or not 0 <= self.min_coverage <= 1:
             found.append(f"min_coverage = {self.min_coverage!r} must be a share from 0 to 1")
-        if not isinstance(self.encoder_only, bool):
-            found.append(f"encoder_only = {self.encoder_only!r} must be true or false")
+        for name in ("encoder_only", "mix_input_channels"):
+            if not isinstance(getattr(self, name), bool):
+                found.append(f"{name} = {getattr(self, name)!r} must be true or false")
+        if not _is_number(self.layer_decay) or not 0 < self.layer_decay <= 1:
+            found.append(f"layer_decay = {self.layer_decay!r} must be a factor above 0 and up to 1")
         return found
 
 

@@ -132,7 +132,9 @@ class WindowAttention(nn.Module):
         qkv = self.qkv(windows).view(batch * count, tokens, 3, self.num_heads, channels // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B·W, heads, N, C / heads)
         index = _once_per_shape(relative_position_index, window, self.window_size, windows.device)
-        bias = self.relative_position_bias_table[index].permute(2, 0, 1).to(query.dtype)  # (heads, N, N)
+        # Not table[index], whose backward pass adds up in an order that differs from run to run, even on the CPU.
+        bias = F.embedding(index, self.relative_position_bias_table)  # (N, N, heads)
+        bias = bias.permute(2, 0, 1).to(query.dtype)
         mask = None if mask is None else mask.to(query.dtype)
         attended = attend(query, key, value, bias, mask, self.dropout if self.training else 0.0)
         attended = attended.transpose(1, 2).reshape(batch, count, tokens, channels)

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
-SHAPE = (32, 56, 56)
-SPACING_ZYX = (6.0, 6.0, 6.0)
+SHAPE = (20, 48, 48)
+SPACING_ZYX = (10.0, 5.0, 5.0)
 LABELS = {"background": 0, "liver": 1, "spleen": 2}
 
 
@@ -38,20 +38,21 @@ def make_phantom(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray
     image[ellipsoid((0, 0, 0), (1.6, 0.64, 0.8)) & body] = 40
     for side in (-1, 1):
         image[ellipsoid((-0.75, -0.05, 0.4 * side), (0.5, 0.42, 0.3)) & body] = -820
+    # nnU-Net mirrors in training and prediction: brightness and shape tell the organs apart, the side does not.
     organs = [
-        ("liver", (0.05, -0.1, -0.42), (0.5, 0.42, 0.34), generator.uniform(85, 115)),
-        ("spleen", (0.0, 0.12, 0.5), (0.42, 0.28, 0.22), generator.uniform(125, 145)),
+        ("liver", (0.05, -0.1, -0.42), (0.5, 0.42, 0.34), generator.uniform(170, 200)),
+        ("spleen", (0.0, 0.12, 0.5), (0.48, 0.36, 0.27), generator.uniform(330, 370)),
     ]
-    # Look-alikes without a label: brightness alone does not tell an organ.
+    # Without a label, and as bright as one organ or the other where the partial volume of an edge is.
     for side in (-1, 1):
-        image[ellipsoid((0.4, 0.3, 0.3 * side), (0.32, 0.15, 0.13)) & body] = generator.uniform(150, 190)
-    image[ellipsoid((0.35, -0.3, 0.25), (0.3, 0.18, 0.26)) & body] = generator.uniform(90, 125)
-    image[ellipsoid((0.0, 0.1, 0.0), (1.4, 0.06, 0.06)) & body] = generator.uniform(150, 200)
+        image[ellipsoid((0.4, 0.3, 0.3 * side), (0.32, 0.15, 0.13)) & body] = generator.uniform(250, 280)
+    image[ellipsoid((0.35, -0.3, 0.25), (0.3, 0.18, 0.26)) & body] = generator.uniform(-20, 10)
+    image[ellipsoid((0.0, 0.1, 0.0), (1.4, 0.06, 0.06)) & body] = generator.uniform(430, 480)
     for name, centre, radii, intensity in organs:
         inside = ellipsoid(centre, radii) & body
         image[inside], labels[inside] = intensity, LABELS[name]
-    image[ellipsoid((0, 0.45, 0), (1.6, 0.12, 0.13)) & body] = 400
-    labels[image == 400] = 0
+    image[ellipsoid((0, 0.45, 0), (1.6, 0.12, 0.13)) & body] = 700
+    labels[image == 700] = 0
     smooth = sitk.GetArrayFromImage(
         sitk.SmoothingRecursiveGaussian(sitk.GetImageFromArray(image.astype(np.float32)), 0.7)
     )

@@ -40,7 +40,8 @@ def step(title: str, log_file: Path, total: int, counted: str) -> Iterator[None]
     """Run a step with a bar of `total` units; each line of its output that matches `counted` is one unit."""
     terminal = sys.stderr
     with (
-        open(log_file, "a", encoding="utf-8") as log,
+        # By line, so that what a worker process says before it ends is not lost with its buffer.
+        open(log_file, "a", encoding="utf-8", buffering=1) as log,
         tqdm(total=total, desc=f"{title:<28}", file=terminal, bar_format="{l_bar}{bar:24}| {elapsed}") as bar,
         warnings.catch_warnings(),
     ):

@@ -63,7 +63,7 @@ class Demo:
             misfm_pretrain(
                 ["-i", str(self.volumes), "-d", _POOL_ID, "-n", _POOL_NAME, "-modality", "ct", "-np", "1"]
                 + ["-num_epochs", str(epochs), "-num_iterations_per_epoch", str(iterations)]
-                + ["-num_val_iterations_per_epoch", "4", "-device", self.device, *options]
+                + ["-num_val_iterations_per_epoch", "2", "-device", self.device, *options]
             )
         pool = self.folder / "nnUNet_results" / f"Dataset{_POOL_ID}_{_POOL_NAME}"
         return pool / "VolumeFusionTrainer__nnUNetPlans__3d_fullres" / "fold_all" / "checkpoint_final.pth"
@@ -79,8 +79,8 @@ class Demo:
         """misfm_plan twice: with the pretrained weights, and the same without them."""
         common = ["-d", _DATASET_ID, "-c", "3d_fullres", "-pretrained_weights", str(checkpoint), "-np", "1", *options]
         common += ["-num_epochs", str(epochs), "-num_iterations_per_epoch", str(iterations)]
-        # Twice the published learning rate: a run this short needs larger steps.
-        common += ["-num_val_iterations_per_epoch", "4", "-initial_lr", "0.002"]
+        # Three times the published learning rate: a run this short needs larger steps.
+        common += ["-num_val_iterations_per_epoch", "2", "-initial_lr", "0.003"]
         with step("Planning the fine-tunings", self.log, 2, r"Train with"):
             misfm_plan([*common, "-overwrite_plans_name", "nnUNetMisFMPlans"])
             misfm_plan([*common, "-overwrite_plans_name", "nnUNetMisFMScratchPlans", "--from_scratch"])

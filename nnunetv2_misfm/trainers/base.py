@@ -23,7 +23,7 @@ from nnunetv2_misfm.architectures.resolution import total_strides
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.run_settings import BLOCK, RunSettings, is_ours, run_settings
 from nnunetv2_misfm.settings import write_settings
-from nnunetv2_misfm.trainers.schedules import StagedSchedule
+from nnunetv2_misfm.trainers.schedules import StagedSchedule, parameter_groups
 from nnunetv2_misfm.transfer.checkpoint import (
     CheckpointError,
     CheckpointInfo,
@@ -142,13 +142,8 @@ class BaseTrainer(nnUNetTrainer):
     # ---------------------------------------------------------------- optimiser and schedule
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, StagedSchedule]:
-        """The optimiser of the settings with an encoder and a decoder group, and the schedule that steers both."""
-        groups: dict[str, list[nn.Parameter]] = {"decoder": [], "encoder": []}
-        for name, parameter in self.bare_network.named_parameters():
-            groups["encoder" if part_of(name) in ("stem", "encoder") else "decoder"].append(parameter)
-        # The decoder comes first because nnU-Net logs the learning rate of the first group, and the decoder always
-        # trains.
-        named = [{"params": params, "name": name} for name, params in groups.items()]
+        """The optimiser of the settings, and the schedule that steers its groups: the decoder's and the encoder's."""
+        named = parameter_groups(self.bare_network, getattr(self.settings, "layer_decay", 1.0))
         common: dict[str, Any] = {"lr": self.initial_lr, "weight_decay": self.weight_decay}
         if self.settings.optimizer == "sgd":
             optimizer: torch.optim.Optimizer = torch.optim.SGD(named, momentum=0.99, nesterov=True, **common)

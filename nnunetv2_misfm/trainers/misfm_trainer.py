@@ -11,6 +11,7 @@ from batchgenerators.utilities.file_and_folder_operations import join, save_json
 
 from nnunetv2_misfm.run_settings import FinetuningSettings
 from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
+from nnunetv2_misfm.transfer.plans import num_images
 from nnunetv2_misfm.transfer.pretrained import PRETRAIN_INFO, load_source, resolve_checkpoint
 from nnunetv2_misfm.transfer.transfer import TransferError, transfer
 
@@ -80,11 +81,14 @@ class MisFMTrainer(BaseTrainer):
             self.print_to_log_file("Training from scratch: the plan names no pretrained weights.")
             return
         settings = cast(FinetuningSettings, self.settings)
-        source, path = load_source(info)
+        source = load_source(info)
         weights, report = transfer(
-            source,
-            str(path),
+            source.weights,
+            str(source.path),
             self.bare_network,
+            source_arguments=source.arch_kwargs,
+            num_images=num_images(self.dataset_json),
+            mix_input_channels=settings.mix_input_channels,
             encoder_only=settings.encoder_only,
             min_coverage=settings.min_coverage,
         )

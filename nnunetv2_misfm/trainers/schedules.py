@@ -14,13 +14,20 @@ lengths scale with the number of epochs.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
+
+from nnunetv2_misfm.transfer.transfer import part_of
 
 _RAMP_SHARE = 0.05
 _POLY_EXPONENT = 0.9
 _HALVINGS = 5
+# The stage a parameter of an encoder belongs to: PCT-Net's stage2 and down2, FMUNet's and nnU-Net's stages.2.
+_STAGE = re.compile(r"\.(?:stage|down|stages\.|downs\.)(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,32 @@ def stage_at(schedule: str, epoch: int, num_epochs: int) -> Stage:
     raise ValueError(f"{schedule!r} is not a schedule")
 
 
+def parameter_groups(network: nn.Module, layer_decay: float) -> list[dict[str, Any]]:
+    """The optimiser's groups, with the `name` and `lr_scale` that `StagedSchedule` steers them by.
+
+    The decoder comes first because nnU-Net logs the learning rate of the first group, and the decoder always trains.
+    With a decay below 1 each stage of the encoder is a group, its rate that share of the next deeper stage's; the
+    deepest has that share of the decoder's.
+    """
+    decoder: list[nn.Parameter] = []
+    encoder: dict[int, list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if part_of(name) in ("stem", "encoder"):
+            stage = _STAGE.search(name)
+            depth = int(stage[1]) if stage is not None and layer_decay < 1 else 0
+            encoder.setdefault(depth, []).append(parameter)
+        else:
+            decoder.append(parameter)
+    groups: list[dict[str, Any]] = [{"params": decoder, "name": "decoder", "lr_scale": 1.0}]
+    deepest = max(encoder, default=0)
+    for depth in sorted(encoder, reverse=True):
+        scale = layer_decay ** (1 + deepest - depth)
+        groups.append({"params": encoder[depth], "name": "encoder", "lr_scale": scale})
+    return groups
+
+
 class StagedSchedule:
-    """Sets the learning rates of an optimiser whose parameter groups are named "encoder" and "decoder"."""
+    """Sets the learning rates of an optimiser with the groups of `parameter_groups`."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, schedule: str, initial_lr: float, num_epochs: int):
         self.optimizer = optimizer
@@ -81,7 +112,7 @@ class StagedSchedule:
         self.stage = stage_at(self.schedule, epoch, self.num_epochs)
         for group in self.optimizer.param_groups:
             factor = self.stage.encoder_factor if group["name"] == "encoder" else self.stage.decoder_factor
-            group["lr"] = self.initial_lr * factor
+            group["lr"] = self.initial_lr * factor * group["lr_scale"]
 
     def get_last_lr(self) -> list[float]:
         """The learning rate of each parameter group."""

@@ -1,9 +1,8 @@
-"""misfm_plan and misfm_import_checkpoint: what a checkpoint goes through between pretraining and fine-tuning."""
+"""misfm_plan: from a pretrained checkpoint and a dataset of nnU-Net to the plans of a fine-tuning."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.architectures.plan_entry import NETWORKS
@@ -11,53 +10,14 @@ from nnunetv2_misfm.datasets import preprocessed_dataset, read_dataset_json, rea
 from nnunetv2_misfm.errors import PlanError, exit_with_message
 from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.plan_checks import check_replaceable
-from nnunetv2_misfm.run_settings import FINETUNING_SCHEDULES, OPTIMIZERS, FinetuningSettings
+from nnunetv2_misfm.run_settings import DEFAULT_FINETUNING_PLANS, FINETUNING_SCHEDULES, OPTIMIZERS, FinetuningSettings
 from nnunetv2_misfm.settings import read_settings
-
-DEFAULT_PLANS_NAME = "nnUNetMisFMPlans"
 
 
 def plan_main(arguments: list[str] | None = None) -> None:
     """Entry point of misfm_plan."""
     options = _parser().parse_args(arguments)
     exit_with_message("misfm_plan", lambda: plan(options))
-
-
-def import_main(arguments: list[str] | None = None) -> None:
-    """Entry point of misfm_import_checkpoint."""
-    parser = argparse.ArgumentParser(
-        prog="misfm_import_checkpoint",
-        description="Turn a published MIS-FM file, such as pctnet_ct10k_volf.pt, into a checkpoint of this package.",
-    )
-    parser.add_argument("-i", required=True, metavar="FILE.pt", help="the published file")
-    parser.add_argument("-o", required=True, metavar="FILE.pth", help="the checkpoint to write")
-    parser.add_argument(
-        "-resolution_mode",
-        choices=("0", "1", "2", "all"),
-        default="all",
-        help="which of PCT-Net's three stems to keep: the degree of anisotropy they are for (default: all)",
-    )
-    options = parser.parse_args(arguments)
-    exit_with_message("misfm_import_checkpoint", lambda: import_checkpoint(options))
-
-
-def import_checkpoint(options: argparse.Namespace) -> None:
-    """Convert a published file.
-
-    Raises:
-        UserError: if the file cannot be used or the target exists.
-    """
-    from nnunetv2_misfm.transfer.networks import import_published
-
-    target = Path(options.o)
-    if target.exists():
-        raise PlanError(f"{target} exists. Choose another name with -o, or remove it.")
-    if not target.resolve().parent.is_dir():
-        raise PlanError(f"The folder of {target} does not exist. Make it, or choose another name with -o.")
-    stems = (0, 1, 2) if options.resolution_mode == "all" else (int(options.resolution_mode),)
-    info = import_published(Path(options.i), target, stems)
-    name = info.network_class_name.rpartition(".")[2]
-    print(f"{target}: {name}, {info.input_channels} input channel(s), {info.num_classes} classes, {info.arch_kwargs}")
 
 
 def plan(options: argparse.Namespace) -> None:
@@ -126,7 +86,8 @@ def what_is_lost(replaced: dict[str, Any] | None, plans: dict[str, Any]) -> list
 
 def _settings(options: argparse.Namespace, scratch: bool) -> FinetuningSettings:
     names = ["num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "optimizer", "initial_lr"]
-    names += ["weight_decay", "schedule", "checkpointing", "seed", "min_coverage", "encoder_only"]
+    names += ["weight_decay", "schedule", "layer_decay", "checkpointing", "seed"]
+    names += ["min_coverage", "encoder_only", "mix_input_channels"]
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     given.setdefault("schedule", "scratch" if scratch else "sawtooth")
     return read_settings(FinetuningSettings, given, "The run settings")
@@ -142,13 +103,17 @@ def _parser() -> argparse.ArgumentParser:
     add("-d", required=True, metavar="ID", help="dataset ID or name")
     add("-c", nargs="+", default=["3d_fullres"], metavar="CONFIG", help="3D configurations (default: 3d_fullres)")
     add("-p", default="nnUNetPlans", metavar="PLANS", help="the dataset's plans to start from (default: nnUNetPlans)")
-    add("-pretrained_weights", metavar="CKPT", help="checkpoint of misfm_pretrain, or a published MIS-FM .pt file")
+    add(
+        "-pretrained_weights",
+        metavar="CKPT",
+        help="checkpoint of ours or nnU-Net's, a published MIS-FM .pt file, or hf:OWNER/NAME on the Hugging Face Hub",
+    )
     add("--from_scratch", action="store_true", help="the same plan without the weights: the fair baseline")
     add(
         "-overwrite_plans_name",
-        default=DEFAULT_PLANS_NAME,
+        default=DEFAULT_FINETUNING_PLANS,
         metavar="NAME",
-        help=f"name of the new plans (default: {DEFAULT_PLANS_NAME})",
+        help=f"name of the new plans (default: {DEFAULT_FINETUNING_PLANS})",
     )
     add(
         "-network",
@@ -166,10 +131,17 @@ def _parser() -> argparse.ArgumentParser:
     add("-optimizer", choices=OPTIMIZERS, help=f"default: {defaults.optimizer}")
     add("-initial_lr", type=float, help=f"default: {defaults.initial_lr}")
     add("-weight_decay", type=float, help=f"default: {defaults.weight_decay}")
+    add(
+        "-layer_decay",
+        type=float,
+        metavar="F",
+        help="learning rate of each encoder stage as a share of the next (default: 1)",
+    )
     add("-checkpointing", choices=("auto", "on", "off"), help="activation checkpointing (default: auto)")
     add("-seed", type=int, help=f"default: {defaults.seed}")
     add("-min_coverage", type=float, help="share of the network that the weights must cover (default: 1)")
     add("--encoder_only", action="store_const", const=True, help="leave the decoder fresh")
+    add("--mix_input_channels", action="store_const", const=True, help="mix the weights' input channels to fit others")
     add("-np", type=int, default=2, help="processes for preprocessing, if that is needed (default: 2)")
     add("--no_pp", action="store_true", help="write the plans only, preprocess later with nnUNetv2_preprocess")
     return parser

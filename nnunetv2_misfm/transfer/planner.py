@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -156,6 +157,22 @@ class MisFMPlanner(ExperimentPlanner):
     def __init__(self, dataset_name_or_id: str | int, budget: MemoryBudget):
         super().__init__(dataset_name_or_id, budget.gigabytes)
         self.budget = budget
+
+    @staticmethod
+    def static_estimate_VRAM_usage(
+        patch_size: Sequence[int],
+        input_channels: int,
+        output_channels: int,
+        arch_class_name: str,
+        arch_kwargs: dict[str, Any],
+        arch_kwargs_req_import: Sequence[str],
+    ) -> int:
+        """As in nnU-Net, but without changing the number of threads, which fails where nnUNet_n_proc_DA is 0."""
+        with torch.device("meta"):
+            network = get_network_from_plans(
+                arch_class_name, arch_kwargs, arch_kwargs_req_import, input_channels, output_channels, allow_init=False
+            )
+        return int(network.compute_conv_feature_map_size(patch_size))
 
     def sizes_for(self, configuration: Mapping[str, Any]) -> dict[str, Any]:
         """A 3D configuration of a plans file, planned anew for its spacing."""

@@ -20,7 +20,7 @@ from nnunetv2_misfm.plan_checks import build_on_meta, check_plans_name, check_si
 from nnunetv2_misfm.run_settings import BLOCK, FinetuningSettings
 from nnunetv2_misfm.settings import write_settings
 from nnunetv2_misfm.transfer.pretrained import PRETRAIN_INFO, Source, portable_path
-from nnunetv2_misfm.transfer.transfer import transfer
+from nnunetv2_misfm.transfer.transfer import TransferReport, transfer
 
 # Constructor arguments that belong to the target or to a run, not to the weights.
 _NOT_TAKEN_OVER = ("strides", "stems", "deep_supervision", "checkpointing")
@@ -93,9 +93,21 @@ def finetuning_plans(
 
 
 def check_fit(
-    plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any], source: Source | None
-) -> None:
+    plans: Mapping[str, Any],
+    configuration: str,
+    dataset_json: Mapping[str, Any],
+    source: Source | None,
+    min_coverage: float | None = None,
+) -> TransferReport | None:
     """Make sure that a planned network can be built and, if there are weights, that they cover what is asked for.
+
+    Args:
+        plans, configuration, dataset_json: what is planned.
+        source: the weights, if any.
+        min_coverage: instead of the one in the plans.
+
+    Returns:
+        What the transfer would do; None without weights.
 
     Raises:
         PlanError: if the network cannot be built.
@@ -107,15 +119,23 @@ def check_fit(
     architecture = plans["configurations"][configuration]["architecture"]
     network = build_on_meta(architecture, channels, heads)
     if source is None:
-        return
+        return None
     settings = plans[BLOCK]
-    transfer(
+    return transfer(
         source.weights,
         str(source.path),
         network.to_empty(device="cpu"),
+        source_arguments=source.arch_kwargs,
+        num_images=num_images(dataset_json),
         encoder_only=settings["encoder_only"],
-        min_coverage=settings["min_coverage"],
-    )
+        mix_input_channels=settings["mix_input_channels"],
+        min_coverage=settings["min_coverage"] if min_coverage is None else min_coverage,
+    )[1]
+
+
+def num_images(dataset_json: Mapping[str, Any]) -> int:
+    """Image channels of a dataset, without the label channels that a cascade adds to the network's input."""
+    return len(dataset_json.get("channel_names") or dataset_json["modality"])
 
 
 def same_preprocessing(plans: Mapping[str, Any], base: Mapping[str, Any], configuration: str) -> bool:
@@ -172,6 +192,7 @@ def _architecture(
         return planned
     network = request.network or _network_of(source)
     if network is None:
+        _check_same_kind(planned, source, request)
         return planned
     if source is not None and source.info is not None and _network_of(source) != network:
         held = source.info.network_class_name.rpartition(".")[2]
@@ -189,6 +210,19 @@ def _architecture(
             )
         taken_over = {key: value for key, value in source.info.arch_kwargs.items() if key not in _NOT_TAKEN_OVER}
     return architecture_entry(network, degree, **{**taken_over, **request.arch_kwargs})
+
+
+def _check_same_kind(planned: Mapping[str, Any], source: Source | None, request: PlanRequest) -> None:
+    """Refuse plans for another kind of network of nnU-Net's than the checkpoint holds, which would use little of it."""
+    if source is None or source.info is None or request.settings.min_coverage < 1:
+        return
+    held, wanted = (name.rpartition(".")[2] for name in (source.info.network_class_name, planned["network_class_name"]))
+    if held != wanted:
+        raise PlanError(
+            f"{source.path} holds a {held}, but the dataset's plans name a {wanted}. Plan for a {held} with "
+            f"nnUNetv2_plan_experiment (-pl nnUNetPlannerResEncM, L or XL for residual encoders) and give those plans "
+            f"with -p, or allow a partial transfer with -min_coverage."
+        )
 
 
 def _network_of(source: Source | None) -> str | None:
@@ -235,7 +269,7 @@ def _pretrain_info(source: Source | None, request: PlanRequest, plans: Mapping[s
     }
     if source is None or request.from_scratch:
         return info
-    info["checkpoint_path"] = portable_path(source.path)
+    info["checkpoint_path"] = source.name or portable_path(source.path)
     info["checkpoint_name"] = source.path.name
     info["sha256"] = source.sha256
     if source.info is not None:

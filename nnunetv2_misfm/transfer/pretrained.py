@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from nnunetv2_misfm.transfer.checkpoint import (
     network_weights,
     read_checkpoint,
 )
+from nnunetv2_misfm.transfer.hub import download, is_hub_name
 from nnunetv2_misfm.transfer.published_weights import read_published
+from nnunetv2_misfm.transfer.safetensors_file import read_safetensors
 
 PRETRAIN_INFO = "pretrain_info"
 
@@ -31,9 +33,11 @@ class Source:
     Attributes:
         path: of the file.
         kind: "nnunetv2_misfm", "nnunetv2" or "published".
-        weights: state dict under the parameter names of our networks.
+        weights: state dict under the parameter names of our networks, or of nnU-Net's.
         info: what the file says about itself; None for nnU-Net's own checkpoints.
         sha256: of the file.
+        arch_kwargs: constructor arguments of the network, as far as they are known.
+        name: how the plan names the file: its path, or its place on the Hugging Face Hub with the exact revision.
     """
 
     path: Path
@@ -41,35 +45,61 @@ class Source:
     weights: dict[str, Tensor]
     info: CheckpointInfo | None
     sha256: str
+    arch_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
 
 
-def read_source(path: str | os.PathLike[str]) -> Source:
-    """Read a checkpoint of ours, of nnU-Net, or a published MIS-FM file.
+def read_source(given: str | os.PathLike[str]) -> Source:
+    """Read a checkpoint of ours (.pth or .safetensors), of nnU-Net, or a published MIS-FM file.
+
+    Args:
+        given: a path, or "hf:OWNER/NAME" for a repository on the Hugging Face Hub.
 
     Raises:
         CheckpointError: if the file cannot be used; the message says why and what to do.
     """
-    path = Path(path)
+    path, name = Path(given), ""
+    if is_hub_name(str(given)):
+        path, name = download(str(given))
+    if path.suffix == ".safetensors":
+        weights, info = read_safetensors(path)
+        return Source(path, "nnunetv2_misfm", weights, info, file_sha256(path), info.arch_kwargs, name)
     checkpoint = read_checkpoint(path)
     digest = file_sha256(path)
     if PUBLISHED_WEIGHTS in checkpoint:
         weights, info = read_published(checkpoint[PUBLISHED_WEIGHTS], path)
-        return Source(path, "published", weights, info, digest)
+        return Source(path, "published", weights, info, digest, info.arch_kwargs, name)
     block = checkpoint_info(checkpoint, path)
-    kind = "nnunetv2" if block is None else "nnunetv2_misfm"
-    return Source(path, kind, network_weights(checkpoint, path), block, digest)
+    weights = network_weights(checkpoint, path)
+    if block is None:
+        return Source(path, "nnunetv2", weights, None, digest, _stock_arch_kwargs(checkpoint), name)
+    return Source(path, "nnunetv2_misfm", weights, block, digest, block.arch_kwargs, name)
 
 
-def load_source(info: Mapping[str, Any]) -> tuple[dict[str, Tensor], Path]:
-    """The weights that a plan's `pretrain_info` names, and the file they came from.
+def _stock_arch_kwargs(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Constructor arguments of the network in one of nnU-Net's own checkpoints, which keep the plans they were made by.
+
+    They only help to align stages; a file without them can still be used.
+    """
+    try:
+        made_by = checkpoint["init_args"]
+        arguments = made_by["plans"]["configurations"][made_by["configuration"]]["architecture"]["arch_kwargs"]
+    except (KeyError, TypeError):
+        return {}
+    return arguments if isinstance(arguments, Mapping) else {}
+
+
+def load_source(info: Mapping[str, Any]) -> Source:
+    """The checkpoint that a plan's `pretrain_info` names.
 
     Raises:
         CheckpointError: if the file is missing, changed since the plan was made, or unreadable.
     """
-    path = resolve_checkpoint(info["checkpoint_path"])
-    if not path.is_file():
+    named: str = info["checkpoint_path"]
+    path: str | Path = named if is_hub_name(named) else resolve_checkpoint(named)
+    if isinstance(path, Path) and not path.is_file():
         raise CheckpointError(
-            f"The pretrained checkpoint {info['checkpoint_path']} named in the plan does not exist (looked for "
+            f"The pretrained checkpoint {named} named in the plan does not exist (looked for "
             f"{path}). Put it back, or plan again with misfm_plan -pretrained_weights; misfm_plan --from_scratch "
             f"plans without."
         )
@@ -80,7 +110,7 @@ def load_source(info: Mapping[str, Any]) -> tuple[dict[str, Tensor], Path]:
             f"{path} is not the file the plan was made with (sha256 {source.sha256[:12]}..., the plan has "
             f"{expected[:12]}...). Run misfm_plan again to use the present file."
         )
-    return source.weights, path
+    return source
 
 
 def resolve_checkpoint(checkpoint_path: str) -> Path:

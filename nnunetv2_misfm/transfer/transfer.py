@@ -7,17 +7,23 @@ is loaded and nothing is left out silently: each parameter of the target ends as
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from nnunetv2_misfm.errors import UserError
+from nnunetv2_misfm.transfer.adaptation import fit_bias_table, fit_input_channels, fit_kernel, fit_upsampling_kernel
+from nnunetv2_misfm.transfer.alignment import source_names
 
 PARTS = ("stem", "encoder", "decoder", "segmentation layers")
 TRANSFERRED, ADAPTED, FRESH = "transferred", "adapted", "fresh"
+
+_OWN_STEM = re.compile(r"(?:encoder\.stems|decoder\.heads)\.(\d)\.")
+# PCT-Net's and FMUNet's first layers; in other networks it is the first convolution.
+_INPUT_LAYER = re.compile(r"encoder\.stems\.\d\.project\.weight|encoder\.stem\.weight")
 
 
 class TransferError(UserError, RuntimeError):
@@ -98,20 +104,26 @@ def transfer(
     source_name: str,
     target: nn.Module,
     *,
+    source_arguments: Mapping[str, Any] | None = None,
+    num_images: int | None = None,
     encoder_only: bool = False,
+    mix_input_channels: bool = False,
     min_coverage: float = 1.0,
 ) -> tuple[dict[str, Tensor], TransferReport]:
     """The state dict that `target` should load to start from `source`.
 
-    Segmentation layers always start fresh. A stem with another number of input channels is adapted: each filter is
-    summed over the source's channels and spread evenly over the target's, so that an image repeated over all channels
-    gives the response the source gives to it.
+    Segmentation layers always start fresh. Everything else is taken over as it is where the shapes agree, and adapted
+    where what it computes can be kept (see `adaptation.py`): other input channels, kernels of another degree of
+    anisotropy, other attention windows. Stems and stages are matched first (see `alignment.py`).
 
     Args:
-        source: weights of the pretrained network, under the target's names.
+        source: weights of the pretrained network.
         source_name: for the report and errors, usually the file's path.
         target: the network as built, its initial values used where something is fresh.
+        source_arguments: constructor arguments of the pretrained network, as far as they are known.
+        num_images: how many of the target's input channels are images; the rest are labels of a cascade's first stage.
         encoder_only: leave the decoder fresh, as most other tools do.
+        mix_input_channels: allow several input channels of the source to be mixed for another number of channels.
         min_coverage: share of the elements outside the segmentation layers that must come from the source.
 
     Raises:
@@ -119,22 +131,27 @@ def transfer(
     """
     own = target.state_dict()
     result = {name: value.clone() for name, value in own.items()}
-    entries = []
-    parameters = dict(target.named_parameters())
     names_of = _names_by_identity(target)
-    for name, parameter in parameters.items():
+    find = source_names(source, source_arguments or {}, target)
+    fit = _Fitting(target, num_images, encoder_only, mix_input_channels)
+    entries = []
+    for name, parameter in target.named_parameters():
+        name_in_source = find(name)
+        value, status, reason = fit.value_for(name, parameter, name_in_source, source)
         part = part_of(name)
-        value, status, reason = _value_for(name, part, parameter, source, encoder_only)
         entries.append(Entry(name, part, status, reason, parameter.numel(), tuple(parameter.shape)))
         if value is not None:
             for alias in names_of[id(parameter)]:
                 result[alias] = value.to(parameter.dtype)
-    for name, value in own.items():
+    aliases = {alias for names in names_of.values() for alias in names}
+    for name, buffer in own.items():
         # Buffers (BatchNorm statistics) belong to the weights around them; they are not counted as parameters.
-        is_buffer = name not in {alias for aliases in names_of.values() for alias in aliases}
-        usable = name in source and source[name].shape == value.shape and not _left_out(part_of(name), encoder_only)
-        if is_buffer and usable:
-            result[name] = source[name].to(value.dtype)
+        name_in_source = find(name)
+        if name in aliases or name_in_source is None or _left_out(part_of(name), encoder_only):
+            continue
+        in_source = source.get(name_in_source)
+        if in_source is not None and in_source.shape == buffer.shape:
+            result[name] = in_source.to(buffer.dtype)
     report = TransferReport(source_name, tuple(entries))
     _require(report, min_coverage, encoder_only)
     return result, report
@@ -155,29 +172,54 @@ def _left_out(part: str, encoder_only: bool) -> bool:
     return part == "segmentation layers" or (encoder_only and part == "decoder")
 
 
-def _value_for(
-    name: str, part: str, parameter: Tensor, source: Mapping[str, Tensor], encoder_only: bool
-) -> tuple[Tensor | None, str, str]:
-    if part == "segmentation layers":
-        return None, FRESH, "segmentation layers always start fresh"
-    if _left_out(part, encoder_only):
-        return None, FRESH, "only the encoder was asked for"
-    if name not in source:
-        return None, FRESH, "not in the source"
-    value = source[name]
-    if value.shape == parameter.shape:
-        return value, TRANSFERRED, ""
-    adapted = _spread_over_input_channels(value, parameter.shape)
-    if part == "stem" and adapted is not None:
-        return adapted, ADAPTED, f"input channels {value.shape[1]} to {parameter.shape[1]}"
-    return None, FRESH, f"shape {list(value.shape)} in the source"
+class _Fitting:
+    """Finds the value of one parameter of the target after another."""
 
+    def __init__(self, target: nn.Module, num_images: int | None, encoder_only: bool, mix_input_channels: bool):
+        self.encoder_only = encoder_only
+        self.mix_input_channels = mix_input_channels
+        convolutions = [(f"{n}.weight", m) for n, m in target.named_modules() if isinstance(m, (nn.Conv3d, nn.Conv2d))]
+        stems = [name for name, _ in convolutions if _INPUT_LAYER.match(name)]
+        self.input_layers = stems or [name for name, _ in convolutions[:1]]
+        self.upsampling = {f"{n}.weight" for n, m in target.named_modules() if isinstance(m, nn.ConvTranspose3d)}
+        self.num_images = num_images
 
-def _spread_over_input_channels(value: Tensor, shape: torch.Size) -> Tensor | None:
-    same_otherwise = value.ndim == len(shape) == 5 and value.shape[0] == shape[0] and value.shape[2:] == shape[2:]
-    if not same_otherwise:
-        return None
-    return value.sum(1, keepdim=True).expand(shape) / shape[1]
+    def value_for(
+        self, name: str, parameter: Tensor, name_in_source: str | None, source: Mapping[str, Tensor]
+    ) -> tuple[Tensor | None, str, str]:
+        """The value, or None; the status; how it was adapted or why it is fresh."""
+        part = part_of(name)
+        if part == "segmentation layers":
+            return None, FRESH, "segmentation layers always start fresh"
+        if _left_out(part, self.encoder_only):
+            return None, FRESH, "only the encoder was asked for"
+        if name_in_source is None or name_in_source not in source:
+            return None, FRESH, "not in the source"
+        value, steps = source[name_in_source], []
+        stem = _OWN_STEM.match(name_in_source)
+        if stem is not None and not name.startswith(stem[0]):
+            steps.append(f"from degree of anisotropy {stem[1]}")
+        if value.shape == parameter.shape:
+            return (value, ADAPTED, steps[0]) if steps else (value, TRANSFERRED, "")
+        fitted: Tensor | None = value
+        if name.endswith("relative_position_bias_table") and value.ndim == 2:
+            fitted = fit_bias_table(value, parameter.shape[0])
+            steps.append(f"interpolated from {value.shape[0]} to {parameter.shape[0]} relative positions")
+        elif value.ndim == parameter.ndim == 5:
+            if value.shape[2:] != parameter.shape[2:]:
+                fit = fit_upsampling_kernel if name in self.upsampling else fit_kernel
+                fitted = fit(value, parameter.shape[2:])
+                steps.append(f"kernel {list(value.shape[2:])} to {list(parameter.shape[2:])}")
+            if fitted is not None and name in self.input_layers and value.shape[1] != parameter.shape[1]:
+                images = self.num_images or parameter.shape[1]
+                if value.shape[1] not in (1, images) and not self.mix_input_channels:
+                    reason = f"{value.shape[1]} input channels in the source; --mix_input_channels would mix them"
+                    return None, FRESH, reason
+                fitted = fit_input_channels(fitted, images, parameter.shape[1])
+                steps.append(f"input channels {value.shape[1]} to {parameter.shape[1]}")
+        if fitted is None or fitted.shape != parameter.shape:
+            return None, FRESH, f"shape {list(value.shape)} in the source"
+        return fitted, ADAPTED, ", ".join(steps)
 
 
 def _names_by_identity(network: nn.Module) -> dict[int, list[str]]:
@@ -200,6 +242,5 @@ def _require(report: TransferReport, min_coverage: float, encoder_only: bool) ->
     raise TransferError(
         f"{report.source} covers {100 * coverage:.2f} % of the network's {', '.join(parts)}; the plan asks for "
         f"{100 * min_coverage:.2f} %. First mismatches:\n" + "\n".join(lines) + "\n"
-        "Use a checkpoint of the same network, with stems for the same degree of anisotropy, or allow this with "
-        "misfm_plan -min_coverage or --encoder_only."
+        "Use a checkpoint of the same network, or allow this with misfm_plan -min_coverage or --encoder_only."
     )

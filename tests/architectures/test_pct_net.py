@@ -196,3 +196,22 @@ def test_reproducible_pooling_equals_ordinary_pooling(kernel: tuple[int, int, in
     for output in pooled:
         output.square().sum().backward()
     assert torch.equal(*pooled) and torch.equal(inputs[0].grad, inputs[1].grad)
+
+
+def test_two_threads_give_the_same_gradients_every_time() -> None:
+    """Not only when determinism is asked for: a resumed run must equal an uninterrupted one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        network = PCTNet(1, 2, strides_of(0), (4, 4, 8, 16, 32))
+        x = torch.randn(1, 1, 24, 32, 24)
+        gradients = []
+        for _ in range(4):
+            network.zero_grad()
+            torch.manual_seed(0)
+            sum(output.square().mean() for output in network(x)).backward()  # type: ignore[union-attr]
+            gradients.append([p.grad.clone() for p in network.parameters()])  # type: ignore[union-attr]
+    finally:
+        torch.set_num_threads(threads)
+    for repeated in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], repeated, strict=True))

@@ -5,8 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nnunetv2_misfm.architectures import FMUNet, PCTNet
 from nnunetv2_misfm.run_settings import FINETUNING_SCHEDULES, PRETRAINING_SCHEDULES
-from nnunetv2_misfm.trainers.schedules import StagedSchedule, stage_at
+from nnunetv2_misfm.trainers.schedules import StagedSchedule, parameter_groups, stage_at
+
+
+def small_network(kind: type[torch.nn.Module] = PCTNet) -> torch.nn.Module:
+    return kind(1, 2, features_per_stage=(4, 4, 8, 16, 32))
 
 
 def test_sawtooth_ramps_the_decoder_then_everything_then_decays() -> None:
@@ -36,8 +41,19 @@ def test_the_decoder_always_trains(schedule: str, num_epochs: int) -> None:
 
 
 def test_groups_get_the_learning_rates_of_their_part() -> None:
-    parameters = [torch.nn.Parameter(torch.zeros(1)) for _ in range(2)]
-    groups = [{"params": parameters[:1], "name": "decoder"}, {"params": parameters[1:], "name": "encoder"}]
+    groups = parameter_groups(small_network(), layer_decay=1.0)
     schedule = StagedSchedule(torch.optim.Adam(groups, lr=1.0), "decoder_only", 0.01, 10)
     schedule.step(3)
     assert schedule.get_last_lr() == [pytest.approx(0.01 * 0.7**0.9), 0]
+
+
+@pytest.mark.parametrize("kind", [PCTNet, FMUNet])
+def test_layer_decay_slows_each_stage_of_the_encoder_more_than_the_next(kind: type[torch.nn.Module]) -> None:
+    network = small_network(kind)
+    groups = parameter_groups(network, layer_decay=0.5)
+    assert [group["lr_scale"] for group in groups] == [1, 0.5, 0.25, 0.125, 0.0625, 0.03125]
+    assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
+    schedule = StagedSchedule(torch.optim.Adam(groups, lr=1.0), "default", 0.01, 10)
+    assert schedule.get_last_lr() == [pytest.approx(0.01 * group["lr_scale"]) for group in groups]
+    deepest = {id(parameter) for parameter in network.encoder.stage4.parameters()} if kind is PCTNet else set()
+    assert deepest <= {id(parameter) for parameter in groups[1]["params"]}

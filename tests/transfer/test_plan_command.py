@@ -46,14 +46,14 @@ def test_the_network_of_the_plan_can_be_kept(nnunet: Path) -> None:
 def test_a_memory_target_changes_patch_and_batch(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan_main(["-d", "4", "-gpu_memory_target", "100", "--no_pp"])
     roomy = plans(nnunet)
-    plan_main(["-d", "4", "-gpu_memory_target", "1.5", "--no_pp"])
+    plan_main(["-d", "4", "-gpu_memory_target", "0.75", "--no_pp"])
     tight = plans(nnunet)
     small, large = (p["configurations"]["3d_fullres"] for p in (tight, roomy))
     # The whole image, as nnU-Net plans it, at a multiple of what the network divides; 5 % of the voxels is one sample.
     assert large["patch_size"] == [32, 32, 32] and large["batch_size"] == 2
     assert math.prod(small["patch_size"]) < math.prod(large["patch_size"]) or tight["misfm"]["checkpointing"] == "on"
     assert all(n % 16 == 0 for n in small["patch_size"])
-    assert "of 1.5 GB" in capsys.readouterr().out
+    assert "of 0.75 GB" in capsys.readouterr().out
 
 
 def test_the_batch_grows_into_the_memory_and_is_limited_by_the_dataset(nnunet: Path) -> None:
@@ -144,11 +144,11 @@ def test_weights_that_do_not_fit_are_noticed_when_planning(
     preprocessing = {"normalization_schemes": ["ZScoreNormalization"], "patch_size": [8, 32, 32]}
     info = CheckpointInfo("volume_fusion", NETWORKS["pctnet"], arguments, 1, 5, preprocessing, {})
     write_checkpoint({"network_weights": weights}, info, checkpoint)
-    for more in ([], ["-network", "plan"], ["-network", "fmunet"]):
+    for more in (["-features_per_stage", "8", "8", "16", "32", "64"], ["-network", "plan"], ["-network", "fmunet"]):
         with pytest.raises(SystemExit):
             plan_main(["-d", "4", "-pretrained_weights", str(checkpoint), *more])
     messages = capsys.readouterr().err
-    assert "degree of anisotropy" in messages and "holds a PCTNet" in messages
+    assert "shape [4, 1, 1, 3, 3] in the source" in messages and "holds a PCTNet" in messages
     assert not (nnunet / "nnUNet_preprocessed" / DATASET / "nnUNetMisFMPlans.json").exists()
 
 
