@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2_misfm.architectures.plan_entry import NETWORKS
+from nnunetv2_misfm.architectures.resolution import DEGREES_OF_ANISOTROPY
 from nnunetv2_misfm.cpu_threads import keep_cores_free
 from nnunetv2_misfm.datasets import nnunet_folder, preprocessed_dataset, read_plans
 from nnunetv2_misfm.errors import PlanError, exit_with_message
@@ -108,7 +109,7 @@ def _from_volumes(options: argparse.Namespace) -> dict[str, Any] | None:
         # What the options leave open stays as the pool's plans have it.
         planned, now = before["configurations"][options.c], plans["configurations"][options.c]
         open_options = {
-            "architecture": options.network is None and options.features_per_stage is None,
+            "architecture": not (options.network or options.features_per_stage or options.stems),
             "patch_size": options.patch_size is None,
             "batch_size": options.batch_size is None,
         }
@@ -182,12 +183,17 @@ def _request(options: argparse.Namespace, base: Mapping[str, Any] | None) -> Run
     run |= {name: getattr(options, name) for name in RUN_OPTIONS if getattr(options, name) is not None}
     fusion = dict(before.get("fusion", {}))
     fusion |= {name: getattr(options, name) for name in FUSION_OPTIONS if getattr(options, name) is not None}
+    arguments: dict[str, Any] = {}
+    if options.features_per_stage:
+        arguments["features_per_stage"] = options.features_per_stage
+    if options.stems == "all":
+        arguments["stems"] = list(DEGREES_OF_ANISOTROPY)
     return RunRequest(
         network=options.network,
         settings=read_settings(PretrainingSettings, run, "The run settings"),
         fusion=read_settings(FusionSettings, fusion, "The Volume Fusion settings"),
         augmentation=read_settings(AugmentSettings, before.get("augmentation", {}), "The augmentation settings"),
-        arch_kwargs={"features_per_stage": options.features_per_stage} if options.features_per_stage else {},
+        arch_kwargs=arguments,
         patch_size=tuple(options.patch_size) if options.patch_size else None,
         batch_size=options.batch_size,
     )
@@ -219,6 +225,8 @@ def _check(options: argparse.Namespace) -> None:
         problems.append("-modality, -spacing and -n describe volumes; they need -i")
     if options.continue_training and options.overwrite:
         problems.append("--c continues a run and --overwrite deletes it; choose one")
+    if options.stems == "all" and options.network not in (None, "pctnet"):
+        problems.append(f"-stems all is for PCT-Net, not for -network {options.network}")
     if options.num_gpus < 1:
         problems.append(f"-num_gpus {options.num_gpus} must be at least 1")
     if options.num_gpus > 1 and options.device != "cuda":
@@ -249,6 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-num_fusion_classes", type=int, metavar="N", help="fusion coefficients, 0 included (default: 5)")
     add("-network", choices=[*NETWORKS, "plan"], help="network (default: pctnet, or the one of a pool's plans)")
     add("-features_per_stage", nargs=5, type=int, metavar="N", help="channels of the five stages")
+    add("-stems", choices=("all", "plan"), help="PCT-Net's stems: all three in turn, or the plan's alone (default)")
     add("-patch_size", nargs=3, type=int, metavar="N", help="patch size in plans axis order")
     add("-batch_size", type=int, metavar="N", help="batch size (default: 4, or the plan's)")
     add("-num_epochs", type=int, help=f"default: {defaults.num_epochs}")

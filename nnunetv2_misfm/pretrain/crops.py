@@ -192,6 +192,7 @@ def pair_loader(
     num_iterations: int,
     *,
     start_epoch: int = 0,
+    start_iteration: int = 0,
     anisotropy: Sequence[int] = (0,),
     num_workers: int = 0,
     rank: int = 0,
@@ -205,7 +206,7 @@ def pair_loader(
         batch_size: samples of a batch over all processes. Each process gets its slice, the first ones one sample more
             if it does not divide evenly, as in nnU-Net; together the slices are the same for any number of processes.
         num_iterations: batches per epoch.
-        start_epoch: the epoch of the first batch, to resume.
+        start_epoch, start_iteration: epoch of the first batch and its place in it, to resume.
         anisotropy: degrees of anisotropy that the batches of an epoch take turns in.
         num_workers: processes that read; 0 reads in this one.
         rank, world_size: which of how many training processes this is.
@@ -218,7 +219,9 @@ def pair_loader(
     """
     loader = DataLoader(
         pairs,
-        batch_sampler=_EndlessBatches(batch_size, num_iterations, start_epoch, tuple(anisotropy), rank, world_size),
+        batch_sampler=_EndlessBatches(
+            batch_size, num_iterations, (start_epoch, start_iteration), tuple(anisotropy), rank, world_size
+        ),
         num_workers=num_workers,
         collate_fn=_collate,
         pin_memory=pin_memory,
@@ -269,7 +272,7 @@ class _EndlessBatches(Sampler[list[Index]]):
         self,
         batch_size: int,
         num_iterations: int,
-        start_epoch: int,
+        start: tuple[int, int],
         anisotropy: tuple[int, ...],
         rank: int,
         world_size: int,
@@ -279,22 +282,31 @@ class _EndlessBatches(Sampler[list[Index]]):
                 f"rank {rank} of {world_size} processes cannot get a slice of batches of {batch_size} samples; there "
                 "must be at least one sample for each process"
             )
-        if num_iterations < 1 or start_epoch < 0 or not anisotropy or min(anisotropy) < 0:
+        start_epoch, start_iteration = start
+        if (
+            num_iterations < 1
+            or min(start) < 0
+            or start_iteration >= num_iterations
+            or not anisotropy
+            or min(anisotropy) < 0
+        ):
             raise ValueError(
-                "batches need at least one iteration per epoch, an epoch to start at and degrees of anisotropy of at "
-                f"least 0, not num_iterations {num_iterations}, start_epoch {start_epoch}, anisotropy {anisotropy}"
+                "batches need at least one iteration per epoch, an epoch and iteration to start at and degrees of "
+                f"anisotropy of at least 0, not num_iterations {num_iterations}, start {start}, anisotropy {anisotropy}"
             )
         self.batch_size = batch_size
         self.num_iterations = num_iterations
         self.start_epoch = start_epoch
+        self.start_iteration = start_iteration
         self.anisotropy = anisotropy
         share, remainder = divmod(batch_size, world_size)
-        start = rank * share + min(rank, remainder)
-        self.slice = range(start, start + share + (rank < remainder))
+        first = rank * share + min(rank, remainder)
+        self.slice = range(first, first + share + (rank < remainder))
 
     def __iter__(self) -> Iterator[list[Index]]:
         for epoch in count(self.start_epoch):
-            for iteration in range(self.num_iterations):
+            first = self.start_iteration if epoch == self.start_epoch else 0
+            for iteration in range(first, self.num_iterations):
                 degree = self.anisotropy[iteration % len(self.anisotropy)]
                 yield [(epoch, iteration * self.batch_size + position, degree) for position in self.slice]
 

@@ -78,6 +78,7 @@ def new_pool_entry(
     patch = request.patch_size or _fitting_patch(median_shape, stride)
     batch = PUBLISHED_BATCH_SIZE if request.batch_size is None else request.batch_size
     check_sizes(patch, batch)
+    _check_stems(request, degree)
     if request.network == "plan":
         return plain_unet_entry(spacing, patch), patch, batch
     return architecture_entry(request.network or "pctnet", degree, **request.arch_kwargs), patch, batch
@@ -110,6 +111,7 @@ def run_plans(
         kept = planned["arch_kwargs"] if own_network_name(planned) == network else {}
         kept = {key: value for key, value in kept.items() if key not in ("strides", "deep_supervision")}
         degree = degree_of_anisotropy(entry)
+        _check_stems(request, degree)
         entry["architecture"] = architecture_entry(network, degree, **{**kept, **request.arch_kwargs})
     if request.patch_size is not None:
         entry["patch_size"] = list(request.patch_size)
@@ -122,6 +124,15 @@ def run_plans(
     plans.update(plans_name=plans_name, dataset_name=dataset_name, configurations={configuration: entry})
     plans[BLOCK] = request.block() | ({"pool": pool} if pool is not None else {})
     return plans
+
+
+def _check_stems(request: RunRequest, degree: int) -> None:
+    """Refuse to train all stems on volumes that are anisotropic already: slices can be merged, not split."""
+    if len(request.arch_kwargs.get("stems", ())) > 1 and degree > 0:
+        raise PlanError(
+            f"-stems all makes anisotropic crops by merging slices, so it needs isotropic ones; these have a degree of "
+            f"anisotropy {degree}. Prepare the pool with an isotropic -spacing such as 1.5 1.5 1.5."
+        )
 
 
 def plain_unet_entry(spacing: Sequence[float], patch_size: Sequence[int]) -> dict[str, Any]:

@@ -9,9 +9,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -23,6 +25,7 @@ from nnunetv2_misfm.architectures.resolution import total_strides
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.run_settings import BLOCK, RunSettings, is_ours, run_settings
 from nnunetv2_misfm.settings import write_settings
+from nnunetv2_misfm.trainers.distributed import check_batch_size, device_of_process, wrap
 from nnunetv2_misfm.trainers.schedules import StagedSchedule, parameter_groups
 from nnunetv2_misfm.transfer.checkpoint import (
     CheckpointError,
@@ -84,6 +87,11 @@ class BaseTrainer(nnUNetTrainer):
         # Read before anything is created, so that a bad value leaves no half-made results folder behind.
         self.settings = run_settings(plans, self.SETTINGS)
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self.was_initialized: bool
+        if self.is_ddp:
+            self.device = device_of_process(device)
+            if self.device.type != "cuda":
+                self.grad_scaler = None
         self.num_epochs = self.settings.num_epochs
         self.num_iterations_per_epoch = self.settings.num_iterations_per_epoch
         self.num_val_iterations_per_epoch = self.settings.num_val_iterations_per_epoch
@@ -102,9 +110,47 @@ class BaseTrainer(nnUNetTrainer):
     # ---------------------------------------------------------------- randomness
 
     def initialize(self) -> None:
-        """As in nnU-Net, with the initial weights drawn from the run's seed."""
+        """As in nnU-Net, with the initial weights drawn from the run's seed, on any kind and number of machines.
+
+        Overridden whole because nnU-Net has no hook around the wrapper for several processes, which takes the number
+        of a process for that of its GPU and needs one.
+
+        Raises:
+            PlanError: if the network or batch cannot be trained in that many processes.
+        """
+        if self.was_initialized:
+            raise RuntimeError("initialize() was called twice")
         torch.manual_seed(self.settings.seed)
-        super().initialize()
+        if self.is_ddp:
+            check_batch_size(self.configuration_manager.batch_size)
+        self._set_batch_size_and_oversample()
+        self.num_input_channels = determine_num_input_channels(
+            self.plans_manager, self.configuration_manager, self.dataset_json
+        )
+        self.network = self.build_network_architecture(
+            self.plans_manager,
+            self.configuration_manager,
+            self.num_input_channels,
+            self.label_manager.num_segmentation_heads,
+            self.enable_deep_supervision,
+        ).to(self.device)
+        if self._do_i_compile():
+            self.print_to_log_file("Using torch.compile...")
+            self.network = torch.compile(self.network)
+        self.optimizer, self.lr_scheduler = self.configure_optimizers()
+        if self.is_ddp:
+            self.network = wrap(self.network, self.device, some_unused=self._some_parameters_unused())
+        self.loss = self._build_loss()
+        self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        self.was_initialized = True
+        names = ("initial_lr", "weight_decay", "num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
+        parameters = {name: getattr(self, name) for name in (*names, "enable_deep_supervision")}
+        parameters["batch_size"] = self.configuration_manager.batch_size
+        self.logger.update_config({"hparas": parameters})
+
+    def _some_parameters_unused(self) -> bool:
+        """Whether parameters go without a gradient in some iterations."""
+        return False
 
     def on_epoch_start(self) -> None:
         """As in nnU-Net; each epoch has random streams of its own, so that a resumed run draws what it would have."""
@@ -165,11 +211,14 @@ class BaseTrainer(nnUNetTrainer):
 
     def train_step(self, batch: Any) -> dict:
         """As in nnU-Net; the first losses are printed, because a first epoch can take long."""
-        result = super().train_step(batch)
+        result = self._optimise(batch)
         self._steps_done += 1
         if self._steps_done <= _FIRST_LOSSES:
             self.print_to_log_file(f"Iteration {self._steps_done}: loss {float(result['loss']):.4f}")
         return result
+
+    def _optimise(self, batch: Any) -> dict:
+        return super().train_step(batch)
 
     # ---------------------------------------------------------------- memory
 
@@ -243,12 +292,20 @@ class BaseTrainer(nnUNetTrainer):
             "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
             "logging": self.logger.get_checkpoint(),
             "_best_ema": self._best_ema,
-            "current_epoch": self.current_epoch + 1,
+            "current_epoch": self._epochs_finished(),
             "init_args": self.my_init_kwargs,
             "trainer_name": self.__class__.__name__,
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+            **self._more_to_save(),
         }
         write_checkpoint(checkpoint, self._describe(), filename)
+
+    def _epochs_finished(self) -> int:
+        return self.current_epoch + 1  # nnU-Net saves at the end of an epoch, before it counts on
+
+    def _more_to_save(self) -> dict[str, Any]:
+        """What a kind of training keeps in its checkpoints besides nnU-Net's keys."""
+        return {}
 
     def _describe(self) -> CheckpointInfo:
         manager: ConfigurationManager = self.configuration_manager
@@ -259,7 +316,7 @@ class BaseTrainer(nnUNetTrainer):
             input_channels=self.num_input_channels,
             num_classes=self.label_manager.num_segmentation_heads,
             preprocessing=preprocessing_of(self.plans_manager.plans, manager.configuration),
-            training={**self.plans_manager.plans.get(BLOCK, {}), "epochs_done": self.current_epoch + 1},
+            training={**self.plans_manager.plans.get(BLOCK, {}), "epochs_done": self._epochs_finished()},
             versions=installed_versions(),
         )
 

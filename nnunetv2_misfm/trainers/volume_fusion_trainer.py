@@ -5,8 +5,8 @@ Image tensors are (B, C, X, Y, Z) in plans axis order, targets (B, 1, X, Y, Z).
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
+from itertools import chain, repeat
 from pathlib import Path
 from time import perf_counter
 from typing import Any, cast
@@ -24,6 +24,8 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.helpers import dummy_context
 from torch import Tensor, autocast, nn
 
+from nnunetv2_misfm.architectures import PCTNet
+from nnunetv2_misfm.architectures.resolution import strides_of, total_strides
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.pretrain.augment import AugmentSettings
 from nnunetv2_misfm.pretrain.crops import CropPairs, fuse_batch, pair_loader, validation_pairs
@@ -31,12 +33,20 @@ from nnunetv2_misfm.pretrain.picture import write_fusion_picture
 from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings
 from nnunetv2_misfm.run_settings import BLOCK, PretrainingSettings
 from nnunetv2_misfm.settings import read_settings
+from nnunetv2_misfm.trainers.alarms import alarms
 from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
+from nnunetv2_misfm.trainers.distributed import any_process, from_all_processes
+from nnunetv2_misfm.trainers.interrupted_epoch import InterruptedEpoch
 from nnunetv2_misfm.trainers.metrics_file import MetricsFile
+from nnunetv2_misfm.trainers.peak_memory import peak_memory_gb
+from nnunetv2_misfm.trainers.pretext_data import TimedIterator, fusion_dataset_json, hold_out
+from nnunetv2_misfm.trainers.step_guard import StepGuard
+from nnunetv2_misfm.trainers.stop_request import StopRequest
+from nnunetv2_misfm.transfer.adaptation_plan import nnssl_adaptation_plan
+from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
 
-_HELD_OUT_SHARE = 0.05
-_MOST_HELD_OUT = 50
-_FEWEST_TO_HOLD_OUT_FROM = 10
+_GRADIENT_NORM = 12.0  # nnU-Net's
+_BY_SIGNAL = 128  # added to a signal's number, as shells do, it is the exit status of what it ended
 
 
 class VolumeFusionTrainer(BaseTrainer):
@@ -71,6 +81,35 @@ class VolumeFusionTrainer(BaseTrainer):
         self.pretraining = cast(PretrainingSettings, self.settings)
         self.metrics = MetricsFile(Path(self.output_folder) / "metrics.csv") if self.output_folder else None
         self._scores: dict[str, Any] = {}
+        arguments = self.configuration_manager.network_arch_init_kwargs
+        # A network with several stems trains them in turn, each on crops of its degree of anisotropy.
+        self._degrees: tuple[int, ...] = tuple(arguments.get("stems") or ()) if "stems" in arguments else ()
+        self._interrupted: InterruptedEpoch | None = None
+        self._losses: list[float] = []
+        self._stop = StopRequest()
+
+    def run_training(self) -> None:
+        """As in nnU-Net; asked to stop, it saves first and goes on from there with --c."""
+        with self._stop:
+            super().run_training()
+
+    def initialize(self) -> None:
+        """As in the base class."""
+        super().initialize()
+        self._guard = StepGuard(self.bare_network)
+
+    def _some_parameters_unused(self) -> bool:
+        return len(self._degrees) > 1
+
+    def _use_stem(self, degree: int) -> None:
+        """Choose the stem of a network that has several, and with it the sizes of the outputs."""
+        if len(self._degrees) > 1:
+            self.bare_network.use_anisotropy(degree)  # type: ignore[operator]
+
+    def _network_strides(self) -> list[tuple[int, int, int]]:
+        if len(self._degrees) < 2 or not self.was_initialized:
+            return super()._network_strides()
+        return total_strides(strides_of(cast(PCTNet, self.bare_network).anisotropy))[:-1]
 
     def _memory_remedy(self, gigabytes: float) -> str:
         return "Pretrain with a smaller -patch_size or -batch_size of misfm_pretrain."
@@ -101,19 +140,23 @@ class VolumeFusionTrainer(BaseTrainer):
             "report": self.print_to_log_file,
         }
         batch_size = self.configuration_manager.batch_size
+        done = len(self._interrupted.losses) if self._interrupted else 0
         pairs = CropPairs(identifiers=training, augment=self.augmentation, **common)
         fixed = validation_pairs(identifiers=validation, **common)
+        if len(self._degrees) > 1:
+            loading["anisotropy"] = self._degrees
+        batches = pair_loader(
+            pairs,
+            batch_size,
+            self.num_iterations_per_epoch,
+            start_epoch=self.current_epoch,
+            start_iteration=done,
+            num_workers=workers,
+            **loading,
+        )
         return (
-            TimedIterator(
-                pair_loader(
-                    pairs,
-                    batch_size,
-                    self.num_iterations_per_epoch,
-                    start_epoch=self.current_epoch,
-                    num_workers=workers,
-                    **loading,
-                )
-            ),
+            # None stands for an iteration that was done before the run was interrupted.
+            TimedIterator(chain(repeat(None, done), batches)),
             TimedIterator(
                 pair_loader(
                     fixed,
@@ -148,12 +191,74 @@ class VolumeFusionTrainer(BaseTrainer):
         return self._with_deep_supervision(loss)
 
     def train_step(self, batch: Any) -> dict:
-        """One optimiser step on a batch of crop pairs."""
+        """One optimiser step on a batch of crop pairs, then the end of the run if that was asked for."""
+        if batch is None:
+            assert self._interrupted is not None
+            self._losses.append(self._interrupted.losses[len(self._losses)])
+            return {"loss": np.array(self._losses[-1], np.float32)}
+        if self._interrupted is not None:
+            self._interrupted.restore_random_state(self.device)
+            self._interrupted = None
+        result = super().train_step(batch)
+        self._losses.append(float(result["loss"]))
+        if any_process(self._stop.signal is not None, self.device):
+            self._save_and_stop()
+        return result
+
+    def _optimise(self, batch: Any) -> dict:
+        self._use_stem(batch.anisotropy)
         data, labels = self._fused(batch)
-        return super().train_step({"data": data, "target": self._targets(labels)})
+        targets = self._targets(labels)
+        self._guard.before_step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.device.type, enabled=True) if self.device.type == "cuda" else dummy_context():
+            loss = self.loss(self.network(data), targets)
+        if self.grad_scaler is not None:
+            self.grad_scaler.scale(loss).backward()
+            self.grad_scaler.unscale_(self.optimizer)
+        else:
+            loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), _GRADIENT_NORM)
+        accepted = self._guard.accept(norm)
+        if self.grad_scaler is not None:
+            self.grad_scaler.step(self.optimizer)  # which leaves out a step that does not count
+            self.grad_scaler.update()
+        elif accepted:
+            self.optimizer.step()
+        return {"loss": loss.detach().cpu().numpy() if accepted else np.array(np.nan, np.float32)}
+
+    def _save_and_stop(self) -> None:
+        self._interrupted = InterruptedEpoch.now(self._losses, self.device)
+        self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_latest.pth"))
+        self.print_to_log_file(
+            f"Asked to stop: saved after iteration {len(self._losses)} of epoch {self.current_epoch}. "
+            f"Continue with --c; the epoch goes on where it was."
+        )
+        raise SystemExit(_BY_SIGNAL + (self._stop.signal or 0))
+
+    def _epochs_finished(self) -> int:
+        return self.current_epoch if self._interrupted is not None else super()._epochs_finished()
+
+    def _more_to_save(self) -> dict[str, Any]:
+        more: dict[str, Any] = {"skipped_steps": self._guard.skipped}
+        if self._interrupted is not None:
+            more["interrupted_epoch"] = self._interrupted.as_dict()
+        plan = nnssl_adaptation_plan(self.bare_network, self.plans_manager.plans, self.configuration_name)
+        return more if plan is None else {**more, "nnssl_adaptation_plan": plan}
+
+    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
+        """As in the base class; an epoch that was interrupted goes on where it was."""
+        content = filename_or_checkpoint
+        if isinstance(content, (str, Path)):
+            content = read_checkpoint(content)
+        super().load_checkpoint(content)
+        self._guard.skipped = content.get("skipped_steps", 0)
+        if "interrupted_epoch" in content:
+            self._interrupted = InterruptedEpoch.read(content["interrupted_epoch"])
 
     def validation_step(self, batch: Any) -> dict:
         """Loss, and true and false positives and negatives of every fusion class."""
+        self._use_stem(batch.anisotropy)
         data, labels = self._fused(batch)
         with autocast(self.device.type, enabled=True) if self.device.type == "cuda" else dummy_context():
             output = self.network(data)
@@ -178,15 +283,14 @@ class VolumeFusionTrainer(BaseTrainer):
         self._scores = self._collect_scores(val_outputs)
 
     def _collect_scores(self, outputs: list[dict]) -> dict[str, Any]:
-        if self.is_ddp:
-            gathered: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, outputs)
-            outputs = [output for part in gathered for output in part]
+        outputs = [output for part in from_all_processes(outputs) for output in part]
         collated = collate_outputs(outputs)
         size = self.fusion.num_fusion_classes
         tp, fp, fn = (np.sum(np.reshape(collated[name], (-1, size)), 0) for name in ("tp", "fp", "fn"))
         dice = 2 * tp / np.maximum(2 * tp + fp + fn, 1)
+        predicted = (tp + fp) / max(1, np.sum(tp + fp))
         return {
+            "predicted": [float(share) for share in predicted],
             "val_loss": float(np.mean(collated["loss"])),
             "dice": [float(d) for d in dice],
             "accuracy": float(np.mean(collated["correct"])),
@@ -197,6 +301,7 @@ class VolumeFusionTrainer(BaseTrainer):
     def on_train_epoch_start(self) -> None:
         """As in the base class; starts the clock of the epoch."""
         super().on_train_epoch_start()
+        self._losses = []
         self._started = perf_counter()
         self.dataloader_train.waited = 0.0
         if self.device.type == "cuda":
@@ -204,14 +309,13 @@ class VolumeFusionTrainer(BaseTrainer):
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """As in nnU-Net; notes the speed and the share of time spent waiting for data."""
-        super().on_train_epoch_end(train_outputs)
+        counted = [output for output in train_outputs if np.isfinite(output["loss"])]
+        super().on_train_epoch_end(counted or train_outputs)
         seconds = perf_counter() - self._started
         self._speed = {
             "iterations_per_s": len(train_outputs) / seconds,
             "data_wait_share": min(1.0, self.dataloader_train.waited / seconds),
-            "peak_memory_gb": torch.cuda.max_memory_allocated(self.device) / 2**30
-            if self.device.type == "cuda"
-            else None,
+            "peak_memory_gb": peak_memory_gb(self.device),
         }
 
     def on_epoch_end(self) -> None:
@@ -224,12 +328,17 @@ class VolumeFusionTrainer(BaseTrainer):
         remaining = (self.num_epochs - epoch - 1) * self.num_iterations_per_epoch / speed["iterations_per_s"]
         self.print_to_log_file(
             f"{speed['iterations_per_s']:.2f} iterations/s, {100 * speed['data_wait_share']:.0f} % of the time waiting "
-            f"for data, about {remaining / 3600:.1f} h of training left"
+            f"for data, peak memory {speed['peak_memory_gb'] or 0:.1f} GB, about {remaining / 3600:.1f} h left"
         )
+        if self._guard.skipped:
+            self.print_to_log_file(f"{self._guard.skipped} steps skipped so far, their gradients were not finite")
+        for alarm in alarms(self.logger.get_value("train_losses", step=None), scores["predicted"], scores["dice"]):
+            self.print_to_log_file(f"ALARM: {alarm}")
         if self.local_rank == 0:
             row = {f"dice_{k}": d for k, d in enumerate(scores["dice"])}
             row |= {"train_loss": float(self.logger.get_value("train_losses", step=-1)), "val_loss": scores["val_loss"]}
             row |= {"accuracy": scores["accuracy"], "lr": self.optimizer.param_groups[0]["lr"], **speed}
+            row |= {"skipped_steps": self._guard.skipped}
             assert self.metrics is not None
             self.metrics.append(epoch, row)
             if epoch % self.pretraining.picture_every == 0 or epoch == self.num_epochs - 1:
@@ -248,7 +357,9 @@ class VolumeFusionTrainer(BaseTrainer):
             seed=self.pretraining.seed,
             num_channels=self.num_input_channels,
         )
-        batch = next(pair_loader(pairs, min(4, self.configuration_manager.batch_size), 1))
+        degrees = self._degrees[:1] if len(self._degrees) > 1 else (0,)
+        batch = next(pair_loader(pairs, min(4, self.configuration_manager.batch_size), 1, anisotropy=degrees))
+        self._use_stem(batch.anisotropy)
         data, labels = self._fused(batch)
         self.network.eval()
         # Without the DDP wrapper, whose forward pass waits for the other processes.
@@ -276,43 +387,3 @@ class VolumeFusionTrainer(BaseTrainer):
             self.print_to_log_file(
                 f"Pretext validation: loss {scores['val_loss']:.4f}, Dice per class {scores['dice']}"
             )
-
-
-class TimedIterator:
-    """An iterator that adds up how long its user waited for it.
-
-    Attributes:
-        waited: seconds; the user may reset it.
-    """
-
-    def __init__(self, iterator: Iterator[Any]):
-        self.iterator = iterator
-        self.waited = 0.0
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        started = perf_counter()
-        item = next(self.iterator)
-        self.waited += perf_counter() - started
-        return item
-
-
-def fusion_dataset_json(dataset_json: Mapping[str, Any], fusion: FusionSettings) -> dict[str, Any]:
-    """The dataset.json of a pretext run: the dataset's channels, and the fusion classes as labels.
-
-    nnU-Net's label manager then gives one output per fusion class, and its pseudo Dice and progress plot work.
-    """
-    kept = {key: value for key, value in dataset_json.items() if key not in ("labels", "regions_class_order")}
-    labels = {"background": 0} | {f"fusion_{k}": k for k in range(1, fusion.num_fusion_classes)}
-    return {**kept, "labels": labels}
-
-
-def hold_out(identifiers: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Training and validation volumes; a volume's side does not change much when others join the pool."""
-    by_hash = sorted(identifiers, key=lambda name: hashlib.sha256(name.encode()).digest())
-    if len(by_hash) < _FEWEST_TO_HOLD_OUT_FROM:
-        return sorted(by_hash), sorted(by_hash)
-    count = min(_MOST_HELD_OUT, max(1, round(_HELD_OUT_SHARE * len(by_hash))))
-    return sorted(by_hash[count:]), sorted(by_hash[:count])

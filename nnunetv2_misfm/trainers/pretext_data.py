@@ -1,0 +1,54 @@
+"""What a pretext run has instead of labels and folds: fusion classes, a hold-out list, and a clock on its data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from time import perf_counter
+from typing import Any
+
+from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings
+
+_HELD_OUT_SHARE = 0.05
+_MOST_HELD_OUT = 50
+_FEWEST_TO_HOLD_OUT_FROM = 10
+
+
+class TimedIterator:
+    """An iterator that adds up how long its user waited for it.
+
+    Attributes:
+        waited: seconds; the user may reset it.
+    """
+
+    def __init__(self, iterator: Iterator[Any]):
+        self.iterator = iterator
+        self.waited = 0.0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        started = perf_counter()
+        item = next(self.iterator)
+        self.waited += perf_counter() - started
+        return item
+
+
+def fusion_dataset_json(dataset_json: Mapping[str, Any], fusion: FusionSettings) -> dict[str, Any]:
+    """The dataset.json of a pretext run: the dataset's channels, and the fusion classes as labels.
+
+    nnU-Net's label manager then gives one output per fusion class, and its pseudo Dice and progress plot work.
+    """
+    kept = {key: value for key, value in dataset_json.items() if key not in ("labels", "regions_class_order")}
+    labels = {"background": 0} | {f"fusion_{k}": k for k in range(1, fusion.num_fusion_classes)}
+    return {**kept, "labels": labels}
+
+
+def hold_out(identifiers: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Training and validation volumes; a volume's side does not change much when others join the pool."""
+    by_hash = sorted(identifiers, key=lambda name: hashlib.sha256(name.encode()).digest())
+    if len(by_hash) < _FEWEST_TO_HOLD_OUT_FROM:
+        return sorted(by_hash), sorted(by_hash)
+    count = min(_MOST_HELD_OUT, max(1, round(_HELD_OUT_SHARE * len(by_hash))))
+    return sorted(by_hash[count:]), sorted(by_hash[:count])

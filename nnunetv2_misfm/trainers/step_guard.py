@@ -1,0 +1,56 @@
+"""Training steps whose gradients are not finite numbers: skipped and counted; the run ends if they go on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nnunetv2_misfm.errors import UserError
+
+MOST_IN_A_ROW = 20  # mixed precision skips a few steps at the start, while it looks for its loss scale
+
+
+class TrainingDivergedError(UserError, RuntimeError):
+    """Loss or gradients stay non-finite; the message names the checkpoint to go back to and what to change."""
+
+
+class StepGuard:
+    """Keeps a network whole through steps that must not count.
+
+    Attributes:
+        skipped: steps left out so far.
+    """
+
+    def __init__(self, network: nn.Module):
+        # BatchNorm takes its statistics from each forward pass, also from one that overflowed.
+        self._statistics = [b for b in network.buffers() if b.is_floating_point()]
+        self._kept: list[Tensor] = []
+        self.skipped = 0
+        self._in_a_row = 0
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        """Keep what a forward pass changes."""
+        self._kept = [buffer.clone() for buffer in self._statistics]
+
+    @torch.no_grad()
+    def accept(self, norm: Tensor) -> bool:
+        """Whether the step counts, by the norm of all gradients; if not, the network's statistics are put back.
+
+        Raises:
+            TrainingDivergedError: if too many steps in a row do not count.
+        """
+        if torch.isfinite(norm):
+            self._in_a_row = 0
+            return True
+        for buffer, kept in zip(self._statistics, self._kept, strict=True):
+            buffer.copy_(kept)
+        self.skipped += 1
+        self._in_a_row += 1
+        if self._in_a_row > MOST_IN_A_ROW:
+            raise TrainingDivergedError(
+                f"Loss or gradients were not finite in {self._in_a_row} steps in a row. The last checkpoint is good: "
+                f"continue from it with --c and a lower -initial_lr, or look for volumes with extreme values in "
+                f"report.csv."
+            )
+        return False

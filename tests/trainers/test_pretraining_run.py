@@ -1,0 +1,155 @@
+"""What happens in a long pretraining run: it is stopped, steps overflow, several stems take turns."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nnunet_dataset import NAME
+from nnunetv2.run.run_training import get_trainer_from_args
+
+from nnunetv2_misfm.pretrain.cli import main as misfm_pretrain
+from nnunetv2_misfm.start_up import add_plugin_folder
+from nnunetv2_misfm.trainers.alarms import alarms
+from nnunetv2_misfm.trainers.step_guard import MOST_IN_A_ROW, StepGuard, TrainingDivergedError
+from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
+
+SMALL = ["-features_per_stage", "4", "4", "8", "16", "32", "-device", "cpu"]
+SHORT = ["-num_iterations_per_epoch", "3", "-num_val_iterations_per_epoch", "1", "-num_epochs", "2"]
+
+
+def run_folder(plans: str) -> Path:
+    return Path(os.environ["nnUNet_results"]) / NAME / f"VolumeFusionTrainer__{plans}__3d_fullres" / "fold_all"
+
+
+def pretrain(plans: str, *more: str) -> Path:
+    add_plugin_folder()
+    misfm_pretrain(["-d", "4", *SMALL, *SHORT, "-overwrite_plans_name", plans, *more])
+    return run_folder(plans) / "checkpoint_final.pth"
+
+
+def made_trainer(plans: str) -> Any:
+    add_plugin_folder()
+    return get_trainer_from_args(NAME, "3d_fullres", "all", "VolumeFusionTrainer", plans, False, torch.device("cpu"))
+
+
+def trainer_class() -> Any:
+    from nnunetv2_misfm.trainers.volume_fusion_trainer import VolumeFusionTrainer
+
+    return VolumeFusionTrainer
+
+
+def stop_in_iteration(monkeypatch: pytest.MonkeyPatch, number: int, kind: signal.Signals) -> None:
+    """Send this process a signal while the training step of this number runs."""
+    optimise = trainer_class()._optimise
+    calls = []
+
+    def interrupted(self: Any, batch: Any) -> dict:
+        calls.append(None)
+        if len(calls) == number:
+            os.kill(os.getpid(), kind)
+        return optimise(self, batch)
+
+    monkeypatch.setattr(trainer_class(), "_optimise", interrupted)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_stop_goes_on_in_the_middle_of_its_epoch(
+    nnunet: Path, monkeypatch: pytest.MonkeyPatch, kind: signal.Signals
+) -> None:
+    whole = read_checkpoint(pretrain("Whole"))
+    with monkeypatch.context() as patch:
+        stop_in_iteration(patch, 5, kind)
+        with pytest.raises(SystemExit) as stopped:
+            pretrain("Stopped")
+    assert stopped.value.code == 128 + kind
+    saved = read_checkpoint(run_folder("Stopped") / "checkpoint_latest.pth")
+    assert saved["current_epoch"] == 1 and len(saved["interrupted_epoch"]["losses"]) == 2
+    continued = read_checkpoint(pretrain("Stopped", "--c"))
+    for key, value in whole["network_weights"].items():
+        assert torch.equal(value, continued["network_weights"][key]), key
+    assert whole["logging"]["train_losses"] == continued["logging"]["train_losses"]
+    assert "interrupted_epoch" not in continued
+
+
+def test_steps_without_finite_gradients_change_nothing_and_are_counted(
+    nnunet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrain("Overflow", "--only_prepare")
+    run = get_trainer_from_args(
+        NAME, "3d_fullres", "all", "VolumeFusionTrainer", "Overflow", False, torch.device("cpu")
+    )
+    run.on_train_start()
+    run.on_train_epoch_start()
+    before = {key: value.clone() for key, value in run.bare_network.state_dict().items()}
+    fused = run._fused
+
+    def overflowing(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        data, labels = fused(batch)
+        return torch.full_like(data, torch.inf), labels
+
+    monkeypatch.setattr(run, "_fused", overflowing)
+    outputs = [run.train_step(next(run.dataloader_train))]
+    after = run.bare_network.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before if "num_batches_tracked" not in k)
+    monkeypatch.setattr(run, "_fused", fused)
+    outputs.append(run.train_step(next(run.dataloader_train)))
+    run.on_train_epoch_end(outputs)
+    assert run._guard.skipped == 1
+    assert np.isfinite(run.logger.get_value("train_losses", step=-1))
+    assert not torch.equal(before["encoder.stage2.conv.2.weight"], after["encoder.stage2.conv.2.weight"])
+
+
+def test_persistent_overflow_ends_the_run_with_advice() -> None:
+    guard = StepGuard(torch.nn.BatchNorm3d(2))
+    for _ in range(MOST_IN_A_ROW):
+        guard.before_step()
+        assert not guard.accept(torch.tensor(torch.nan))
+    with pytest.raises(TrainingDivergedError, match="-initial_lr"):
+        guard.accept(torch.tensor(torch.inf))
+
+
+def test_one_good_step_starts_the_count_again() -> None:
+    guard = StepGuard(torch.nn.BatchNorm3d(2))
+    guard.before_step()
+    for _ in range(3):
+        for _ in range(MOST_IN_A_ROW):
+            assert not guard.accept(torch.tensor(torch.nan))
+        assert guard.accept(torch.tensor(1.0))
+
+
+def test_all_stems_are_trained_in_turn(nnunet: Path) -> None:
+    content = read_checkpoint(pretrain("Universal", "-stems", "all"))
+    assert content["misfm"]["arch_kwargs"]["stems"] == [0, 1, 2]
+    add_plugin_folder()
+    run = get_trainer_from_args(
+        NAME, "3d_fullres", "all", "VolumeFusionTrainer", "Universal", False, torch.device("cpu")
+    )
+    run.initialize()
+    initial = run.bare_network.state_dict()
+    for degree in "012":
+        for part in (f"encoder.stems.{degree}.project.weight", f"decoder.heads.{degree}.up0.merge.2.weight"):
+            assert not torch.equal(content["network_weights"][part], initial[part]), part
+
+
+def test_alarms_name_the_trouble_and_what_to_try() -> None:
+    fine = [0.2] * 5
+    assert alarms([1.0, 0.9, 0.8], fine, fine) == []
+    assert "class 2 only" in alarms([1.0, 0.9, 0.8], [0, 0, 1.0, 0, 0], [0.0] * 5)[0]
+    assert "has not moved" in alarms([1.0] * 10, fine, [0.4, 0, 0, 0, 0])[0]
+    assert alarms([0.1] * 10, fine, [0.9] * 5) == []
+
+
+def test_a_unet_checkpoint_says_where_its_encoder_is(nnunet: Path) -> None:
+    misfm_pretrain(["-d", "4", "-device", "cpu", "-network", "plan", *SHORT, "-num_epochs", "1"])
+    content = read_checkpoint(run_folder("nnUNetMisFMPretrainPlans") / "checkpoint_final.pth")
+    block = content["nnssl_adaptation_plan"]
+    assert block["key_to_encoder"] == "encoder.stages" and block["key_to_lpe"] is None
+    assert all(f"{key}.weight" in content["network_weights"] for key in block["keys_to_in_proj"])
+    json.dumps(block)
