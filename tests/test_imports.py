@@ -19,7 +19,7 @@ else:
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = REPOSITORY / "nnunetv2_misfm"
 FILES = sorted(PACKAGE.rglob("*.py"))
-COMMANDS = {"cli.py", "launch.py", "doctor.py"}
+COMMANDS = {"cli.py", "checkpoint_cli.py", "launch.py", "doctor.py", "__main__.py"}
 
 # What each part may import besides itself and the modules at the root of the package.
 MAY_IMPORT = {

@@ -14,6 +14,7 @@ from nnunetv2_misfm.errors import PlanError, exit_with_message
 from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.plan_checks import build_on_meta, check_plans_name, check_replaceable
 from nnunetv2_misfm.pretrain.earlier_run import EarlierRun, check_device, run_folder
+from nnunetv2_misfm.pretrain.processes import Processes
 from nnunetv2_misfm.run_settings import BLOCK, OPTIMIZERS, PRETRAINING_SCHEDULES, PretrainingSettings
 from nnunetv2_misfm.settings import read_settings
 
@@ -50,27 +51,50 @@ def pretrain(options: argparse.Namespace) -> None:
     Raises:
         UserError: for everything in the options, folders or plans that cannot be used.
     """
-    _check(options)
+    processes = Processes()
+    _check(options, processes)
     nnunet_folder("nnUNet_results")
     if not options.only_prepare:
-        check_device(options.device, options.num_gpus)
-    plans = _from_volumes(options) if options.i else _from_preprocessed(options)
-    if plans is None or options.only_prepare:
+        check_device(options.device, max(options.num_gpus, processes.on_this_machine))
+    planned = processes.first_does(lambda: prepare(options))
+    if planned is None:
         return
+    dataset_name, plans_name = planned
     # nnU-Net and torch take seconds to import; --help and wrong flags should not wait for them.
     from nnunetv2_misfm.pretrain.launch import launch
 
-    dataset_name, plans_name, configuration = plans["dataset_name"], plans["plans_name"], options.c
-    run = EarlierRun(run_folder(dataset_name, plans_name, configuration))
+    with processes.training(options.device):
+        launch(
+            dataset_name,
+            plans_name,
+            options.c,
+            options.device,
+            options.num_gpus,
+            options.continue_training,
+            processes.on_this_machine,
+        )
+    if processes.rank == 0:
+        checkpoint = run_folder(dataset_name, plans_name, options.c) / "checkpoint_final.pth"
+        print(f"Pretrained weights: {checkpoint}")
+        print(f"Plan a fine-tuning with: misfm_plan -d DATASET_ID -c 3d_fullres -pretrained_weights {checkpoint}")
+
+
+def prepare(options: argparse.Namespace) -> tuple[str, str] | None:
+    """Prepare the data and write the plans; dataset and plans to train, or None if there is nothing to train now.
+
+    Raises:
+        UserError: for everything in the options, folders or plans that cannot be used.
+    """
+    plans = _from_volumes(options) if options.i else _from_preprocessed(options)
+    if plans is None or options.only_prepare:
+        return None
+    run = EarlierRun(run_folder(plans["dataset_name"], plans["plans_name"], options.c))
     if options.overwrite:
         run.delete()
     elif options.continue_training and run.is_finished(plans):
         print(f"{run.folder} is finished; give a larger -num_epochs to go on.")
-        return
-    launch(dataset_name, plans_name, configuration, options.device, options.num_gpus, options.continue_training)
-    checkpoint = run.folder / "checkpoint_final.pth"
-    print(f"Pretrained weights: {checkpoint}")
-    print(f"Plan a fine-tuning with: misfm_plan -d DATASET_ID -c 3d_fullres -pretrained_weights {checkpoint}")
+        return None
+    return plans["dataset_name"], plans["plans_name"]
 
 
 def _from_volumes(options: argparse.Namespace) -> dict[str, Any] | None:
@@ -211,7 +235,7 @@ def _earlier_run(dataset_name: str, plans_name: str, options: argparse.Namespace
     return run
 
 
-def _check(options: argparse.Namespace) -> None:
+def _check(options: argparse.Namespace, processes: Processes) -> None:
     """Raise one error for all combinations of options that make no sense."""
     problems = []
     new_pool = options.i and not options.continue_training and not options.d.startswith("Dataset")
@@ -229,6 +253,10 @@ def _check(options: argparse.Namespace) -> None:
         problems.append(f"-stems all is for PCT-Net, not for -network {options.network}")
     if options.num_gpus < 1:
         problems.append(f"-num_gpus {options.num_gpus} must be at least 1")
+    if options.num_gpus > 1 and processes.several:
+        problems.append("-num_gpus starts processes itself; leave it out under torchrun (--nproc_per_node)")
+    if processes.several and (options.num_parts > 1 or options.only_prepare):
+        problems.append("--only_prepare and -num_parts need no torchrun; run them as misfm_pretrain")
     if options.num_gpus > 1 and options.device != "cuda":
         problems.append(f"-num_gpus {options.num_gpus} needs -device cuda")
     if problems:

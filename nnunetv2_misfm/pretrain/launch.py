@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import os
 
+from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.start_up import add_plugin_folder
 
 
 def launch(
-    dataset_name: str, plans_name: str, configuration: str, device: str, num_gpus: int, continue_training: bool
+    dataset_name: str,
+    plans_name: str,
+    configuration: str,
+    device: str,
+    num_gpus: int,
+    continue_training: bool,
+    processes_here: int = 1,
 ) -> None:
     """Train on a prepared pool or preprocessed dataset, then validate the pretext task.
 
@@ -16,23 +23,37 @@ def launch(
         dataset_name: a folder of nnUNet_preprocessed.
         plans_name, configuration: what to train.
         device: "cuda", "cpu" or "mps".
-        num_gpus: GPUs of this machine.
+        num_gpus: GPUs of this machine for which nnU-Net starts a process each; 1 trains in this process.
         continue_training: go on from the latest checkpoint.
+        processes_here: how many processes torchrun started on this machine.
+
+    Raises:
+        UserError: if one of nnU-Net's processes ends.
     """
     import torch
     from nnunetv2.run.run_training import run_training
+    from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
     # For installations whose start-up file Python does not read, and processes that were started with it off.
     add_plugin_folder()
     # As in nnUNetv2_train: on a GPU more threads only get in the way of the data workers.
-    torch.set_num_threads(os.cpu_count() or 1 if device == "cpu" else 1)
-    run_training(
-        dataset_name,
-        configuration,
-        "all",
-        "VolumeFusionTrainer",
-        plans_name,
-        num_gpus=num_gpus,
-        continue_training=continue_training,
-        device=torch.device(device),
-    )
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes_here) if device == "cpu" else 1)
+    try:
+        run_training(
+            dataset_name,
+            configuration,
+            "all",
+            "VolumeFusionTrainer",
+            plans_name,
+            num_gpus=num_gpus,
+            continue_training=continue_training,
+            device=torch.device(device),
+        )
+    except ProcessExitedException as error:
+        raise UserError(
+            f"Process {error.error_index} of {num_gpus} ended ({error.msg}), and the others were stopped. Exit by "
+            f"signal SIGKILL mostly means that the machine ran out of memory. Continue with --c."
+        ) from None
+    except ProcessException as error:
+        last = str(error.msg).strip().splitlines()[-1]
+        raise UserError(f"Process {error.error_index} of {num_gpus} failed: {last}") from error

@@ -45,6 +45,7 @@ def plan(options: argparse.Namespace) -> None:
         network=options.network,
         settings=_settings(options, scratch),
         arch_kwargs={"features_per_stage": options.features_per_stage} if options.features_per_stage else {},
+        spacing=_spacing(options.spacing),
         patch_size=tuple(options.patch_size) if options.patch_size else None,
         batch_size=options.batch_size,
         from_scratch=scratch,
@@ -68,6 +69,16 @@ def plan(options: argparse.Namespace) -> None:
     print("Train with:")
     for name in request.configurations:
         print(f"  nnUNetv2_train {options.d} {name} 0 -tr MisFMTrainer -p {request.plans_name}")
+
+
+def _spacing(given: list[str]) -> str | tuple[float, float, float]:
+    if given in (["dataset"], ["pretrained"]):
+        return given[0]
+    try:
+        x, y, z = (float(value) for value in given)
+    except ValueError:
+        raise PlanError(f"-spacing {' '.join(given)} is neither dataset, pretrained nor three numbers in mm.") from None
+    return x, y, z
 
 
 def what_is_lost(replaced: dict[str, Any] | None, plans: dict[str, Any]) -> list[str]:
@@ -121,6 +132,13 @@ def _parser() -> argparse.ArgumentParser:
         help="the network to train; plan keeps the one of the dataset's plans (default: the checkpoint's, or pctnet)",
     )
     add("-features_per_stage", nargs=5, type=int, metavar="N", help="channels of the five stages")
+    add(
+        "-spacing",
+        nargs="+",
+        default=["dataset"],
+        metavar="MM",
+        help="dataset (default), pretrained (the checkpoint's), or three numbers in mm, in plans axis order",
+    )
     add("-patch_size", nargs=3, type=int, metavar="N", help="patch size in plans axis order (default: the plan's)")
     add("-batch_size", type=int, metavar="N", help="batch size (default: the plan's)")
     add("-gpu_memory_target", type=float, metavar="GB", help="choose patch and batch size for this much memory")

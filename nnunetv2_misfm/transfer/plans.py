@@ -14,7 +14,13 @@ from typing import Any
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_misfm.architectures.plan_entry import NETWORKS, architecture_entry, degree_of_anisotropy, is_own_network
+from nnunetv2_misfm.architectures.plan_entry import (
+    NETWORKS,
+    architecture_entry,
+    degree_for_spacing,
+    degree_of_anisotropy,
+    is_own_network,
+)
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plan_checks import build_on_meta, check_plans_name, check_sizes
 from nnunetv2_misfm.run_settings import BLOCK, FinetuningSettings
@@ -47,6 +53,7 @@ class PlanRequest:
             checkpoint's, PCT-Net without one.
         settings: of the run.
         arch_kwargs: constructor arguments of the network that the user chose.
+        spacing: "dataset" keeps the plan's, "pretrained" takes the checkpoint's; or mm in plans axis order.
         patch_size, batch_size: instead of the plan's; None keeps them.
         from_scratch: plan for a source but do not load it: the fair baseline.
     """
@@ -56,6 +63,7 @@ class PlanRequest:
     network: str | None
     settings: FinetuningSettings
     arch_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    spacing: str | tuple[float, float, float] = "dataset"
     patch_size: tuple[int, int, int] | None = None
     batch_size: int | None = None
     from_scratch: bool = False
@@ -175,7 +183,11 @@ def _configuration(
                 )
             del configuration[link]
     configuration["data_identifier"] = f"{request.plans_name}_{name}"
-    configuration["architecture"] = _architecture(configuration, name, request, source, remarks)
+    degree = degree_of_anisotropy(configuration)
+    if request.spacing != "dataset":
+        _change_spacing(configuration, _wanted_spacing(request, source), remarks)
+        degree = degree_for_spacing(configuration["spacing"])
+    configuration["architecture"] = _architecture(configuration, degree, name, request, source, remarks)
     if request.patch_size is not None:
         configuration["patch_size"] = list(request.patch_size)
     if request.batch_size is not None:
@@ -185,7 +197,12 @@ def _configuration(
 
 
 def _architecture(
-    configuration: Mapping[str, Any], name: str, request: PlanRequest, source: Source | None, remarks: list[str]
+    configuration: Mapping[str, Any],
+    degree: int,
+    name: str,
+    request: PlanRequest,
+    source: Source | None,
+    remarks: list[str],
 ) -> dict[str, Any]:
     planned: dict[str, Any] = configuration["architecture"]
     if request.network == "plan":
@@ -197,7 +214,6 @@ def _architecture(
     if source is not None and source.info is not None and _network_of(source) != network:
         held = source.info.network_class_name.rpartition(".")[2]
         raise PlanError(f"{source.path} holds a {held}, which -network {network} cannot use. Leave -network out.")
-    degree = degree_of_anisotropy(configuration)
     later = [list(stride) for stride in planned["arch_kwargs"]["strides"][3:]]
     if any(1 in stride for stride in later) and not is_own_network(planned):
         remarks.append(f"{name}: the plan also pools unevenly later ({later}); {network} pools all axes there.")
@@ -210,6 +226,36 @@ def _architecture(
             )
         taken_over = {key: value for key, value in source.info.arch_kwargs.items() if key not in _NOT_TAKEN_OVER}
     return architecture_entry(network, degree, **{**taken_over, **request.arch_kwargs})
+
+
+def _wanted_spacing(request: PlanRequest, source: Source | None) -> list[float]:
+    if request.spacing != "pretrained":
+        return [float(mm) for mm in request.spacing]
+    spacing = source.info.preprocessing.get("spacing") if source is not None and source.info is not None else None
+    if spacing is None:
+        whose = "there are no pretrained weights" if source is None else f"{source.path} does not say what it was"
+        raise PlanError(f"-spacing pretrained: {whose}. Give three numbers in mm, or keep the dataset's.")
+    return [float(mm) for mm in spacing]
+
+
+def _change_spacing(configuration: dict[str, Any], spacing: list[float], remarks: list[str]) -> None:
+    """Another spacing, with the median image's size at it, and a patch that is no larger than that."""
+    if min(spacing) <= 0:
+        raise PlanError(f"-spacing {spacing} must be three numbers above 0, in mm.")
+    before = configuration["spacing"]
+    configuration["spacing"] = spacing
+    median = configuration.get("median_image_size_in_voxels")
+    if median is not None:
+        median = [n * old / new for n, old, new in zip(median, before, spacing, strict=True)]
+        configuration["median_image_size_in_voxels"] = median
+        largest = [-(-n // 8) * 8 for n in median]
+        configuration["patch_size"] = [
+            int(min(n, most)) for n, most in zip(configuration["patch_size"], largest, strict=True)
+        ]
+    remarks.append(
+        f"spacing {[round(mm, 3) for mm in before]} becomes {[round(mm, 3) for mm in spacing]} mm; "
+        f"patch size {configuration['patch_size']}"
+    )
 
 
 def _check_same_kind(planned: Mapping[str, Any], source: Source | None, request: PlanRequest) -> None:

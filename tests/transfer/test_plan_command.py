@@ -171,3 +171,33 @@ def test_a_checkpoint_that_names_no_network_asks_for_the_plans(
     with pytest.raises(SystemExit):
         plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "stock.pth")])
     assert "-network plan" in capsys.readouterr().err
+
+
+def test_the_spacing_can_be_the_checkpoints_or_any(nnunet: Path, tmp_path: Path) -> None:
+    arguments = {"strides": strides_of(0), "features_per_stage": [4, 4, 8, 16, 32]}
+    preprocessing = {"normalization_schemes": ["ZScoreNormalization"], "patch_size": [8, 32, 32], "spacing": [2, 2, 2]}
+    info = CheckpointInfo("volume_fusion", NETWORKS["pctnet"], arguments, 1, 5, preprocessing, {})
+    weights = PCTNet(1, 5, **arguments).state_dict()  # type: ignore[arg-type]
+    write_checkpoint({"network_weights": weights}, info, tmp_path / "c.pth")
+    stock = plans(nnunet, "nnUNetPlans")["configurations"]["3d_fullres"]
+    plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pth"), "-spacing", "pretrained", "--no_pp"])
+    ours = plans(nnunet)["configurations"]["3d_fullres"]
+    assert ours["spacing"] == [2, 2, 2] and ours["data_identifier"] != stock["data_identifier"]
+    assert ours["median_image_size_in_voxels"] == [
+        n * mm / 2 for n, mm in zip(stock["median_image_size_in_voxels"], stock["spacing"], strict=True)
+    ]
+    assert all(
+        n <= -(-m // 8) * 8 for n, m in zip(ours["patch_size"], ours["median_image_size_in_voxels"], strict=True)
+    )
+    plan_main(["-d", "4", "-spacing", "8", "1", "1", "--no_pp"])
+    anisotropic = plans(nnunet)["configurations"]["3d_fullres"]
+    assert anisotropic["architecture"]["arch_kwargs"]["strides"] == strides_of(2)
+
+
+def test_changed_spacing_is_preprocessed_anew(nnunet: Path) -> None:
+    plan_main(["-d", "4", "-spacing", "2", "2", "2", "-np", "1"])
+    folder = nnunet / "nnUNet_preprocessed" / DATASET
+    assert (folder / "nnUNetMisFMPlans_3d_fullres").is_dir() and list(
+        (folder / "nnUNetMisFMPlans_3d_fullres").iterdir()
+    )
+    assert list((folder / "nnUNetPlans_3d_fullres").glob("*.b2nd"))
