@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Mapping
 from copy import deepcopy
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -40,6 +42,7 @@ from nnunetv2_misfm.transfer.checkpoint import (
 from nnunetv2_misfm.transfer.transfer import part_of
 
 _FIRST_LOSSES = 5
+_LATEST, _PREVIOUS = "checkpoint_latest.pth", "checkpoint_previous.pth"
 CUDA = torch.device("cuda")  # nnU-Net's default device
 
 
@@ -298,7 +301,8 @@ class BaseTrainer(nnUNetTrainer):
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
             **self._more_to_save(),
         }
-        write_checkpoint(checkpoint, self._describe(), filename)
+        is_latest = Path(filename).name == _LATEST
+        write_checkpoint(checkpoint, self._describe(), filename, keep_as=_PREVIOUS if is_latest else None)
 
     def _epochs_finished(self) -> int:
         return self.current_epoch + 1  # nnU-Net saves at the end of an epoch, before it counts on
@@ -332,7 +336,7 @@ class BaseTrainer(nnUNetTrainer):
             self.initialize()
         name = filename_or_checkpoint if isinstance(filename_or_checkpoint, str) else "the given checkpoint"
         if isinstance(filename_or_checkpoint, (str, os.PathLike)):
-            checkpoint = read_checkpoint(filename_or_checkpoint)
+            checkpoint = self._read_latest_or_previous(Path(filename_or_checkpoint))
         else:
             checkpoint = filename_or_checkpoint
         if checkpoint_info(checkpoint, name) is None:
@@ -349,6 +353,27 @@ class BaseTrainer(nnUNetTrainer):
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
+        self._load_more(checkpoint)
+
+    def _load_more(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take back what `_more_to_save` gave."""
+
+    def _read_latest_or_previous(self, path: Path) -> dict[str, Any]:
+        """The checkpoint; the one before the latest if that one was damaged after it was written."""
+        previous = path.with_name(_PREVIOUS)
+        try:
+            return read_checkpoint(path)
+        except CheckpointError as error:
+            if path.name != _LATEST or not previous.is_file():
+                raise
+            self.print_to_log_file(f"{error} Going on from {previous.name}, the checkpoint before it.")
+            return read_checkpoint(previous)
+
+    def on_train_end(self) -> None:
+        """As in nnU-Net, which removes the latest checkpoint when the final one is written."""
+        super().on_train_end()
+        if self.local_rank == 0:
+            Path(self.output_folder).joinpath(_PREVIOUS).unlink(missing_ok=True)
 
 
 def _memory_of(device: torch.device) -> int:

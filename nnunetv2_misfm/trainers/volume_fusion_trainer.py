@@ -43,8 +43,8 @@ from nnunetv2_misfm.trainers.pretext_data import TimedIterator, fusion_dataset_j
 from nnunetv2_misfm.trainers.step_guard import StepGuard
 from nnunetv2_misfm.trainers.stop_request import StopRequest
 from nnunetv2_misfm.transfer.adaptation_plan import nnssl_adaptation_plan
-from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
 
+_MOST_EPOCHS_LOST = 5  # by a crash
 _GRADIENT_NORM = 12.0  # nnU-Net's
 _BY_SIGNAL = 128  # added to a signal's number, as shells do, it is the exit status of what it ended
 
@@ -87,6 +87,7 @@ class VolumeFusionTrainer(BaseTrainer):
         self._interrupted: InterruptedEpoch | None = None
         self._losses: list[float] = []
         self._stop = StopRequest()
+        self.save_every = min(_MOST_EPOCHS_LOST, max(1, self.num_epochs // 40))
 
     def run_training(self) -> None:
         """As in nnU-Net; asked to stop, it saves first and goes on from there with --c."""
@@ -246,15 +247,10 @@ class VolumeFusionTrainer(BaseTrainer):
         plan = nnssl_adaptation_plan(self.bare_network, self.plans_manager.plans, self.configuration_name)
         return more if plan is None else {**more, "nnssl_adaptation_plan": plan}
 
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """As in the base class; an epoch that was interrupted goes on where it was."""
-        content = filename_or_checkpoint
-        if isinstance(content, (str, Path)):
-            content = read_checkpoint(content)
-        super().load_checkpoint(content)
-        self._guard.skipped = content.get("skipped_steps", 0)
-        if "interrupted_epoch" in content:
-            self._interrupted = InterruptedEpoch.read(content["interrupted_epoch"])
+    def _load_more(self, checkpoint: Mapping[str, Any]) -> None:
+        self._guard.skipped = checkpoint.get("skipped_steps", 0)
+        if "interrupted_epoch" in checkpoint:
+            self._interrupted = InterruptedEpoch.read(checkpoint["interrupted_epoch"])
 
     def validation_step(self, batch: Any) -> dict:
         """Loss, and true and false positives and negatives of every fusion class."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -80,17 +81,23 @@ def preprocessing_of(plans: Mapping[str, Any], configuration: Mapping[str, Any])
     }
 
 
-def write_checkpoint(checkpoint: Mapping[str, Any], info: CheckpointInfo, path: str | os.PathLike[str]) -> None:
+def write_checkpoint(
+    checkpoint: Mapping[str, Any], info: CheckpointInfo, path: str | os.PathLike[str], *, keep_as: str | None = None
+) -> None:
     """Write nnU-Net's checkpoint keys with our block beside them; the file appears under its name only when complete.
 
     Args:
         checkpoint: what `nnUNetTrainer.save_checkpoint` collects. Numpy values and devices become plain ones.
         info: the block.
         path: the file; one that already exists stays as it is until the new one is complete.
+        keep_as: name under which the one that already exists is kept beside the new one.
     """
     content = plain({**checkpoint, BLOCK: {"format_version": FORMAT_VERSION, **asdict(info)}})
     with written_whole(path) as temporary:
         torch.save(content, temporary)
+        if keep_as is not None and Path(path).is_file():
+            with written_whole(Path(path).with_name(keep_as)) as kept:
+                shutil.copyfile(path, kept)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

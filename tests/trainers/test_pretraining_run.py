@@ -153,3 +153,17 @@ def test_a_unet_checkpoint_says_where_its_encoder_is(nnunet: Path) -> None:
     assert block["key_to_encoder"] == "encoder.stages" and block["key_to_lpe"] is None
     assert all(f"{key}.weight" in content["network_weights"] for key in block["keys_to_in_proj"])
     json.dumps(block)
+
+
+def test_a_damaged_latest_checkpoint_is_replaced_by_the_one_before(nnunet: Path) -> None:
+    pretrain("Damaged", "--only_prepare")
+    run = made_trainer("Damaged")
+    run.initialize()
+    latest = Path(run.output_folder) / "checkpoint_latest.pth"
+    for epoch in (0, 1):
+        run.current_epoch = epoch
+        run.save_checkpoint(str(latest))
+    latest.write_bytes(latest.read_bytes()[:1000])
+    resumed = made_trainer("Damaged")
+    resumed.load_checkpoint(str(latest))
+    assert resumed.current_epoch == 1
