@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
+
+_FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class UserError(Exception):
@@ -15,11 +18,21 @@ class PlanError(UserError, ValueError):
 
 
 def exit_with_message(command: str, run: Callable[[], None]) -> None:
-    """Call `run`; end the program with the message of a `UserError` and exit status 2."""
+    """Call `run`; end the program with the message of a `UserError`, or of a full or forbidden disk, and status 2."""
     try:
         run()
     except UserError as error:
         print(f"{command}: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in _FULL_OR_FORBIDDEN:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"{command}: error: {where}{error.strerror}. Make room or give access, and run the command again; what was "
+            f"finished is kept.",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)

@@ -9,6 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
+from nnunetv2_misfm.errors import UserError
+
 
 @contextmanager
 def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -32,3 +36,38 @@ def write_json(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None
     with written_whole(path) as temporary:
         # Undecodable bytes in the names of files are written as escapes.
         temporary.write_text(json.dumps(content, indent=4), encoding="utf-8", errors="backslashreplace")
+
+
+TRAINING_LOCK = ".training.lock"
+"""In a results folder, held by the process that trains there."""
+
+
+class LockedError(UserError, RuntimeError):
+    """Another process is doing the same; the message says what and where."""
+
+
+@contextmanager
+def locked(path: Path, timeout: float, message: str) -> Iterator[None]:
+    """Keep other processes from doing the same; the system frees the lock of a process that was killed.
+
+    Args:
+        path: of the lock file, which stays.
+        timeout: seconds to wait for another process.
+        message: what the other process does, for the error.
+
+    Raises:
+        LockedError: if another process has the lock.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=timeout)
+    except Timeout as error:
+        raise LockedError(f"{message} ({path} is locked); wait for it or stop it") from error
+    except (NotImplementedError, OSError):
+        # Some shared file systems have no locks. They only guard against doing the same twice by mistake.
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()

@@ -10,6 +10,7 @@ from typing import Any
 
 from nnunetv2_misfm.datasets import nnunet_folder
 from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.files import TRAINING_LOCK, locked
 from nnunetv2_misfm.run_settings import BLOCK
 
 # What a run that goes on may change: how long it is, and how often it shows something.
@@ -89,8 +90,10 @@ class EarlierRun:
         return bool(read_checkpoint(final)["current_epoch"] >= plans[BLOCK]["num_epochs"])
 
     def delete(self) -> None:
-        """Remove what is there."""
+        """Remove what is there. Raises LockedError if another process trains there."""
         if self.folder.is_dir():
+            with locked(self.folder / TRAINING_LOCK, 0.0, "another process trains in this results folder"):
+                pass
             shutil.rmtree(self.folder)
 
 

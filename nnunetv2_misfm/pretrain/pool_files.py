@@ -18,10 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from nnunetv2_misfm.datasets import nnunet_folder
-from nnunetv2_misfm.files import write_json, written_whole
+from nnunetv2_misfm.files import locked, write_json, written_whole
 from nnunetv2_misfm.pretrain.case_preparation import CASE_ENDINGS, CaseRecord, temporary_files
 from nnunetv2_misfm.pretrain.pool_inspection import PoolError
 from nnunetv2_misfm.pretrain.volume_files import LeftOut
@@ -83,14 +81,14 @@ class PoolFolder:
     @contextmanager
     def lock_part(self) -> Iterator[None]:
         """Keep a second run from preparing the same part; the system frees the lock of a run that was killed."""
-        with _locked(self._preparation / f"{self._part}.lock", 0.0, "another process is preparing this part"):
+        with locked(self._preparation / f"{self._part}.lock", 0.0, "another process is preparing this part"):
             yield
 
     @contextmanager
     def lock_merge(self) -> Iterator[None]:
         """Let one part at a time bring the results together."""
         message = "another process has been merging the parts for too long"
-        with _locked(self._preparation / "merge.lock", MERGE_WAITS_SECONDS, message):
+        with locked(self._preparation / "merge.lock", MERGE_WAITS_SECONDS, message):
             yield
 
     def is_whole(self, case: str) -> bool:
@@ -134,23 +132,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise PoolError(f"{path} holds no JSON object; remove it")
     return content
-
-
-@contextmanager
-def _locked(path: Path, timeout: float, message: str) -> Iterator[None]:
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=timeout)
-    except Timeout as error:
-        raise PoolError(f"{message} ({path} is locked); wait for it or stop it") from error
-    except (NotImplementedError, OSError):
-        # Some shared file systems have no locks. They only guard against starting the same part twice by mistake.
-        yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _tuples(value: Any) -> Any:

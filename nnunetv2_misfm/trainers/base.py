@@ -25,6 +25,7 @@ from nnunetv2_misfm.architectures.memory import estimate_training_memory
 from nnunetv2_misfm.architectures.plan_entry import architecture_entry, degree_of_anisotropy
 from nnunetv2_misfm.architectures.resolution import total_strides
 from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.files import TRAINING_LOCK, locked
 from nnunetv2_misfm.run_settings import BLOCK, RunSettings, is_ours, run_settings
 from nnunetv2_misfm.settings import write_settings
 from nnunetv2_misfm.trainers.distributed import check_batch_size, device_of_process, wrap
@@ -222,6 +223,20 @@ class BaseTrainer(nnUNetTrainer):
 
     def _optimise(self, batch: Any) -> dict:
         return super().train_step(batch)
+
+    def run_training(self) -> None:
+        """As in nnU-Net; a second run in the same folder is refused.
+
+        Raises:
+            LockedError: if another process trains there.
+        """
+        if self.local_rank != 0:
+            super().run_training()
+            return
+        folder = Path(self.output_folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / TRAINING_LOCK, 0.0, "another process trains in this results folder"):
+            super().run_training()
 
     # ---------------------------------------------------------------- memory
 

@@ -91,13 +91,28 @@ def write_checkpoint(
         info: the block.
         path: the file; one that already exists stays as it is until the new one is complete.
         keep_as: name under which the one that already exists is kept beside the new one.
+
+    Raises:
+        CheckpointError: if it cannot be written, for example because the disk is full.
     """
     content = plain({**checkpoint, BLOCK: {"format_version": FORMAT_VERSION, **asdict(info)}})
-    with written_whole(path) as temporary:
-        torch.save(content, temporary)
-        if keep_as is not None and Path(path).is_file():
-            with written_whole(Path(path).with_name(keep_as)) as kept:
-                shutil.copyfile(path, kept)
+    try:
+        with written_whole(path) as temporary:
+            torch.save(content, temporary)
+            if keep_as is not None and Path(path).is_file():
+                with written_whole(Path(path).with_name(keep_as)) as kept:
+                    shutil.copyfile(path, kept)
+    except (OSError, RuntimeError) as error:  # PyTorch's writer says RuntimeError when the disk is full
+        raise not_written(path, error) from error
+
+
+def not_written(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
+    """The error for a file that could not be written, mostly because the disk is full."""
+    free = shutil.disk_usage(Path(path).parent).free / 2**20
+    return CheckpointError(
+        f"{path} could not be written ({_first_line(error)}); {free:.0f} MB are free there. What was there before is "
+        f"intact. Make room or check the folder's permissions, and run the command again (with --c to continue a run)."
+    )
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -123,7 +138,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"({_first_line(error)}). If you trust its author, load it once with nnU-Net and save its network_weights "
             f"as plain tensors."
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError) as error:
+    except Exception as error:  # whatever damaged bytes make the unpickler stumble over
         raise CheckpointError(
             f"{path} is not a readable checkpoint; it may be truncated or of another format ({_first_line(error)}). "
             f"Copy or download it again."

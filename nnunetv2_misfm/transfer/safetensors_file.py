@@ -11,14 +11,25 @@ from pathlib import Path
 from torch import Tensor
 
 from nnunetv2_misfm.files import written_whole
-from nnunetv2_misfm.transfer.checkpoint import BLOCK, FORMAT_VERSION, CheckpointError, CheckpointInfo, checkpoint_info
+from nnunetv2_misfm.transfer.checkpoint import (
+    BLOCK,
+    FORMAT_VERSION,
+    CheckpointError,
+    CheckpointInfo,
+    checkpoint_info,
+    not_written,
+)
 
 
 def write_safetensors(weights: Mapping[str, Tensor], info: CheckpointInfo, path: str | os.PathLike[str]) -> None:
     """Write weights with their description in the file's metadata.
 
     Weights that a network lists under several names are written under the first.
+
+    Raises:
+        CheckpointError: if it cannot be written, for example because the disk is full.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     seen: set[tuple[int, int]] = set()
@@ -30,8 +41,11 @@ def write_safetensors(weights: Mapping[str, Tensor], info: CheckpointInfo, path:
         seen.add(place)
         kept[name] = tensor.contiguous()
     metadata = {"format": "pt", BLOCK: json.dumps({"format_version": FORMAT_VERSION, **asdict(info)})}
-    with written_whole(path) as temporary:
-        save_file(kept, temporary, metadata)
+    try:
+        with written_whole(path) as temporary:
+            save_file(kept, temporary, metadata)
+    except (SafetensorError, OSError) as error:
+        raise not_written(path, error) from error
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], CheckpointInfo]:

@@ -24,6 +24,7 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_misfm.files import LockedError
 from nnunetv2_misfm.pretrain.pool import PoolReport, PoolSettings, inspect_volumes, plan_pool, prepare_pool
 from nnunetv2_misfm.pretrain.pool_inspection import PoolError
 from nnunetv2_misfm.pretrain.pool_plans import adopt_plans, find_geometry
@@ -485,7 +486,7 @@ def test_a_part_that_is_being_prepared_is_not_prepared_twice(images: Path) -> No
     phantoms.write(images / "a.nii.gz", phantoms.mr())
     report = make_pool([images])
     with FileLock(report.folder / f"{PLANS}_{CONFIGURATION}_preparation" / "part_0_of_1.lock"):
-        with pytest.raises(PoolError, match="another process is preparing this part"):
+        with pytest.raises(LockedError, match="another process is preparing this part"):
             make_pool([images])
 
 

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from nnunet_dataset import NAME
 from nnunetv2.run.run_training import get_trainer_from_args
 
+from nnunetv2_misfm.files import LockedError
 from nnunetv2_misfm.pretrain.cli import main as misfm_pretrain
 from nnunetv2_misfm.start_up import add_plugin_folder
 from nnunetv2_misfm.trainers.alarms import alarms
@@ -167,3 +169,11 @@ def test_a_damaged_latest_checkpoint_is_replaced_by_the_one_before(nnunet: Path)
     resumed = made_trainer("Damaged")
     resumed.load_checkpoint(str(latest))
     assert resumed.current_epoch == 1
+
+
+def test_a_second_run_in_the_same_folder_is_refused(nnunet: Path) -> None:
+    pretrain("Twice", "--only_prepare")
+    first = made_trainer("Twice")
+    lock = FileLock(Path(first.output_folder) / ".training.lock")
+    with lock, pytest.raises(LockedError, match="another process trains"):
+        first.run_training()

@@ -1,0 +1,45 @@
+"""All measurements on one page: python benchmarks/all.py gathers benchmarks/results/*.md into results/README.md.
+
+With --reference, --nnssl and --pymic (checkouts to measure against) the speed and memory scripts run first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+PAGE = RESULTS / "README.md"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--reference", help="checkout of openmedlab/MIS-FM: run network_speed.py")
+    parser.add_argument("--nnssl", help="checkout of MIC-DKFZ/nnssl: run fusion_speed.py, with --pymic")
+    parser.add_argument("--pymic", help="checkout of HiLab-git/PyMIC")
+    parser.add_argument("--run", action="store_true", help="run the scripts that need no checkout")
+    options = parser.parse_args()
+    if options.reference:
+        run("network_speed.py", "--reference", options.reference)
+    if options.nnssl and options.pymic:
+        run("fusion_speed.py", "--nnssl", options.nnssl, "--pymic", options.pymic)
+    if options.run:
+        for script in ("memory_estimate.py", "class_shares.py", "pool_index.py"):
+            run(script)
+    pages = sorted(path for path in RESULTS.glob("*.md") if path != PAGE)
+    sections = [path.read_text().strip().replace("\n# ", "\n## ") for path in pages]
+    text = "\n\n".join(section.replace("# ", "## ", 1) for section in sections)
+    head = "# Measurements\n\nGathered by `python benchmarks/all.py` from the files beside this one."
+    PAGE.write_text(f"{head}\n\n{text}\n")
+    print(f"{PAGE}: {', '.join(path.name for path in pages)}")
+
+
+def run(script: str, *arguments: str) -> None:
+    subprocess.run([sys.executable, str(HERE / script), *arguments], check=True)
+
+
+if __name__ == "__main__":
+    main()

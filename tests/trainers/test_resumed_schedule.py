@@ -1,0 +1,68 @@
+"""A fine-tuning that was stopped and continued is the same one: stage, learning rates, frozen parts, weights."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from nnunet_dataset import NAME
+from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+
+from nnunetv2_misfm.start_up import add_plugin_folder
+from nnunetv2_misfm.transfer.cli import plan_main
+
+EPOCHS = 20
+PLANS = "nnUNetMisFMPlans"
+Trace = list[tuple[str, list[float], list[str], float]]
+
+
+def made_trainer(continue_training: bool) -> Any:
+    add_plugin_folder()
+    run = get_trainer_from_args(NAME, "3d_fullres", 0, "MisFMTrainer", PLANS, continue_training, torch.device("cpu"))
+    maybe_load_checkpoint(run, continue_training, False)
+    return run
+
+
+def traced(run: Any, trace: Trace, stop_after: int) -> None:
+    """Train up to an epoch; note the stage, the learning rates, frozen BatchNorm layers and the weights of each."""
+    run.on_train_start()
+    for _ in range(run.current_epoch, stop_after):
+        run.on_epoch_start()
+        run.on_train_epoch_start()
+        run.on_train_epoch_end([run.train_step(next(run.dataloader_train))])
+        frozen = [
+            name
+            for name, module in run.bare_network.named_modules()
+            if isinstance(module, torch.nn.BatchNorm3d) and not module.training
+        ]
+        weights = sum(float(value.double().abs().sum()) for value in run.bare_network.state_dict().values())
+        trace.append((run.lr_scheduler.stage.name, run.lr_scheduler.get_last_lr(), frozen, weights))
+        with torch.no_grad():
+            run.on_validation_epoch_start()
+            run.on_validation_epoch_end([run.validation_step(next(run.dataloader_val))])
+        run.save_every = 1  # after every epoch, so that the run can be stopped at any
+        run.on_epoch_end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule", ["sawtooth", "warmup"])
+def test_stopping_at_any_epoch_changes_nothing(nnunet: Path, schedule: str) -> None:
+    plan_main(
+        ["-d", "4", "-features_per_stage", "4", "4", "8", "16", "32", "-num_epochs", str(EPOCHS)]
+        + ["-num_iterations_per_epoch", "1", "-num_val_iterations_per_epoch", "1", "-schedule", schedule]
+    )
+    whole: Trace = []
+    traced(made_trainer(False), whole, EPOCHS)
+    results = Path(os.environ["nnUNet_results"]) / NAME
+    for epoch, (stage, rates, frozen, _) in enumerate(whole):
+        print(f"{schedule} {epoch:>2} {stage:<20} {[f'{rate:.6f}' for rate in rates]} {len(frozen)} frozen BatchNorms")
+    for stop in (1, 3, 7, 12):
+        shutil.rmtree(results)
+        trace: Trace = []
+        traced(made_trainer(False), trace, stop)
+        traced(made_trainer(True), trace, EPOCHS)
+        assert trace == whole, f"stopped after epoch {stop}"
