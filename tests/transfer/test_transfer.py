@@ -127,3 +127,77 @@ def test_parts_by_name() -> None:
     assert part_of("decoder.encoder.stages.0.0.convs.0.conv.weight") == "encoder"
     assert part_of("decoder.pre_seg2.0.weight") == "decoder"
     assert part_of("decoder.seg_layers.0.weight") == "segmentation layers"
+
+
+def features(net: PCTNet, x: torch.Tensor) -> list[torch.Tensor]:
+    with torch.no_grad():
+        return net.encoder(x, net.anisotropy, False)  # type: ignore[no-any-return]
+
+
+def test_label_channels_of_a_cascade_change_nothing_at_first() -> None:
+    source, target = network(0), network(1, input_channels=3)
+    weights, report = transfer(source.state_dict(), "source", target, num_images=1)
+    target.load_state_dict(weights)
+    image, labels = torch.randn(1, 1, 8, 32, 32), torch.rand(1, 2, 8, 32, 32).round()
+    for mine, theirs in zip(features(source, image), features(target, torch.cat([image, labels], 1)), strict=True):
+        assert (mine - theirs).norm() / mine.norm() < 1e-6
+    assert any(entry.reason == "input channels 1 to 3" for entry in report.entries)
+
+
+def test_several_channels_are_mixed_only_when_asked_for() -> None:
+    source, target = network(0, input_channels=3), network(1, input_channels=2)
+    with pytest.raises(TransferError, match="--mix_input_channels"):
+        transfer(source.state_dict(), "source", target)
+    target.load_state_dict(transfer(source.state_dict(), "source", target, mix_input_channels=True)[0])
+    image = torch.randn(1, 1, 8, 32, 32)
+    ours, theirs = features(target, image.repeat(1, 2, 1, 1, 1)), features(source, image.repeat(1, 3, 1, 1, 1))
+    assert all((a - b).norm() / b.norm() < 1e-5 for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("degree", [0, 1])
+def test_a_stem_of_a_higher_degree_is_the_same_function_where_slices_are_equal(degree: int) -> None:
+    """Flat kernels go to the centre of full ones: a volume that does not change along its depth keeps its features."""
+    source, target = network(0, anisotropy=2), network(1, anisotropy=degree)
+    target.load_state_dict(transfer(source.state_dict(), "source", target)[0])
+    slice_ = torch.randn(1, 1, 1, 32, 32)
+    depth = 8
+    a = features(source, slice_.expand(-1, -1, depth, -1, -1))
+    b = features(target, slice_.expand(-1, -1, depth * 2 ** (2 - degree), -1, -1))
+    # At stage 2 both have the same depth again.
+    assert (a[2] - b[2]).norm() / a[2].norm() < 1e-5
+
+
+def test_a_stem_of_a_lower_degree_is_reported_as_adapted() -> None:
+    source, target = network(0, anisotropy=0), network(1, anisotropy=2)
+    weights, report = transfer(source.state_dict(), "source", target)
+    reasons = {entry.reason for entry in report.entries if entry.status == "adapted"}
+    assert "from degree of anisotropy 0, kernel [3, 3, 3] to [1, 3, 3]" in reasons
+    flat = weights["encoder.stems.2.project.weight"]
+    assert torch.allclose(flat, source.encoder.stems["0"].project.weight.sum(2, keepdim=True))
+    assert report.coverage(["stem", "encoder", "decoder"]) == 1
+
+
+def unet(strides: list[list[int]], features_per_stage: list[int]) -> PlainConvUNet:
+    stages = len(strides)
+    return PlainConvUNet(
+        1, stages, features_per_stage, nn.Conv3d, 3, strides, 1, 3, 1, conv_bias=True,
+        norm_op=nn.InstanceNorm3d, norm_op_kwargs={"affine": True}, nonlin=nn.LeakyReLU, deep_supervision=True,
+    )  # fmt: skip
+
+
+def test_unets_with_more_or_fewer_stages_are_aligned_by_resolution() -> None:
+    strides = [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]]
+    deep, shallow = unet(strides, [4, 8, 12, 16]), unet(strides[:3], [4, 8, 12])
+    arguments = {"strides": strides}
+    weights, report = transfer(deep.state_dict(), "deep", shallow, source_arguments=arguments)
+    assert report.coverage(["encoder", "decoder"]) == 1
+    # The finest stage of a decoder is its last one, whatever the number of stages.
+    assert torch.equal(weights["decoder.stages.1.convs.0.conv.weight"], deep.decoder.stages[2].convs[0].conv.weight)
+    with pytest.raises(TransferError):
+        transfer(shallow.state_dict(), "shallow", deep, source_arguments={"strides": strides[:3]})
+    weights, report = transfer(
+        shallow.state_dict(), "shallow", deep, source_arguments={"strides": strides[:3]}, min_coverage=0.2
+    )
+    fresh = {entry.name for entry in report.entries if entry.status == "fresh" and entry.part == "encoder"}
+    assert fresh and all(name.startswith("encoder.stages.3.") for name in fresh)
+    assert torch.equal(weights["decoder.stages.2.convs.0.conv.weight"], shallow.decoder.stages[1].convs[0].conv.weight)
