@@ -30,6 +30,8 @@ def preprocessed_dataset(dataset_name_or_id: str) -> Path:
         PlanError: if the folder is not set, or the dataset is not there or ambiguous.
     """
     root, wanted = nnunet_folder("nnUNet_preprocessed"), dataset_name_or_id
+    if not wanted.strip(" ./"):
+        raise PlanError(f"-d {wanted!r} is not the ID or name of a dataset.")
     if wanted.isdigit():
         found = sorted(path for path in root.glob(f"Dataset{int(wanted):03d}_*") if path.is_dir())
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +76,18 @@ def check_complete(plans: Mapping[str, Any], path: Path, remedy: str) -> None:
         raise PlanError(f"{path} is not a complete plans file; it lacks: {', '.join(missing)}. {remedy}")
 
 
-def check_sizes(patch_size: object, batch_size: object) -> None:
-    """Raise a PlanError unless both are whole numbers of at least 1."""
-    patch = list(patch_size) if isinstance(patch_size, (list, tuple)) else [patch_size]
+def check_sizes(patch_size: object, batch_size: object, divisor: Sequence[int] = (1, 1, 1)) -> None:
+    """Raise a PlanError unless both are whole numbers of at least 1, and the patch one that the divisor divides."""
+    patch: list[Any] = list(patch_size) if isinstance(patch_size, (list, tuple)) else [patch_size]
     wrong = [str(n) for n in (*patch, batch_size) if not isinstance(n, int) or isinstance(n, bool) or n < 1]
     if wrong or len(patch) != 3:
         raise PlanError(f"patch size {patch} and batch size {batch_size} must be whole numbers of at least 1.")
+    if any(n % s for n, s in zip(patch, divisor, strict=True)):
+        fitting = [-(-n // s) * s for n, s in zip(patch, divisor, strict=True)]
+        raise PlanError(
+            f"patch size {patch} cannot be halved as often as the network does; each axis must be a multiple of "
+            f"{list(divisor)}. Use -patch_size {' '.join(map(str, fitting))}."
+        )
 
 
 def build_on_meta(architecture: Mapping[str, Any], input_channels: int, num_classes: int) -> Any:
@@ -93,6 +99,9 @@ def build_on_meta(architecture: Mapping[str, Any], input_channels: int, num_clas
     import torch
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
+    features = architecture["arch_kwargs"].get("features_per_stage")
+    if isinstance(features, (list, tuple)) and any(not isinstance(n, int) or n < 1 for n in features):
+        raise PlanError(f"-features_per_stage {features}: each stage needs at least one channel.")
     try:
         with torch.device("meta"):
             return get_network_from_plans(

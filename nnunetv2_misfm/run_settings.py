@@ -65,8 +65,8 @@ class RunSettings:
             found.append(f"schedule = {self.schedule!r} must be one of {', '.join(self.SCHEDULES)}")
         if self.checkpointing not in ("auto", "on", "off"):
             found.append(f"checkpointing = {self.checkpointing!r} must be auto, on or off")
-        if not _is_whole(self.seed) or self.seed < 0:
-            found.append(f"seed = {self.seed!r} must be a whole number of at least 0")
+        if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
+            found.append(f"seed = {self.seed!r} must be a whole number from 0 up to 2**63")
         return found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.architectures.resolution import strides_of, total_strides
 
 NETWORKS = {
     "pctnet": "nnunetv2_misfm.architectures.PCTNet",
@@ -45,6 +45,11 @@ def own_network_name(architecture: Mapping[str, Any]) -> str | None:
     """The key of `NETWORKS` for a plan's `architecture` entry; None for a network that is not of this package."""
     names = {class_name: name for name, class_name in NETWORKS.items()}
     return names.get(architecture["network_class_name"])
+
+
+def patch_divisor(architecture: Mapping[str, Any]) -> tuple[int, int, int]:
+    """What each axis of the patch must be a multiple of; networks of this package take any size."""
+    return (1, 1, 1) if is_own_network(architecture) else total_strides(architecture["arch_kwargs"]["strides"])[-1]
 
 
 def degree_of_anisotropy(configuration: Mapping[str, Any]) -> int:

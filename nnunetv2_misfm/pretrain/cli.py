@@ -212,6 +212,8 @@ def _request(options: argparse.Namespace, base: Mapping[str, Any] | None) -> Run
         arguments["features_per_stage"] = options.features_per_stage
     if options.stems == "all":
         arguments["stems"] = list(DEGREES_OF_ANISOTROPY)
+    elif options.stems == "plan":
+        arguments["stems"] = None  # not those that an earlier plan has
     return RunRequest(
         network=options.network,
         settings=read_settings(PretrainingSettings, run, "The run settings"),

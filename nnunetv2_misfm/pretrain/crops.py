@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ MAX_BAD_CASES_PER_SAMPLE = 10
 MAX_SHARE_OF_BAD_CASES = 0.05
 # Fewer cases than this say too little about the share of bad ones, unless they are all there are.
 CASES_BEFORE_JUDGING = 100
+
+
+WORKER_OUTLIVES_SIGTERM_SECONDS = 60
 
 
 class CropReadError(UserError, RuntimeError):
@@ -224,6 +228,7 @@ def pair_loader(
         ),
         num_workers=num_workers,
         collate_fn=_collate,
+        worker_init_fn=_leave_signals_to_the_trainer,
         pin_memory=pin_memory,
         # Its own generator, so that starting a loader does not shift torch's random numbers in the training process.
         generator=torch.Generator(),
@@ -247,6 +252,16 @@ def fuse_batch(
     foreground = apply_augmentation(crops[0::2], batch.augmentations[0::2], patch_size)
     background = apply_augmentation(crops[1::2], batch.augmentations[1::2], patch_size)
     return fuse(foreground, background, batch.fusions, num_fusion_classes)
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Clusters and terminals signal all processes of a job; workers have to live until the trainer has saved.
+
+    They end with the trainer, which tells them to. One that is told by SIGTERM alone ends a while later.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "alarm"):  # not on Windows, where nobody sends SIGTERM
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_OUTLIVES_SIGTERM_SECONDS))
 
 
 class _SharedStrings:

@@ -14,7 +14,7 @@ from nnunetv2_misfm.files import TRAINING_LOCK, locked
 from nnunetv2_misfm.run_settings import BLOCK
 
 # What a run that goes on may change: how long it is, and how often it shows something.
-_MAY_CHANGE = {"num_epochs", "num_val_iterations_per_epoch", "picture_every", "checkpointing", "pool"}
+_MAY_CHANGE = {"num_epochs", "initial_lr", "num_val_iterations_per_epoch", "picture_every", "checkpointing", "pool"}
 
 
 def run_folder(dataset_name: str, plans_name: str, configuration: str) -> Path:
@@ -66,7 +66,10 @@ class EarlierRun:
         path = self.folder.parent / "plans.json"
         if not self.exists or not path.is_file():
             return
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise PlanError(f"{path} is damaged. Start the run anew with --overwrite.") from None
         old, new = (one["configurations"][configuration] for one in (before, plans))
         names = ("architecture", "patch_size", "batch_size", "spacing", "data_identifier")
         pairs = {name: (old[name], new[name]) for name in names}

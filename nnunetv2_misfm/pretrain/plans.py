@@ -17,6 +17,7 @@ from nnunetv2_misfm.architectures.plan_entry import (
     degree_of_anisotropy,
     is_own_network,
     own_network_name,
+    patch_divisor,
 )
 from nnunetv2_misfm.architectures.resolution import strides_of, total_strides
 from nnunetv2_misfm.errors import PlanError
@@ -117,7 +118,7 @@ def run_plans(
         entry["patch_size"] = list(request.patch_size)
     if request.batch_size is not None:
         entry["batch_size"] = request.batch_size
-    check_sizes(entry["patch_size"], entry["batch_size"])
+    check_sizes(entry["patch_size"], entry["batch_size"], patch_divisor(entry["architecture"]))
     build_on_meta(entry["architecture"], 1, request.fusion.num_fusion_classes)
     plans = deepcopy(dict(base))
     pool = plans.get(BLOCK, {}).get("pool")
@@ -128,7 +129,7 @@ def run_plans(
 
 def _check_stems(request: RunRequest, degree: int) -> None:
     """Refuse to train all stems on volumes that are anisotropic already: slices can be merged, not split."""
-    if len(request.arch_kwargs.get("stems", ())) > 1 and degree > 0:
+    if len(request.arch_kwargs.get("stems") or ()) > 1 and degree > 0:
         raise PlanError(
             f"-stems all makes anisotropic crops by merging slices, so it needs isotropic ones; these have a degree of "
             f"anisotropy {degree}. Prepare the pool with an isotropic -spacing such as 1.5 1.5 1.5."

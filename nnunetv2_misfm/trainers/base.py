@@ -235,6 +235,10 @@ class BaseTrainer(nnUNetTrainer):
             return
         folder = Path(self.output_folder)
         folder.mkdir(parents=True, exist_ok=True)
+        final = folder / "checkpoint_final.pth"
+        if 0 < self.current_epoch < self.num_epochs and final.is_file():
+            # A finished run that goes on is not finished any more; nnU-Net would prefer its old end to what comes now.
+            final.replace(folder / _LATEST)
         with locked(folder / TRAINING_LOCK, 0.0, "another process trains in this results folder"):
             super().run_training()
 
@@ -381,8 +385,11 @@ class BaseTrainer(nnUNetTrainer):
         except CheckpointError as error:
             if path.name != _LATEST or not previous.is_file():
                 raise
+            content = read_checkpoint(previous)
             self.print_to_log_file(f"{error} Going on from {previous.name}, the checkpoint before it.")
-            return read_checkpoint(previous)
+            if self.local_rank == 0:
+                path.replace(path.with_name("checkpoint_damaged.pth"))  # lest it takes the place of the good one
+            return content
 
     def on_train_end(self) -> None:
         """As in nnU-Net, which removes the latest checkpoint when the final one is written."""

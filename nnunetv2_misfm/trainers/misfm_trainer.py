@@ -11,6 +11,7 @@ from batchgenerators.utilities.file_and_folder_operations import join, save_json
 
 from nnunetv2_misfm.run_settings import FinetuningSettings
 from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
+from nnunetv2_misfm.transfer.hub import is_hub_name
 from nnunetv2_misfm.transfer.plans import num_images
 from nnunetv2_misfm.transfer.pretrained import PRETRAIN_INFO, load_source, resolve_checkpoint
 from nnunetv2_misfm.transfer.transfer import TransferError, transfer
@@ -47,7 +48,8 @@ class MisFMTrainer(BaseTrainer):
     def _memory_remedy(self, gigabytes: float) -> str:
         info: dict[str, Any] = self.plans_manager.plans.get(PRETRAIN_INFO) or {}
         path = info.get("checkpoint_path")
-        weights = f" -pretrained_weights {resolve_checkpoint(path)}" if path else ""
+        place = path if path is None or is_hub_name(path) else resolve_checkpoint(path)
+        weights = f" -pretrained_weights {place}" if path else ""
         return (
             f"Plan for this memory with: misfm_plan -d {self.plans_manager.dataset_name} -c {self.configuration_name}"
             f"{weights} -gpu_memory_target {max(1, int(gigabytes))}, then train with -p nnUNetMisFMPlans."
@@ -87,6 +89,7 @@ class MisFMTrainer(BaseTrainer):
             str(source.path),
             self.bare_network,
             source_arguments=source.arch_kwargs,
+            source_images=source.num_images,
             num_images=num_images(self.dataset_json),
             mix_input_channels=settings.mix_input_channels,
             encoder_only=settings.encoder_only,

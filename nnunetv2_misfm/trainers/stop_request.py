@@ -9,7 +9,9 @@ from typing import Any
 
 
 class StopRequest:
-    """Within this context the first SIGTERM or Ctrl-C is noted instead of ending the process; a second one ends it.
+    """Within this context SIGTERM and Ctrl-C are noted instead of ending the process; a second Ctrl-C ends it.
+
+    SIGTERM may come several times, from the cluster and from torchrun, before there was time to save.
 
     Attributes:
         signal: the number of the signal that came, or None.
@@ -32,7 +34,8 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        self._restore()
+        if number == signal.SIGINT:
+            signal.signal(number, self._before.pop(number))
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

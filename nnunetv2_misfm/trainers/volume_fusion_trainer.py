@@ -87,12 +87,18 @@ class VolumeFusionTrainer(BaseTrainer):
         self._interrupted: InterruptedEpoch | None = None
         self._losses: list[float] = []
         self._stop = StopRequest()
+        self.dataloader_train: Any
+        self.dataloader_val: Any
         self.save_every = min(_MOST_EPOCHS_LOST, max(1, self.num_epochs // 40))
 
     def run_training(self) -> None:
         """As in nnU-Net; asked to stop, it saves first and goes on from there with --c."""
         with self._stop:
-            super().run_training()
+            try:
+                super().run_training()
+            finally:
+                # Their workers end with them; at the end of the program they would be waited for.
+                self.dataloader_train = self.dataloader_val = None
 
     def initialize(self) -> None:
         """As in the base class."""
@@ -142,6 +148,7 @@ class VolumeFusionTrainer(BaseTrainer):
         }
         batch_size = self.configuration_manager.batch_size
         done = len(self._interrupted.losses) if self._interrupted else 0
+        epochs_done, start = divmod(done, self.num_iterations_per_epoch)  # it may have been stopped in the last one
         pairs = CropPairs(identifiers=training, augment=self.augmentation, **common)
         fixed = validation_pairs(identifiers=validation, **common)
         if len(self._degrees) > 1:
@@ -150,8 +157,8 @@ class VolumeFusionTrainer(BaseTrainer):
             pairs,
             batch_size,
             self.num_iterations_per_epoch,
-            start_epoch=self.current_epoch,
-            start_iteration=done,
+            start_epoch=self.current_epoch + epochs_done,
+            start_iteration=start,
             num_workers=workers,
             **loading,
         )
@@ -196,6 +203,7 @@ class VolumeFusionTrainer(BaseTrainer):
         if batch is None:
             assert self._interrupted is not None
             self._losses.append(self._interrupted.losses[len(self._losses)])
+            self._replayed += 1
             return {"loss": np.array(self._losses[-1], np.float32)}
         if self._interrupted is not None:
             self._interrupted.restore_random_state(self.device)
@@ -297,7 +305,7 @@ class VolumeFusionTrainer(BaseTrainer):
     def on_train_epoch_start(self) -> None:
         """As in the base class; starts the clock of the epoch."""
         super().on_train_epoch_start()
-        self._losses = []
+        self._losses, self._replayed = [], 0
         self._started = perf_counter()
         self.dataloader_train.waited = 0.0
         if self.device.type == "cuda":
@@ -305,11 +313,12 @@ class VolumeFusionTrainer(BaseTrainer):
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """As in nnU-Net; notes the speed and the share of time spent waiting for data."""
+        self._interrupted = None
         counted = [output for output in train_outputs if np.isfinite(output["loss"])]
         super().on_train_epoch_end(counted or train_outputs)
         seconds = perf_counter() - self._started
         self._speed = {
-            "iterations_per_s": len(train_outputs) / seconds,
+            "iterations_per_s": (len(train_outputs) - self._replayed) / seconds,
             "data_wait_share": min(1.0, self.dataloader_train.waited / seconds),
             "peak_memory_gb": peak_memory_gb(self.device),
         }
@@ -321,7 +330,8 @@ class VolumeFusionTrainer(BaseTrainer):
             f"Dice per fusion class 0..{len(scores['dice']) - 1}: {[round(d, 4) for d in scores['dice']]}, "
             f"voxel accuracy {scores['accuracy']:.4f}"
         )
-        remaining = (self.num_epochs - epoch - 1) * self.num_iterations_per_epoch / speed["iterations_per_s"]
+        iterations_left = (self.num_epochs - epoch - 1) * self.num_iterations_per_epoch
+        remaining = iterations_left / max(speed["iterations_per_s"], 1e-9)
         self.print_to_log_file(
             f"{speed['iterations_per_s']:.2f} iterations/s, {100 * speed['data_wait_share']:.0f} % of the time waiting "
             f"for data, peak memory {speed['peak_memory_gb'] or 0:.1f} GB, about {remaining / 3600:.1f} h left"

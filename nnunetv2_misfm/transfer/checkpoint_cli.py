@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nnunetv2_misfm.errors import PlanError, exit_with_message
-from nnunetv2_misfm.run_settings import DEFAULT_FINETUNING_PLANS
 
 
 def import_main(arguments: list[str] | None = None) -> None:
@@ -107,15 +108,16 @@ def inspect(options: argparse.Namespace) -> None:
     if options.d is None:
         return
     folder = preprocessed_dataset(options.d)
+    base = read_plans(folder, options.p)
     given = {name: getattr(options, name) for name in ("encoder_only", "mix_input_channels")}
     settings = {"schedule": "sawtooth", **{name: value for name, value in given.items() if value is not None}}
     request = PlanRequest(
-        plans_name=DEFAULT_FINETUNING_PLANS,
-        configurations=(options.c,),
+        plans_name="misfm_inspect",
+        configurations=_with_earlier_stages(base, options.c),
         network=options.network,
         settings=read_settings(FinetuningSettings, settings, "The run settings"),
     )
-    plans, remarks = finetuning_plans(read_plans(folder, options.p), request, source)
+    plans, remarks = finetuning_plans(base, request, source)
     dataset = read_dataset_json(folder)
     report = check_fit(plans, options.c, dataset, source, min_coverage=0.0)
     assert report is not None
@@ -125,6 +127,12 @@ def inspect(options: argparse.Namespace) -> None:
         print(f"Note: {remark}")
     check_fit(plans, options.c, dataset, source)
     print("misfm_plan would accept it.")
+
+
+def _with_earlier_stages(plans: Mapping[str, Any], configuration: str) -> tuple[str, ...]:
+    """A configuration, and before it the one whose predictions it needs."""
+    earlier = plans["configurations"].get(configuration, {}).get("previous_stage")
+    return (configuration,) if not isinstance(earlier, str) else (earlier, configuration)
 
 
 def _new_path(given: str) -> Path:

@@ -32,6 +32,8 @@ def plan(options: argparse.Namespace) -> None:
     from nnunetv2_misfm.transfer.plans import PlanRequest, check_fit, finetuning_plans
     from nnunetv2_misfm.transfer.pretrained import read_source
 
+    if options.np < 1:
+        raise PlanError(f"-np {options.np} must be at least 1.")
     if options.gpu_memory_target is not None and (options.patch_size or options.batch_size):
         raise PlanError("-gpu_memory_target chooses patch and batch size; leave -patch_size and -batch_size out.")
     dataset_folder = preprocessed_dataset(options.d)

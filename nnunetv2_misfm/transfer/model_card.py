@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def export(checkpoint: str, folder: Path, licence: str | None) -> None:
             f"{checkpoint} does not say which network it holds (a checkpoint of nnU-Net's own); only checkpoints of "
             f"this package and published MIS-FM files can be exported."
         )
-    temporary = folder.with_name(folder.name + ".part")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:

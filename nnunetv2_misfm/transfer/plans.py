@@ -6,6 +6,7 @@ written here has data folders of its own (`data_identifier`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -20,7 +21,9 @@ from nnunetv2_misfm.architectures.plan_entry import (
     degree_for_spacing,
     degree_of_anisotropy,
     is_own_network,
+    patch_divisor,
 )
+from nnunetv2_misfm.architectures.resolution import total_strides
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plan_checks import build_on_meta, check_plans_name, check_sizes
 from nnunetv2_misfm.run_settings import BLOCK, FinetuningSettings
@@ -134,6 +137,7 @@ def check_fit(
         str(source.path),
         network.to_empty(device="cpu"),
         source_arguments=source.arch_kwargs,
+        source_images=source.num_images,
         num_images=num_images(dataset_json),
         encoder_only=settings["encoder_only"],
         mix_input_channels=settings["mix_input_channels"],
@@ -176,7 +180,9 @@ def _configuration(
     if len(configuration["patch_size"]) != 3:
         raise PlanError(f"The configuration {name!r} of the plans {plans_name} is not 3D. Choose a 3D one with -c.")
     for link in ("previous_stage", "next_stage"):
-        if configuration.get(link) is not None and configuration[link] not in request.configurations:
+        linked = configuration.get(link)
+        linked = [linked] if isinstance(linked, str) else linked or []
+        if linked and not set(linked) & set(request.configurations):
             if link == "previous_stage":
                 raise PlanError(
                     f"{name} needs the predictions of {configuration[link]}. Plan both: -c {configuration[link]} {name}"
@@ -192,7 +198,7 @@ def _configuration(
         configuration["patch_size"] = list(request.patch_size)
     if request.batch_size is not None:
         configuration["batch_size"] = request.batch_size
-    check_sizes(configuration["patch_size"], configuration["batch_size"])
+    check_sizes(configuration["patch_size"], configuration["batch_size"], patch_divisor(configuration["architecture"]))
     return configuration
 
 
@@ -240,7 +246,7 @@ def _wanted_spacing(request: PlanRequest, source: Source | None) -> list[float]:
 
 def _change_spacing(configuration: dict[str, Any], spacing: list[float], remarks: list[str]) -> None:
     """Another spacing, with the median image's size at it, and a patch that is no larger than that."""
-    if min(spacing) <= 0:
+    if not all(0 < mm < math.inf for mm in spacing):
         raise PlanError(f"-spacing {spacing} must be three numbers above 0, in mm.")
     before = configuration["spacing"]
     configuration["spacing"] = spacing
@@ -248,7 +254,8 @@ def _change_spacing(configuration: dict[str, Any], spacing: list[float], remarks
     if median is not None:
         median = [n * old / new for n, old, new in zip(median, before, spacing, strict=True)]
         configuration["median_image_size_in_voxels"] = median
-        largest = [-(-n // 8) * 8 for n in median]
+        strides = total_strides(configuration["architecture"]["arch_kwargs"]["strides"])[-1]
+        largest = [-(-n // s) * s for n, s in zip(median, strides, strict=True)]
         configuration["patch_size"] = [
             int(min(n, most)) for n, most in zip(configuration["patch_size"], largest, strict=True)
         ]

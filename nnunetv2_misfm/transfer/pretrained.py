@@ -48,6 +48,12 @@ class Source:
     arch_kwargs: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
 
+    @property
+    def num_images(self) -> int | None:
+        """How many of the network's input channels are images, if the file tells; the rest are labels of a cascade."""
+        schemes = None if self.info is None else self.info.preprocessing.get("normalization_schemes")
+        return len(schemes) if schemes else None
+
 
 def read_source(given: str | os.PathLike[str]) -> Source:
     """Read a checkpoint of ours (.pth or .safetensors), of nnU-Net, or a published MIS-FM file.

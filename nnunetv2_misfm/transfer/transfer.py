@@ -105,6 +105,7 @@ def transfer(
     target: nn.Module,
     *,
     source_arguments: Mapping[str, Any] | None = None,
+    source_images: int | None = None,
     num_images: int | None = None,
     encoder_only: bool = False,
     mix_input_channels: bool = False,
@@ -121,6 +122,7 @@ def transfer(
         source_name: for the report and errors, usually the file's path.
         target: the network as built, its initial values used where something is fresh.
         source_arguments: constructor arguments of the pretrained network, as far as they are known.
+        source_images: how many of the source's input channels are images, if not all.
         num_images: how many of the target's input channels are images; the rest are labels of a cascade's first stage.
         encoder_only: leave the decoder fresh, as most other tools do.
         mix_input_channels: allow several input channels of the source to be mixed for another number of channels.
@@ -133,7 +135,7 @@ def transfer(
     result = {name: value.clone() for name, value in own.items()}
     names_of = _names_by_identity(target)
     find = source_names(source, source_arguments or {}, target)
-    fit = _Fitting(target, num_images, encoder_only, mix_input_channels)
+    fit = _Fitting(target, source_images, num_images, encoder_only, mix_input_channels)
     entries = []
     for name, parameter in target.named_parameters():
         name_in_source = find(name)
@@ -143,15 +145,15 @@ def transfer(
         if value is not None:
             for alias in names_of[id(parameter)]:
                 result[alias] = value.to(parameter.dtype)
-    aliases = {alias for names in names_of.values() for alias in names}
-    for name, buffer in own.items():
+    for name, buffer in target.named_buffers():
         # Buffers (BatchNorm statistics) belong to the weights around them; they are not counted as parameters.
         name_in_source = find(name)
-        if name in aliases or name_in_source is None or _left_out(part_of(name), encoder_only):
+        if name not in own or name_in_source is None or _left_out(part_of(name), encoder_only):
             continue
         in_source = source.get(name_in_source)
         if in_source is not None and in_source.shape == buffer.shape:
-            result[name] = in_source.to(buffer.dtype)
+            for alias in names_of[id(buffer)]:
+                result[alias] = in_source.to(buffer.dtype)
     report = TransferReport(source_name, tuple(entries))
     _require(report, min_coverage, encoder_only)
     return result, report
@@ -175,13 +177,21 @@ def _left_out(part: str, encoder_only: bool) -> bool:
 class _Fitting:
     """Finds the value of one parameter of the target after another."""
 
-    def __init__(self, target: nn.Module, num_images: int | None, encoder_only: bool, mix_input_channels: bool):
+    def __init__(
+        self,
+        target: nn.Module,
+        source_images: int | None,
+        num_images: int | None,
+        encoder_only: bool,
+        mix_input_channels: bool,
+    ):
         self.encoder_only = encoder_only
         self.mix_input_channels = mix_input_channels
         convolutions = [(f"{n}.weight", m) for n, m in target.named_modules() if isinstance(m, (nn.Conv3d, nn.Conv2d))]
         stems = [name for name, _ in convolutions if _INPUT_LAYER.match(name)]
         self.input_layers = stems or [name for name, _ in convolutions[:1]]
         self.upsampling = {f"{n}.weight" for n, m in target.named_modules() if isinstance(m, nn.ConvTranspose3d)}
+        self.source_images = source_images
         self.num_images = num_images
 
     def value_for(
@@ -199,6 +209,8 @@ class _Fitting:
         stem = _OWN_STEM.match(name_in_source)
         if stem is not None and not name.startswith(stem[0]):
             steps.append(f"from degree of anisotropy {stem[1]}")
+        if name in self.input_layers:
+            return self._input_layer(parameter, value, steps)
         if value.shape == parameter.shape:
             return (value, ADAPTED, steps[0]) if steps else (value, TRANSFERRED, "")
         fitted: Tensor | None = value
@@ -210,23 +222,34 @@ class _Fitting:
                 fit = fit_upsampling_kernel if name in self.upsampling else fit_kernel
                 fitted = fit(value, parameter.shape[2:])
                 steps.append(f"kernel {list(value.shape[2:])} to {list(parameter.shape[2:])}")
-            if fitted is not None and name in self.input_layers and value.shape[1] != parameter.shape[1]:
-                images = self.num_images or parameter.shape[1]
-                if value.shape[1] not in (1, images) and not self.mix_input_channels:
-                    reason = f"{value.shape[1]} input channels in the source; --mix_input_channels would mix them"
-                    return None, FRESH, reason
-                fitted = fit_input_channels(fitted, images, parameter.shape[1])
-                steps.append(f"input channels {value.shape[1]} to {parameter.shape[1]}")
         if fitted is None or fitted.shape != parameter.shape:
             return None, FRESH, f"shape {list(value.shape)} in the source"
         return fitted, ADAPTED, ", ".join(steps)
+
+    def _input_layer(self, parameter: Tensor, value: Tensor, steps: list[str]) -> tuple[Tensor | None, str, str]:
+        """As `value_for`, for a first convolution, which sees images and, in a cascade, labels after them."""
+        have = self.source_images or value.shape[1]
+        images = self.num_images or parameter.shape[1]
+        fitted: Tensor | None = value
+        if value.shape[2:] != parameter.shape[2:]:
+            fitted = fit_kernel(value, parameter.shape[2:])
+            steps = [*steps, f"kernel {list(value.shape[2:])} to {list(parameter.shape[2:])}"]
+        if fitted is not None and (value.shape[1], have) != (parameter.shape[1], images):
+            if have not in (1, images) and not self.mix_input_channels:
+                return None, FRESH, f"{have} input channels in the source; --mix_input_channels would mix them"
+            fitted = fit_input_channels(fitted[:, :have], images, parameter.shape[1])
+            steps = [*steps, f"input channels {value.shape[1]} to {parameter.shape[1]}"]
+        if fitted is None or fitted.shape != parameter.shape:
+            return None, FRESH, f"shape {list(value.shape)} in the source"
+        return (fitted, ADAPTED, ", ".join(steps)) if steps else (fitted, TRANSFERRED, "")
 
 
 def _names_by_identity(network: nn.Module) -> dict[int, list[str]]:
     # nnU-Net's U-Nets list their encoder's parameters a second time under the decoder.
     names: dict[int, list[str]] = {}
-    for name, parameter in network.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
+    for listed in (network.named_parameters, network.named_buffers):
+        for name, tensor in listed(remove_duplicate=False):
+            names.setdefault(id(tensor), []).append(name)
     return names
 
 

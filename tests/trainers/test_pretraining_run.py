@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +180,64 @@ def test_a_second_run_in_the_same_folder_is_refused(nnunet: Path) -> None:
     lock = FileLock(Path(first.output_folder) / ".training.lock")
     with lock, pytest.raises(LockedError, match="another process trains"):
         first.run_training()
+
+
+def test_a_run_stopped_in_the_last_iteration_of_an_epoch_goes_on(nnunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = read_checkpoint(pretrain("Whole"))
+    with monkeypatch.context() as patch:
+        stop_in_iteration(patch, 3, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            pretrain("Stopped")
+    continued = read_checkpoint(pretrain("Stopped", "--c"))
+    assert continued["current_epoch"] == 2 and "interrupted_epoch" not in continued
+    assert whole["logging"]["val_losses"] == continued["logging"]["val_losses"]
+    for key, value in whole["network_weights"].items():
+        assert torch.equal(value, continued["network_weights"][key]), key
+
+
+def test_an_extended_run_that_is_stopped_does_not_fall_back_to_its_old_end(
+    nnunet: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pretrain("Extended", "-num_epochs", "1")
+    with monkeypatch.context() as patch:
+        stop_in_iteration(patch, 4, signal.SIGTERM)
+        with pytest.raises(SystemExit):
+            pretrain("Extended", "--c", "-num_epochs", "3")
+    assert not (run_folder("Extended") / "checkpoint_final.pth").exists()
+    saved = read_checkpoint(run_folder("Extended") / "checkpoint_latest.pth")
+    assert saved["current_epoch"] == 2
+    assert read_checkpoint(pretrain("Extended", "--c", "-num_epochs", "3"))["current_epoch"] == 3
+
+
+def test_the_learning_rate_may_change_when_a_run_goes_on(nnunet: Path) -> None:
+    pretrain("Slower", "-num_epochs", "1")
+    content = read_checkpoint(pretrain("Slower", "--c", "-num_epochs", "2", "-initial_lr", "0.0001"))
+    assert content["optimizer_state"]["param_groups"][0]["lr"] < 0.0002
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_of_a_job_saves_and_ends_without_a_traceback(
+    nnunet: Path, kind: signal.Signals
+) -> None:
+    """As clusters and terminals send it: to the data workers too."""
+    arguments = ["-d", "4", *SMALL, *SHORT, "-num_epochs", "500", "-overwrite_plans_name", "Group"]
+    environment = {**os.environ, "nnUNet_n_proc_DA": "2"}
+    job = subprocess.Popen(
+        [sys.executable, "-m", "nnunetv2_misfm.pretrain", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    until = time.monotonic() + 240
+    while not (run_folder("Group") / "metrics.csv").exists() and time.monotonic() < until:
+        time.sleep(0.2)
+    os.killpg(job.pid, kind)
+    time.sleep(0.05)
+    if kind == signal.SIGTERM:
+        os.killpg(job.pid, kind)  # torchrun passes it on to processes that the cluster has signalled itself
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 128 + kind and "Asked to stop: saved" in output and "Traceback" not in output
+    assert "interrupted_epoch" in read_checkpoint(run_folder("Group") / "checkpoint_latest.pth")

@@ -201,3 +201,22 @@ def test_unets_with_more_or_fewer_stages_are_aligned_by_resolution() -> None:
     fresh = {entry.name for entry in report.entries if entry.status == "fresh" and entry.part == "encoder"}
     assert fresh and all(name.startswith("encoder.stages.3.") for name in fresh)
     assert torch.equal(weights["decoder.stages.2.convs.0.conv.weight"], shallow.decoder.stages[1].convs[0].conv.weight)
+
+
+def test_label_channels_start_at_zero_even_where_the_numbers_of_channels_agree() -> None:
+    source, target = network(0, input_channels=3), network(1, input_channels=3)
+    weights, _ = transfer(source.state_dict(), "s", target, num_images=1, mix_input_channels=True)
+    assert weights["encoder.stems.1.project.weight"][:, 1:].abs().sum() == 0
+    again, report = transfer(weights, "a cascade", target, source_images=1, num_images=1)
+    assert torch.equal(again["encoder.stems.1.project.weight"], weights["encoder.stems.1.project.weight"])
+    assert all(entry.status != "adapted" for entry in report.entries)
+
+
+def test_statistics_arrive_under_all_names_a_unet_lists_them_by() -> None:
+    network_ = PlainConvUNet(
+        1, 2, [4, 8], nn.Conv3d, 3, [[1, 1, 1], [2, 2, 2]], 1, 3, 1, norm_op=nn.BatchNorm3d, nonlin=nn.LeakyReLU
+    )
+    source = {n: torch.full_like(v, 7) for n, v in network_.named_buffers()} | dict(network_.named_parameters())
+    weights, _ = transfer(source, "safetensors lists them once", network_)
+    network_.load_state_dict(weights)
+    assert all((buffer == 7).all() for buffer in network_.buffers())
