@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import re
 import zlib
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO
 import nibabel
 import numpy as np
 import SimpleITK as sitk
+from nibabel.openers import ImageOpener
 
 from nnunetv2_misfm.pretrain.volume_files import LeftOut, VolumeFile, split_ending
 
@@ -84,6 +86,7 @@ def read_header(file: VolumeFile) -> Header:
         if file.format == "NIfTI":
             return _nibabel_header(file, status, error)
         raise VolumeProblem(unreadable(error)) from error
+    _check_voxel_size(reader, file)
     tags = {}
     if file.format == "DICOM":
         tags = {name: reader.GetMetaData(tag).strip(" \0") for name, tag in DICOM_TAGS.items() if _has(reader, tag)}
@@ -149,6 +152,20 @@ def _header_or_reason(file: VolumeFile) -> Header | LeftOut:
 
 def _has(reader: sitk.ImageFileReader, tag: str) -> bool:
     return bool(reader.HasMetaDataKey(tag))
+
+
+def _check_voxel_size(reader: sitk.ImageFileReader, file: VolumeFile) -> None:
+    """Raise VolumeProblem for voxels without a size. Where a NIfTI says 0, ITK and nibabel take 1 mm in silence."""
+    sizes = [float(mm) for mm in reader.GetSpacing()]
+    if file.format == "NIfTI":
+        try:
+            with ImageOpener(file.path) as opened:
+                header = nibabel.Nifti1Header.from_fileobj(opened, check=False)
+        except Exception:  # another kind of NIfTI (2, or a pair of files), which ITK has read
+            return
+        sizes = [float(mm) for mm in header["pixdim"][1 : 1 + min(3, reader.GetDimension())]]
+    if not all(0 < abs(mm) < math.inf for mm in sizes):
+        raise VolumeProblem(f"voxel size {' x '.join(f'{mm:g}' for mm in sizes)} mm in its header")
 
 
 def _nibabel_header(file: VolumeFile, status: os.stat_result, itk_error: Exception) -> Header:

@@ -243,3 +243,13 @@ def test_real_folders_give_the_volumes_they_hold(real_data_folder: Path) -> None
     formats = [volume.format for volume in found.volumes]
     assert (formats.count("NIfTI"), formats.count("DICOM")) == (405, 2)
     assert not found.left_out
+
+
+@pytest.mark.parametrize("size", [0.0, float("nan")])
+def test_voxels_without_a_size_are_left_out(tmp_path: Path, size: float) -> None:
+    """ITK would take 1 mm."""
+    phantoms.write(tmp_path / "scan.nii", phantoms.mr())
+    content = bytearray((tmp_path / "scan.nii").read_bytes())
+    content[80:84] = np.float32(size).tobytes()  # pixdim[1] of the NIfTI header
+    (tmp_path / "scan.nii").write_bytes(content)
+    assert "voxel size" in only_reason(find_volumes([tmp_path]))
