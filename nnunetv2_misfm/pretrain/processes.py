@@ -86,6 +86,7 @@ class Processes:
         dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.count)
         try:
             yield
+            dist.barrier()  # a process that leaves early can take the connection from under another one's last message
         except RuntimeError as error:
             if not _lost_connection(error):
                 raise
