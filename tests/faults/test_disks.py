@@ -42,6 +42,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(small_disk: Path) 
     assert [file.name for file in small_disk.iterdir()] == [path.name]
 
 
+@pytest.mark.slow
 def test_pretraining_on_a_full_disk(
     nnunet: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -68,6 +69,7 @@ def test_preparing_a_pool_on_a_full_disk(
     assert "is full" in message or "are free" in message or "No space left" in message
 
 
+@pytest.mark.slow
 def test_planning_and_exporting_on_a_full_disk(
     nnunet: Path, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,7 +30,7 @@ from nnunetv2_misfm.transfer.networks import import_published, load_network
 from nnunetv2_misfm.transfer.pretrained import read_source
 from nnunetv2_misfm.transfer.safetensors_file import write_safetensors
 
-FEW = 150
+FEW = 80
 MANY = int(os.environ.get("MISFM_FUZZ_INPUTS", "10000"))
 MOST_SECONDS = 10.0
 MOST_BYTES = 2 * 2**30

@@ -64,7 +64,7 @@ def stop_in_iteration(monkeypatch: pytest.MonkeyPatch, number: int, kind: signal
     monkeypatch.setattr(trainer_class(), "_optimise", interrupted)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("kind", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_run_that_is_asked_to_stop_goes_on_in_the_middle_of_its_epoch(
     nnunet: Path, monkeypatch: pytest.MonkeyPatch, kind: signal.Signals
 ) -> None:
@@ -182,6 +182,7 @@ def test_a_second_run_in_the_same_folder_is_refused(nnunet: Path) -> None:
         first.run_training()
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_the_last_iteration_of_an_epoch_goes_on(nnunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = read_checkpoint(pretrain("Whole"))
     with monkeypatch.context() as patch:
@@ -195,6 +196,7 @@ def test_a_run_stopped_in_the_last_iteration_of_an_epoch_goes_on(nnunet: Path, m
         assert torch.equal(value, continued["network_weights"][key]), key
 
 
+@pytest.mark.slow
 def test_an_extended_run_that_is_stopped_does_not_fall_back_to_its_old_end(
     nnunet: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -209,6 +211,7 @@ def test_an_extended_run_that_is_stopped_does_not_fall_back_to_its_old_end(
     assert read_checkpoint(pretrain("Extended", "--c", "-num_epochs", "3"))["current_epoch"] == 3
 
 
+@pytest.mark.slow
 def test_the_learning_rate_may_change_when_a_run_goes_on(nnunet: Path) -> None:
     pretrain("Slower", "-num_epochs", "1")
     content = read_checkpoint(pretrain("Slower", "--c", "-num_epochs", "2", "-initial_lr", "0.0001"))

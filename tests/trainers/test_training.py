@@ -40,6 +40,19 @@ def pretrain(num_epochs: int = 2, *more: str) -> Path:
     return run_folder("VolumeFusionTrainer", "nnUNetMisFMPretrainPlans") / "fold_all" / "checkpoint_final.pth"
 
 
+_CHECKPOINT: list[bytes] = []
+
+
+def pretrained() -> Path:
+    """What a pretraining leaves, made once: every test has the same dataset and would train the same weights."""
+    path = run_folder("VolumeFusionTrainer", "nnUNetMisFMPretrainPlans") / "fold_all" / "checkpoint_final.pth"
+    if not _CHECKPOINT:
+        _CHECKPOINT.append(pretrain(1).read_bytes())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(_CHECKPOINT[0])
+    return path
+
+
 def plan(*more: str, num_epochs: int = 2) -> None:
     misfm_plan(["-d", "4", "-num_epochs", str(num_epochs), *SHORT, *more])
 
@@ -151,7 +164,7 @@ def _run_epochs(run: Any, count: int) -> None:
 
 
 def test_a_missing_checkpoint_is_an_error_not_a_start_from_scratch(nnunet: Path) -> None:
-    checkpoint = pretrain(1)
+    checkpoint = pretrained()
     plan("-pretrained_weights", str(checkpoint))
     checkpoint.unlink()
     with pytest.raises(CheckpointError, match="does not exist"):
@@ -167,7 +180,7 @@ def test_a_changed_checkpoint_is_noticed(nnunet: Path) -> None:
 
 
 def test_the_scratch_twin_differs_in_nothing_but_the_weights(nnunet: Path) -> None:
-    checkpoint = pretrain(1)
+    checkpoint = pretrained()
     plan("-pretrained_weights", str(checkpoint), "-schedule", "sawtooth")
     plan(
         "-pretrained_weights",
@@ -241,7 +254,7 @@ def test_too_little_memory_names_the_remedy(nnunet: Path, monkeypatch: pytest.Mo
 
 
 def test_weights_given_twice_are_an_error(nnunet: Path) -> None:
-    checkpoint = pretrain(1)
+    checkpoint = pretrained()
     plan("-pretrained_weights", str(checkpoint))
     run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
     run.initialize()
