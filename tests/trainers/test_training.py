@@ -119,6 +119,7 @@ def test_all_four_outputs_are_trained(nnunet: Path) -> None:
     assert all(layer.weight.grad.abs().sum() > 0 for layer in run.bare_network.decoder.seg_layers)
 
 
+@pytest.mark.slow
 def test_losses_fall_on_a_dataset_that_is_easy(nnunet: Path) -> None:
     plan(*NETWORK, "-num_iterations_per_epoch", "20", num_epochs=2)
     run = trainer("MisFMTrainer", "nnUNetMisFMPlans")

@@ -56,6 +56,7 @@ def test_a_memory_target_changes_patch_and_batch(nnunet: Path, capsys: pytest.Ca
     assert "of 0.75 GB" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_batch_grows_into_the_memory_and_is_limited_by_the_dataset(nnunet: Path) -> None:
     budget = MemoryBudget(4.0, architecture_entry("pctnet", 0, features_per_stage=[4, 8, 16, 32, 64]), 1, 3, "auto")
     planner = MisFMPlanner(DATASET, budget)
