@@ -14,8 +14,8 @@ from nnunetv2_misfm.architectures.resolution import strides_of
 from nnunetv2_misfm.transfer.published_weights import convert_fmunet, convert_pctnet, expand_bias_table
 
 pytestmark = pytest.mark.real_data
-# One norm each (embeddings.2.down2.conv.1.weight, decoder.upcat0.up.2.weight) differs from the recorded one by more than
-# our own float32 rounding explains; whether the recording or we are off is not known yet.
+# One norm each (embeddings.2.down2.conv.1.weight, decoder.upcat0.up.2.weight) differs from the recorded one by more
+# than our own float32 rounding explains; whether the recording or we are off is not known yet.
 UNEXPLAINED = ("pctnet_small_mode2", "fmunet_small_mode0")
 NAMES = ["pctnet_small_mode0", "pctnet_small_mode0_narrow", "pctnet_small_mode1", "pctnet_small_mode2"]
 NAMES += ["fmunet_small_mode0", "fmunet_small_mode1"]
