@@ -17,6 +17,11 @@ class PlanError(UserError, ValueError):
     """A plan, configuration or dataset cannot be used by this package."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says in one line of at most 200 characters; its type if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def exit_with_message(command: str, run: Callable[[], None]) -> None:
     """Call `run`; end the program with the message of a `UserError`, or of a full or forbidden disk, and status 2."""
     try:

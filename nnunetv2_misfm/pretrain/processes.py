@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from nnunetv2_misfm.errors import UserError
+from nnunetv2_misfm.errors import UserError, first_line
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -92,7 +92,7 @@ class Processes:
                 raise
             raise UserError(
                 f"Another process of this job ended or cannot be reached any more (noticed by process {self.rank} of "
-                f"{self.count}: {str(error).strip().splitlines()[0][:160]}). Its own output says why; exit status -9 "
+                f"{self.count}: {first_line(error)}). Its own output says why; exit status -9 "
                 f"mostly means that its machine ran out of memory. Continue the run with --c."
             ) from None
         finally:

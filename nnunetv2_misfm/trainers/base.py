@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,19 +15,18 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from nnunetv2_misfm.architectures.checkpointing import set_checkpointing
 from nnunetv2_misfm.architectures.memory import estimate_training_memory
-from nnunetv2_misfm.architectures.plan_entry import architecture_entry, degree_of_anisotropy
 from nnunetv2_misfm.architectures.resolution import total_strides
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import TRAINING_LOCK, locked
-from nnunetv2_misfm.run_settings import BLOCK, RunSettings, is_ours, run_settings
-from nnunetv2_misfm.settings import write_settings
+from nnunetv2_misfm.run_settings import BLOCK, RunSettings, run_settings
 from nnunetv2_misfm.trainers.distributed import check_batch_size, device_of_process, wrap
+from nnunetv2_misfm.trainers.own_network import with_own_network
 from nnunetv2_misfm.trainers.schedules import StagedSchedule, parameter_groups
 from nnunetv2_misfm.transfer.checkpoint import (
     CheckpointError,
@@ -45,33 +43,6 @@ from nnunetv2_misfm.transfer.transfer import part_of
 _FIRST_LOSSES = 5
 _LATEST, _PREVIOUS = "checkpoint_latest.pth", "checkpoint_previous.pth"
 CUDA = torch.device("cuda")  # nnU-Net's default device
-
-
-def with_own_network(plans: dict[str, Any], configuration: str, kind: type[RunSettings]) -> dict[str, Any]:
-    """A copy of the plans whose configuration names the network to train.
-
-    Plans of ours already do. In ordinary nnU-Net plans the configuration's network is replaced by PCT-Net, its degree
-    of anisotropy taken from the plan's poolings and everything else from the defaults.
-
-    Raises:
-        PlanError: for a configuration that is missing or not 3D.
-    """
-    plans = deepcopy(plans)
-    if configuration not in plans["configurations"]:
-        known = ", ".join(plans["configurations"])
-        raise PlanError(f"The plans {plans['plans_name']} have no configuration {configuration!r}; they have: {known}.")
-    resolved = PlansManager(plans).get_configuration(configuration).configuration
-    if len(resolved["patch_size"]) != 3:
-        raise PlanError(
-            f"The configuration {configuration!r} of the plans {plans['plans_name']} is 2D (patch size "
-            f"{list(resolved['patch_size'])}), but Volume Fusion and PCT-Net are 3D. Use a 3D configuration such as "
-            f"3d_fullres, or nnU-Net's own trainer for 2d."
-        )
-    if not is_ours(plans):
-        entry = architecture_entry("pctnet", degree_of_anisotropy(resolved))
-        plans["configurations"][configuration]["architecture"] = entry
-        plans[BLOCK] = {"task": kind.TASK, **write_settings(kind())}
-    return plans
 
 
 class BaseTrainer(nnUNetTrainer):
@@ -236,10 +207,10 @@ class BaseTrainer(nnUNetTrainer):
         folder = Path(self.output_folder)
         folder.mkdir(parents=True, exist_ok=True)
         final = folder / "checkpoint_final.pth"
-        if 0 < self.current_epoch < self.num_epochs and final.is_file():
-            # A finished run that goes on is not finished any more; nnU-Net would prefer its old end to what comes now.
-            final.replace(folder / _LATEST)
         with locked(folder / TRAINING_LOCK, 0.0, "another process trains in this results folder"):
+            if 0 < self.current_epoch < self.num_epochs and final.is_file():
+                # A run that goes on is not finished any more; nnU-Net would prefer its old end to what comes now.
+                final.replace(folder / _LATEST)
             super().run_training()
 
     # ---------------------------------------------------------------- memory

@@ -81,9 +81,9 @@ class VolumeFusionTrainer(BaseTrainer):
         self.pretraining = cast(PretrainingSettings, self.settings)
         self.metrics = MetricsFile(Path(self.output_folder) / "metrics.csv") if self.output_folder else None
         self._scores: dict[str, Any] = {}
-        arguments = self.configuration_manager.network_arch_init_kwargs
+        stems = tuple(self.configuration_manager.network_arch_init_kwargs.get("stems") or ())
         # A network with several stems trains them in turn, each on crops of its degree of anisotropy.
-        self._degrees: tuple[int, ...] = tuple(arguments.get("stems") or ()) if "stems" in arguments else ()
+        self._degrees: tuple[int, ...] = stems if len(stems) > 1 else ()
         self._interrupted: InterruptedEpoch | None = None
         self._losses: list[float] = []
         self._stop = StopRequest()
@@ -106,15 +106,15 @@ class VolumeFusionTrainer(BaseTrainer):
         self._guard = StepGuard(self.bare_network)
 
     def _some_parameters_unused(self) -> bool:
-        return len(self._degrees) > 1
+        return bool(self._degrees)
 
     def _use_stem(self, degree: int) -> None:
         """Choose the stem of a network that has several, and with it the sizes of the outputs."""
-        if len(self._degrees) > 1:
+        if self._degrees:
             self.bare_network.use_anisotropy(degree)  # type: ignore[operator]
 
     def _network_strides(self) -> list[tuple[int, int, int]]:
-        if len(self._degrees) < 2 or not self.was_initialized:
+        if not self._degrees or not self.was_initialized:
             return super()._network_strides()
         return total_strides(strides_of(cast(PCTNet, self.bare_network).anisotropy))[:-1]
 
@@ -151,7 +151,7 @@ class VolumeFusionTrainer(BaseTrainer):
         epochs_done, start = divmod(done, self.num_iterations_per_epoch)  # it may have been stopped in the last one
         pairs = CropPairs(identifiers=training, augment=self.augmentation, **common)
         fixed = validation_pairs(identifiers=validation, **common)
-        if len(self._degrees) > 1:
+        if self._degrees:
             loading["anisotropy"] = self._degrees
         batches = pair_loader(
             pairs,
@@ -363,7 +363,7 @@ class VolumeFusionTrainer(BaseTrainer):
             seed=self.pretraining.seed,
             num_channels=self.num_input_channels,
         )
-        degrees = self._degrees[:1] if len(self._degrees) > 1 else (0,)
+        degrees = self._degrees[:1] or (0,)
         batch = next(pair_loader(pairs, min(4, self.configuration_manager.batch_size), 1, anisotropy=degrees))
         self._use_stem(batch.anisotropy)
         data, labels = self._fused(batch)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnunetv2_misfm.errors import UserError
+from nnunetv2_misfm.errors import UserError, first_line
 from nnunetv2_misfm.files import written_whole
 
 FORMAT_VERSION = 1
@@ -110,7 +110,7 @@ def not_written(path: str | os.PathLike[str], error: Exception) -> CheckpointErr
     """The error for a file that could not be written, mostly because the disk is full."""
     free = shutil.disk_usage(Path(path).parent).free / 2**20
     return CheckpointError(
-        f"{path} could not be written ({_first_line(error)}); {free:.0f} MB are free there. What was there before is "
+        f"{path} could not be written ({first_line(error)}); {free:.0f} MB are free there. What was there before is "
         f"intact. Make room or check the folder's permissions, and run the command again (with --c to continue a run)."
     )
 
@@ -135,12 +135,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than plain data and was not loaded, because loading it could run code from the file "
-            f"({_first_line(error)}). If you trust its author, load it once with nnU-Net and save its network_weights "
+            f"({first_line(error)}). If you trust its author, load it once with nnU-Net and save its network_weights "
             f"as plain tensors."
         ) from None
     except Exception as error:  # whatever damaged bytes make the unpickler stumble over
         raise CheckpointError(
-            f"{path} is not a readable checkpoint; it may be truncated or of another format ({_first_line(error)}). "
+            f"{path} is not a readable checkpoint; it may be truncated or of another format ({first_line(error)}). "
             f"Copy or download it again."
         ) from None
     if not isinstance(content, dict):
@@ -206,7 +206,3 @@ def _numpy_scalars() -> list[Any]:
     names = [(scalar, f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")]
     dtypes = {type(np.dtype(name)) for name in ("float64", "float32", "float16", "int64", "int32", "bool")}
     return [*names, np.dtype, *dtypes]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

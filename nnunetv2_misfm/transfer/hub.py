@@ -10,6 +10,7 @@ import os
 import re
 from pathlib import Path
 
+from nnunetv2_misfm.errors import first_line
 from nnunetv2_misfm.transfer.checkpoint import CheckpointError
 
 DEFAULT_FILE = "model.safetensors"
@@ -40,7 +41,7 @@ def download(name: str) -> tuple[Path, str]:
         )
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
-            f"{name} is not in the cache and the Hub cannot be reached ({_first_line(error)}). Connect to the network "
+            f"{name} is not in the cache and the Hub cannot be reached ({first_line(error)}). Connect to the network "
             f"once, or give the path of a file."
         ) from None
     except EntryNotFoundError:
@@ -49,12 +50,8 @@ def download(name: str) -> tuple[Path, str]:
         ) from None
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{name} cannot be downloaded ({_first_line(error)}). Check the name, and log in with `hf auth login` if "
+            f"{name} cannot be downloaded ({first_line(error)}). Check the name, and log in with `hf auth login` if "
             f"the repository is private."
         ) from None
     commit = Path(path).parts[-1 - len(Path(file).parts)]
     return Path(path), f"hf:{repository}@{commit}:{file}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

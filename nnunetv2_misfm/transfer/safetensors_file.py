@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from nnunetv2_misfm.errors import first_line
 from nnunetv2_misfm.files import written_whole
 from nnunetv2_misfm.transfer.checkpoint import (
     BLOCK,
@@ -65,7 +66,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], C
         block = json.loads(metadata[BLOCK]) if BLOCK in metadata else None
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path} is not a readable safetensors file ({str(error)[:200]}). Copy or download it again."
+            f"{path} is not a readable safetensors file ({first_line(error)}). Copy or download it again."
         ) from None
     info = checkpoint_info({BLOCK: block}, path)
     if info is None:
