@@ -17,13 +17,17 @@ PAGE = RESULTS / "README.md"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--reference", help="checkout of openmedlab/MIS-FM: run network_speed.py")
+    parser.add_argument(
+        "--reference", help="checkout of openmedlab/MIS-FM: run network_speed.py, with --pymic gradient_parity.py"
+    )
     parser.add_argument("--nnssl", help="checkout of MIC-DKFZ/nnssl: run fusion_speed.py, with --pymic")
     parser.add_argument("--pymic", help="checkout of HiLab-git/PyMIC")
     parser.add_argument("--run", action="store_true", help="run the scripts that need no checkout")
     options = parser.parse_args()
     if options.reference:
         run("network_speed.py", "--reference", options.reference)
+    if options.reference and options.pymic:
+        run("gradient_parity.py", "--reference", options.reference, "--pymic", options.pymic)
     if options.nnssl and options.pymic:
         run("fusion_speed.py", "--nnssl", options.nnssl, "--pymic", options.pymic)
     if options.run:

@@ -13,7 +13,7 @@ from nnunetv2_misfm.errors import PlanError, exit_with_message
 
 PLANS = {"pretrained": "nnUNetMisFMPlans", "from scratch": "nnUNetMisFMScratchPlans"}
 _NUM_VOLUMES, _NUM_TRAINING, _NUM_TEST = 16, 6, 3
-_PRETRAINING_EPOCHS, _FINETUNING_EPOCHS, _ITERATIONS = 7, 8, 12
+_PRETRAINING_EPOCHS, _FINETUNING_EPOCHS, _ITERATIONS = 10, 8, 12
 _NETWORK = ("-features_per_stage", "6", "12", "24", "48", "96")
 _PATCH = ("-patch_size", "8", "48", "48", "-batch_size", "2")
 
@@ -77,7 +77,8 @@ def _use_folders(folder: Path) -> None:
         os.environ[name] = str(folder / name)
     # Before nnU-Net is imported, which reads them once: each worker process would cost seconds of imports.
     os.environ["nnUNet_def_n_proc"] = "1"
-    os.environ["nnUNet_n_proc_DA"] = "1"
+    # In this process the run's seed reaches nnU-Net's augmentation: the same demo twice gives the same numbers.
+    os.environ["nnUNet_n_proc_DA"] = "0"
     os.environ["nnUNet_compile"] = "0"
     keep_cores_free()
     os.environ.setdefault("MPLBACKEND", "Agg")

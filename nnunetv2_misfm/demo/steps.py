@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -63,14 +64,17 @@ class Demo:
             misfm_pretrain(
                 ["-i", str(self.volumes), "-d", _POOL_ID, "-n", _POOL_NAME, "-modality", "ct", "-np", "1"]
                 + ["-num_epochs", str(epochs), "-num_iterations_per_epoch", str(iterations)]
-                + ["-num_val_iterations_per_epoch", "2", "-device", self.device, *options]
+                + ["-num_val_iterations_per_epoch", "2", "-initial_lr", "0.003", "-device", self.device, *options]
             )
         pool = self.folder / "nnUNet_results" / f"Dataset{_POOL_ID}_{_POOL_NAME}"
         return pool / "VolumeFusionTrainer__nnUNetPlans__3d_fullres" / "fold_all" / "checkpoint_final.pth"
 
     def plan_with_nnunet(self) -> None:
         """What nnUNetv2_plan_and_preprocess -d 999 -c 3d_fullres does."""
-        with step("nnU-Net plans, preprocesses", self.log, 3, r"(Dataset999|Plans were saved|Configuration:)"):
+        # nnU-Net's planner takes the number of data workers, 0 here, for a number of threads.
+        one_worker = patch.dict(os.environ, nnUNet_n_proc_DA="1")
+        messages = r"(Dataset999|Plans were saved|Configuration:)"
+        with one_worker, step("nnU-Net plans, preprocesses", self.log, 3, messages):
             extract_fingerprints([int(_DATASET_ID)], num_processes=1, show_progress_bar=False)
             plan_experiments([int(_DATASET_ID)])
             preprocess([int(_DATASET_ID)], configurations=["3d_fullres"], num_processes=[1], show_progress_bar=False)
@@ -82,7 +86,8 @@ class Demo:
         # Three times the published learning rate: a run this short needs larger steps.
         common += ["-num_val_iterations_per_epoch", "2", "-initial_lr", "0.003"]
         with step("Planning the fine-tunings", self.log, 2, r"Train with"):
-            misfm_plan([*common, "-overwrite_plans_name", "nnUNetMisFMPlans"])
+            # The default's two ramps would take a quarter of the epochs.
+            misfm_plan([*common, "-overwrite_plans_name", "nnUNetMisFMPlans", "-schedule", "default"])
             misfm_plan([*common, "-overwrite_plans_name", "nnUNetMisFMScratchPlans", "--from_scratch"])
 
     def finetune_and_test(self, name: str, plans: str, epochs: int) -> Arm:
