@@ -13,7 +13,7 @@ from nnunetv2_misfm.errors import PlanError, exit_with_message
 
 PLANS = {"pretrained": "nnUNetMisFMPlans", "from scratch": "nnUNetMisFMScratchPlans"}
 _NUM_VOLUMES, _NUM_TRAINING, _NUM_TEST = 16, 6, 3
-_PRETRAINING_EPOCHS, _FINETUNING_EPOCHS, _ITERATIONS = 10, 8, 12
+_PRETRAINING, _FINETUNING = (10, 16), (8, 12)  # epochs, iterations of each
 _NETWORK = ("-features_per_stage", "6", "12", "24", "48", "96")
 _PATCH = ("-patch_size", "8", "48", "48", "-batch_size", "2")
 
@@ -45,10 +45,10 @@ def demo(folder: Path, device: str | None) -> None:
     job = Demo(folder, device)
     print(f"Working in {folder} on {job.device}; the full output goes to {job.log}.")
     job.make_volumes(_NUM_VOLUMES, _NUM_TRAINING, _NUM_TEST)
-    pretrained = job.pretrain(_PRETRAINING_EPOCHS, _ITERATIONS, [*_NETWORK, *_PATCH])
+    pretrained = job.pretrain(*_PRETRAINING, [*_NETWORK, *_PATCH])
     job.plan_with_nnunet()
-    job.plan_finetuning(pretrained, _FINETUNING_EPOCHS, _ITERATIONS, list(_PATCH))
-    arms = [job.finetune_and_test(name, plans, _FINETUNING_EPOCHS) for name, plans in PLANS.items()]
+    job.plan_finetuning(pretrained, *_FINETUNING, list(_PATCH))
+    arms = [job.finetune_and_test(name, plans, _FINETUNING[0]) for name, plans in PLANS.items()]
     report = write_report(
         folder,
         pretrained.parent,

@@ -83,8 +83,8 @@ class Demo:
         """misfm_plan twice: with the pretrained weights, and the same without them."""
         common = ["-d", _DATASET_ID, "-c", "3d_fullres", "-pretrained_weights", str(checkpoint), "-np", "1", *options]
         common += ["-num_epochs", str(epochs), "-num_iterations_per_epoch", str(iterations)]
-        # Three times the published learning rate: a run this short needs larger steps.
-        common += ["-num_val_iterations_per_epoch", "2", "-initial_lr", "0.003"]
+        # Ten times the published learning rate: runs this short need larger steps.
+        common += ["-num_val_iterations_per_epoch", "2", "-initial_lr", "0.01"]
         with step("Planning the fine-tunings", self.log, 2, r"Train with"):
             # The default's two ramps would take a quarter of the epochs.
             misfm_plan([*common, "-overwrite_plans_name", "nnUNetMisFMPlans", "-schedule", "default"])
