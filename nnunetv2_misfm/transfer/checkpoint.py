@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import shutil
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -184,17 +184,29 @@ def network_weights(checkpoint: Mapping[str, Any], path: str | os.PathLike[str])
 
 
 def plain(value: Any) -> Any:
-    """The same data in types that `weights_only=True` reads: numpy numbers become Python's, tensors go to the CPU."""
+    """The same data in types that `weights_only=True` reads: numpy numbers become Python's, tensors go to the CPU.
+
+    A tensor with several names, as nnU-Net's U-Nets have (the decoder holds the encoder too), stays one tensor: copied
+    from a GPU once for each name it would be stored as often.
+    """
+    return _plain(value, {})
+
+
+def _plain(value: Any, copies: dict[Hashable, Tensor]) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().cpu()
+        where = (value.device, value.untyped_storage().data_ptr(), value.storage_offset())
+        key = (*where, value.shape, value.stride(), value.dtype)
+        if key not in copies or value.numel() == 0:
+            copies[key] = value.detach().cpu()
+        return copies[key]
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, Mapping):
-        return {plain(key): plain(entry) for key, entry in value.items()}
+        return {_plain(key, copies): _plain(entry, copies) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
+        return [_plain(entry, copies) for entry in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return str(value)  # torch.device, paths

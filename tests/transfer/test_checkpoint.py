@@ -108,3 +108,15 @@ def test_a_newer_format_asks_for_an_update() -> None:
 def test_prefixes_of_wrappers_are_dropped() -> None:
     weights = network_weights({"network_weights": {"module._orig_mod.a": torch.zeros(1)}}, "x.pth")
     assert list(weights) == ["a"]
+
+
+def test_a_tensor_of_two_names_is_stored_once_from_a_gpu_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.rand(1000)
+    once = {**content(), "network_weights": {"a": weight}}
+    twice = {**content(), "network_weights": {"a": weight, "b": weight, "half": weight[:500]}}
+    monkeypatch.setattr(torch.Tensor, "cpu", torch.Tensor.clone)  # what it does for a tensor on a GPU
+    write_checkpoint(once, INFO, tmp_path / "once.pth")
+    write_checkpoint(twice, INFO, tmp_path / "twice.pth")
+    assert (tmp_path / "twice.pth").stat().st_size < (tmp_path / "once.pth").stat().st_size + 3000
+    read = read_checkpoint(tmp_path / "twice.pth")["network_weights"]
+    assert torch.equal(read["b"], weight) and torch.equal(read["half"], weight[:500])
