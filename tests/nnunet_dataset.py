@@ -70,8 +70,12 @@ def plans(spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> dict[str, An
     }
 
 
-def make_dataset(root: Path) -> Path:
+def make_dataset(root: Path, **description: Any) -> Path:
     """Write the raw and the preprocessed dataset below nnUNet_raw and nnUNet_preprocessed in `root`.
+
+    Args:
+        root: where to.
+        description: entries of dataset.json, other labels for example.
 
     Returns:
         The dataset's folder in nnUNet_preprocessed.
@@ -80,7 +84,13 @@ def make_dataset(root: Path) -> Path:
     for folder in (raw / "imagesTr", raw / "labelsTr", preprocessed / "nnUNetPlans_3d_fullres"):
         folder.mkdir(parents=True)
     (preprocessed / "gt_segmentations").mkdir()
-    dataset = {"channel_names": {"0": "MRI"}, "labels": LABELS, "numTraining": len(CASES), "file_ending": ".nii.gz"}
+    dataset: dict[str, Any] = {
+        "channel_names": {"0": "MRI"},
+        "labels": LABELS,
+        "numTraining": len(CASES),
+        "file_ending": ".nii.gz",
+    }
+    dataset |= description
     for folder in (raw, preprocessed):
         (folder / "dataset.json").write_text(json.dumps(dataset))
     (preprocessed / "dataset_fingerprint.json").write_text('{"median_relative_size_after_cropping": 1.0}')
