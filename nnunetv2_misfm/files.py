@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nnunetv2_misfm.errors import UserError
+from nnunetv2_misfm.errors import UserError, first_line
 
 
 @contextmanager
@@ -63,8 +64,12 @@ def locked(path: Path, timeout: float, message: str) -> Iterator[None]:
         lock.acquire(timeout=timeout)
     except Timeout as error:
         raise LockedError(f"{message} ({path} is locked); wait for it or stop it") from error
-    except (NotImplementedError, OSError):
+    except (NotImplementedError, OSError) as error:
         # Some shared file systems have no locks. They only guard against doing the same twice by mistake.
+        warnings.warn(
+            f"{path} cannot be locked ({first_line(error)}), so nothing stops a second process here: start only one.",
+            stacklevel=3,  # contextlib's frame is in between
+        )
         yield
         return
     try:

@@ -48,11 +48,9 @@ def dataset_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def nnunet(dataset_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with nnU-Net's three folders, which the environment names; loading runs in this process."""
+    from nnunet_dataset import use_folders
+
     root = tmp_path / "nnunet"
     shutil.copytree(dataset_template, root)
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (root / name).mkdir(exist_ok=True)
-        monkeypatch.setenv(name, str(root / name))
-    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    monkeypatch.setenv("nnUNet_compile", "0")
+    use_folders(root, monkeypatch)
     return root

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import SimpleITK as sitk
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -107,3 +108,12 @@ def make_dataset(root: Path, **description: Any) -> Path:
         target = str(preprocessed / "nnUNetPlans_3d_fullres" / case)
         preprocessor.run_case_save(target, [str(image_file)], str(label_file), manager, configuration, dataset)
     return preprocessed
+
+
+def use_folders(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the environment name nnU-Net's three folders in `root`; loading runs in this process."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (root / name).mkdir(exist_ok=True)
+        monkeypatch.setenv(name, str(root / name))
+    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
+    monkeypatch.setenv("nnUNet_compile", "0")

@@ -196,7 +196,7 @@ def _plain(value: Any, copies: dict[Hashable, Tensor]) -> Any:
     if isinstance(value, Tensor):
         where = (value.device, value.untyped_storage().data_ptr(), value.storage_offset())
         key = (*where, value.shape, value.stride(), value.dtype)
-        if key not in copies or value.numel() == 0:
+        if key not in copies:
             copies[key] = value.detach().cpu()
         return copies[key]
     if isinstance(value, np.generic):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from nnunet_dataset import NAME, make_dataset
+from nnunet_dataset import NAME, make_dataset, use_folders
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import get_trainer_from_args
 
@@ -41,11 +41,7 @@ def test_a_pretrained_network_learns_other_kinds_of_labels(
     predicted: set[int],
 ) -> None:
     make_dataset(tmp_path, **description)
-    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (tmp_path / name).mkdir(exist_ok=True)
-        monkeypatch.setenv(name, str(tmp_path / name))
-    monkeypatch.setenv("nnUNet_n_proc_DA", "0")
-    monkeypatch.setenv("nnUNet_compile", "0")
+    use_folders(tmp_path, monkeypatch)
     add_plugin_folder()
     features = ["-features_per_stage", "4", "4", "8", "16", "32"]
     misfm_pretrain(["-d", "4", "-device", "cpu", "-num_epochs", "1", *features, *SHORT])

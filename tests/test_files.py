@@ -1,0 +1,41 @@
+"""Locks of our own: a second process is refused, and where nothing can be locked the user is told."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import pytest
+from filelock import FileLock
+
+from nnunetv2_misfm.files import LockedError, locked
+
+
+def test_a_second_holder_is_refused_until_the_first_is_done(tmp_path: Path) -> None:
+    path = tmp_path / "a.lock"
+    with (
+        locked(path, 0.0, "another process trains"),
+        pytest.raises(LockedError, match="another process trains"),
+        locked(path, 0.0, "another process trains"),
+    ):
+        pass
+    with locked(path, 0.0, "another process trains"):
+        assert path.exists()
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOLCK, "No locks available"), NotImplementedError("no flock")])
+def test_a_file_system_without_locks_is_used_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def acquire(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    entered = False
+    with (
+        pytest.warns(UserWarning, match=r"a\.lock cannot be locked .*start only one") as caught,
+        locked(tmp_path / "a.lock", 0.0, "another process trains"),
+    ):
+        entered = True
+    assert entered and caught[0].filename == __file__
