@@ -26,6 +26,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from low_label_report import write_report
 from provenance import processor
@@ -67,14 +68,35 @@ SETTINGS = {
         predict=(),
     ),
 }
-# What each arm pretrains with and on; None trains from scratch.
-ARMS: dict[str, tuple[str, ...] | None] = {
-    "nnunet": None,
-    "scratch": None,
-    "boxes": ("boxes", POOL),
-    "blocks": ("blocks", POOL),
-    "encoder_only": ("boxes", POOL),
-    "boxes_wide_pool": ("boxes", WIDE_POOL),
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """A checkpoint to start from, by the options of misfm_pretrain that make it."""
+
+    name: str
+    options: tuple[str, ...] = ()
+    pool: str = POOL
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is trained: with which trainer, from which weights, with which options of misfm_plan."""
+
+    pretraining: Pretraining | None = None
+    plan: tuple[str, ...] = ()
+    trainer: str = "MisFMTrainer"
+
+
+BOXES = Pretraining("boxes", ("-geometry", "boxes"))
+BLOCKS = Pretraining("blocks", ("-geometry", "blocks"))
+ARMS = {
+    "nnunet": Arm(trainer="LowLabelStockTrainer"),
+    "scratch": Arm(),
+    "boxes": Arm(BOXES),
+    "blocks": Arm(BLOCKS),
+    "encoder_only": Arm(BOXES, ("--encoder_only",)),
+    "boxes_wide_pool": Arm(dataclasses.replace(BOXES, pool=WIDE_POOL)),
 }
 CORE = ("scratch", "boxes", "blocks", "encoder_only")
 
@@ -166,53 +188,42 @@ class Study:
         order = sorted(self.training, key=lambda case: hashlib.sha256(f"{seed} {case}".encode()).digest())
         return sorted(order[:number] if number else order)
 
-    def checkpoint(self, geometry: str, pool: str) -> Path:
+    def checkpoint(self, pretraining: Pretraining) -> Path:
         """Weights pretrained on a pool, made if they are not there."""
-        plans = f"{geometry}Plans"
-        run = self.results / pool / f"VolumeFusionTrainer__{plans}__3d_fullres" / "fold_all"
+        plans = f"{pretraining.name}Plans"
+        run = self.results / pretraining.pool / f"VolumeFusionTrainer__{plans}__3d_fullres" / "fold_all"
         checkpoint = run / "checkpoint_final.pth"
         if not checkpoint.is_file():
             epochs, iterations = map(str, self.setting.pretraining)
             folders = ["-i", str(self.work / "unlabelled")]
-            if pool == WIDE_POOL:
+            if pretraining.pool == WIDE_POOL:
                 if self.more_volumes is None:
                     raise SystemExit("the arm boxes_wide_pool needs --more-volumes")
                 folders += ["-i", str(self.more_volumes)]
-            number, name = pool.removeprefix("Dataset").split("_", 1)
+            number, name = pretraining.pool.removeprefix("Dataset").split("_", 1)
             continued = ["--c"] if (run / "checkpoint_latest.pth").is_file() else []
             self.command(
                 *("misfm_pretrain", *folders, "-d", number, "-n", name, "-plans_from", "704"),
-                *("-overwrite_plans_name", plans, "-geometry", geometry, "-device", self.setting.device),
+                *("-overwrite_plans_name", plans, "-device", self.setting.device),
                 *("-num_epochs", epochs, "-num_iterations_per_epoch", iterations),
                 *("-num_val_iterations_per_epoch", "10", "-batch_size", str(self.setting.batch_size)),
-                *(*self.setting.network, *continued),
+                *(*self.setting.network, *pretraining.options, *continued),
             )
         return checkpoint
 
     # ------------------------------------------------------------ one run
 
-    def run(self, arm: str, labelled: int, seed: int) -> None:
-        """Train, predict and evaluate, unless that was done."""
-        record = RESULTS / self.name / f"{arm}_n{labelled or 'all'}_seed{seed}.json"
+    def run(self, name: str, labelled: int, seed: int) -> None:
+        """Train, predict the test cases and evaluate, unless that was done."""
+        record = RESULTS / self.name / f"{name}_n{labelled or 'all'}_seed{seed}.json"
         if record.is_file():
             return
-        print(f"--- {arm}, {labelled or 'all'} labelled cases, seed {seed}", flush=True)
-        fold = str(LABELLED.index(labelled) * MOST_SEEDS + seed)
-        plans = f"{arm}_{seed}"
-        self._plan(arm, seed, plans)
-        trainer = "LowLabelStockTrainer" if arm == "nnunet" else "MisFMTrainer"
-        folder = self.results / DATASET / f"{trainer}__{plans}__3d_fullres"
-        started = time.monotonic()
-        continued = ["--c"] if (folder / f"fold_{fold}" / "checkpoint_latest.pth").is_file() else []
-        self.command(
-            "nnUNetv2_train", "704", "3d_fullres", fold, "-tr", trainer, "-p", plans, "-device", self.setting.device,
-            *continued,
-        )  # fmt: skip
-        seconds = time.monotonic() - started
+        folder, content = self.train(name, ARMS[name], labelled, seed)
+        plans, fold = folder.parent.name.split("__")[1], folder.name.removeprefix("fold_")
         predictions = self.work / "predictions" / f"{plans}_{fold}"
         self.command(
             *("nnUNetv2_predict", "-i", str(self.raw / "imagesTs"), "-o", str(predictions), "-d", "704"),
-            *("-c", "3d_fullres", "-f", fold, "-tr", trainer, "-p", plans, "-device", self.setting.device),
+            *("-c", "3d_fullres", "-f", fold, "-tr", ARMS[name].trainer, "-p", plans, "-device", self.setting.device),
             *self.setting.predict,
         )
         self.command(
@@ -220,58 +231,80 @@ class Study:
             *("-djfile", str(self.raw / "dataset.json"), "-pfile", str(self.preprocessed / f"{plans}.json")),
             *("-np", "2"),
         )
-        summary = json.loads((predictions / "summary.json").read_text())
-        content = {
-            "arm": arm,
+        content |= dice(predictions / "summary.json", "test_dice")
+        record.parent.mkdir(parents=True, exist_ok=True)
+        record.write_text(json.dumps(content, indent=1))
+        shutil.rmtree(folder)
+
+    def train(self, name: str, arm: Arm, labelled: int, seed: int) -> tuple[Path, dict[str, Any]]:
+        """Plan and train one arm with the labelled cases of a seed.
+
+        Returns:
+            The folder of the trained fold, and what is to be recorded of the training.
+        """
+        print(f"--- {name}, {labelled or 'all'} labelled cases, seed {seed}", flush=True)
+        plans, fold = f"{name}_{seed}", str(LABELLED.index(labelled) * MOST_SEEDS + seed)
+        self._plan(arm, seed, plans)
+        folder = self.results / DATASET / f"{arm.trainer}__{plans}__3d_fullres" / f"fold_{fold}"
+        continued = ["--c"] if (folder / "checkpoint_latest.pth").is_file() else []
+        self.command(
+            *("nnUNetv2_train", "704", "3d_fullres", fold, "-tr", arm.trainer, "-p", plans),
+            *("-device", self.setting.device, *continued),
+        )
+        logged = self._logged(folder)
+        ends = zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"], strict=True)
+        return folder, {
+            "arm": name,
             "labelled": labelled or len(self.training),
             "seed": seed,
-            "test_dice": summary["foreground_mean"]["Dice"],
-            "test_dice_per_label": {label: values["Dice"] for label, values in summary["mean"].items()},
-            "validation_dice": self._curve(folder / f"fold_{fold}"),
+            "validation_curve": logged["mean_fg_dice"],
+            **dice(folder / "validation" / "summary.json", "validation_dice"),
             "iterations_per_epoch": self.setting.finetuning[1],
-            "training_seconds": round(seconds),
+            "training_seconds": round(sum(end - start for start, end in ends)),
+            "options": {
+                "misfm_pretrain": " ".join(arm.pretraining.options) if arm.pretraining else None,
+                "misfm_plan": " ".join(arm.plan),
+            },
             "setting": dataclasses.asdict(self.setting),
             "device": processor() if self.setting.device == "cpu" else self.setting.device,
             "python": platform.python_version(),
             "date": time.strftime("%Y-%m-%d"),
         }
-        record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(content, indent=1))
-        shutil.rmtree(folder / f"fold_{fold}")
 
-    def _plan(self, arm: str, seed: int, plans: str) -> None:
+    def _plan(self, arm: Arm, seed: int, plans: str) -> None:
         epochs, iterations, validation = map(str, self.setting.finetuning)
-        if arm == "nnunet":
+        if arm.trainer == "LowLabelStockTrainer":
             # nnU-Net's own plans with the batch size of the other arms.
             content = json.loads((self.preprocessed / "nnUNetPlans.json").read_text())
             content["plans_name"] = plans
             content["configurations"]["3d_fullres"]["batch_size"] = self.setting.batch_size
             (self.preprocessed / f"{plans}.json").write_text(json.dumps(content))
             return
-        pretraining = ARMS[arm]
-        # The baseline is planned for the same network, without its weights.
+        # The baseline is planned for the same network, without weights.
         weights = ["--from_scratch"]
-        if pretraining is not None:
-            weights = ["-pretrained_weights", str(self.checkpoint(*pretraining))]
-        if arm == "encoder_only":
-            weights += ["--encoder_only"]
+        if arm.pretraining is not None:
+            weights = ["-pretrained_weights", str(self.checkpoint(arm.pretraining))]
         self.command(
             *("misfm_plan", "-d", "704", "-c", "3d_fullres", "-overwrite_plans_name", plans, *weights),
             *("-batch_size", str(self.setting.batch_size), "-seed", str(seed), "-num_epochs", epochs),
             *("-num_iterations_per_epoch", iterations, "-num_val_iterations_per_epoch", validation),
-            *self.setting.network,
+            *(*self.setting.network, *arm.plan),
         )
 
-    def _curve(self, folder: Path) -> list[float]:
-        """nnU-Net's pseudo Dice on the validation cases, after each epoch."""
+    def _logged(self, folder: Path) -> dict[str, list[float]]:
+        """What nnU-Net logged after each epoch of a finished run."""
         program = (
-            "import json, sys, torch; c = torch.load(sys.argv[1], map_location='cpu', weights_only=False); "
-            "print(json.dumps([float(d) for d in c['logging']['mean_fg_dice']]))"
+            "import json, sys, torch; c = torch.load(sys.argv[1], map_location='cpu', weights_only=False)['logging']; "
+            "print(json.dumps({name: list(map(float, c[name])) for name in sys.argv[2:]}))"
         )
+        names = ("mean_fg_dice", "epoch_start_timestamps", "epoch_end_timestamps")
         done = subprocess.run(
-            [sys.executable, "-c", program, str(folder / "checkpoint_final.pth")], capture_output=True, text=True
+            [sys.executable, "-c", program, str(folder / "checkpoint_final.pth"), *names],
+            capture_output=True,
+            text=True,
+            check=True,
         )
-        return list(json.loads(done.stdout))
+        return dict(json.loads(done.stdout))
 
     def command(self, *words: str) -> None:
         """Run a command as a user would; its output goes to the log in the work folder."""
@@ -282,6 +315,13 @@ class Study:
             done = subprocess.run([str(program), *words[1:]], env=self.environment, stdout=log, stderr=log)
         if done.returncode != 0:
             raise SystemExit(f"{' '.join(words)} failed; see {self.work / 'low_label.log'}")
+
+
+def dice(summary: Path, key: str) -> dict[str, Any]:
+    """The foreground Dice of a summary.json of nnU-Net, and the Dice of each label."""
+    content = json.loads(summary.read_text())
+    per_label = {label: values["Dice"] for label, values in content["mean"].items()}
+    return {key: content["foreground_mean"]["Dice"], f"{key}_per_label": per_label}
 
 
 if __name__ == "__main__":

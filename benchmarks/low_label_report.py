@@ -100,8 +100,8 @@ def iterations_to(runs: dict[int, dict[str, Any]], scratch: dict[int, dict[str, 
     seeds = sorted(set(runs) & set(scratch))
     if not seeds:
         return ""
-    goal = np.mean([scratch[seed]["validation_dice"][-1] for seed in seeds])
-    curve = np.mean([runs[seed]["validation_dice"] for seed in seeds], axis=0)
+    goal = np.mean([scratch[seed]["validation_curve"][-1] for seed in seeds])
+    curve = np.mean([runs[seed]["validation_curve"] for seed in seeds], axis=0)
     reached = np.flatnonzero(curve >= goal)
     if len(reached) == 0:
         return "not reached"
@@ -116,7 +116,7 @@ def draw(runs: Runs, path: Path) -> None:
     for row, labelled in zip(axes, numbers, strict=True):
         for index, arm in enumerate(sorted(a for a, n in runs if n == labelled)):
             by_seed = runs[arm, labelled]
-            curves = np.array([run["validation_dice"] for run in by_seed.values()])
+            curves = np.array([run["validation_curve"] for run in by_seed.values()])
             iterations = next(iter(by_seed.values()))["iterations_per_epoch"] * np.arange(1, curves.shape[1] + 1)
             minutes = np.mean([run["training_seconds"] for run in by_seed.values()]) / 60
             for axis, x in zip(row, (iterations, iterations / iterations[-1] * minutes), strict=True):
