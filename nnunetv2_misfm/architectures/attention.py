@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nnunetv2_misfm.architectures.dropout import drop_mask
+from nnunetv2_misfm.architectures.dropout import keep_mask
 
 # Attention weights of the windows that are worked on at a time: several such matrices have to fit into the cache.
 _ELEMENTS_AT_A_TIME = 2**20
@@ -57,33 +57,33 @@ class _WindowsInTurn(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, dropout: float
     ) -> Tensor:
         output = torch.empty_like(value, memory_format=torch.contiguous_format)
-        drops: list[Tensor] = []
+        keeps: list[Tensor] = []
         ctx.factor = 1.0
         for chunk, masked in _chunks(query, mask):
             weights = _weights(query[chunk], key[chunk], bias, masked)
             if dropout:
-                drop, ctx.factor = drop_mask(weights, dropout)
-                drops.append(drop)
-                weights = weights.masked_fill_(drop, 0)
+                keep, ctx.factor = keep_mask(weights, dropout)
+                keeps.append(keep)
+                weights.mul_(keep)
             torch.matmul(weights, value[chunk] * ctx.factor, out=output[chunk])
-        ctx.save_for_backward(query, key, value, bias, mask, *drops)
+        ctx.save_for_backward(query, key, value, bias, mask, *keeps)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, bias, mask, *drops = ctx.saved_tensors
+        query, key, value, bias, mask, *keeps = ctx.saved_tensors
         scale = query.shape[-1] ** -0.5
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
         grad_bias = torch.zeros_like(bias)
         for index, (chunk, masked) in enumerate(_chunks(query, mask)):
             q, k, g = query[chunk], key[chunk], grad[chunk] * ctx.factor
             weights = _weights(q, k, bias, masked)
-            dropped = weights.masked_fill(drops[index], 0) if drops else weights
+            dropped = weights * keeps[index] if keeps else weights
             torch.matmul(dropped.transpose(-2, -1), g, out=grads[2][chunk])
             grad_weights = g @ value[chunk].transpose(-2, -1)
-            if drops:
-                grad_weights.masked_fill_(drops[index], 0)
+            if keeps:
+                grad_weights.mul_(keeps[index])
             grad_logits = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
             grad_bias += grad_logits.sum(0)
             torch.matmul(grad_logits, k * scale, out=grads[0][chunk])

@@ -19,12 +19,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from nnunetv2_misfm.architectures.checkpointing import recompute
-from nnunetv2_misfm.architectures.dropout import Dropout, drop_mask
+from nnunetv2_misfm.architectures.dropout import Dropout, drop_, keep_mask
+from nnunetv2_misfm.architectures.pieces import channels_last, pieces
 
 Conv = nn.Conv3d | nn.ConvTranspose3d
 
-# Elements of a feature map that are worked on at a time.
-_PIECE = 2**20
 # Dividing by a slope below this would lose too many digits.
 _SMALLEST_INVERTIBLE_SLOPE = 1e-3
 _buffers = threading.local()
@@ -71,10 +70,10 @@ def norm_act_conv(
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
     p = dropout.p if isinstance(dropout, Dropout) and dropout.training else 0.0
-    drop, factor = drop_mask(x, p) if p else (None, 1.0)
+    keep, factor = keep_mask(x, p) if p else (None, 1.0)
     statistics = (norm.running_mean, norm.running_var, norm.momentum, norm.eps)
     step: Tensor = _NormActConv.apply(
-        x, norm.weight, norm.bias, act.weight, conv.weight, conv.bias, drop, factor, statistics, _geometry(conv)
+        x, norm.weight, norm.bias, act.weight, conv.weight, conv.bias, keep, factor, statistics, _geometry(conv)
     )
     return step
 
@@ -113,44 +112,38 @@ class _NormActConv(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, slope: Tensor, *rest: Any) -> Tensor:
-        weight, bias, drop, factor, (running_mean, running_var, momentum, eps), geometry = rest
+        weight, bias, keep, factor, (running_mean, running_var, momentum, eps), geometry = rest
         y, mean, inverse_std = _scratch(x), gamma.new_empty(0), gamma.new_empty(0)
         torch.native_batch_norm(
             x, gamma, beta, running_mean, running_var, True, momentum, eps, out=(y, mean, inverse_std)
         )
-        z = _dropped_(F.leaky_relu_(y, float(slope)), drop, factor)
-        ctx.save_for_backward(x, gamma, beta, slope, weight, mean, inverse_std, drop)
+        z = drop_(F.leaky_relu_(y, float(slope)), keep, factor)
+        ctx.save_for_backward(x, gamma, beta, slope, weight, mean, inverse_std, keep)
         ctx.factor, ctx.eps, ctx.geometry = factor, eps, geometry
-        ctx.bias_size = None if bias is None else list(bias.shape)
+        ctx.has_bias = bias is not None
         output: Tensor = torch.ops.aten.convolution(z, weight, bias, *geometry)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma, beta, slope, weight, mean, inverse_std, drop = ctx.saved_tensors
+        x, gamma, beta, slope, weight, mean, inverse_std, keep = ctx.saved_tensors
         variance = inverse_std.pow(-2) - ctx.eps
         y, unused = _scratch(x), (gamma.new_empty(0), gamma.new_empty(0))
         torch.native_batch_norm(x, gamma, beta, mean, variance, False, 0.0, ctx.eps, out=(y, *unused))
         # What is not needed any more is overwritten. A positive slope keeps signs:
         # then the activation's own output tells where its input was negative, and by how much.
-        in_place = drop is None and float(slope) > _SMALLEST_INVERTIBLE_SLOPE
-        z = _dropped_((F.leaky_relu_ if in_place else F.leaky_relu)(y, float(slope)), drop, ctx.factor)
-        grad_z, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad, z, weight, ctx.bias_size, *ctx.geometry, (True, True, ctx.bias_size is not None)
-        )
+        in_place = keep is None and float(slope) > _SMALLEST_INVERTIBLE_SLOPE
+        z = drop_((F.leaky_relu_ if in_place else F.leaky_relu)(y, float(slope)), keep, ctx.factor)
+        grad_z, grad_weight, grad_bias = _conv_backward(grad, z, weight, ctx.has_bias, ctx.geometry)
         del z
-        grad_z = _dropped_(grad_z, drop, ctx.factor)
+        grad_z = drop_(grad_z, keep, ctx.factor)
         grad_y, grad_slope = _activation_backward_(grad_z, y, float(slope), in_place)
         del grad_z, y
         grad_x, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(
             grad_y, x, gamma, None, None, mean, inverse_std, True, ctx.eps, (True, True, True)
         )
         return grad_x, grad_gamma, grad_beta, grad_slope.view_as(slope), grad_weight, grad_bias, None, None, None, None
-
-
-def _dropped_(x: Tensor, drop: Tensor | None, factor: float) -> Tensor:
-    return x if drop is None else x.mul_(factor).masked_fill_(drop, 0)
 
 
 def _activation_backward_(grad: Tensor, y: Tensor, slope: float, y_is_output: bool) -> tuple[Tensor, Tensor]:
@@ -163,13 +156,37 @@ def _activation_backward_(grad: Tensor, y: Tensor, slope: float, y_is_output: bo
     if grad.stride() != y.stride():
         grad = torch.empty_like(y).copy_(grad)
     grad_slope = grad.new_zeros(())
-    # A piece at a time stays in the processor's cache.
-    for grad_piece, y_piece in zip(*(_in_order_of_memory(t).split(_PIECE) for t in (grad, y)), strict=True):
+    for grad_piece, y_piece in pieces(grad, y):
         grad_slope += torch.dot(grad_piece, y_piece.clamp(max=0))
         torch.ops.aten.leaky_relu_backward.grad_input(grad_piece, y_piece, slope, y_is_output, grad_input=grad_piece)
     return grad, grad_slope / slope if y_is_output else grad_slope
 
 
-def _in_order_of_memory(x: Tensor) -> Tensor:
-    """All elements of a dense (B, C, X, Y, Z) tensor, as a view."""
-    return x.view(-1) if x.is_contiguous() else x.permute(0, 2, 3, 4, 1).view(-1)
+def _conv_backward(
+    grad: Tensor, z: Tensor, weight: Tensor, has_bias: bool, geometry: tuple[Any, ...]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of a convolution's input, weight and bias.
+
+    Two detours save a quarter of oneDNN's time for weights where channels lie last in memory: kernels of one voxel
+    along the first axis get the gradient of a 2D convolution, and the bias gets its own sum.
+    """
+    stride, padding, dilation, transposed, output_padding, groups = geometry
+    bias_size = [grad.shape[1]] if has_bias else None
+    flat = weight.shape[2] == 1 and padding[0] == 0 and stride[0] == 1
+    if transposed or not (channels_last(grad) and channels_last(z)):
+        mask = (True, True, has_bias)
+        return torch.ops.aten.convolution_backward(grad, z, weight, bias_size, *geometry, mask)
+    grad_z = torch.ops.aten.convolution_backward(grad, z, weight, None, *geometry, (True, False, False))[0]
+    only_weight = (False, True, False)
+    if flat:
+        in_plane = (stride[1:], padding[1:], dilation[1:], False, output_padding[1:], groups)
+        planes = (_planes(grad), _planes(z), weight[:, :, 0])
+        grad_weight = torch.ops.aten.convolution_backward(*planes, None, *in_plane, only_weight)[1][:, :, None]
+    else:
+        grad_weight = torch.ops.aten.convolution_backward(grad, z, weight, None, *geometry, only_weight)[1]
+    return grad_z, grad_weight, grad.sum((0, 2, 3, 4)) if has_bias else None
+
+
+def _planes(x: Tensor) -> Tensor:
+    """(B, C, X, Y, Z) with channels last in memory, as a (B · X, C, Y, Z) view of the same layout."""
+    return x.transpose(1, 2).flatten(0, 1)

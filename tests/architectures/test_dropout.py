@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nnunetv2_misfm.architectures.dropout import Dropout, drop_mask
+from nnunetv2_misfm.architectures.dropout import Dropout, keep_mask
 
 
 @pytest.mark.parametrize("p", [0.1, 0.2, 0.5])
@@ -19,8 +19,8 @@ def test_share_and_expectation(p: float) -> None:
 
 def test_neighbours_are_dropped_independently() -> None:
     torch.manual_seed(0)
-    drop, _ = drop_mask(torch.empty(400_000), 0.5)
-    centred = drop.float() - 0.5
+    keep, _ = keep_mask(torch.empty(400_000), 0.5)
+    centred = keep.float() - 0.5
     for lag in (1, 2, 4, 8, 64):
         assert abs((centred[:-lag] * centred[lag:]).mean().item()) < 0.002
 
