@@ -31,7 +31,7 @@ def main() -> None:
     if options.nnssl and options.pymic:
         run("fusion_speed.py", "--nnssl", options.nnssl, "--pymic", options.pymic)
     if options.run:
-        for script in ("memory_estimate.py", "class_shares.py", "pool_index.py"):
+        for script in ("memory_estimate.py", "class_shares.py", "pool_index.py", "pretraining_speed.py"):
             run(script)
     pages = sorted(path for path in RESULTS.glob("*.md") if path != PAGE)
     sections = [path.read_text().strip().replace("\n# ", "\n## ") for path in pages]

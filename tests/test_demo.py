@@ -15,6 +15,9 @@ def test_the_demo_does_the_whole_job(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_def_n_proc", "nnUNet_n_proc_DA"):
         monkeypatch.setenv(name, os.environ.get(name, ""))  # so that what the demo sets is undone afterwards
     monkeypatch.setenv("nnUNet_compile", "0")
+    # As many commands, fewer iterations: how long the demo trains is no part of what is tested.
+    monkeypatch.setattr("nnunetv2_misfm.demo.cli._PRETRAINING", (2, 4))
+    monkeypatch.setattr("nnunetv2_misfm.demo.cli._FINETUNING", (3, 4))
     folder = tmp_path / "demo with spaces"
     main(["-o", str(folder), "-device", "cpu"])
     report = (folder / "report.md").read_text()

@@ -146,8 +146,13 @@ def plan_the_fine_tuning(root: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("name", STAGES)
-@pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.slow), pytest.param(13, marks=pytest.mark.faults)])
+@pytest.mark.parametrize(
+    ("name", "times"),
+    [
+        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("preparation", "pretraining")),
+        *(pytest.param(name, 13, marks=pytest.mark.faults) for name in STAGES),
+    ],
+)
 def test_a_run_that_was_hit_is_continued_to_the_same_result(begun: Path, tmp_path: Path, name: str, times: int) -> None:
     stage = STAGES[name]
     undisturbed = tmp_path / "undisturbed"
