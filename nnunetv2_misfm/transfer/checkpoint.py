@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -135,7 +136,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than plain data and was not loaded, because loading it could run code from the file "
-            f"({first_line(error)}). If you trust its author, load it once with nnU-Net and save its network_weights "
+            f"({_refused(error)}). If you trust its author, load it once with nnU-Net and save its network_weights "
             f"as plain tensors."
         ) from None
     except Exception as error:  # whatever damaged bytes make the unpickler stumble over
@@ -210,6 +211,15 @@ def _plain(value: Any, copies: dict[Hashable, Tensor]) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     return str(value)  # torch.device, paths
+
+
+def _refused(error: pickle.UnpicklingError) -> str:
+    """What of a file PyTorch refused, without its advice to load it all the same."""
+    asked_for = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if asked_for is not None:
+        return f"it asks for {asked_for[1]}"
+    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Weights only load")]
+    return lines[0].strip()[:200] if lines else type(error).__name__
 
 
 def _numpy_scalars() -> list[Any]:
