@@ -139,7 +139,7 @@ def test_strides_of_other_topologies_are_refused() -> None:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_compiles_without_graph_breaks(training: bool) -> None:
-    """With a backend that runs the traced graphs as they are; the slow test compiles machine code."""
+    """With a backend that runs the traced graphs as they are; `pytest -m machine_code` compiles."""
     plain = network(1, dropout_per_stage=(0.0,) * 5, drop_path=0.0).train(training)
     compiled = torch.compile(deepcopy(plain), fullgraph=True, backend="aot_eager")
     x = torch.randn(1, 1, 13, 35, 50)
@@ -147,10 +147,10 @@ def test_compiles_without_graph_breaks(training: bool) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_compiled_training_step_with_dropout() -> None:
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.machine_code)])
+def test_compiled_training_step_with_dropout(backend: str) -> None:
     net = network(1).train()
-    compiled = torch.compile(net, fullgraph=True)
+    compiled = torch.compile(net, fullgraph=True, backend=backend)
     sum(o.square().mean() for o in compiled(torch.randn(2, 1, 16, 32, 32))).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
 
