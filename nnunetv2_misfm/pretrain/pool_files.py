@@ -63,11 +63,15 @@ class PoolFolder:
 
     def create(self) -> None:
         """Make the folders. Raises PoolError if something else than a pool lives there."""
-        if self.root.exists() and any(not path.name.startswith(".") for path in self.root.iterdir()):
-            if not (self.dataset_json.is_file() and read_json(self.dataset_json).get("misfm_pool")):
-                raise PoolError(f"{self.root} exists and is no pretraining pool; choose another dataset ID and name")
+        is_pool = self.dataset_json.is_file() and read_json(self.dataset_json).get("misfm_pool")
+        if not is_pool and any(map(self._is_foreign, self.root.rglob("*"))):
+            raise PoolError(f"{self.root} exists and is no pretraining pool; choose another dataset ID and name")
         for folder in (self.data, self._records, self._all_temporary):
             folder.mkdir(parents=True, exist_ok=True)
+
+    def _is_foreign(self, path: Path) -> bool:
+        """Whether a file is none of those that a run has made when it is killed before it writes dataset.json."""
+        return path.is_file() and not path.name.startswith(".") and self._preparation not in path.parents
 
     def clear_temporary(self) -> None:
         """Remove what a killed run of the same part left half-written."""

@@ -475,6 +475,16 @@ def test_a_labelled_dataset_is_never_written_into(images: Path, where: str) -> N
     assert "heart" in (folder / "dataset.json").read_text()
 
 
+def test_a_run_that_was_killed_before_its_first_file_can_be_started_again(images: Path, nnunet_folders: Path) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.mr())
+    pool = nnunet_folders / "nnUNet_preprocessed" / DATASET
+    preparation = pool / f"{PLANS}_{CONFIGURATION}_preparation"
+    for folder in (pool / f"{PLANS}_{CONFIGURATION}", preparation / "records"):
+        folder.mkdir(parents=True)
+    (preparation / "part_0_of_1.lock").touch()
+    assert make_pool([images]).complete
+
+
 def test_names_nnunet_cannot_handle_are_refused(images: Path) -> None:
     phantoms.write(images / "a.nii.gz", phantoms.mr())
     for name in ("Pool", "Dataset1_Pool", "Dataset100_My__Pool", "Dataset100_a/b"):
