@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.plan_checks import check_complete
+from nnunetv2_misfm.plan_checks import check_complete, check_dataset
 
 
 def nnunet_folder(variable: str) -> Path:
@@ -49,9 +49,12 @@ def read_dataset_json(dataset_folder: Path) -> dict[str, Any]:
     """The dataset.json of a preprocessed dataset.
 
     Raises:
-        PlanError: if it is missing or damaged.
+        PlanError: if it is missing, damaged or incomplete.
     """
-    return _read_json(dataset_folder / "dataset.json", "Plan the dataset with nnU-Net again.")
+    path = dataset_folder / "dataset.json"
+    content = _read_json(path, "Plan the dataset with nnU-Net again.")
+    check_dataset(content, path)
+    return content
 
 
 def read_plans(dataset_folder: Path, plans_name: str) -> dict[str, Any]:

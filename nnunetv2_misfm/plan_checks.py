@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,10 +71,60 @@ def check_complete(plans: Mapping[str, Any], path: Path, remedy: str) -> None:
             missing.append(f"configurations.{name}")
         elif "inherits_from" not in configuration:
             missing += [f"configurations.{name}.{key}" for key in _CONFIGURATION_KEYS if key not in configuration]
+            missing += [f"configurations.{name}.{entry}" for entry in _unusable_entries(configuration)]
+        elif not _has_ancestor(configurations, name):
+            missing.append(f"configurations.{name}.inherits_from that names another configuration")
     if BLOCK in plans and not isinstance(plans[BLOCK], Mapping):
         missing.append(f"an object under {BLOCK}")
     if missing:
         raise PlanError(f"{path} is not a complete plans file; it lacks: {', '.join(missing)}. {remedy}")
+
+
+def _unusable_entries(configuration: Mapping[str, Any]) -> list[str]:
+    """Entries that are there but hold something of another kind."""
+    found = [
+        f"{key} (a list with numbers or names)"
+        for key in ("patch_size", "spacing", "normalization_schemes")
+        if key in configuration and not (isinstance(configuration[key], (list, tuple)) and configuration[key])
+    ]
+    if "architecture" in configuration:
+        architecture = configuration["architecture"]
+        arguments = architecture.get("arch_kwargs") if isinstance(architecture, Mapping) else None
+        if not isinstance(arguments, Mapping) or not isinstance(arguments.get("strides"), (list, tuple)):
+            found.append("architecture.arch_kwargs.strides")
+    return found
+
+
+def _has_ancestor(configurations: Mapping[str, Any], name: str) -> bool:
+    """Whether following `inherits_from` ends at a configuration that stands on its own."""
+    seen = set()
+    while name not in seen and isinstance(configurations.get(name), Mapping):
+        seen.add(name)
+        if "inherits_from" not in configurations[name]:
+            return True
+        name = configurations[name]["inherits_from"]
+    return False
+
+
+def check_dataset(dataset_json: Mapping[str, Any], path: Path) -> None:
+    """Raise a PlanError unless a dataset.json names its channels and labels."""
+    channels = dataset_json.get("channel_names", dataset_json.get("modality"))
+    entries = {"channel_names": channels, "labels": dataset_json.get("labels")}
+    missing = [key for key, value in entries.items() if not (isinstance(value, Mapping) and value)]
+    if missing:
+        raise PlanError(f"{path} lacks: {', '.join(missing)}. Complete it as nnU-Net's documentation describes.")
+
+
+def check_deepest_map(architecture: Mapping[str, Any], patch_size: Sequence[int], batch_size: int) -> None:
+    """Raise a PlanError if a norm of the deepest feature map would see a single value per channel."""
+    strides = [math.prod(axis) for axis in zip(*architecture["arch_kwargs"]["strides"], strict=True)]
+    voxels = math.prod(-(-n // stride) for n, stride in zip(patch_size, strides, strict=True))
+    over_the_batch = architecture["network_class_name"].endswith(".PCTNet")
+    if voxels == 1 and (batch_size == 1 or not over_the_batch):
+        raise PlanError(
+            f"patch size {list(patch_size)} leaves a single voxel of the deepest feature map, too little for its "
+            f"normalisation. Use a larger -patch_size{' or -batch_size' if over_the_batch else ''}."
+        )
 
 
 def check_sizes(patch_size: object, batch_size: object, divisor: Sequence[int] = (1, 1, 1)) -> None:

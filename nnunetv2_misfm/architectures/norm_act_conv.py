@@ -63,6 +63,8 @@ def norm_act_conv(
     if torch.compiler.is_compiling():
         return one_by_one(x)  # the compiler itself decides what to compute again
     on_cpu = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and isinstance(norm, nn.BatchNorm3d)
+    # The kernels below trust their input to be dense, and to hold more than one value per channel to normalise.
+    on_cpu = on_cpu and (x.is_contiguous() or channels_last(x)) and x.numel() > x.shape[1]
     if not torch.is_grad_enabled():
         return _predict(x, norm, act, conv, overwrite) if on_cpu and not norm.training else one_by_one(x)
     if not (on_cpu and norm.training and norm.momentum is not None):

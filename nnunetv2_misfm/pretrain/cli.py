@@ -186,7 +186,7 @@ def _from_preprocessed(options: argparse.Namespace) -> dict[str, Any]:
         # Runs of other configurations under the same name need their entries to be continued.
         plans["configurations"] = {**existing["configurations"], **plans["configurations"]}
     data = dataset_folder / plans["configurations"][options.c]["data_identifier"]
-    if not any(data.glob("*.b2nd")):
+    if all(file.stem.endswith("_seg") for file in data.glob("*.b2nd")):
         raise PlanError(
             f"{data} holds no preprocessed cases. Run nnUNetv2_preprocess -d {options.d} -plans_name "
             f"{base['plans_name']} -c {options.c} first, or give volumes with -i."

@@ -21,7 +21,7 @@ from nnunetv2_misfm.architectures.plan_entry import (
 )
 from nnunetv2_misfm.architectures.resolution import strides_of, total_strides
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.plan_checks import build_on_meta, check_sizes
+from nnunetv2_misfm.plan_checks import build_on_meta, check_deepest_map, check_sizes
 from nnunetv2_misfm.pretrain.augment import AugmentSettings
 from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings
 from nnunetv2_misfm.run_settings import BLOCK, PretrainingSettings
@@ -119,6 +119,7 @@ def run_plans(
     if request.batch_size is not None:
         entry["batch_size"] = request.batch_size
     check_sizes(entry["patch_size"], entry["batch_size"], patch_divisor(entry["architecture"]))
+    check_deepest_map(entry["architecture"], entry["patch_size"], entry["batch_size"])
     build_on_meta(entry["architecture"], 1, request.fusion.num_fusion_classes)
     plans = deepcopy(dict(base))
     pool = plans.get(BLOCK, {}).get("pool")

@@ -25,7 +25,7 @@ from nnunetv2_misfm.architectures.plan_entry import (
 )
 from nnunetv2_misfm.architectures.resolution import total_strides
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.plan_checks import build_on_meta, check_plans_name, check_sizes
+from nnunetv2_misfm.plan_checks import build_on_meta, check_deepest_map, check_plans_name, check_sizes
 from nnunetv2_misfm.run_settings import BLOCK, FinetuningSettings
 from nnunetv2_misfm.settings import write_settings
 from nnunetv2_misfm.transfer.pretrained import PRETRAIN_INFO, Source, portable_path
@@ -199,6 +199,7 @@ def _configuration(
     if request.batch_size is not None:
         configuration["batch_size"] = request.batch_size
     check_sizes(configuration["patch_size"], configuration["batch_size"], patch_divisor(configuration["architecture"]))
+    check_deepest_map(configuration["architecture"], configuration["patch_size"], configuration["batch_size"])
     return configuration
 
 
@@ -212,6 +213,8 @@ def _architecture(
 ) -> dict[str, Any]:
     planned: dict[str, Any] = configuration["architecture"]
     if request.network == "plan":
+        if request.arch_kwargs:
+            raise PlanError("-features_per_stage changes a network that -network plan keeps as it is. Leave one out.")
         return planned
     network = request.network or _network_of(source)
     if network is None:

@@ -45,6 +45,31 @@ def test_outputs_gradients_and_statistics(conv: nn.Module, slope: float, memory:
         torch.testing.assert_close(a, b, msg=name)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(2, 4, 3, 8, 10)[..., 1:-3],
+        torch.randn(2, 8, 3, 8, 6).to(memory_format=torch.channels_last_3d)[:, :4],
+        torch.randn(2, 6, 3, 8, 4).transpose(1, 4),
+    ],
+    ids=["a slice", "some of the channels", "axes in another order"],
+)
+def test_inputs_with_gaps_or_another_order_in_memory(x: torch.Tensor, training: bool) -> None:
+    layers = modules(nn.Conv3d(4, 3, 1), 0.25)[1:]
+    ours, plain = (kind(*deepcopy(layers)).train(training) for kind in (NormActConvSequential, nn.Sequential))
+    with torch.set_grad_enabled(training):
+        torch.testing.assert_close(ours(x), plain(x))
+    torch.testing.assert_close(ours[0].running_var, plain[0].running_var)
+
+
+def test_a_single_value_per_channel_is_an_error_not_a_variance_of_nan() -> None:
+    layers = NormActConvSequential(*modules(nn.Conv3d(4, 3, 1), 0.25)[1:])
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        layers(torch.randn(1, 4, 1, 1, 1))
+    assert torch.isfinite(layers[0].running_var).all()
+
+
 def test_evaluation_with_and_without_gradients_and_frozen_statistics() -> None:
     ours, plain = (
         kind(*deepcopy(modules(CONVS[0], 0.25, 0.5))).eval() for kind in (NormActConvSequential, nn.Sequential)

@@ -147,10 +147,10 @@ def test_compiles_without_graph_breaks(training: bool) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.machine_code)])
-def test_compiled_training_step_with_dropout(backend: str) -> None:
+@pytest.mark.machine_code
+def test_compiled_training_step_with_dropout() -> None:
     net = network(1).train()
-    compiled = torch.compile(net, fullgraph=True, backend=backend)
+    compiled = torch.compile(net, fullgraph=True)
     sum(o.square().mean() for o in compiled(torch.randn(2, 1, 16, 32, 32))).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
 

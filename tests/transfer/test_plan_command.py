@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,6 +97,8 @@ def test_running_it_again_does_not_preprocess_again(nnunet: Path, capsys: pytest
         (["-d", "4", "-pretrained_weights", "text.pth"], "text.pth is not a readable checkpoint"),
         (["-d", "4", "-num_epochs", "-3", "-min_coverage", "7"], "min_coverage = 7.0"),
         (["-d", "4", "-gpu_memory_target", "0.01"], "Not even patch size"),
+        (["-d", "4", "-network", "plan", "-features_per_stage", "4", "4", "8", "16", "32"], "Leave one out"),
+        (["-d", "4", "-patch_size", "16", "16", "16", "-batch_size", "1"], "a single voxel of the deepest feature map"),
     ],
 )
 def test_mistakes_get_one_clear_message(
@@ -120,6 +123,41 @@ def test_mistakes_get_one_clear_message(
     message = capsys.readouterr().err
     assert expected in message and "Traceback" not in message
     assert sorted(path.name for path in (nnunet / "nnUNet_preprocessed" / DATASET).iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"architecture": None}, "architecture.arch_kwargs.strides"),
+        ({"architecture": {"network_class_name": "x", "arch_kwargs": {}}}, "architecture.arch_kwargs.strides"),
+        ({"patch_size": None}, "3d_fullres.patch_size"),
+        ({"spacing": None}, "3d_fullres.spacing"),
+        ({"normalization_schemes": []}, "3d_fullres.normalization_schemes"),
+        ({"inherits_from": "3d_fullres"}, "inherits_from that names another configuration"),
+        ({"inherits_from": "nowhere"}, "inherits_from that names another configuration"),
+    ],
+)
+def test_damaged_entries_of_plans_are_named(
+    nnunet: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], expected: str
+) -> None:
+    stock = plans(nnunet, "nnUNetPlans")
+    stock["configurations"]["3d_fullres"].update(change)
+    (nnunet / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json").write_text(json.dumps(stock))
+    with pytest.raises(SystemExit):
+        plan_main(["-d", "4", "--no_pp"])
+    message = capsys.readouterr().err
+    assert expected in message and "nnUNetPlans.json" in message and "Traceback" not in message
+
+
+@pytest.mark.parametrize("change", [{"channel_names": {}}, {"labels": None}])
+def test_an_incomplete_dataset_json_is_named(
+    nnunet: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]
+) -> None:
+    path = nnunet / "nnUNet_preprocessed" / DATASET / "dataset.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(SystemExit):
+        plan_main(["-d", "4", "--no_pp"])
+    assert f"dataset.json lacks: {next(iter(change))}" in capsys.readouterr().err
 
 
 def test_data_is_provided_again_when_its_source_has_changed(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
