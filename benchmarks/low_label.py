@@ -252,7 +252,7 @@ class Study:
             *("-device", self.setting.device, *continued),
         )
         logged = self._logged(folder)
-        ends = zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"], strict=True)
+        epochs = zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"], strict=True)
         return folder, {
             "arm": name,
             "labelled": labelled or len(self.training),
@@ -260,7 +260,7 @@ class Study:
             "validation_curve": logged["mean_fg_dice"],
             **dice(folder / "validation" / "summary.json", "validation_dice"),
             "iterations_per_epoch": self.setting.finetuning[1],
-            "training_seconds": round(sum(end - start for start, end in ends)),
+            "training_seconds": round(sum(end - start for start, end in epochs)),
             "options": {
                 "misfm_pretrain": " ".join(arm.pretraining.options) if arm.pretraining else None,
                 "misfm_plan": " ".join(arm.plan),

@@ -15,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-from low_label import BLOCKS, BOXES, RESULTS, Arm, Study
+from low_label import BLOCKS, BOXES, NUM_VALIDATION, RESULTS, Arm, Study
 
 LABELLED = 10
 SEEDS = (10, 11)
@@ -64,8 +64,8 @@ def write_table() -> str:
     lines = [
         "# What was tried for the recipe",
         "",
-        f"Setting `cpu` of low_label.py, {LABELLED} labelled cases, Dice of the {20} validation cases in points after "
-        "the last iteration, and pseudo Dice a third and two thirds of the way; best first.",
+        f"Setting `cpu` of low_label.py, {LABELLED} labelled cases, Dice of the {NUM_VALIDATION} validation cases in "
+        "points after the last iteration, and pseudo Dice a third and two thirds of the way; best first.",
         "",
         "| trial | misfm_pretrain | misfm_plan | Dice | seeds | at 1/3 | at 2/3 |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import warnings
@@ -39,6 +40,9 @@ def write_json(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None
         temporary.write_text(json.dumps(content, indent=4), encoding="utf-8", errors="backslashreplace")
 
 
+# What a file system without locks answers, where FileLock does not raise NotImplementedError for it.
+_NO_LOCKS_HERE = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
+
 TRAINING_LOCK = ".training.lock"
 """In a results folder, held by the process that trains there."""
 
@@ -58,6 +62,7 @@ def locked(path: Path, timeout: float, message: str) -> Iterator[None]:
 
     Raises:
         LockedError: if another process has the lock.
+        OSError: if the lock file cannot be made: the disk is full, the folder is missing or may not be written to.
     """
     lock = FileLock(path)
     try:
@@ -65,6 +70,8 @@ def locked(path: Path, timeout: float, message: str) -> Iterator[None]:
     except Timeout as error:
         raise LockedError(f"{message} ({path} is locked); wait for it or stop it") from error
     except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS_HERE:
+            raise
         # Some shared file systems have no locks. They only guard against doing the same twice by mistake.
         warnings.warn(
             f"{path} cannot be locked ({first_line(error)}), so nothing stops a second process here: start only one.",

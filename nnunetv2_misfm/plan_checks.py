@@ -117,8 +117,10 @@ def check_dataset(dataset_json: Mapping[str, Any], path: Path) -> None:
 
 def check_deepest_map(architecture: Mapping[str, Any], patch_size: Sequence[int], batch_size: int) -> None:
     """Raise a PlanError if a norm of the deepest feature map would see a single value per channel."""
-    strides = [math.prod(axis) for axis in zip(*architecture["arch_kwargs"]["strides"], strict=True)]
-    voxels = math.prod(-(-n // stride) for n, stride in zip(patch_size, strides, strict=True))
+    from nnunetv2_misfm.architectures.resolution import total_strides  # imports PyTorch
+
+    deepest = total_strides(architecture["arch_kwargs"]["strides"])[-1]
+    voxels = math.prod(-(-n // stride) for n, stride in zip(patch_size, deepest, strict=True))
     over_the_batch = architecture["network_class_name"].endswith(".PCTNet")
     if voxels == 1 and (batch_size == 1 or not over_the_batch):
         raise PlanError(

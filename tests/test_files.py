@@ -39,3 +39,9 @@ def test_a_file_system_without_locks_is_used_with_a_warning(
     ):
         entered = True
     assert entered and caught[0].filename == __file__
+
+
+def test_a_lock_that_cannot_be_made_is_an_error_not_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"), locked(tmp_path / "file" / "a.lock", 0.0, "another process trains"):
+        pass

@@ -18,9 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nnunetv2_misfm.architectures.dropout import keep_mask
-
-# Attention weights of the windows that are worked on at a time: several such matrices have to fit into the cache.
-_ELEMENTS_AT_A_TIME = 2**20
+from nnunetv2_misfm.architectures.pieces import ELEMENTS_AT_A_TIME
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -95,7 +93,7 @@ def _chunks(query: Tensor, mask: Tensor | None) -> Iterator[tuple[slice, Tensor 
     """Slices of the windows, none across two samples, and their masks."""
     windows, heads, tokens, _ = query.shape
     per_sample = windows if mask is None else mask.shape[0]
-    step = max(1, _ELEMENTS_AT_A_TIME // (heads * tokens**2))
+    step = max(1, ELEMENTS_AT_A_TIME // (heads * tokens**2))
     for sample in range(0, windows, per_sample):
         for start in range(0, per_sample, step):
             stop = min(start + step, per_sample)

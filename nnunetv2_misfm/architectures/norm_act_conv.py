@@ -173,14 +173,13 @@ def _conv_backward(
     along the first axis get the gradient of a 2D convolution, and the bias gets its own sum.
     """
     stride, padding, dilation, transposed, output_padding, groups = geometry
-    bias_size = [grad.shape[1]] if has_bias else None
-    flat = weight.shape[2] == 1 and padding[0] == 0 and stride[0] == 1
     if transposed or not (channels_last(grad) and channels_last(z)):
+        bias_size = [grad.shape[1]] if has_bias else None
         mask = (True, True, has_bias)
         return torch.ops.aten.convolution_backward(grad, z, weight, bias_size, *geometry, mask)
     grad_z = torch.ops.aten.convolution_backward(grad, z, weight, None, *geometry, (True, False, False))[0]
     only_weight = (False, True, False)
-    if flat:
+    if weight.shape[2] == 1 and padding[0] == 0 and stride[0] == 1:
         in_plane = (stride[1:], padding[1:], dilation[1:], False, output_padding[1:], groups)
         planes = (_planes(grad), _planes(z), weight[:, :, 0])
         grad_weight = torch.ops.aten.convolution_backward(*planes, None, *in_plane, only_weight)[1][:, :, None]

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+# Several tensors of this size, attention weights among them, fit into a processor's cache together.
 ELEMENTS_AT_A_TIME = 2**20
 
 

@@ -218,8 +218,7 @@ def _refused(error: pickle.UnpicklingError) -> str:
     asked_for = re.search(r"GLOBAL ([\w.]+)", str(error))
     if asked_for is not None:
         return f"it asks for {asked_for[1]}"
-    lines = [line for line in str(error).splitlines() if line.strip() and not line.startswith("Weights only load")]
-    return lines[0].strip()[:200] if lines else type(error).__name__
+    return first_line(type(error)(re.sub(r"\AWeights only load.*", "", str(error))))
 
 
 def _numpy_scalars() -> list[Any]:

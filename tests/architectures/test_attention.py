@@ -14,7 +14,7 @@ BATCH, WINDOWS, HEADS, TOKENS, CHANNELS = 2, 3, 2, 5, 4
 
 @pytest.fixture(autouse=True, params=[1, 120, 10**6], ids=["one window at a time", "some", "all at once"])
 def at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_ELEMENTS_AT_A_TIME", request.param)
+    monkeypatch.setattr(attention, "ELEMENTS_AT_A_TIME", request.param)
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> list[Tensor]:
