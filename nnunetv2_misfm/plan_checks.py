@@ -115,13 +115,12 @@ def check_dataset(dataset_json: Mapping[str, Any], path: Path) -> None:
         raise PlanError(f"{path} lacks: {', '.join(missing)}. Complete it as nnU-Net's documentation describes.")
 
 
-def check_deepest_map(architecture: Mapping[str, Any], patch_size: Sequence[int], batch_size: int) -> None:
+def check_deepest_map(
+    network_class: str, deepest_stride: Sequence[int], patch_size: Sequence[int], batch_size: int
+) -> None:
     """Raise a PlanError if a norm of the deepest feature map would see a single value per channel."""
-    from nnunetv2_misfm.architectures.resolution import total_strides  # imports PyTorch
-
-    deepest = total_strides(architecture["arch_kwargs"]["strides"])[-1]
-    voxels = math.prod(-(-n // stride) for n, stride in zip(patch_size, deepest, strict=True))
-    over_the_batch = architecture["network_class_name"].endswith(".PCTNet")
+    voxels = math.prod(-(-n // stride) for n, stride in zip(patch_size, deepest_stride, strict=True))
+    over_the_batch = network_class.endswith(".PCTNet")
     if voxels == 1 and (batch_size == 1 or not over_the_batch):
         raise PlanError(
             f"patch size {list(patch_size)} leaves a single voxel of the deepest feature map, too little for its "

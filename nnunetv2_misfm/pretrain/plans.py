@@ -119,7 +119,10 @@ def run_plans(
     if request.batch_size is not None:
         entry["batch_size"] = request.batch_size
     check_sizes(entry["patch_size"], entry["batch_size"], patch_divisor(entry["architecture"]))
-    check_deepest_map(entry["architecture"], entry["patch_size"], entry["batch_size"])
+    deepest_stride = total_strides(entry["architecture"]["arch_kwargs"]["strides"])[-1]
+    check_deepest_map(
+        entry["architecture"]["network_class_name"], deepest_stride, entry["patch_size"], entry["batch_size"]
+    )
     build_on_meta(entry["architecture"], 1, request.fusion.num_fusion_classes)
     plans = deepcopy(dict(base))
     pool = plans.get(BLOCK, {}).get("pool")

@@ -199,7 +199,13 @@ def _configuration(
     if request.batch_size is not None:
         configuration["batch_size"] = request.batch_size
     check_sizes(configuration["patch_size"], configuration["batch_size"], patch_divisor(configuration["architecture"]))
-    check_deepest_map(configuration["architecture"], configuration["patch_size"], configuration["batch_size"])
+    deepest_stride = total_strides(configuration["architecture"]["arch_kwargs"]["strides"])[-1]
+    check_deepest_map(
+        configuration["architecture"]["network_class_name"],
+        deepest_stride,
+        configuration["patch_size"],
+        configuration["batch_size"],
+    )
     return configuration
 
 
