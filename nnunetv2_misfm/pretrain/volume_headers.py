@@ -175,6 +175,8 @@ def _nibabel_header(file: VolumeFile, status: os.stat_result, itk_error: Excepti
         columns = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     except Exception as error:  # nibabel's errors for damaged files have no common base class
         raise VolumeProblem(unreadable(itk_error)) from error
+    if any(n < 1 for n in image.shape):  # ITK refuses them, nibabel does not
+        raise VolumeProblem(f"unreadable: size {' x '.join(map(str, image.shape))} in its header")
     to_lps = np.diag([-1.0, -1.0, 1.0])
     return Header(
         file=file,

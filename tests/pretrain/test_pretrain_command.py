@@ -86,45 +86,6 @@ def test_an_interrupted_run_is_kept_until_the_user_decides(
     assert read_checkpoint(folder / "checkpoint_final.pth")["current_epoch"] == 2
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["-d", "77"], "The dataset 77 is not there"),
-        (["-d", "4", "-p", "NoSuchPlans"], "There are: nnUNetPlans"),
-        (["-d", "4", "-c", "3d_lowres"], "no configuration '3d_lowres'"),
-        (["-d", "4", "-c", "2d"], "is 2D"),
-        (["-d", "4", "-modality", "ct"], "need -i"),
-        (["-d", "4", "-num_gpus", "2", "-device", "cpu"], "needs -device cuda"),
-        (["-d", "4", "-num_epochs", "0", "-initial_lr", "-1", "-num_fusion_classes", "5"], "num_epochs = 0"),
-        (["-d", "900", "-n", "P", "-i", "no/such/folder"], "no/such/folder"),
-        (["-d", "x", "-n", "P", "-i", "."], "not a dataset ID"),
-        (["-d", "4", "-n", "P", "-i", "."], "belongs to Dataset004_Small"),
-        (["-d", "900", "-n", "P", "-i", ".", "-spacing", "1", "x", "1"], "three numbers in mm"),
-        (["-d", "900", "-i", "."], "needs -n NAME"),
-        (["-d", "4", "-num_gpus", "0"], "-num_gpus 0 must be at least 1"),
-        (["-d", "4", "-device", "cuda", "-num_gpus", "99"], "usable GPUs"),
-        (["-d", "4", "-batch_size", "0"], "batch size 0"),
-        (["-d", "4", "-patch_size", "0", "8", "8"], "patch size [0, 8, 8]"),
-        (["-d", "4", "-features_per_stage", "5", "7", "9", "11", "13"], "not a multiple"),
-        (["-d", "4", "-overwrite_plans_name", "nnUNetPlans"], "not written by this command"),
-        (["-d", "4", "-overwrite_plans_name", "dataset"], "cannot be a plans name"),
-        (["-d", "4", "-overwrite_plans_name", "../x"], "cannot be a plans name"),
-        (["-d", "900", "-n", "P", "-i", ".", "-plans_from", "4", "-modality", "ct"], "leave -modality"),
-    ],
-)
-def test_mistakes_get_one_clear_message(
-    nnunet: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    expected: str,
-) -> None:
-    write(tmp_path / "here" / "a.nii.gz", ct())
-    monkeypatch.chdir(tmp_path / "here")
-    assert expected in refused(capsys, *arguments)
-
-
 def test_a_run_that_cannot_start_deletes_nothing(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("-d", "4")
     checkpoint = run_folder(nnunet, "Dataset004_Small", "nnUNetMisFMPretrainPlans") / "checkpoint_final.pth"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -198,40 +197,6 @@ def test_hidden_files_and_companions_are_passed_over(tmp_path: Path) -> None:
     assert found.passed_over == {".json": 1, ".raw": 1}
 
 
-def rgb(path: Path) -> None:
-    phantoms.write_image(path, sitk.GetImageFromArray(np.zeros((8, 9, 10, 3), np.uint8), isVector=True))
-
-
-def four_dimensional(path: Path) -> None:
-    phantoms.write_image(path, sitk.GetImageFromArray(np.ones((3, 8, 9, 10), np.int16), isVector=False))
-
-
-def flat(path: Path) -> None:
-    phantoms.write_image(path, sitk.GetImageFromArray(np.ones((9, 10), np.int16)))
-
-
-BROKEN_HEADERS: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "empty": ("x.nii.gz", lambda path: path.write_bytes(b""), "empty file"),
-    "text": ("x.nii.gz", lambda path: path.write_text("not an image"), "unreadable"),
-    "no dicom": ("x.dcm", lambda path: path.write_text("not an image"), "unreadable"),
-    "dangling link": ("x.nrrd", lambda path: path.symlink_to("/nowhere/at/all"), "unreadable"),
-    "no format": ("x.mgz", lambda path: path.write_bytes(b"MGH" * 100), "unsupported format"),
-    "2D": ("x.nii.gz", flat, "2D (10x9)"),
-    "one slice": ("x.nii.gz", lambda path: phantoms.write(path, phantoms.mr()[:1]), "2D (28x24x1)"),
-    "4D": ("x.nii.gz", four_dimensional, "4D (10x9x8x3)"),
-    "RGB": ("x.nii.gz", rgb, "RGB or vector"),
-    "complex": ("x.nii.gz", lambda path: phantoms.write(path, phantoms.mr().astype(np.complex64)), "complex"),
-    "spacing": ("x.nrrd", lambda path: phantoms.write(path, phantoms.mr(), (1, 1, 5000)), "not plausible"),
-}
-
-
-@pytest.mark.parametrize("kind", BROKEN_HEADERS)
-def test_what_a_header_shows_to_be_unusable_is_left_out_with_its_reason(tmp_path: Path, kind: str) -> None:
-    name, make, reason = BROKEN_HEADERS[kind]
-    make(tmp_path / name)
-    assert reason in only_reason(find_volumes([tmp_path]))
-
-
 def test_folders_that_do_not_exist_are_all_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="first.*second"):
         find_volumes([tmp_path / "first", tmp_path / "second"])
@@ -243,13 +208,3 @@ def test_real_folders_give_the_volumes_they_hold(real_data_folder: Path) -> None
     formats = [volume.format for volume in found.volumes]
     assert (formats.count("NIfTI"), formats.count("DICOM")) == (405, 2)
     assert not found.left_out
-
-
-@pytest.mark.parametrize("size", [0.0, float("nan")])
-def test_voxels_without_a_size_are_left_out(tmp_path: Path, size: float) -> None:
-    """ITK would take 1 mm."""
-    phantoms.write(tmp_path / "scan.nii", phantoms.mr())
-    content = bytearray((tmp_path / "scan.nii").read_bytes())
-    content[80:84] = np.float32(size).tobytes()  # pixdim[1] of the NIfTI header
-    (tmp_path / "scan.nii").write_bytes(content)
-    assert "voxel size" in only_reason(find_volumes([tmp_path]))

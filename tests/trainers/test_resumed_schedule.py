@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from nnunetv2_misfm.start_up import add_plugin_folder
 from nnunetv2_misfm.transfer.cli import plan_main
 
 EPOCHS = 20
+STOPS = (1, 3, 7, 12)
 PLANS = "nnUNetMisFMPlans"
 Trace = list[tuple[str, list[float], list[str], float]]
 
@@ -28,10 +28,14 @@ def made_trainer(continue_training: bool) -> Any:
     return run
 
 
-def traced(run: Any, trace: Trace, stop_after: int) -> None:
-    """Train up to an epoch; note the stage, the learning rates, frozen BatchNorm layers and the weights of each."""
+def traced(run: Any, trace: Trace, folder: Path | None = None) -> None:
+    """Train to the end; note the stage, the learning rates, frozen BatchNorm layers and the weights of each epoch.
+
+    With a folder, keeps there what the results folder holds at the epochs of STOPS: what a run stopped then leaves.
+    """
     run.on_train_start()
-    for _ in range(run.current_epoch, stop_after):
+    run.save_every = 1  # after every epoch, so that the run can be stopped at any
+    for _ in range(run.current_epoch, EPOCHS):
         run.on_epoch_start()
         run.on_train_epoch_start()
         run.on_train_epoch_end([run.train_step(next(run.dataloader_train))])
@@ -45,25 +49,27 @@ def traced(run: Any, trace: Trace, stop_after: int) -> None:
         with torch.no_grad():
             run.on_validation_epoch_start()
             run.on_validation_epoch_end([run.validation_step(next(run.dataloader_val))])
-        run.save_every = 1  # after every epoch, so that the run can be stopped at any
         run.on_epoch_end()
+        if folder is not None and run.current_epoch in STOPS:
+            shutil.copytree(run.output_folder, folder / str(run.current_epoch))
 
 
 @pytest.mark.slow
-def test_stopping_at_any_epoch_changes_nothing(nnunet: Path) -> None:
+def test_stopping_at_any_epoch_changes_nothing(nnunet: Path, tmp_path: Path) -> None:
     schedule = "sawtooth"
     plan_main(
         ["-d", "4", "-features_per_stage", "4", "4", "8", "16", "32", "-num_epochs", str(EPOCHS)]
         + ["-num_iterations_per_epoch", "1", "-num_val_iterations_per_epoch", "1", "-schedule", schedule]
     )
     whole: Trace = []
-    traced(made_trainer(False), whole, EPOCHS)
-    results = Path(os.environ["nnUNet_results"]) / NAME
+    uninterrupted = made_trainer(False)
+    traced(uninterrupted, whole, tmp_path)
     for epoch, (stage, rates, frozen, _) in enumerate(whole):
         print(f"{schedule} {epoch:>2} {stage:<20} {[f'{rate:.6f}' for rate in rates]} {len(frozen)} frozen BatchNorms")
-    for stop in (1, 3, 7, 12):
-        shutil.rmtree(results)
-        trace: Trace = []
-        traced(made_trainer(False), trace, stop)
-        traced(made_trainer(True), trace, EPOCHS)
+    for stop in STOPS:
+        shutil.rmtree(uninterrupted.output_folder)
+        shutil.copytree(tmp_path / str(stop), uninterrupted.output_folder)
+        trace = whole[:stop]
+        traced(made_trainer(True), trace)
         assert trace == whole, f"stopped after epoch {stop}"
+        print(f"stopped after epoch {stop} and continued: the same")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -77,89 +76,6 @@ def test_running_it_again_does_not_preprocess_again(nnunet: Path, capsys: pytest
     assert "shares the arrays" in out and "is up to date" in out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["-d", "88"], "The dataset 88 is not there"),
-        (["-d", "4", "-p", "Nope"], "There are: Foreign, Incomplete, nnUNetPlans"),
-        (["-d", "4", "-c", "2d"], "is not 3D"),
-        (["-d", "4", "-c", "3d_lowres"], "they have: 2d, 3d_fullres"),
-        (["-d", "4", "-overwrite_plans_name", "a__b"], "cannot be a plans name"),
-        (["-d", "4", "-overwrite_plans_name", "dataset"], "cannot be a plans name"),
-        (["-d", "4", "-overwrite_plans_name", "nnUNetPlans"], "need a name of their own"),
-        (["-d", "4", "-overwrite_plans_name", "Foreign"], "not written by this command"),
-        (["-d", "4", "-batch_size", "0"], "batch size 0"),
-        (["-d", "4", "-features_per_stage", "5", "7", "9", "11", "13"], "not a multiple"),
-        (["-d", "4", "-gpu_memory_target", "nan"], "above 0"),
-        (["-d", "4", "-gpu_memory_target", "8", "-batch_size", "2"], "leave -patch_size and -batch_size out"),
-        (["-d", "4", "-p", "Incomplete"], "it lacks: plans_name"),
-        (["-d", "4", "-pretrained_weights", "nowhere.pth"], "nowhere.pth does not exist"),
-        (["-d", "4", "-pretrained_weights", "text.pth"], "text.pth is not a readable checkpoint"),
-        (["-d", "4", "-num_epochs", "-3", "-min_coverage", "7"], "min_coverage = 7.0"),
-        (["-d", "4", "-gpu_memory_target", "0.01"], "Not even patch size"),
-        (["-d", "4", "-network", "plan", "-features_per_stage", "4", "4", "8", "16", "32"], "Leave one out"),
-        (["-d", "4", "-patch_size", "16", "16", "16", "-batch_size", "1"], "a single voxel of the deepest feature map"),
-    ],
-)
-def test_mistakes_get_one_clear_message(
-    nnunet: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    expected: str,
-) -> None:
-    (tmp_path / "text.pth").write_text("not a checkpoint")
-    stock = plans(nnunet, "nnUNetPlans")
-    folder = nnunet / "nnUNet_preprocessed" / DATASET
-    (folder / "Foreign.json").write_text(json.dumps(stock))
-    (folder / "Incomplete.json").write_text(json.dumps({k: v for k, v in stock.items() if k != "plans_name"}))
-    (folder / "odd.json").write_bytes(b"\xff\xfe")
-    monkeypatch.chdir(tmp_path)
-    before = sorted(path.name for path in (nnunet / "nnUNet_preprocessed" / DATASET).iterdir())
-    with pytest.raises(SystemExit) as stop:
-        plan_main([*arguments, "--no_pp"])
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert expected in message and "Traceback" not in message
-    assert sorted(path.name for path in (nnunet / "nnUNet_preprocessed" / DATASET).iterdir()) == before
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({"architecture": None}, "architecture.arch_kwargs.strides"),
-        ({"architecture": {"network_class_name": "x", "arch_kwargs": {}}}, "architecture.arch_kwargs.strides"),
-        ({"patch_size": None}, "3d_fullres.patch_size"),
-        ({"spacing": None}, "3d_fullres.spacing"),
-        ({"normalization_schemes": []}, "3d_fullres.normalization_schemes"),
-        ({"inherits_from": "3d_fullres"}, "inherits_from that names another configuration"),
-        ({"inherits_from": "nowhere"}, "inherits_from that names another configuration"),
-    ],
-)
-def test_damaged_entries_of_plans_are_named(
-    nnunet: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], expected: str
-) -> None:
-    stock = plans(nnunet, "nnUNetPlans")
-    stock["configurations"]["3d_fullres"].update(change)
-    (nnunet / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json").write_text(json.dumps(stock))
-    with pytest.raises(SystemExit):
-        plan_main(["-d", "4", "--no_pp"])
-    message = capsys.readouterr().err
-    assert expected in message and "nnUNetPlans.json" in message and "Traceback" not in message
-
-
-@pytest.mark.parametrize("change", [{"channel_names": {}}, {"labels": None}])
-def test_an_incomplete_dataset_json_is_named(
-    nnunet: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any]
-) -> None:
-    path = nnunet / "nnUNet_preprocessed" / DATASET / "dataset.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(SystemExit):
-        plan_main(["-d", "4", "--no_pp"])
-    assert f"dataset.json lacks: {next(iter(change))}" in capsys.readouterr().err
-
-
 def test_data_is_provided_again_when_its_source_has_changed(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan_main(["-d", "4"])
     folder = nnunet / "nnUNet_preprocessed" / DATASET
@@ -172,23 +88,6 @@ def test_data_is_provided_again_when_its_source_has_changed(nnunet: Path, capsys
     assert "up to date" not in capsys.readouterr().out
     assert (ours / "case_1.b2nd").is_file()
     assert (ours / "case_0_seg.b2nd").stat().st_ino == (stock / "case_0_seg.b2nd").stat().st_ino
-
-
-def test_weights_that_do_not_fit_are_noticed_when_planning(
-    nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    checkpoint, features = tmp_path / "c.pth", [4, 8, 16, 32, 64]
-    weights = PCTNet(1, 5, strides_of(2), features).state_dict()
-    arguments = {"strides": strides_of(2), "features_per_stage": features}
-    preprocessing = {"normalization_schemes": ["ZScoreNormalization"], "patch_size": [8, 32, 32]}
-    info = CheckpointInfo("volume_fusion", NETWORKS["pctnet"], arguments, 1, 5, preprocessing, {})
-    write_checkpoint({"network_weights": weights}, info, checkpoint)
-    for more in (["-features_per_stage", "8", "8", "16", "32", "64"], ["-network", "plan"], ["-network", "fmunet"]):
-        with pytest.raises(SystemExit):
-            plan_main(["-d", "4", "-pretrained_weights", str(checkpoint), *more])
-    messages = capsys.readouterr().err
-    assert "shape [4, 1, 1, 3, 3] in the source" in messages and "holds a PCTNet" in messages
-    assert not (nnunet / "nnUNet_preprocessed" / DATASET / "nnUNetMisFMPlans.json").exists()
 
 
 def test_replacing_plans_says_what_is_lost(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
