@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -111,9 +113,14 @@ def make_dataset(root: Path, **description: Any) -> Path:
 
 
 def use_folders(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the environment name nnU-Net's three folders in `root`; loading runs in this process."""
+    """Let the environment name nnU-Net's three folders in `root`; nothing runs in other processes.
+
+    nnU-Net exports and evaluates in pools of processes, each of which takes seconds to import what it needs: threads
+    take their place.
+    """
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         (root / name).mkdir(exist_ok=True)
         monkeypatch.setenv(name, str(root / name))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     monkeypatch.setenv("nnUNet_compile", "0")
+    monkeypatch.setattr("multiprocessing.get_context", lambda method=None: SimpleNamespace(Pool=ThreadPool))

@@ -39,7 +39,6 @@ def test_a_cascade_is_trained_ensembled_and_predicted(tmp_path: Path, monkeypatc
     preprocessed = make_dataset(tmp_path)
     (preprocessed / "nnUNetPlans.json").write_text(json.dumps(cascade_plans()))
     use_folders(tmp_path, monkeypatch)
-    monkeypatch.setenv("nnUNet_def_n_proc", "1")
     add_plugin_folder()
     features = ["-features_per_stage", "4", "4", "8", "16", "32"]
     misfm_pretrain(["-d", "4", "-device", "cpu", "-num_epochs", "1", *features, *SHORT])
@@ -72,7 +71,7 @@ def test_a_cascade_is_trained_ensembled_and_predicted(tmp_path: Path, monkeypatc
     images.mkdir()
     image = tmp_path / "nnUNet_raw" / NAME / "imagesTr" / "case_0_0000.nii.gz"
     (images / image.name).write_bytes(image.read_bytes())
-    common = f"-d 4 -f 0 -tr MisFMTrainer -p nnUNetMisFMPlans -device cpu -npp 1 -nps 1 --disable_tta -i {images}"
+    common = f"-d 4 -f 0 -tr MisFMTrainer -p nnUNetMisFMPlans -device cpu -npp 0 -nps 0 --disable_tta -i {images}"
     low, high, mean, final = (tmp_path / name for name in ("low", "high", "mean", "final"))
     run(monkeypatch, f"nnUNetv2_predict {common} -c 3d_lowres -o {low} --save_probabilities")
     cascade = f"nnUNetv2_predict {common} -c 3d_cascade_fullres -prev_stage_predictions {low}"
