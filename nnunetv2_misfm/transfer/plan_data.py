@@ -1,7 +1,8 @@
 """The preprocessed data behind a fine-tuning plan: linked from nnU-Net's where the arrays are the same, else made anew.
 
 A record beside each data folder says which preprocessing its arrays come from and which files they are. It is written
-last, so a folder left half-made, or one whose source has changed since, is never taken for up to date.
+last, so a folder left half-made, or one whose source has changed since, is never taken for up to date. Folders are made
+under another name and renamed when they are complete.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 
 from nnunetv2_misfm.datasets import nnunet_folder, read_dataset_json
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.files import write_json
+from nnunetv2_misfm.files import locked, write_json
 from nnunetv2_misfm.transfer.plans import preprocessing_key, same_preprocessing
 
 
@@ -39,8 +43,17 @@ def provide_data(
 
     Raises:
         PlanError: if the data has to be preprocessed and the raw dataset is not there.
+        LockedError: if another process provides the same data.
     """
     folder = dataset_folder / plans["configurations"][configuration]["data_identifier"]
+    with locked(dataset_folder / f".{folder.name}.lock", 0.0, "another process provides this data"):
+        return _provide(folder, plans, base, configuration, num_processes)
+
+
+def _provide(
+    folder: Path, plans: Mapping[str, Any], base: Mapping[str, Any], configuration: str, num_processes: int
+) -> str:
+    dataset_folder = folder.parent
     stock = dataset_folder / _data_identifier(base, configuration)
     shared = same_preprocessing(plans, base, configuration) and _looks_complete(stock, dataset_folder)
     record = dataset_folder / f"{folder.name}.preprocessing.json"
@@ -57,8 +70,7 @@ def provide_data(
         raw = nnunet_folder("nnUNet_raw") / dataset_folder.name
         if not (raw / "dataset.json").is_file():
             raise PlanError(f"{folder} has to be preprocessed, but {raw} is not there. Put the raw dataset back.")
-        dataset_id = convert_dataset_name_to_id(dataset_folder.name)
-        preprocess_dataset(dataset_id, plans["plans_name"], (configuration,), [num_processes])
+        _preprocess(folder, plans, configuration, num_processes)
         done = f"{folder} was preprocessed."
     write_json({"preprocessing": wanted, "files": _listing(folder)}, record)
     return done
@@ -92,17 +104,45 @@ def _read_record(path: Path) -> Any:
         return None
 
 
+def _preprocess(folder: Path, plans: Mapping[str, Any], configuration: str, num_processes: int) -> None:
+    """nnU-Net's preprocessing, which takes the folder's name from a plans file."""
+    with _made_whole(folder) as temporary:
+        named = deepcopy(dict(plans))
+        named["configurations"][configuration]["data_identifier"] = temporary.name
+        plans_file = temporary.with_name(f"{temporary.name}.json")
+        write_json(named, plans_file)
+        try:
+            dataset_id = convert_dataset_name_to_id(folder.parent.name)
+            preprocess_dataset(dataset_id, temporary.name, (configuration,), [num_processes])
+        finally:
+            plans_file.unlink()
+
+
 def _link_cases(source: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    try:
+    with _made_whole(target) as temporary:
         for path in sorted(source.iterdir()):
             try:
                 os.link(path, temporary / path.name)
             except OSError:  # another file system, or one without hard links
                 shutil.copy2(path, temporary / path.name)
-        if target.is_dir():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
+
+
+@contextmanager
+def _made_whole(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, whose place it takes when the block ends without an error.
+
+    Its name is never used twice: worker processes of a run that was killed may go on for a while in theirs.
+    """
+    start = f".{folder.name}."
+    for left_behind in folder.parent.iterdir():
+        if left_behind.name.startswith(start) and left_behind.name.endswith((".tmp", ".tmp.json")):
+            shutil.rmtree(left_behind, ignore_errors=True) if left_behind.is_dir() else left_behind.unlink()
+    temporary = folder.with_name(f"{start}{uuid4().hex}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -43,9 +43,11 @@ PLANNED = f"nnUNet_preprocessed/{NAME}"
 
 
 def pretrain_a_pool(root: Path) -> None:
-    """Preparation and pretraining, with --c where there is something to continue."""
+    """Preparation and pretraining, with --c where there is something to continue; nothing where it was finished."""
     from nnunetv2_misfm.pretrain.cli import main
 
+    if (root / POOL_RUN / "checkpoint_final.pth").exists():
+        return  # the signal came between the last file and the end of the process
     continued = ["--c"] if (root / POOL_RUN / "checkpoint_latest.pth").exists() else []
     folder = ["-i", str(root / "images"), "-d", "900", "-n", "Pool", "-modality", "mr", "-np", "1"]
     main([*folder, "-patch_size", "16", "24", "16", "-device", "cpu", *FEATURES, *SHORT, *continued])

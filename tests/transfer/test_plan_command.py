@@ -12,6 +12,7 @@ import torch
 from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.architectures.plan_entry import NETWORKS, architecture_entry
 from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.files import locked
 from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint
 from nnunetv2_misfm.transfer.cli import plan_main
 from nnunetv2_misfm.transfer.planner import MemoryBudget, MisFMPlanner
@@ -74,6 +75,26 @@ def test_running_it_again_does_not_preprocess_again(nnunet: Path, capsys: pytest
     plan_main(["-d", "4", "-num_epochs", "3"])
     out = capsys.readouterr().out
     assert "shares the arrays" in out and "is up to date" in out
+
+
+def test_what_a_killed_run_left_is_removed_and_never_taken_for_the_data(nnunet: Path) -> None:
+    folder = nnunet / "nnUNet_preprocessed" / DATASET
+    left = folder / ".nnUNetMisFMPlans_3d_fullres.0123.tmp"
+    left.mkdir()
+    (left / "case_0.b2nd").write_bytes(b"half")
+    left.with_name(f"{left.name}.json").write_text("{}")
+    plan_main(["-d", "4", "-spacing", "1.2", "1.2", "1.2", "-np", "1"])
+    assert [path.name for path in folder.iterdir() if ".tmp" in path.name] == []
+    made = {path.name for path in (folder / "nnUNetMisFMPlans_3d_fullres").iterdir()}
+    assert made == {path.name for path in (folder / "nnUNetPlans_3d_fullres").iterdir()}
+
+
+def test_data_that_another_process_provides_is_left_to_it(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = nnunet / "nnUNet_preprocessed" / DATASET
+    with locked(folder / ".nnUNetMisFMPlans_3d_fullres.lock", 0.0, ""), pytest.raises(SystemExit):
+        plan_main(["-d", "4"])
+    assert "another process provides this data" in capsys.readouterr().err
+    assert not (folder / "nnUNetMisFMPlans_3d_fullres").exists()
 
 
 def test_data_is_provided_again_when_its_source_has_changed(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
