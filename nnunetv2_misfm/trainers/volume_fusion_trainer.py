@@ -26,7 +26,7 @@ from torch import Tensor, autocast, nn
 
 from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of, total_strides
-from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.errors import PlanError, UserError, first_line
 from nnunetv2_misfm.pretrain.augment import AugmentSettings
 from nnunetv2_misfm.pretrain.crops import CropPairs, fuse_batch, pair_loader, validation_pairs
 from nnunetv2_misfm.pretrain.picture import write_fusion_picture
@@ -92,10 +92,23 @@ class VolumeFusionTrainer(BaseTrainer):
         self.save_every = min(_MOST_EPOCHS_LOST, max(1, self.num_epochs // 40))
 
     def run_training(self) -> None:
-        """As in nnU-Net; asked to stop, it saves first and goes on from there with --c."""
+        """As in nnU-Net; asked to stop, it saves first and goes on from there with --c.
+
+        Raises:
+            UserError: if a process that reads crops was killed.
+        """
         with self._stop:
             try:
                 super().run_training()
+            except RuntimeError as error:
+                # PyTorch raises nothing more special, and wherever the training is when the system tells it.
+                if not str(error).startswith("DataLoader worker"):
+                    raise
+                raise UserError(
+                    f"A process that reads crops ended: {first_line(error)} Signal Killed mostly means that the "
+                    f"machine ran out of memory: use fewer of them (nnUNet_n_proc_DA, now "
+                    f"{get_allowed_n_proc_DA()}), and continue the run with --c."
+                ) from None
             finally:
                 # Their workers end with them; at the end of the program they would be waited for.
                 self.dataloader_train = self.dataloader_val = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -216,6 +217,29 @@ def test_the_learning_rate_may_change_when_a_run_goes_on(nnunet: Path) -> None:
     pretrain("Slower", "-num_epochs", "1")
     content = read_checkpoint(pretrain("Slower", "--c", "-num_epochs", "2", "-initial_lr", "0.0001"))
     assert content["optimizer_state"]["param_groups"][0]["lr"] < 0.0002
+
+
+@pytest.mark.slow
+def test_a_data_worker_that_is_killed_ends_the_run_with_its_reason(
+    nnunet: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the system does when memory runs out."""
+    monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+    optimise = trainer_class()._optimise
+
+    def killing(self: Any, batch: Any) -> dict:
+        if self.current_epoch == 1:
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid or 0, signal.SIGKILL)
+        return optimise(self, batch)
+
+    with monkeypatch.context() as changed, pytest.raises(SystemExit):
+        changed.setattr(trainer_class(), "_optimise", killing)
+        pretrain("Killed")
+    message = capsys.readouterr().err
+    assert "killed by signal: Killed" in message and "nnUNet_n_proc_DA, now 2" in message
+    assert "Traceback" not in message
+    assert read_checkpoint(pretrain("Killed", "--c"))["current_epoch"] == 2
 
 
 @pytest.mark.slow
