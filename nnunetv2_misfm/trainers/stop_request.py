@@ -1,9 +1,12 @@
-"""Being asked to stop: SIGTERM from a cluster, or Ctrl-C. The run saves first."""
+"""Being asked to stop: SIGTERM from a cluster, or Ctrl-C. Pretraining saves first; fine-tuning ends, as in nnU-Net."""
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -41,3 +44,13 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+@contextmanager
+def ends_in_one_line() -> Iterator[None]:
+    """Ctrl-C ends the program with one line instead of a traceback, and the usual status 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("Interrupted. Continue from the latest checkpoint with --c.", file=sys.stderr)
+        raise SystemExit(130) from None
