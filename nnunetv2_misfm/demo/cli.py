@@ -13,7 +13,7 @@ from nnunetv2_misfm.errors import PlanError, exit_with_message
 
 PLANS = {"pretrained": "nnUNetMisFMPlans", "from scratch": "nnUNetMisFMScratchPlans"}
 _NUM_VOLUMES, _NUM_TRAINING, _NUM_TEST = 16, 6, 3
-_PRETRAINING, _FINETUNING = (4, 24), (8, 20)  # epochs, iterations of each
+_PRETRAINING, _FINETUNING = (6, 16), (10, 16)  # epochs, iterations of each
 _NETWORK = ("-features_per_stage", "6", "12", "24", "48", "96")
 _PATCH = ("-patch_size", "8", "48", "48", "-batch_size", "2")
 
