@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import numpy as np
@@ -29,6 +33,13 @@ from nnunetv2_misfm.transfer.cli import plan_main as misfm_plan
 
 _POOL_ID, _POOL_NAME = "998", "MisFMDemoPool"
 _DATASET_ID, _DATASET = "999", "Dataset999_MisFMDemo"
+
+
+@contextmanager
+def in_this_process() -> Iterator[None]:
+    """nnU-Net's pools have threads instead of processes, each of which would take seconds to import what it needs."""
+    with patch("multiprocessing.get_context", lambda method=None: SimpleNamespace(Pool=ThreadPool)):
+        yield
 
 
 class Demo:
@@ -74,7 +85,7 @@ class Demo:
         # nnU-Net's planner takes the number of data workers, 0 here, for a number of threads.
         one_worker = patch.dict(os.environ, nnUNet_n_proc_DA="1")
         messages = r"(Dataset999|Plans were saved|Configuration:)"
-        with one_worker, step("nnU-Net plans, preprocesses", self.log, 3, messages):
+        with one_worker, in_this_process(), step("nnU-Net plans, preprocesses", self.log, 3, messages):
             extract_fingerprints([int(_DATASET_ID)], num_processes=1, show_progress_bar=False)
             plan_experiments([int(_DATASET_ID)])
             preprocess([int(_DATASET_ID)], configurations=["3d_fullres"], num_processes=[1], show_progress_bar=False)
@@ -85,7 +96,7 @@ class Demo:
         common += ["-num_epochs", str(epochs), "-num_iterations_per_epoch", str(iterations)]
         # Ten times the published learning rate: runs this short need larger steps.
         common += ["-num_val_iterations_per_epoch", "2", "-initial_lr", "0.01"]
-        with step("Planning the fine-tunings", self.log, 2, r"Train with"):
+        with in_this_process(), step("Planning the fine-tunings", self.log, 2, r"Train with"):
             # The default's two ramps would take a quarter of the epochs.
             misfm_plan([*common, "-overwrite_plans_name", "nnUNetMisFMPlans", "-schedule", "default"])
             misfm_plan([*common, "-overwrite_plans_name", "nnUNetMisFMScratchPlans", "--from_scratch"])
@@ -93,7 +104,7 @@ class Demo:
     def finetune_and_test(self, name: str, plans: str, epochs: int) -> Arm:
         """nnUNetv2_train, nnUNetv2_predict and the evaluation of one arm."""
         device = torch.device(self.device)
-        with step(f"Fine-tuning {name}", self.log, epochs, r".* Epoch time"):
+        with in_this_process(), step(f"Fine-tuning {name}", self.log, epochs, r".* Epoch time"):
             run_training(_DATASET_ID, "3d_fullres", 0, "MisFMTrainer", plans, device=device)
         model = self.results / f"MisFMTrainer__{plans}__3d_fullres"
         predictions = self.folder / f"predictions_{plans}"
