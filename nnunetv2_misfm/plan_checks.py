@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -113,19 +112,6 @@ def check_dataset(dataset_json: Mapping[str, Any], path: Path) -> None:
     missing = [key for key, value in entries.items() if not (isinstance(value, Mapping) and value)]
     if missing:
         raise PlanError(f"{path} lacks: {', '.join(missing)}. Complete it as nnU-Net's documentation describes.")
-
-
-def check_deepest_map(
-    network_class: str, deepest_stride: Sequence[int], patch_size: Sequence[int], batch_size: int
-) -> None:
-    """Raise a PlanError if a norm of the deepest feature map would see a single value per channel."""
-    voxels = math.prod(-(-n // stride) for n, stride in zip(patch_size, deepest_stride, strict=True))
-    over_the_batch = network_class.endswith(".PCTNet")
-    if voxels == 1 and (batch_size == 1 or not over_the_batch):
-        raise PlanError(
-            f"patch size {list(patch_size)} leaves a single voxel of the deepest feature map, too little for its "
-            f"normalisation. Use a larger -patch_size{' or -batch_size' if over_the_batch else ''}."
-        )
 
 
 def check_sizes(patch_size: object, batch_size: object, divisor: Sequence[int] = (1, 1, 1)) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,6 +12,7 @@ import SimpleITK as sitk
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_misfm.demo.steps import threads_for_processes
 from nnunetv2_misfm.pretrain.plans import plain_unet_entry
 
 NAME = "Dataset004_Small"
@@ -123,4 +122,4 @@ def use_folders(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, str(root / name))
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     monkeypatch.setenv("nnUNet_compile", "0")
-    monkeypatch.setattr("multiprocessing.get_context", lambda method=None: SimpleNamespace(Pool=ThreadPool))
+    monkeypatch.setattr("multiprocessing.get_context", threads_for_processes)

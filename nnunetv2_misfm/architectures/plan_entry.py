@@ -5,10 +5,13 @@ Works on the dicts of a plans file; needs neither nnU-Net nor the network itself
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nnunetv2_misfm.architectures.resolution import strides_of, total_strides
+from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.plan_checks import check_sizes
 
 NETWORKS = {
     "pctnet": "nnunetv2_misfm.architectures.PCTNet",
@@ -50,6 +53,28 @@ def own_network_name(architecture: Mapping[str, Any]) -> str | None:
 def patch_divisor(architecture: Mapping[str, Any]) -> tuple[int, int, int]:
     """What each axis of the patch must be a multiple of; networks of this package take any size."""
     return (1, 1, 1) if is_own_network(architecture) else total_strides(architecture["arch_kwargs"]["strides"])[-1]
+
+
+def set_sizes(configuration: dict[str, Any], patch_size: Sequence[int] | None, batch_size: int | None) -> None:
+    """Put the sizes that were asked for, if any, into a configuration of a plans file, and check what it then has.
+
+    Raises:
+        PlanError: if its network cannot work with its sizes.
+    """
+    if patch_size is not None:
+        configuration["patch_size"] = list(patch_size)
+    if batch_size is not None:
+        configuration["batch_size"] = batch_size
+    architecture, patch, batch = (configuration[key] for key in ("architecture", "patch_size", "batch_size"))
+    check_sizes(patch, batch, patch_divisor(architecture))
+    deepest = total_strides(architecture["arch_kwargs"]["strides"])[-1]
+    voxels = math.prod(-(-n // stride) for n, stride in zip(patch, deepest, strict=True))
+    over_the_batch = own_network_name(architecture) == "pctnet"  # BatchNorm; the other networks have InstanceNorm
+    if voxels == 1 and (batch == 1 or not over_the_batch):
+        raise PlanError(
+            f"patch size {list(patch)} leaves a single voxel of the deepest feature map, too little for its "
+            f"normalisation. Use a larger -patch_size{' or -batch_size' if over_the_batch else ''}."
+        )
 
 
 def degree_of_anisotropy(configuration: Mapping[str, Any]) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -35,11 +35,17 @@ _POOL_ID, _POOL_NAME = "998", "MisFMDemoPool"
 _DATASET_ID, _DATASET = "999", "Dataset999_MisFMDemo"
 
 
-@contextmanager
-def in_this_process() -> Iterator[None]:
-    """nnU-Net's pools have threads instead of processes, each of which would take seconds to import what it needs."""
-    with patch("multiprocessing.get_context", lambda method=None: SimpleNamespace(Pool=ThreadPool)):
-        yield
+def threads_for_processes(method: str | None = None) -> SimpleNamespace:
+    """Stands in for `multiprocessing.get_context`, whose pools nnU-Net uses, and has pools of threads.
+
+    Each process would take seconds to import what it needs.
+    """
+    return SimpleNamespace(Pool=ThreadPool)
+
+
+def in_this_process() -> AbstractContextManager[Any]:
+    """nnU-Net's pools have threads within this context."""
+    return patch("multiprocessing.get_context", threads_for_processes)
 
 
 class Demo:

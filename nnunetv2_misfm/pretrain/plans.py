@@ -17,11 +17,11 @@ from nnunetv2_misfm.architectures.plan_entry import (
     degree_of_anisotropy,
     is_own_network,
     own_network_name,
-    patch_divisor,
+    set_sizes,
 )
 from nnunetv2_misfm.architectures.resolution import strides_of, total_strides
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.plan_checks import build_on_meta, check_deepest_map, check_sizes
+from nnunetv2_misfm.plan_checks import build_on_meta, check_sizes
 from nnunetv2_misfm.pretrain.augment import AugmentSettings
 from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings
 from nnunetv2_misfm.run_settings import BLOCK, PretrainingSettings
@@ -114,15 +114,7 @@ def run_plans(
         degree = degree_of_anisotropy(entry)
         _check_stems(request, degree)
         entry["architecture"] = architecture_entry(network, degree, **{**kept, **request.arch_kwargs})
-    if request.patch_size is not None:
-        entry["patch_size"] = list(request.patch_size)
-    if request.batch_size is not None:
-        entry["batch_size"] = request.batch_size
-    check_sizes(entry["patch_size"], entry["batch_size"], patch_divisor(entry["architecture"]))
-    deepest_stride = total_strides(entry["architecture"]["arch_kwargs"]["strides"])[-1]
-    check_deepest_map(
-        entry["architecture"]["network_class_name"], deepest_stride, entry["patch_size"], entry["batch_size"]
-    )
+    set_sizes(entry, request.patch_size, request.batch_size)
     build_on_meta(entry["architecture"], 1, request.fusion.num_fusion_classes)
     plans = deepcopy(dict(base))
     pool = plans.get(BLOCK, {}).get("pool")

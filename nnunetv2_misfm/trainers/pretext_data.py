@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+
+from nnunetv2_misfm.errors import UserError, first_line
 from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings
 
 _HELD_OUT_SHARE = 0.05
@@ -33,6 +37,26 @@ class TimedIterator:
         item = next(self.iterator)
         self.waited += perf_counter() - started
         return item
+
+
+@contextmanager
+def killed_workers_are_named() -> Iterator[None]:
+    """A process that reads crops and is killed ends the block with what to do about it.
+
+    Raises:
+        UserError: in place of PyTorch's RuntimeError, which has no type of its own and comes wherever the training is
+            when the system tells it.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise UserError(
+            f"A process that reads crops ended: {first_line(error)} Signal Killed mostly means that the machine ran "
+            f"out of memory: use fewer of them (nnUNet_n_proc_DA, now {get_allowed_n_proc_DA()}), and continue the run "
+            f"with --c."
+        ) from None
 
 
 def fusion_dataset_json(dataset_json: Mapping[str, Any], fusion: FusionSettings) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from torch import Tensor, autocast, nn
 
 from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of, total_strides
-from nnunetv2_misfm.errors import PlanError, UserError, first_line
+from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.pretrain.augment import AugmentSettings
 from nnunetv2_misfm.pretrain.crops import CropPairs, fuse_batch, pair_loader, validation_pairs
 from nnunetv2_misfm.pretrain.picture import write_fusion_picture
@@ -39,7 +39,7 @@ from nnunetv2_misfm.trainers.distributed import any_process, from_all_processes
 from nnunetv2_misfm.trainers.interrupted_epoch import InterruptedEpoch
 from nnunetv2_misfm.trainers.metrics_file import MetricsFile
 from nnunetv2_misfm.trainers.peak_memory import peak_memory_gb
-from nnunetv2_misfm.trainers.pretext_data import TimedIterator, fusion_dataset_json, hold_out
+from nnunetv2_misfm.trainers.pretext_data import TimedIterator, fusion_dataset_json, hold_out, killed_workers_are_named
 from nnunetv2_misfm.trainers.step_guard import StepGuard
 from nnunetv2_misfm.trainers.stop_request import StopRequest
 from nnunetv2_misfm.transfer.adaptation_plan import nnssl_adaptation_plan
@@ -97,18 +97,9 @@ class VolumeFusionTrainer(BaseTrainer):
         Raises:
             UserError: if a process that reads crops was killed.
         """
-        with self._stop:
+        with self._stop, killed_workers_are_named():
             try:
                 super().run_training()
-            except RuntimeError as error:
-                # PyTorch raises nothing more special, and wherever the training is when the system tells it.
-                if not str(error).startswith("DataLoader worker"):
-                    raise
-                raise UserError(
-                    f"A process that reads crops ended: {first_line(error)} Signal Killed mostly means that the "
-                    f"machine ran out of memory: use fewer of them (nnUNet_n_proc_DA, now "
-                    f"{get_allowed_n_proc_DA()}), and continue the run with --c."
-                ) from None
             finally:
                 # Their workers end with them; at the end of the program they would be waited for.
                 self.dataloader_train = self.dataloader_val = None

@@ -136,7 +136,10 @@ def _made_whole(folder: Path) -> Iterator[Path]:
     start = f".{folder.name}."
     for left_behind in folder.parent.iterdir():
         if left_behind.name.startswith(start) and left_behind.name.endswith((".tmp", ".tmp.json")):
-            shutil.rmtree(left_behind, ignore_errors=True) if left_behind.is_dir() else left_behind.unlink()
+            if left_behind.is_dir():
+                shutil.rmtree(left_behind, ignore_errors=True)
+            else:
+                left_behind.unlink()
     temporary = folder.with_name(f"{start}{uuid4().hex}.tmp")
     temporary.mkdir()
     try:

@@ -21,11 +21,11 @@ from nnunetv2_misfm.architectures.plan_entry import (
     degree_for_spacing,
     degree_of_anisotropy,
     is_own_network,
-    patch_divisor,
+    set_sizes,
 )
 from nnunetv2_misfm.architectures.resolution import total_strides
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.plan_checks import build_on_meta, check_deepest_map, check_plans_name, check_sizes
+from nnunetv2_misfm.plan_checks import build_on_meta, check_plans_name
 from nnunetv2_misfm.run_settings import BLOCK, FinetuningSettings
 from nnunetv2_misfm.settings import write_settings
 from nnunetv2_misfm.transfer.pretrained import PRETRAIN_INFO, Source, portable_path
@@ -194,18 +194,7 @@ def _configuration(
         _change_spacing(configuration, _wanted_spacing(request, source), remarks)
         degree = degree_for_spacing(configuration["spacing"])
     configuration["architecture"] = _architecture(configuration, degree, name, request, source, remarks)
-    if request.patch_size is not None:
-        configuration["patch_size"] = list(request.patch_size)
-    if request.batch_size is not None:
-        configuration["batch_size"] = request.batch_size
-    check_sizes(configuration["patch_size"], configuration["batch_size"], patch_divisor(configuration["architecture"]))
-    deepest_stride = total_strides(configuration["architecture"]["arch_kwargs"]["strides"])[-1]
-    check_deepest_map(
-        configuration["architecture"]["network_class_name"],
-        deepest_stride,
-        configuration["patch_size"],
-        configuration["batch_size"],
-    )
+    set_sizes(configuration, request.patch_size, request.batch_size)
     return configuration
 
 
