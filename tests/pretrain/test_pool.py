@@ -399,7 +399,7 @@ def test_parts_together_equal_one_run(images: Path) -> None:
 PREPARE_IN_A_PROCESS = """
 import sys
 from pathlib import Path
-sys.path[:0] = [{tests!r}]
+sys.path[:] = {paths!r}
 from test_pool import make_pool
 make_pool([Path({images!r})], spacing=(1, 1, 1))
 """
@@ -411,7 +411,7 @@ def test_a_preparation_that_was_killed_is_continued_to_the_same_pool(images: Pat
     for number in range(10):
         phantoms.write(images / f"{number}.nii.gz", phantoms.ct(number, (50, 60, 60)), (2, 1, 1))
     whole = make_pool([images], "Dataset101_Whole", spacing=(1, 1, 1))
-    code = PREPARE_IN_A_PROCESS.format(tests=str(Path(__file__).parent), images=str(images))
+    code = PREPARE_IN_A_PROCESS.format(paths=sys.path, images=str(images))
     process = subprocess.Popen([sys.executable, "-c", code])
     folder = nnunet_folders / "nnUNet_preprocessed" / DATASET / f"{PLANS}_{CONFIGURATION}"
     while process.poll() is None and len(list(folder.glob("*.b2nd"))) < 8:
