@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 from collections.abc import Callable
+from types import TracebackType
 
 _FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -23,22 +24,44 @@ def first_line(error: BaseException) -> str:
 
 
 def exit_with_message(command: str, run: Callable[[], None]) -> None:
-    """Call `run`; end the program with the message of a `UserError`, or of a full or forbidden disk, and status 2."""
+    """Call `run`; end the program with one line and status 2 (130 after Ctrl-C) for an error that has one."""
     try:
         run()
-    except UserError as error:
-        print(f"{command}: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:
-        if error.errno not in _FULL_OR_FORBIDDEN:
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        line = in_one_line(error)
+        if line is None:
             raise
+        print(f"{command}: {line}", file=sys.stderr)
+        raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from None
+
+
+def tell_uncaught_errors_in_one_line() -> None:
+    """Let Python end programs of others with one line instead of a traceback, for the errors that have one.
+
+    nnU-Net's commands run our trainers; what they raise reaches callers in Python unchanged.
+    """
+    before = sys.excepthook
+    if before.__module__ == __name__:
+        return
+
+    def tell(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        line = in_one_line(error)
+        if line is None:
+            before(kind, error, traceback)
+        else:
+            print(line, file=sys.stderr)
+
+    sys.excepthook = tell
+
+
+def in_one_line(error: BaseException) -> str | None:
+    """What to print in place of a traceback: for a `UserError`, a full or forbidden disk, Ctrl-C; else None."""
+    if isinstance(error, UserError):
+        return f"error: {error}"
+    if isinstance(error, OSError) and error.errno in _FULL_OR_FORBIDDEN:
         where = f"{error.filename}: " if error.filename else ""
-        print(
-            f"{command}: error: {where}{error.strerror}. Make room or give access, and run the command again; what was "
-            f"finished is kept.",
-            file=sys.stderr,
+        return (
+            f"error: {where}{error.strerror}. Make room or give access, and run the command again; what was finished "
+            f"is kept."
         )
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print(f"{command}: interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
+    return "interrupted" if isinstance(error, KeyboardInterrupt) else None

@@ -83,3 +83,12 @@ def locked(path: Path, timeout: float, message: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def format_bytes(number: float) -> str:
+    """A number of bytes for people, in powers of 1000."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} TB"

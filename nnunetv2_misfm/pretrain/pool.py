@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from nnunetv2_misfm.files import write_json
+from nnunetv2_misfm.files import format_bytes, write_json
 from nnunetv2_misfm.pretrain.case_preparation import (
     FAILED,
     LEFT_OUT,
@@ -37,7 +37,6 @@ from nnunetv2_misfm.pretrain.pool_inspection import (
     PoolError,
     PoolInspection,
     PoolSettings,
-    format_bytes,
     inspect_volumes,
 )
 from nnunetv2_misfm.pretrain.pool_merge import merge_pool

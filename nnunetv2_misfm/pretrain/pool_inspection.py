@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunetv2_misfm.errors import UserError
+from nnunetv2_misfm.files import format_bytes
 from nnunetv2_misfm.pretrain.volume_files import LeftOut
 from nnunetv2_misfm.pretrain.volumes import Volume, find_volumes
 
@@ -138,12 +139,3 @@ def _spread(name: str, rows: Sequence[Sequence[float]]) -> str:
     low, middle, high = (np.percentile(rows, q, axis=0) for q in (0, 50, 100))
     shown = [" x ".join(f"{value:.4g}" for value in values) for values in (middle, low, high)]
     return f"  {name}: median {shown[0]}, from {shown[1]} to {shown[2]}"
-
-
-def format_bytes(number: float) -> str:
-    """A number of bytes for people, in powers of 1000."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.3g} {unit}"
-        number /= 1000
-    return f"{number:.3g} TB"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,8 +23,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from nnunetv2_misfm.architectures.checkpointing import set_checkpointing
 from nnunetv2_misfm.architectures.memory import estimate_training_memory
 from nnunetv2_misfm.architectures.resolution import total_strides
-from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.files import TRAINING_LOCK, locked
+from nnunetv2_misfm.errors import PlanError, UserError
+from nnunetv2_misfm.files import TRAINING_LOCK, format_bytes, locked
 from nnunetv2_misfm.run_settings import BLOCK, RunSettings, run_settings
 from nnunetv2_misfm.trainers.distributed import check_batch_size, device_of_process, wrap
 from nnunetv2_misfm.trainers.own_network import with_own_network
@@ -41,6 +42,7 @@ from nnunetv2_misfm.transfer.checkpoint import (
 from nnunetv2_misfm.transfer.transfer import part_of
 
 _FIRST_LOSSES = 5
+_SMALL_FILES = 10**6  # bytes of plans, log and plot
 _LATEST, _PREVIOUS = "checkpoint_latest.pth", "checkpoint_previous.pth"
 CUDA = torch.device("cuda")  # nnU-Net's default device
 
@@ -206,21 +208,42 @@ class BaseTrainer(nnUNetTrainer):
             return
         folder = Path(self.output_folder)
         folder.mkdir(parents=True, exist_ok=True)
-        final = folder / "checkpoint_final.pth"
         with locked(folder / TRAINING_LOCK, 0.0, "another process trains in this results folder"):
-            if 0 < self.current_epoch < self.num_epochs and final.is_file():
-                # A run that goes on is not finished any more; nnU-Net would prefer its old end to what comes now.
-                final.replace(folder / _LATEST)
             super().run_training()
 
-    # ---------------------------------------------------------------- memory
-
     def on_train_start(self) -> None:
-        """As in nnU-Net, after making sure that a training step fits into memory."""
+        """As in nnU-Net, after making sure that a checkpoint fits on the disk and a training step into memory.
+
+        Raises:
+            UserError: if one of them does not.
+        """
         if not self.was_initialized:
             self.initialize()
+        self._check_disk()
         self._fit_into_memory()
+        self._load_pretrained_weights()
+        final = Path(self.output_folder) / "checkpoint_final.pth"
+        if self.local_rank == 0 and 0 < self.current_epoch < self.num_epochs and final.is_file():
+            # A run that goes on is not finished any more; nnU-Net would prefer its old end to what comes now.
+            final.replace(final.with_name(_LATEST))
         super().on_train_start()
+
+    def _load_pretrained_weights(self) -> None:
+        """What a trainer that starts from weights of others does before its first epoch."""
+
+    # ---------------------------------------------------------------- memory and disk
+
+    def _check_disk(self) -> None:
+        """Before nnU-Net opens the plans.json of an earlier run for writing, which a full disk would leave empty."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            return
+        weights = sum(value.numel() * value.element_size() for value in self.bare_network.state_dict().values())
+        needed, free = 2 * weights + _SMALL_FILES, shutil.disk_usage(self.output_folder).free  # 2: SGD's momentum
+        if free < needed:
+            raise UserError(
+                f"{self.output_folder}: its disk has only {format_bytes(free)} of space left, a checkpoint takes about "
+                f"{format_bytes(needed)}. Make room and start again; what was finished is kept."
+            )
 
     def _fit_into_memory(self) -> None:
         if not hasattr(self.bare_network, "checkpointing"):

@@ -11,7 +11,6 @@ from batchgenerators.utilities.file_and_folder_operations import join, save_json
 
 from nnunetv2_misfm.run_settings import FinetuningSettings
 from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
-from nnunetv2_misfm.trainers.stop_request import ends_in_one_line
 from nnunetv2_misfm.transfer.hub import is_hub_name
 from nnunetv2_misfm.transfer.plans import num_images
 from nnunetv2_misfm.transfer.pretrained import PRETRAIN_INFO, load_source, resolve_checkpoint
@@ -61,25 +60,9 @@ class MisFMTrainer(BaseTrainer):
         super().load_checkpoint(filename_or_checkpoint)
         self._resumed = True
 
-    def run_training(self) -> None:
-        """As in the base class."""
-        with ends_in_one_line():
-            super().run_training()
-
-    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """As in nnU-Net."""
-        with ends_in_one_line():
-            super().perform_actual_validation(save_probabilities)
-
-    def on_train_start(self) -> None:
-        """As in the base class, after loading the weights the plan asks for."""
-        if not self.was_initialized:
-            self.initialize()
-        if not self._resumed:
-            self._load_pretrained_weights()
-        super().on_train_start()
-
     def _load_pretrained_weights(self) -> None:
+        if self._resumed:
+            return
         info: dict[str, Any] = self.plans_manager.plans.get(PRETRAIN_INFO) or {}
         loaded = self._weights_checksum() != self._initial_weights
         if loaded and info.get("checkpoint_path") is not None:

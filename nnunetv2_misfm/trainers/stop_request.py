@@ -1,12 +1,9 @@
-"""Being asked to stop: SIGTERM from a cluster, or Ctrl-C. Pretraining saves first; fine-tuning ends, as in nnU-Net."""
+"""Being asked to stop: SIGTERM from a cluster, or Ctrl-C."""
 
 from __future__ import annotations
 
 import signal
-import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -44,13 +41,3 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
-
-
-@contextmanager
-def ends_in_one_line() -> Iterator[None]:
-    """Ctrl-C ends the program with one line instead of a traceback, and the usual status 130."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("Interrupted. Continue from the latest checkpoint with --c.", file=sys.stderr)
-        raise SystemExit(130) from None

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_misfm.errors import UserError, first_line
-from nnunetv2_misfm.files import written_whole
+from nnunetv2_misfm.files import format_bytes, written_whole
 
 FORMAT_VERSION = 1
 BLOCK = "misfm"
@@ -109,9 +109,9 @@ def write_checkpoint(
 
 def not_written(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
     """The error for a file that could not be written, mostly because the disk is full."""
-    free = shutil.disk_usage(Path(path).parent).free / 2**20
+    free = format_bytes(shutil.disk_usage(Path(path).parent).free)
     return CheckpointError(
-        f"{path} could not be written ({first_line(error)}); {free:.0f} MB are free there. What was there before is "
+        f"{path} could not be written ({first_line(error)}); {free} are free there. What was there before is "
         f"intact. Make room or check the folder's permissions, and run the command again (with --c to continue a run)."
     )
 

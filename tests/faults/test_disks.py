@@ -1,89 +1,182 @@
-"""A disk that is full or may not be written to: one clear error, and what was there before is intact."""
+"""A disk that is full or may not be written to, at every step that writes: one clear error, and nothing is lost."""
 
 from __future__ import annotations
 
-import os
+import hashlib
+import re
+import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 from nnunet_dataset import NAME
+from nnunetv2.run.run_training import run_training_entry
+from parity.reference import reference_folder
 
 from nnunetv2_misfm.pretrain.cli import main as misfm_pretrain
 from nnunetv2_misfm.start_up import add_plugin_folder
 from nnunetv2_misfm.transfer.checkpoint import CheckpointError, CheckpointInfo, read_checkpoint, write_checkpoint
-from nnunetv2_misfm.transfer.checkpoint_cli import export_main
+from nnunetv2_misfm.transfer.checkpoint_cli import export_main, import_main
 from nnunetv2_misfm.transfer.cli import plan_main
 
 INFO = CheckpointInfo("volume_fusion", "x", {}, 1, 5, {}, {})
-SHORT = ["-features_per_stage", "4", "4", "8", "16", "32", "-num_epochs", "2", "-num_iterations_per_epoch", "1"]
-SHORT += ["-num_val_iterations_per_epoch", "1", "-device", "cpu"]
+SHORT = ["-num_epochs", "1", "-num_iterations_per_epoch", "1", "-num_val_iterations_per_epoch", "1"]
+NETWORK = ["-features_per_stage", "4", "4", "8", "16", "32"]
+CPU = ["-device", "cpu"]
+PRETRAINED = f"nnUNet_results/{NAME}/VolumeFusionTrainer__nnUNetMisFMPretrainPlans__3d_fullres/fold_all"
+FINE_TUNED = f"nnUNet_results/{NAME}/MisFMTrainer__nnUNetMisFMPlans__3d_fullres/fold_0"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command that writes into a folder, and what has to be done before the disk of that folder fails."""
+
+    folder: str
+    command: Callable[[Path], None]
+    before: tuple[Callable[[Path], None], ...] = ()
+
+
+def pretrain(root: Path, *options: str) -> None:
+    misfm_pretrain(["-d", "4", *NETWORK, *SHORT, *CPU, *options])
+
+
+def continue_pretraining(root: Path) -> None:
+    pretrain(root, "-num_epochs", "2", "--c")
+
+
+def prepare(root: Path) -> None:
+    images = ["-i", str(root / "nnUNet_raw" / NAME / "imagesTr"), "-modality", "mr"]
+    misfm_pretrain([*images, "-d", "900", "-n", "Pool", "-np", "1", *NETWORK, *SHORT, *CPU])
+
+
+def plan(root: Path, *options: str) -> None:
+    weights = root / PRETRAINED / "checkpoint_final.pth"
+    plan_main(["-d", "4", "-pretrained_weights", str(weights), *SHORT, "-np", "1", *options])
+
+
+def plan_other_data(root: Path) -> None:
+    plan(root, "-spacing", "1.2", "1.2", "1.2")
+
+
+def fine_tune(root: Path, *options: str) -> None:
+    sys.argv = ["nnUNetv2_train", "4", "3d_fullres", "0", "-tr", "MisFMTrainer", "-p", "nnUNetMisFMPlans", *CPU]
+    sys.argv += options
+    try:
+        run_training_entry()
+    except Exception as error:  # what Python does at the end of a program
+        sys.excepthook(type(error), error, error.__traceback__)
+        raise SystemExit(1) from None
+
+
+def stop_before_the_end(root: Path) -> None:
+    """As if the run had been stopped before its last epoch."""
+    final = root / FINE_TUNED / "checkpoint_final.pth"
+    final.rename(final.with_name("checkpoint_latest.pth"))
+
+
+def continue_fine_tuning(root: Path) -> None:
+    fine_tune(root, "--c")
+
+
+def export(root: Path) -> None:
+    export_main(["-i", str(root / PRETRAINED / "checkpoint_final.pth"), "-o", str(root / "out" / "export")])
+
+
+def import_weights(root: Path) -> None:
+    import_main(["-i", str(reference_folder() / "pctnet_small_mode1.pt"), "-o", str(root / "out" / "imported.pth")])
+
+
+STEPS = {
+    "preparing a pool": Step("nnUNet_preprocessed", prepare),
+    "planning the pretraining": Step("nnUNet_preprocessed", pretrain),
+    "pretraining": Step("nnUNet_results", pretrain),
+    "continuing a pretraining": Step("nnUNet_results", continue_pretraining, (pretrain,)),
+    "planning": Step("nnUNet_preprocessed", plan, (pretrain,)),
+    "preprocessing for a plan": Step("nnUNet_preprocessed", plan_other_data, (pretrain,)),
+    "fine-tuning": Step("nnUNet_results", fine_tune, (pretrain, plan)),
+    "continuing a fine-tuning": Step(
+        "nnUNet_results", continue_fine_tuning, (pretrain, plan, fine_tune, stop_before_the_end)
+    ),
+    "exporting": Step("out", export, (pretrain,)),
+    "importing": Step("out", import_weights, (pretrain,)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failure", ["full", "read-only"])
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_on_a_failing_disk(
+    nnunet: Path, mounted: Callable[[Path], None], capsys: pytest.CaptureFixture[str], name: str, failure: str
+) -> None:
+    step, folder = STEPS[name], nnunet / STEPS[name].folder
+    add_plugin_folder()
+    for earlier in step.before:
+        earlier(nnunet)
+    folder.mkdir(exist_ok=True)
+    mounted(folder)
+    if failure == "full":
+        fill(folder)
+    else:
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+    before = contents(folder)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        step.command(nnunet)
+    message = capsys.readouterr().err
+    print(f"{name}, {failure}: {message[-600:]}")
+    assert ended.value.code not in (0, None) and "Traceback" not in message
+    assert re.search("space|full|0 bytes are free" if failure == "full" else "Read-only", message)
+    after = contents(folder)
+    assert {file: after.get(file) for file in before} == before
+    # Nothing unfinished bears a name under which it would be taken for finished.
+    assert not [
+        file for file in after.keys() - before.keys() if file.suffix in (".pth", ".json", ".b2nd", ".safetensors")
+    ]
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path: Path, mounted: Callable[[Path], None]) -> None:
+    mounted(tmp_path)
+    path = tmp_path / "checkpoint_latest.pth"
+    write_checkpoint({"network_weights": {"a": torch.ones(10)}}, INFO, path)
+    with pytest.raises(CheckpointError, match="could not be written.*Make room"):
+        write_checkpoint({"network_weights": {"a": torch.ones(10**8)}}, INFO, path, keep_as="checkpoint_previous.pth")
+    assert torch.equal(read_checkpoint(path)["network_weights"]["a"], torch.ones(10))
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MB."""
-    folder = tmp_path / "small_disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True).returncode:
-        pytest.skip("this system does not allow a small file system to be mounted")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+def mounted() -> Iterator[Callable[[Path], None]]:
+    """Puts a folder's files on a file system of their own, of 100 MB."""
+    mounts: list[Path] = []
+
+    def mount(folder: Path) -> None:
+        kept = folder.with_name(folder.name + "_kept")
+        shutil.copytree(folder, kept)
+        command = ["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", str(folder)]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("this system does not allow a small file system to be mounted")
+        mounts.append(folder)
+        shutil.copytree(kept, folder, dirs_exist_ok=True)
+
+    yield mount
+    for folder in mounts:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(small_disk: Path) -> None:
-    path = small_disk / "checkpoint_latest.pth"
-    write_checkpoint({"network_weights": {"a": torch.ones(10)}}, INFO, path)
-    with pytest.raises(CheckpointError, match="could not be written.*Make room"):
-        write_checkpoint({"network_weights": {"a": torch.ones(10**6)}}, INFO, path, keep_as="checkpoint_previous.pth")
-    assert torch.equal(read_checkpoint(path)["network_weights"]["a"], torch.ones(10))
-    assert [file.name for file in small_disk.iterdir()] == [path.name]
+def fill(folder: Path) -> None:
+    """Leave no byte free."""
+    with pytest.raises(OSError), (folder / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
 
 
-@pytest.mark.slow
-def test_pretraining_on_a_full_disk(
-    nnunet: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    add_plugin_folder()
-    monkeypatch.setenv("nnUNet_results", str(small_disk))
-    with pytest.raises(SystemExit) as ended:
-        misfm_pretrain(["-d", "4", *SHORT])
-    message = capsys.readouterr().err
-    assert ended.value.code == 2 and "Traceback" not in message
-    assert "No space left" in message or "could not be written" in message
-
-
-def test_preparing_a_pool_on_a_full_disk(
-    nnunet: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("nnUNet_preprocessed", str(small_disk))
-    (small_disk / "filler").write_bytes(bytes(1000 * 1024))
-    images = nnunet / "nnUNet_raw" / NAME / "imagesTr"
-    arguments = ["-i", str(images), "-d", "900", "-n", "Pool", "-modality", "mr", "-np", "1", *SHORT]
-    with pytest.raises(SystemExit) as ended:
-        misfm_pretrain(arguments)
-    message = capsys.readouterr().err
-    assert ended.value.code == 2 and "Traceback" not in message
-    assert "is full" in message or "are free" in message or "No space left" in message
-
-
-@pytest.mark.slow
-def test_planning_and_exporting_on_a_full_disk(
-    nnunet: Path, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    add_plugin_folder()
-    misfm_pretrain(["-d", "4", *SHORT])
-    checkpoint = next(Path(os.environ["nnUNet_results"]).rglob("checkpoint_final.pth"))
-    (small_disk / "filler").write_bytes(bytes(1020 * 1024))
-    with pytest.raises(SystemExit) as ended:
-        export_main(["-i", str(checkpoint), "-o", str(small_disk / "export")])
-    assert ended.value.code == 2 and not (small_disk / "export").exists()
-    assert "could not be written" in capsys.readouterr().err
-    os.chmod(nnunet / "nnUNet_preprocessed" / NAME, 0o555)
-    if os.geteuid() != 0:  # nothing is forbidden to root
-        with pytest.raises(SystemExit):
-            plan_main(["-d", "4", "-pretrained_weights", str(checkpoint), "--no_pp"])
-        assert "Permission denied" in capsys.readouterr().err
-    os.chmod(nnunet / "nnUNet_preprocessed" / NAME, 0o755)
+def contents(folder: Path) -> dict[Path, str]:
+    return {
+        file: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in folder.rglob("*")
+        if file.is_file() and file.name != "filler"
+    }

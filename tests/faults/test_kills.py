@@ -242,4 +242,11 @@ def run_in_child(command: Callable[[Path], None], root: Path, ready: Any) -> Non
 
     add_plugin_folder()
     ready.set()
-    command(root)
+    try:
+        command(root)
+    except Exception:  # told as a program of its own would, which multiprocessing does not
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(130)

@@ -281,23 +281,6 @@ def test_the_network_is_found_behind_the_wrapper_of_distributed_training(nnunet:
         torch.distributed.destroy_process_group()
 
 
-def test_ctrl_c_ends_in_one_line(
-    nnunet: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    plan(*NETWORK)
-    run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
-
-    def interrupted(*arguments: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(run, "set_deep_supervision_enabled", interrupted)  # both begin with it
-    for work in (run.run_training, run.perform_actual_validation):
-        with pytest.raises(SystemExit) as stop:
-            work()
-        assert stop.value.code == 130
-        assert "Interrupted. Continue" in capsys.readouterr().err
-
-
 def test_a_misspelt_task_is_not_ignored(nnunet: Path) -> None:
     plan(*NETWORK)
     path = nnunet / "nnUNet_preprocessed" / NAME / "nnUNetMisFMPlans.json"

@@ -1,0 +1,54 @@
+"""What a program prints and returns when an error ends it: one line where the user can do something about it."""
+
+from __future__ import annotations
+
+import errno
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from nnunetv2_misfm.errors import UserError, exit_with_message
+
+PROGRAM = """
+from nnunetv2_misfm.errors import UserError, tell_uncaught_errors_in_one_line
+tell_uncaught_errors_in_one_line()
+tell_uncaught_errors_in_one_line()
+raise {error}
+"""
+FULL = "OSError(28, 'No space left on device', 'plans.json')"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        ("UserError('-d 9: no such dataset')", "error: -d 9: no such dataset"),
+        (FULL, "error: plans.json: No space left on device. Make room"),
+        ("KeyboardInterrupt", "interrupted"),
+    ],
+)
+def test_a_program_of_others_ends_in_one_line(error: str, line: str) -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM.format(error=error)], capture_output=True, text=True)
+    assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
+    assert done.returncode == (-signal.SIGINT if error == "KeyboardInterrupt" else 1)
+
+
+@pytest.mark.parametrize("error", ["ValueError('a mistake of ours')", "OSError(5, 'Input/output error')"])
+def test_a_mistake_of_ours_keeps_its_traceback(error: str) -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM.format(error=error)], capture_output=True, text=True)
+    assert "Traceback" in done.stderr and done.stderr.count(error.partition("(")[0] + ":") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(UserError("x"), 2), (OSError(errno.EROFS, "Read-only file system", "x"), 2), (KeyboardInterrupt(), 130)],
+)
+def test_a_command_of_ours_names_itself(capsys: pytest.CaptureFixture[str], error: BaseException, status: int) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        exit_with_message("misfm_plan", fail)
+    assert ended.value.code == status
+    assert capsys.readouterr().err.startswith("misfm_plan: ")
