@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -15,6 +16,9 @@ for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_
     os.environ.pop(variable, None)
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # tests that run side by side must not take each other's cores
+
+settings.register_profile("the same examples every time", derandomize=True, deadline=None)
+settings.load_profile("the same examples every time")
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,8 @@ from copy import deepcopy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.architectures.pct_net import reproducible_max_pool
@@ -30,14 +32,14 @@ def test_output_has_the_size_of_the_input(anisotropy: int, size: tuple[int, int,
     assert all(torch.isfinite(o).all() for o in outputs)
 
 
-@pytest.mark.parametrize(("anisotropy", "multiple"), [(0, (16, 16, 16)), (1, (8, 16, 16)), (2, (4, 16, 16))])
-def test_padding_inside_equals_zero_padding_by_the_user(anisotropy: int, multiple: tuple[int, int, int]) -> None:
-    net = network(anisotropy, deep_supervision=False)
-    x = torch.randn(1, 1, 13, 35, 50)
-    pads = [-n % m for n, m in zip(x.shape[2:], multiple, strict=True)]
+@given(anisotropy=st.integers(0, 2), size=st.tuples(st.integers(1, 40), st.integers(1, 70), st.integers(1, 70)))
+@settings(max_examples=25)
+def test_padding_inside_equals_zero_padding_by_the_user(anisotropy: int, size: tuple[int, int, int]) -> None:
+    net, x = network(anisotropy, deep_supervision=False), torch.randn(1, 1, *size)
+    pads = [-n % m for n, m in zip(size, (16 >> anisotropy, 16, 16), strict=True)]
     padded = torch.nn.functional.pad(x, (0, pads[2], 0, pads[1], 0, pads[0]))
     with torch.no_grad():
-        assert torch.equal(net(x), net(padded)[:, :, :13, :35, :50])
+        assert torch.equal(net(x), net(padded)[:, :, : size[0], : size[1], : size[2]])
 
 
 def test_deep_supervision_outputs_have_the_sizes_nnunet_scales_segmentations_to() -> None:

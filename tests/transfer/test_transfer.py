@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from nnunetv2_misfm.architectures import PCTNet
@@ -30,6 +32,28 @@ def test_everything_but_the_segmentation_layers_arrives() -> None:
         assert torch.equal(parameter, expected), name
     assert report.coverage(["stem", "encoder", "decoder"]) == 1
     assert report.coverage(["segmentation layers"]) == 0
+
+
+SOURCE = {name: value.clone() for name, value in network(0).state_dict().items()}
+
+
+@given(data=st.data())
+@settings(max_examples=30)
+def test_whatever_a_source_lacks_starts_fresh_and_is_said(data: st.DataObject) -> None:
+    missing = data.draw(st.sets(st.sampled_from(sorted(SOURCE))), label="missing")
+    wrong = data.draw(st.sets(st.sampled_from(sorted(SOURCE))), label="of another shape")
+    source = {name: value for name, value in SOURCE.items() if name not in missing}
+    source |= {name: torch.zeros(3, 1, 4, 1, 5, 9) for name in wrong - missing}
+    target = network(1)
+    fresh = {name: value.clone() for name, value in target.state_dict().items()}
+    weights, report = transfer(source, "source", target, min_coverage=0)
+    status = {entry.name: entry.status for entry in report.entries}
+    assert list(status) == [name for name, _ in target.named_parameters()]
+    for name, parameter in target.named_parameters():
+        usable = name not in missing | wrong and ".seg_layers." not in name
+        assert status[name] == ("transferred" if usable else "fresh"), name
+        assert torch.equal(weights[name], (SOURCE if usable else fresh)[name]), name
+        assert torch.equal(parameter, fresh[name]), "the target itself is left alone"
 
 
 def test_batchnorm_statistics_arrive_too() -> None:

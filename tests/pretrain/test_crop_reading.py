@@ -1,0 +1,46 @@
+"""A crop is a part of its volume in axis order, whatever the two shapes are."""
+
+from __future__ import annotations
+
+import blosc2
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nnunetv2_misfm.pretrain.augment import CropAugmentation
+from nnunetv2_misfm.pretrain.crop_reading import read_crop
+
+sizes = st.tuples(*[st.integers(1, 24)] * 3)
+
+
+def numbered(shape: tuple[int, int, int]) -> np.ndarray:
+    """Two channels (C, X, Y, Z) in which no voxel is like another; the second is the first, negated."""
+    channel = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    return np.stack([channel, -channel])
+
+
+@given(shape=sizes, read_size=sizes, patch=sizes, seed=st.integers(0, 2**32))
+def test_a_crop_is_a_part_of_its_volume_and_its_minimum_beyond(shape, read_size, patch, seed):
+    volume = numbered(shape)
+    crop = read_crop(blosc2.asarray(volume), CropAugmentation(read_size), patch, np.random.default_rng(seed))
+    voxels, size = crop.voxels.numpy(), crop.augmentation.read_size
+    assert voxels.shape == (2, *size)
+    # It shrinks only where it exceeds both the volume and an unscaled crop.
+    assert size == tuple(np.minimum(read_size, np.maximum(shape, patch)).tolist())
+    # The last voxel of the volume that the crop holds says where the crop lies.
+    at = np.unravel_index(voxels[0].argmax(), size)
+    start = np.array(np.unravel_index(int(voxels[0].max()), shape)) - at
+    first, stop = np.maximum(start, 0), np.minimum(start + size, shape)
+    inside = volume[(slice(None), *map(slice, first, stop))]
+    expected = np.empty_like(voxels)
+    expected[:] = inside.min(axis=(1, 2, 3), keepdims=True)
+    expected[(slice(None), *map(slice, first - start, stop - start))] = inside
+    np.testing.assert_array_equal(voxels, expected)
+
+
+@given(shape=sizes, read_size=sizes, seed=st.integers(0, 2**32))
+def test_slices_are_averaged_in_whole_groups(shape, read_size, seed):
+    deep = (4 * read_size[0], *read_size[1:])
+    augmentation = CropAugmentation(deep, slices_averaged=4)
+    crop = read_crop(blosc2.asarray(numbered(shape)), augmentation, read_size, np.random.default_rng(seed))
+    assert crop.voxels.shape[1] % 4 == 0
