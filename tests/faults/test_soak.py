@@ -18,14 +18,14 @@ from nnunetv2_misfm.start_up import add_plugin_folder
 
 EPOCHS, ITERATIONS = 500, 6  # 3000 training steps and 500 rounds of validation
 WARM_UP = EPOCHS // 10
-FEATURES = ["-features_per_stage", "4", "4", "8", "16", "32"]
+SMALL = ["-features_per_stage", "4", "4", "8", "16", "32", "-patch_size", "16", "16", "16"]
 
 
 @pytest.mark.faults
 def test_a_long_run_neither_grows_nor_leaves_anything_behind(nnunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("nnUNet_n_proc_DA", "2")
     add_plugin_folder()
-    misfm_pretrain(["-d", "4", "-device", "cpu", "-num_epochs", "1", "-num_iterations_per_epoch", "1", *FEATURES])
+    misfm_pretrain(["-d", "4", "-device", "cpu", "-num_epochs", "1", "-num_iterations_per_epoch", "1", *SMALL])
     before = left_behind()
     run = get_trainer_from_args(
         NAME, "3d_fullres", "all", "VolumeFusionTrainer", "nnUNetMisFMPretrainPlans", False, torch.device("cpu")
@@ -73,14 +73,17 @@ def median(key: str, rows: list[dict[str, float]]) -> float:
 
 
 def memory_of_the_job() -> int:
-    """Bytes that this process and its loader processes have for themselves; what they share counts once."""
+    """Bytes that this process and its loader processes have for themselves; what they share counts once.
+
+    Without pages of files: how much of those counts here depends on which other programs use the same libraries.
+    """
     processes = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
     return sum(proportional_memory(number) for number in processes if number is not None)
 
 
 def proportional_memory(process: int) -> int:
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+    return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
 
 
 def left_behind() -> dict[str, Any]:
