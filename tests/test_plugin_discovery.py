@@ -126,6 +126,8 @@ def test_a_start_in_a_deleted_folder_works(installed: Environment, tmp_path: Pat
 
 def test_starting_python_imports_no_further_module(installed: Environment, tmp_path: Path) -> None:
     bare = Environment(tmp_path / "environment")
+    # Since Python 3.13 reading any start-up file imports a codec.
+    (bare.site_packages / "other.pth").write_text("# nothing\n")
     show_modules = "import sys; print(sorted(sys.modules))"
     assert installed.run("-c", show_modules).stdout == bare.run("-c", show_modules).stdout
 

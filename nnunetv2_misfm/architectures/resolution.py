@@ -97,5 +97,5 @@ class AnySizeNetwork(nn.Module):
         size = x.shape[2:]
         strides = total_strides(strides_of(self.anisotropy))
         outputs = self.logits(pad_to_multiple(x, strides[-1]), self.checkpointing and self.training)
-        outputs = [crop_to_scaled(o, size, stride) for o, stride in zip(outputs, strides, strict=False)]
+        outputs = [crop_to_scaled(output, size, strides[level]) for level, output in enumerate(outputs)]
         return outputs if self.decoder.deep_supervision else outputs[0]
