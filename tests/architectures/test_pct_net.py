@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 
 from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.architectures.pct_net import reproducible_max_pool
@@ -150,6 +151,7 @@ def test_compiles_without_graph_breaks(training: bool) -> None:
 
 
 @pytest.mark.machine_code
+@pytest.mark.skipif(Version(torch.__version__) < Version("2.8"), reason="torch 2.7 makes invalid C++ of this step")
 def test_compiled_training_step_with_dropout() -> None:
     net = network(1).train()
     compiled = torch.compile(net, fullgraph=True)
