@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from nnunet_dataset import NAME
+from nnunet_dataset import NAME, use_folders
 from nnunetv2.run.run_training import run_training_entry
 from parity.reference import reference_folder
 
@@ -33,11 +33,11 @@ FINE_TUNED = f"nnUNet_results/{NAME}/MisFMTrainer__nnUNetMisFMPlans__3d_fullres/
 
 @dataclass(frozen=True)
 class Step:
-    """A command that writes into a folder, and what has to be done before the disk of that folder fails."""
+    """A command that writes into a folder, and which of `EARLIER` was done before the disk of that folder fails."""
 
     folder: str
     command: Callable[[Path], None]
-    before: tuple[Callable[[Path], None], ...] = ()
+    after: str | None = None
 
 
 def pretrain(root: Path, *options: str) -> None:
@@ -90,32 +90,54 @@ def import_weights(root: Path) -> None:
     import_main(["-i", str(reference_folder() / "pctnet_small_mode1.pt"), "-o", str(root / "out" / "imported.pth")])
 
 
+EARLIER = {"pretraining": [pretrain], "planning": [plan], "fine-tuning": [fine_tune, stop_before_the_end]}
 STEPS = {
     "preparing a pool": Step("nnUNet_preprocessed", prepare),
     "planning the pretraining": Step("nnUNet_preprocessed", pretrain),
     "pretraining": Step("nnUNet_results", pretrain),
-    "continuing a pretraining": Step("nnUNet_results", continue_pretraining, (pretrain,)),
-    "planning": Step("nnUNet_preprocessed", plan, (pretrain,)),
-    "preprocessing for a plan": Step("nnUNet_preprocessed", plan_other_data, (pretrain,)),
-    "fine-tuning": Step("nnUNet_results", fine_tune, (pretrain, plan)),
-    "continuing a fine-tuning": Step(
-        "nnUNet_results", continue_fine_tuning, (pretrain, plan, fine_tune, stop_before_the_end)
-    ),
-    "exporting": Step("out", export, (pretrain,)),
-    "importing": Step("out", import_weights, (pretrain,)),
+    "continuing a pretraining": Step("nnUNet_results", continue_pretraining, "pretraining"),
+    "planning": Step("nnUNet_preprocessed", plan, "pretraining"),
+    "preprocessing for a plan": Step("nnUNet_preprocessed", plan_other_data, "pretraining"),
+    "fine-tuning": Step("nnUNet_results", fine_tune, "planning"),
+    "continuing a fine-tuning": Step("nnUNet_results", continue_fine_tuning, "fine-tuning"),
+    "exporting": Step("out", export, "pretraining"),
+    "importing": Step("out", import_weights),
 }
+
+
+@pytest.fixture(scope="module")
+def done_so_far(dataset_template: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, Path]:
+    """nnU-Net's folders with nothing done in them, and as they are after each of `EARLIER`."""
+    done: dict[str | None, Path] = {None: dataset_template}
+    root = dataset_template
+    with pytest.MonkeyPatch.context() as patch:
+        for name, commands in EARLIER.items():
+            done[name] = tmp_path_factory.mktemp("disks") / "nnunet"
+            root = Path(shutil.copytree(root, done[name]))
+            use_folders(root, patch)
+            add_plugin_folder()
+            for command in commands:
+                command(root)
+    return done
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failure", ["full", "read-only"])
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_on_a_failing_disk(
-    nnunet: Path, mounted: Callable[[Path], None], capsys: pytest.CaptureFixture[str], name: str, failure: str
+    done_so_far: dict[str | None, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    mounted: Callable[[Path], None],
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    failure: str,
 ) -> None:
-    step, folder = STEPS[name], nnunet / STEPS[name].folder
+    step = STEPS[name]
+    root = Path(shutil.copytree(done_so_far[step.after], tmp_path / "nnunet"))
+    use_folders(root, monkeypatch)
     add_plugin_folder()
-    for earlier in step.before:
-        earlier(nnunet)
+    folder = root / step.folder
     folder.mkdir(exist_ok=True)
     mounted(folder)
     if failure == "full":
@@ -125,7 +147,7 @@ def test_a_step_on_a_failing_disk(
     before = contents(folder)
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        step.command(nnunet)
+        step.command(root)
     message = capsys.readouterr().err
     print(f"{name}, {failure}: {message[-600:]}")
     assert ended.value.code not in (0, None) and "Traceback" not in message
