@@ -45,7 +45,7 @@ def tell_uncaught_errors_in_one_line() -> None:
         return
 
     def tell(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        line = in_one_line(error)
+        line = in_one_line(error, interrupted="Interrupted. Continue from the latest checkpoint with --c.")
         if line is None:
             before(kind, error, traceback)
         else:
@@ -54,7 +54,7 @@ def tell_uncaught_errors_in_one_line() -> None:
     sys.excepthook = tell
 
 
-def in_one_line(error: BaseException) -> str | None:
+def in_one_line(error: BaseException, interrupted: str = "interrupted") -> str | None:
     """What to print in place of a traceback: for a `UserError`, a full or forbidden disk, Ctrl-C; else None."""
     if isinstance(error, UserError):
         return f"error: {error}"
@@ -64,4 +64,4 @@ def in_one_line(error: BaseException) -> str | None:
             f"error: {where}{error.strerror}. Make room or give access, and run the command again; what was finished "
             f"is kept."
         )
-    return "interrupted" if isinstance(error, KeyboardInterrupt) else None
+    return interrupted if isinstance(error, KeyboardInterrupt) else None

@@ -25,7 +25,7 @@ FULL = "OSError(28, 'No space left on device', 'plans.json')"
     [
         ("UserError('-d 9: no such dataset')", "error: -d 9: no such dataset"),
         (FULL, "error: plans.json: No space left on device. Make room"),
-        ("KeyboardInterrupt", "interrupted"),
+        ("KeyboardInterrupt", "Interrupted. Continue from the latest checkpoint with --c."),
     ],
 )
 def test_a_program_of_others_ends_in_one_line(error: str, line: str) -> None:

@@ -225,6 +225,7 @@ class Decoder(nn.Module):
         d2 = self.stage2(run(self.up2, x2, d3), checkpointed)
         d1 = run(head.stage1, run(head.up1, x1, d2))
         d0 = run(head.stage0, run(head.up0, x0, d1))
+        # `keys`, because the compiler of torch 2.7 cannot trace a list of the ModuleDict itself.
         first = 2 + 2 * list(self.heads.keys()).index(str(anisotropy))
         seg1, seg0 = self.seg_layers[first], self.seg_layers[first + 1]
         outputs = [_segment(head.pre_seg0, seg0, d0)]

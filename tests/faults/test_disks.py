@@ -16,6 +16,7 @@ import torch
 from nnunet_dataset import NAME, use_folders
 from nnunetv2.run.run_training import run_training_entry
 from parity.reference import reference_folder
+from program_end import ends_as_a_program
 
 from nnunetv2_misfm.pretrain.cli import main as misfm_pretrain
 from nnunetv2_misfm.start_up import add_plugin_folder
@@ -38,6 +39,8 @@ class Step:
     folder: str
     command: Callable[[Path], None]
     after: str | None = None
+    on_a_full_disk: str = "No space left on device. Make room"
+    status: int = 2
 
 
 def pretrain(root: Path, *options: str) -> None:
@@ -65,11 +68,8 @@ def plan_other_data(root: Path) -> None:
 def fine_tune(root: Path, *options: str) -> None:
     sys.argv = ["nnUNetv2_train", "4", "3d_fullres", "0", "-tr", "MisFMTrainer", "-p", "nnUNetMisFMPlans", *CPU]
     sys.argv += options
-    try:
+    with ends_as_a_program():
         run_training_entry()
-    except Exception as error:  # what Python does at the end of a program
-        sys.excepthook(type(error), error, error.__traceback__)
-        raise SystemExit(1) from None
 
 
 def stop_before_the_end(root: Path) -> None:
@@ -91,17 +91,22 @@ def import_weights(root: Path) -> None:
 
 
 EARLIER = {"pretraining": [pretrain], "planning": [plan], "fine-tuning": [fine_tune, stop_before_the_end]}
+NO_CHECKPOINT = "fold_.*: its disk has only 0 bytes of space left, a checkpoint takes about 3.* MB. Make room"
+POOL_KEPT = "the disk of .*Dataset900_Pool is full; make room and run this again to continue"
+NOT_WRITTEN = "could not be written.*; 0 bytes are free there"
 STEPS = {
-    "preparing a pool": Step("nnUNet_preprocessed", prepare),
+    "preparing a pool": Step(
+        "nnUNet_preprocessed", prepare, on_a_full_disk="the disk of .*Dataset900_Pool is full; make room"
+    ),
     "planning the pretraining": Step("nnUNet_preprocessed", pretrain),
-    "pretraining": Step("nnUNet_results", pretrain),
-    "continuing a pretraining": Step("nnUNet_results", continue_pretraining, "pretraining"),
+    "pretraining": Step("nnUNet_results", pretrain, on_a_full_disk=NO_CHECKPOINT),
+    "continuing a pretraining": Step("nnUNet_results", continue_pretraining, "pretraining", NO_CHECKPOINT),
     "planning": Step("nnUNet_preprocessed", plan, "pretraining"),
     "preprocessing for a plan": Step("nnUNet_preprocessed", plan_other_data, "pretraining"),
-    "fine-tuning": Step("nnUNet_results", fine_tune, "planning"),
-    "continuing a fine-tuning": Step("nnUNet_results", continue_fine_tuning, "fine-tuning"),
-    "exporting": Step("out", export, "pretraining"),
-    "importing": Step("out", import_weights),
+    "fine-tuning": Step("nnUNet_results", fine_tune, "planning", NO_CHECKPOINT, 1),
+    "continuing a fine-tuning": Step("nnUNet_results", continue_fine_tuning, "fine-tuning", NO_CHECKPOINT, 1),
+    "exporting": Step("out", export, "pretraining", NOT_WRITTEN),
+    "importing": Step("out", import_weights, on_a_full_disk=NOT_WRITTEN),
 }
 
 
@@ -150,14 +155,14 @@ def test_a_step_on_a_failing_disk(
         step.command(root)
     message = capsys.readouterr().err
     print(f"{name}, {failure}: {message[-600:]}")
-    assert ended.value.code not in (0, None) and "Traceback" not in message
-    assert re.search("space|full|0 bytes are free" if failure == "full" else "Read-only", message)
+    assert ended.value.code == step.status and "Traceback" not in message
+    assert re.search(step.on_a_full_disk if failure == "full" else "Read-only file system", message)
     after = contents(folder)
     assert {file: after.get(file) for file in before} == before
     # Nothing unfinished bears a name under which it would be taken for finished.
-    assert not [
-        file for file in after.keys() - before.keys() if file.suffix in (".pth", ".json", ".b2nd", ".safetensors")
-    ]
+    new = after.keys() - before.keys()
+    assert not [file for file in new if file.suffix in (".pth", ".json", ".b2nd", ".safetensors")]
+    assert not (root / "out" / "export").exists()
 
 
 def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path: Path, mounted: Callable[[Path], None]) -> None:

@@ -28,6 +28,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from nnunet_dataset import NAME, make_case, make_dataset
+from program_end import ends_as_a_program
 
 from nnunetv2_misfm.trainers.metrics_file import MetricsFile
 from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
@@ -242,11 +243,5 @@ def run_in_child(command: Callable[[Path], None], root: Path, ready: Any) -> Non
 
     add_plugin_folder()
     ready.set()
-    try:
+    with ends_as_a_program():  # which multiprocessing does not see to
         command(root)
-    except Exception:  # told as a program of its own would, which multiprocessing does not
-        sys.excepthook(*sys.exc_info())
-        sys.exit(1)
-    except KeyboardInterrupt:
-        sys.excepthook(*sys.exc_info())
-        sys.exit(130)

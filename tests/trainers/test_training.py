@@ -11,6 +11,7 @@ import torch
 from nnunet_dataset import NAME
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+from program_end import ends_as_a_program
 
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.pretrain.cli import main as misfm_pretrain
@@ -279,6 +280,23 @@ def test_the_network_is_found_behind_the_wrapper_of_distributed_training(nnunet:
         assert run.bare_network is network
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_ctrl_c_ends_in_one_line(
+    nnunet: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan(*NETWORK)
+    run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
+
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "set_deep_supervision_enabled", interrupted)  # both begin with it
+    for work in (run.run_training, run.perform_actual_validation):
+        with pytest.raises(SystemExit) as stop, ends_as_a_program():
+            work()
+        assert stop.value.code == 130
+        assert "Interrupted. Continue" in capsys.readouterr().err
 
 
 def test_a_misspelt_task_is_not_ignored(nnunet: Path) -> None:
