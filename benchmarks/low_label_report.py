@@ -135,6 +135,6 @@ def draw(runs: Runs, path: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("setting", choices=("cpu", "gpu"))
+    parser.add_argument("setting", choices=("small", "full"))
     setting = parser.parse_args().setting
     print(write_report(RESULTS / setting, setting))

@@ -1,6 +1,7 @@
 """The log of the recipe: what was tried for low_label.py, scored on its validation cases only.
 
     python benchmarks/low_label_tuning.py --dataset .../Dataset004_Hippocampus --work FOLDER [--trials NAME ...]
+        [--device cuda] [--jobs 8]
 
 Each trial trains with 10 labelled cases, for labelled cases of seeds that the study does not use, and leaves a file in
 benchmarks/results/low_label/tuning/. The table of all of them, low_label_tuning.md, is written anew each time.
@@ -9,69 +10,100 @@ benchmarks/results/low_label/tuning/. The table of all of them, low_label_tuning
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import shutil
+import sys
+import time
 from collections import defaultdict
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
-from low_label import BLOCKS, BOXES, NUM_VALIDATION, RESULTS, Arm, Study
+from low_label_study import ARMS, NUM_VALIDATION, RESULTS, Arm, Run, Study, add_options
 
 LABELLED = 10
 SEEDS = (10, 11)
 TUNING = RESULTS / "tuning"
 
-DEFAULT = ("-schedule", "default")
-TRIALS: dict[str, Arm] = {
-    "scratch_1e-3": Arm(plan=("-initial_lr", "1e-3")),
-    "scratch_3e-3": Arm(plan=("-initial_lr", "3e-3")),
-    "scratch_1e-2": Arm(plan=("-initial_lr", "1e-2")),
-    "boxes_1e-3": Arm(BOXES, ("-initial_lr", "1e-3")),
-    "boxes_3e-3": Arm(BOXES, ("-initial_lr", "3e-3")),
-    "boxes_1e-2": Arm(BOXES, ("-initial_lr", "1e-2")),
-    "boxes_default_3e-3": Arm(BOXES, (*DEFAULT, "-initial_lr", "3e-3")),
-    "boxes_default_1e-2": Arm(BOXES, (*DEFAULT, "-initial_lr", "1e-2")),
-    "blocks_3e-3": Arm(BLOCKS, ("-initial_lr", "3e-3")),
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """An arm of the study with other options of misfm_plan."""
+
+    arm: str
+    options: tuple[str, ...]
+
+    @property
+    def tried(self) -> Arm:
+        return dataclasses.replace(ARMS[self.arm], plan=ARMS[self.arm].plan + self.options)
+
+
+TRIALS = {
+    f"{arm}_{schedule}_{rate}": Trial(arm, ("-schedule", schedule, "-initial_lr", rate))
+    for arm, schedules, rates in (
+        ("scratch", ("scratch",), ("1e-3", "3e-3", "1e-2")),
+        ("boxes", ("default", "sawtooth"), ("1e-3", "3e-3")),
+        ("encoder_only", ("default", "sawtooth"), ("1e-3", "3e-3")),
+    )
+    for schedule in schedules
+    for rate in rates
 }
+TUNED_LIKE = {"blocks": "boxes", "boxes_wide_pool": "boxes"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", type=Path, required=True, help="a dataset in nnU-Net's raw format")
-    parser.add_argument("--work", type=Path, required=True, help="folder for nnU-Net's three folders")
+    add_options(parser)
     parser.add_argument("--trials", nargs="+", choices=TRIALS, default=list(TRIALS))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     options = parser.parse_args()
-    study = Study(options.dataset, None, options.work.resolve(), "cpu")
+    study = Study(options.dataset, None, options.work, options.setting, options.device, options.jobs)
     study.prepare()
-    TUNING.mkdir(parents=True, exist_ok=True)
-    for seed in options.seeds:
-        for name in options.trials:
-            record = TUNING / f"{name}_seed{seed}.json"
-            if not record.is_file():
-                folder, content = study.train(name, TRIALS[name], LABELLED, seed)
-                record.write_text(json.dumps(content, indent=1))
-                shutil.rmtree(folder)
-                print(write_table(), flush=True)
+
+    def attempt(run: Run) -> None:
+        record = TUNING / f"{run.title}.json"
+        if not record.is_file():
+            study.keep(record, study.train(run), run)
+
+    runs = [Run(name, TRIALS[name].tried, LABELLED, seed) for seed in options.seeds for name in options.trials]
+    failures = study.perform(runs, attempt, time.monotonic() + 60 * options.minutes)
+    print(write_table())
+    sys.exit("\n".join(failures) or 0)
 
 
-def write_table() -> str:
-    """Write low_label_tuning.md from the files of the trials; returns it."""
+def read_trials() -> dict[str, list[dict[str, Any]]]:
+    """The records of each trial, a record for each seed."""
     runs = defaultdict(list)
     for path in sorted(TUNING.glob("*.json")):
         run = json.loads(path.read_text())
         runs[run["arm"]].append(run)
+    return dict(runs)
+
+
+def score(trials: Sequence[dict[str, Any]]) -> float:
+    """Mean validation Dice of a trial's seeds, in points."""
+    return float(np.mean([100 * run["validation_dice"] for run in trials]))
+
+
+def best_options(arm: str) -> tuple[str, ...]:
+    """The options of misfm_plan that did best among an arm's trials; the defaults where there are none."""
+    tuned_as = TUNED_LIKE.get(arm, arm)
+    scores = {name: score(runs) for name, runs in read_trials().items() if TRIALS[name].arm == tuned_as}
+    return ARMS[arm].plan + (TRIALS[max(scores, key=lambda name: scores[name])].options if scores else ())
+
+
+def write_table() -> str:
+    """Write low_label_tuning.md from the files of the trials; returns it."""
     lines = [
         "# What was tried for the recipe",
         "",
-        f"Setting `cpu` of low_label.py, {LABELLED} labelled cases, Dice of the {NUM_VALIDATION} validation cases in "
+        f"Setting `small` of low_label.py, {LABELLED} labelled cases, Dice of the {NUM_VALIDATION} validation cases in "
         "points after the last iteration, and pseudo Dice a third and two thirds of the way; best first.",
         "",
         "| trial | misfm_pretrain | misfm_plan | Dice | seeds | at 1/3 | at 2/3 |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    ranked = sorted(runs.items(), key=lambda item: -np.mean([run["validation_dice"] for run in item[1]]))
-    for name, trials in ranked:
+    for name, trials in sorted(read_trials().items(), key=lambda item: -score(item[1])):
         scores = [100 * run["validation_dice"] for run in trials]
         curve = 100 * np.mean([run["validation_curve"] for run in trials], axis=0)
         options = trials[0]["options"]

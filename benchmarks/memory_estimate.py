@@ -18,7 +18,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from network_speed import CudaMemory, ResidentMemory, Variant, training_step
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-from provenance import processor, provenance
+from provenance import device_name, provenance
 
 from nnunetv2_misfm.architectures.memory import estimate_training_memory
 from nnunetv2_misfm.architectures.plan_entry import architecture_entry
@@ -59,8 +59,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where the table goes (default: results/memory_estimate_DEVICE.md)")
     options = parser.parse_args()
     lines, ratios = [], []
-    for row in ROWS:
-        estimate, peak = estimated(row, options.device), measured(row, options.device)
+    # A GPU's memory is counted by each process' own allocator, so there all rows can run at once.
+    processes = len(ROWS) if options.device == "cuda" else 1
+    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=1) as pool:
+        peaks = pool.map(partial(measured, device=options.device), ROWS, chunksize=1)
+    for row, peak in zip(ROWS, peaks, strict=True):
+        estimate = estimated(row, options.device)
         ratios.append(peak / estimate)
         patch = "x".join(map(str, row.patch_size))
         values = f"{estimate / 2**30:.2f} | {peak / 2**30:.2f} | {ratios[-1]:.2f}"
@@ -82,7 +86,7 @@ def main() -> None:
                 "python benchmarks/memory_estimate.py",
                 ("torch", "nnunetv2"),
                 {},
-                torch.cuda.get_device_name() if on_gpu else f"CPU, {processor()}",
+                device_name(options.device),
             ),
             "",
         ]
@@ -107,16 +111,7 @@ def estimated(row: Row, device: str) -> int:
 
 
 def measured(row: Row, device: str) -> float:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=run_steps, args=(theirs, row, device))
-    process.start()
-    peak: float = ours.recv()
-    process.join()
-    return peak
-
-
-def run_steps(pipe: Any, row: Row, device: str) -> None:
+    """Peak bytes of the second step, in a process of its own."""
     memory = CudaMemory() if device == "cuda" else ResidentMemory()
     net = network(row).to(device)
     if row.checkpointing:
@@ -127,7 +122,7 @@ def run_steps(pipe: Any, row: Row, device: str) -> None:
     step()
     memory.reset()
     step()
-    pipe.send(memory.peak())
+    return memory.peak()
 
 
 if __name__ == "__main__":

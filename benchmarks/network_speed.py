@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 import torch.nn.functional as F
-from provenance import processor, provenance
+from provenance import device_name, provenance
 from torch import Tensor, nn
 
 from nnunetv2_misfm.architectures import PCTNet
@@ -37,7 +37,9 @@ RESULTS = Path(__file__).parent / "results"
 FEATURES = (24, 48, 128, 256, 512)
 NUM_CLASSES = 5
 ANISOTROPY = 1
-KINDS = ("inference", "training step")
+KINDS = ("inference", "training step")  # in this order: an optimiser's states are not there yet in the first
+
+Table = dict[str, list[tuple[float, float]]]  # seconds and peak bytes of each round, by the variant's name
 
 
 @dataclass(frozen=True)
@@ -83,17 +85,20 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, help="default: 1 on a CPU, 2 on a GPU")
     parser.add_argument("--patch_size", type=int, nargs=3, default=(64, 128, 128))
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--variants", nargs="+", help="of those of the device (default: all), the original first")
     parser.add_argument("--output", type=Path, help="where the table goes (default: results/network_speed_DEVICE.md)")
     options = parser.parse_args()
     batch_size = options.batch_size or (1 if options.device == "cpu" else 2)
     job = Job(options.reference.resolve(), options.device, batch_size, tuple(options.patch_size))
     variants = CPU_VARIANTS if job.device == "cpu" else CUDA_VARIANTS
+    if options.variants:
+        variants = tuple(variant for variant in variants if variant.name in options.variants)
 
     error = largest_difference(job)
     print(f"Largest relative difference of an output: {error:.1e}", flush=True)
     if error > 1e-4:
         sys.exit("The two networks do not compute the same; there is nothing to compare.")
-    tables = {kind: measure(job, variants, kind, options.rounds) for kind in KINDS}
+    tables = measure(job, variants, options.rounds)
     report = make_report(job, variants, tables, error, options.rounds)
     output = options.output or RESULTS / f"network_speed_{job.device}.md"
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -147,54 +152,58 @@ def make_batch(job: Job) -> tuple[Tensor, Tensor]:
     return image.to(job.device), labels.to(job.device)
 
 
-def measure(job: Job, variants: Sequence[Variant], kind: str, rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """Seconds and peak bytes of each variant in each round, after one round that does not count."""
+def measure(job: Job, variants: Sequence[Variant], rounds: int) -> dict[str, Table]:
+    """Seconds and peak bytes of each kind of step, variant and round, after one round that does not count."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = {}, []
     for variant in variants:
         pipes[variant.name], theirs = context.Pipe()
-        processes.append(context.Process(target=serve, args=(theirs, job, variant, kind), daemon=True))
+        processes.append(context.Process(target=serve, args=(theirs, job, variant), daemon=True))
         processes[-1].start()
-        pipes[variant.name].recv()  # one at a time: building takes memory, and reading it off must not be disturbed
-    results: dict[str, list[tuple[float, float]]] = {variant.name: [] for variant in variants}
-    for round_ in range(rounds + 1):
-        for name, pipe in pipes.items():
-            pipe.send("step")
-            result = pipe.recv()
-            if round_:
-                results[name].append(result)
-            print(f"{kind}, round {round_}, {name}: {result[0]:.2f} s, {result[1] / 2**30:.2f} GB", flush=True)
+    for pipe in pipes.values():
+        pipe.recv()
+    tables: dict[str, Table] = {}
+    for kind in KINDS:
+        tables[kind] = {variant.name: [] for variant in variants}
+        for round_ in range(rounds + 1):
+            for name, pipe in pipes.items():
+                pipe.send(kind)
+                result = pipe.recv()
+                if round_:
+                    tables[kind][name].append(result)
+                print(f"{kind}, round {round_}, {name}: {result[0]:.3f} s, {result[1] / 2**30:.2f} GB", flush=True)
     for pipe in pipes.values():
         pipe.send("stop")
     for process in processes:
         process.join()
-    return results
+    return tables
 
 
-def serve(pipe: Any, job: Job, variant: Variant, kind: str) -> None:
-    """What each process does: build, then run one step whenever it is asked to."""
+def serve(pipe: Any, job: Job, variant: Variant) -> None:
+    """What each process does: build, then run a step of the kind it is asked for."""
     torch.set_num_threads(torch.get_num_threads())  # starts the threads before memory is read off
+    torch.backends.cudnn.benchmark = True  # as nnU-Net trains
     memory = CudaMemory() if job.device == "cuda" else ResidentMemory()
     network = build(job, variant)
     batch = make_batch(job)
     if variant.compiled:
         network.compile()
-    step = training_step(network, variant, batch) if kind == "training step" else inference(network, variant, batch)
+    steps = {"inference": inference(network, variant, batch), "training step": training_step(network, variant, batch)}
     pipe.send("ready")
-    while pipe.recv() == "step":
+    while (kind := pipe.recv()) in steps:
         memory.reset()
         start = time.perf_counter()
-        step()
+        steps[kind]()
         if job.device == "cuda":
             torch.cuda.synchronize()
         pipe.send((time.perf_counter() - start, memory.peak()))
 
 
 def inference(network: nn.Module, variant: Variant, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
-    network.eval()
     image, _ = batch
 
     def step() -> None:
+        network.eval()
         with torch.no_grad(), torch.autocast(image.device.type, torch.float16, enabled=variant.amp):
             network(image)
 
@@ -202,12 +211,12 @@ def inference(network: nn.Module, variant: Variant, batch: tuple[Tensor, Tensor]
 
 
 def training_step(network: nn.Module, variant: Variant, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
-    network.train()
     image, labels = batch
     optimizer = torch.optim.Adam(network.parameters(), 1e-3, weight_decay=1e-5)
     scaler = torch.amp.GradScaler(image.device.type, enabled=variant.amp)
 
     def step() -> None:
+        network.train()
         optimizer.zero_grad(set_to_none=True)
         with torch.autocast(image.device.type, torch.float16, enabled=variant.amp):
             loss = torch.zeros((), device=image.device)
@@ -252,7 +261,7 @@ class CudaMemory:
 def make_report(
     job: Job,
     variants: Sequence[Variant],
-    tables: Mapping[str, Mapping[str, list[tuple[float, float]]]],
+    tables: Mapping[str, Table],
     error: float,
     rounds: int,
 ) -> str:
@@ -262,15 +271,13 @@ def make_report(
     for kind, results in tables.items():
         lines += ["", f"## {kind.capitalize()}", "", f"| {' | '.join(header)} |", "| --- " * len(header) + "|"]
         for name, rows in results.items():
-            cells = [name, f"{median(t for t, _ in rows):.2f}", f"{median(m for _, m in rows) / 2**30:.2f}"]
+            cells = [name, f"{median(t for t, _ in rows):.3g}", f"{median(m for _, m in rows) / 2**30:.2f}"]
             for other in originals:
                 for index in (0, 1):
                     ratios = [a[index] / b[index] for a, b in zip(rows, results[other], strict=True)]
                     cells.append(f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
             lines.append(f"| {' | '.join(cells)} |")
-    device = f"CPU, {processor()}, {torch.get_num_threads()} threads"
-    if job.device == "cuda":
-        device = torch.cuda.get_device_name()
+    threads = f", {torch.get_num_threads()} threads" if job.device == "cpu" else ""
     command = "python benchmarks/network_speed.py --reference MIS-FM"
     patch = "x".join(map(str, job.patch_size))
     return "\n".join(
@@ -282,7 +289,7 @@ def make_report(
             f"with their range. The outputs of the two agree to {error:.0e} (relative).",
             *lines,
             "",
-            *provenance(command, ("torch", "timm"), {"MIS-FM": job.reference}, device),
+            *provenance(command, ("torch", "timm"), {"MIS-FM": job.reference}, device_name(job.device) + threads),
             "",
         ]
     )

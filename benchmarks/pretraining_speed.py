@@ -21,7 +21,7 @@ import numpy as np
 import SimpleITK as sitk
 import torch
 from fusion_speed import make_volume
-from provenance import processor, provenance
+from provenance import device_name, provenance
 
 RESULTS = Path(__file__).parent / "results"
 NUM_VOLUMES = 8
@@ -82,9 +82,8 @@ def make_report(rows: list[dict[str, str]], device: str, workers: int) -> str:
             f"| {row['epoch']} | {float(row['iterations_per_s']):.2f} | {100 * share:.1f} % | {1 / (1 - share):.2f} | "
             f"{row['peak_memory_gb']} |"
         )
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {processor()}"
     command = f"python benchmarks/pretraining_speed.py --device {device} --workers {workers}"
-    return "\n".join([*lines, "", *provenance(command, ("torch", "nnunetv2", "blosc2"), {}, name), ""])
+    return "\n".join([*lines, "", *provenance(command, ("torch", "nnunetv2", "blosc2"), {}, device_name(device)), ""])
 
 
 if __name__ == "__main__":

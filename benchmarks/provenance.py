@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
+
 
 def provenance(command: str, packages: Sequence[str], checkouts: Mapping[str, Path], device: str) -> list[str]:
     """Markdown lines: the command, versions of Python, packages and checkouts, the device, the date."""
@@ -26,6 +28,13 @@ def commit_of(checkout: Path) -> str:
     """The short name of the commit a checkout is at."""
     found = subprocess.run(["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     return found.stdout.strip() or "of unknown commit"
+
+
+def device_name(device: str) -> str:
+    """What a measurement ran on: the GPU's name or the processor's."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"CPU, {processor()}"
 
 
 def processor() -> str:
