@@ -49,7 +49,7 @@ SETTINGS = {
     "small": Setting(
         network=("-features_per_stage", "8", "16", "32", "64", "128"),
         batch_size=2,
-        pretraining=(50, 100),
+        pretraining=(30, 100),
         finetuning=(12, 25, 10),
         predict=("--disable_tta", "-npp", "0", "-nps", "0"),
         environment=(

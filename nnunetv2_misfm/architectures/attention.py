@@ -41,12 +41,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor
     ):
         attended: Tensor = _WindowsInTurn.apply(query, key, value, bias, mask, dropout)
         return attended
-    bias = bias[None]
-    if mask is not None:
-        batch = query.shape[0] // mask.shape[0]
-        bias = bias + mask[:, None]
-        bias = bias if batch == 1 else bias.repeat(batch, 1, 1, 1)
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+    if mask is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias[None], dropout_p=dropout)
+    # Sample by sample, so that bias and mask, as large as the attention weights of a sample, are not there for each.
+    windows = mask.shape[0]
+    bias = bias + mask[:, None]
+    samples = zip(query.split(windows), key.split(windows), value.split(windows), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*qkv, attn_mask=bias, dropout_p=dropout) for qkv in samples])
 
 
 class _WindowsInTurn(torch.autograd.Function):

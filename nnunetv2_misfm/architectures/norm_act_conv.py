@@ -62,22 +62,30 @@ def norm_act_conv(
 
     if torch.compiler.is_compiling():
         return one_by_one(x)  # the compiler itself decides what to compute again
-    on_cpu = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu") and isinstance(norm, nn.BatchNorm3d)
-    # The kernels below trust their input to be dense, and to hold more than one value per channel to normalise.
-    on_cpu = on_cpu and (x.is_contiguous() or channels_last(x)) and x.numel() > x.shape[1]
+    # PyTorch's modules refuse a single value per channel, which has no variance; its kernels do not.
+    known = isinstance(norm, nn.BatchNorm3d) and x.numel() > x.shape[1]
+    on_cpu = known and _suits_cpu_kernels(x)
     if not torch.is_grad_enabled():
         return _predict(x, norm, act, conv, overwrite) if on_cpu and not norm.training else one_by_one(x)
-    if not (on_cpu and norm.training and norm.momentum is not None):
+    if not (known and norm.training and norm.momentum is not None):
         return recompute(one_by_one, x, norms=norm)
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
     p = dropout.p if isinstance(dropout, Dropout) and dropout.training else 0.0
-    keep, factor = keep_mask(x, p) if p else (None, 1.0)
+    parameters = (norm.weight, norm.bias, act.weight, conv.weight, conv.bias)
     statistics = (norm.running_mean, norm.running_var, norm.momentum, norm.eps)
-    step: Tensor = _NormActConv.apply(
-        x, norm.weight, norm.bias, act.weight, conv.weight, conv.bias, keep, factor, statistics, _geometry(conv)
-    )
+    if on_cpu:
+        keep, factor = keep_mask(x, p) if p else (None, 1.0)
+        step: Tensor = _NormActConvOnCPU.apply(x, *parameters, keep, factor, statistics, _geometry(conv))
+    else:
+        step = _NormActConv.apply(x, *parameters, p, statistics, _geometry(conv))
     return step
+
+
+def _suits_cpu_kernels(x: Tensor) -> bool:
+    """Whether a tensor is dense, as the kernels for the CPU trust it to be, and to be computed with as it is."""
+    dense = x.is_contiguous() or channels_last(x)
+    return dense and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
 
 def _predict(x: Tensor, norm: _BatchNorm, act: nn.PReLU, conv: Conv, overwrite: bool) -> Tensor:
@@ -110,6 +118,59 @@ def _geometry(conv: Conv) -> tuple[Any, ...]:
 
 
 class _NormActConv(torch.autograd.Function):
+    """The step in training, also under autocast. Activation checkpointing would do, but costs more than the kernels."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, slope: Tensor, *rest: Any) -> Tensor:
+        weight, bias, p, (running_mean, running_var, momentum, eps), geometry = rest
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        with torch.autocast(device, enabled=False):
+            y, mean, inverse_std, reserve, ctx.kind = torch.ops.aten._batch_norm_impl_index(
+                x, gamma, beta, running_mean, running_var, True, momentum, eps, torch.backends.cudnn.enabled
+            )
+            z, keep = F.prelu(y, slope.to(y.dtype)), None
+            if p:
+                z, keep = torch.ops.aten.native_dropout(z, p, True)
+            weight = weight.to(dtype)
+            bias_there = None if bias is None else bias.to(dtype)
+            output: Tensor = torch.ops.aten.convolution(z.to(dtype), weight, bias_there, *geometry)
+        ctx.save_for_backward(x, gamma, beta, slope, weight, mean, inverse_std, reserve, keep)
+        ctx.factor, ctx.eps, ctx.geometry = 1 / (1 - p), eps, geometry
+        ctx.bias_size = None if bias is None else list(bias.shape)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, gamma, beta, slope, weight, mean, inverse_std, reserve, keep = ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            variance = inverse_std.pow(-2) - ctx.eps
+            y = F.batch_norm(x, mean, variance, gamma, beta, False, 0.0, ctx.eps)
+            slope_there = slope.to(y.dtype)
+            z = _drop(F.prelu(y, slope_there), keep, ctx.factor)
+            mask = (True, True, ctx.bias_size is not None)
+            grad_z, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+                grad, z.to(weight.dtype), weight, ctx.bias_size, *ctx.geometry, mask
+            )
+            del z
+            grad_z = _drop(grad_z.to(y.dtype), keep, ctx.factor)
+            grad_y, grad_slope = torch.ops.aten._prelu_kernel_backward(grad_z, y, slope_there.view(1, 1, 1, 1, 1))
+            del grad_z, y
+            grad_x, grad_gamma, grad_beta = torch.ops.aten._batch_norm_impl_index_backward(
+                *(ctx.kind, x, grad_y, gamma, None, None, mean, inverse_std),
+                *(True, ctx.eps, (True, True, True), reserve),
+            )
+        grad_slope = grad_slope.sum(dtype=slope.dtype).view_as(slope)
+        return grad_x, grad_gamma, grad_beta, grad_slope, grad_weight, grad_bias, None, None, None
+
+
+def _drop(x: Tensor, keep: Tensor | None, factor: float) -> Tensor:
+    dropped: Tensor = x if keep is None else torch.ops.aten.native_dropout_backward(x, keep, factor)
+    return dropped
+
+
+class _NormActConvOnCPU(torch.autograd.Function):
     """The step on a CPU in training, where a kernel per elementwise operation costs as much as the memory it fills."""
 
     @staticmethod

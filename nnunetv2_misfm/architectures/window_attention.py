@@ -180,8 +180,9 @@ class SwinBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, X, Y, Z, C) to the same shape."""
-        x = x + self._drop_path(self._attend(self.norm1(x)))
-        return x + self._drop_path(self.mlp(self.norm2(x)))
+        # Under autocast norms give float32, which would be moved through shifts and windows at twice the width.
+        x = self._add(x, self._attend(self.norm1(x).to(x.dtype)))
+        return self._add(x, self.mlp(self.norm2(x)))
 
     def _attend(self, x: Tensor) -> Tensor:
         size = (x.shape[1], x.shape[2], x.shape[3])
@@ -196,8 +197,9 @@ class SwinBlock(nn.Module):
         x = merge_windows(self.attention(windows, window, mask), window, padded, padded)
         return torch.roll(x, (shift,) * 3, (1, 2, 3))[:, : size[0], : size[1], : size[2]]
 
-    def _drop_path(self, branch: Tensor) -> Tensor:
+    def _add(self, x: Tensor, branch: Tensor) -> Tensor:
+        """x + branch, the branch dropped for whole samples at random (drop path)."""
         if not (self.training and self.drop_path):
-            return branch
-        keep = torch.rand(branch.shape[0], 1, 1, 1, 1, device=branch.device) >= self.drop_path
-        return branch * (keep / (1 - self.drop_path)).to(branch.dtype)
+            return x + branch
+        kept = F.dropout(branch.new_ones(branch.shape[0], 1, 1, 1, 1), self.drop_path)  # 0 or 1 / (1 - drop_path)
+        return torch.addcmul(x, branch, kept)

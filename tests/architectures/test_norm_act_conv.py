@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from nnunetv2_misfm.architectures import norm_act_conv
 from nnunetv2_misfm.architectures.dropout import Dropout
 from nnunetv2_misfm.architectures.norm_act_conv import NormActConvSequential
 
@@ -22,6 +23,12 @@ def modules(conv: nn.Module, slope: float, dropout: float = 0.0) -> list[nn.Modu
 
 CONVS = [nn.Conv3d(4, 3, 3, padding=1), nn.Conv3d(4, 3, (1, 3, 3)), nn.ConvTranspose3d(4, 3, (1, 2, 2), (1, 2, 2))]
 CONVS += [nn.Conv3d(4, 3, 1, bias=False)]
+
+
+@pytest.fixture(params=[True, False], ids=["kernels for the CPU", "kernels for any device"], autouse=True)
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not request.param:
+        monkeypatch.setattr(norm_act_conv, "_suits_cpu_kernels", lambda x: False)
 
 
 @pytest.mark.parametrize("conv", CONVS)
@@ -92,6 +99,26 @@ def test_gradients_with_dropout_are_those_of_the_recorded_mask() -> None:
         return net(x)
 
     assert torch.autograd.gradcheck(run, (x,))
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["all under autocast", "only the forward pass"])
+def test_autocast_gives_what_the_modules_give(inside: bool) -> None:
+    layers = modules(nn.Conv3d(4, 3, 3, padding=1), 0.25)[1:]
+    grads = []
+    for kind in (NormActConvSequential, nn.Sequential):
+        net = kind(*deepcopy(layers))
+        x = torch.randn(2, 4, 4, 8, 8, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = net(x)
+            assert output.dtype == torch.bfloat16
+            if inside:
+                output.float().square().sum().backward()
+        if not inside:
+            output.float().square().sum().backward()
+        grads.append([x.grad, *(p.grad for p in net.parameters())])
+    for ours, plain in zip(*grads, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - plain).norm() < 0.02 * plain.norm()
 
 
 def test_one_feature_map_is_kept_instead_of_three() -> None:
