@@ -126,7 +126,8 @@ class _NormActConv(torch.autograd.Function):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         with torch.autocast(device, enabled=False):
-            y, mean, inverse_std, reserve, ctx.kind = torch.ops.aten._batch_norm_impl_index(
+            # The fourth, which cuDNN would keep for its backward pass, is as large as a map; PyTorch's needs none.
+            y, mean, inverse_std, _, _ = torch.ops.aten._batch_norm_impl_index(
                 x, gamma, beta, running_mean, running_var, True, momentum, eps, torch.backends.cudnn.enabled
             )
             z, keep = F.prelu(y, slope.to(y.dtype)), None
@@ -135,7 +136,7 @@ class _NormActConv(torch.autograd.Function):
             weight = weight.to(dtype)
             bias_there = None if bias is None else bias.to(dtype)
             output: Tensor = torch.ops.aten.convolution(z.to(dtype), weight, bias_there, *geometry)
-        ctx.save_for_backward(x, gamma, beta, slope, weight, mean, inverse_std, reserve, keep)
+        ctx.save_for_backward(x, gamma, beta, slope, weight, mean, inverse_std, keep)
         ctx.factor, ctx.eps, ctx.geometry = 1 / (1 - p), eps, geometry
         ctx.bias_size = None if bias is None else list(bias.shape)
         return output
@@ -143,7 +144,7 @@ class _NormActConv(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, gamma, beta, slope, weight, mean, inverse_std, reserve, keep = ctx.saved_tensors
+        x, gamma, beta, slope, weight, mean, inverse_std, keep = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
             variance = inverse_std.pow(-2) - ctx.eps
             y = F.batch_norm(x, mean, variance, gamma, beta, False, 0.0, ctx.eps)
@@ -157,9 +158,8 @@ class _NormActConv(torch.autograd.Function):
             grad_z = _drop(grad_z.to(y.dtype), keep, ctx.factor)
             grad_y, grad_slope = torch.ops.aten._prelu_kernel_backward(grad_z, y, slope_there.view(1, 1, 1, 1, 1))
             del grad_z, y
-            grad_x, grad_gamma, grad_beta = torch.ops.aten._batch_norm_impl_index_backward(
-                *(ctx.kind, x, grad_y, gamma, None, None, mean, inverse_std),
-                *(True, ctx.eps, (True, True, True), reserve),
+            grad_x, grad_gamma, grad_beta = torch.ops.aten.native_batch_norm_backward(
+                grad_y, x, gamma, None, None, mean, inverse_std, True, ctx.eps, (True, True, True)
             )
         grad_slope = grad_slope.sum(dtype=slope.dtype).view_as(slope)
         return grad_x, grad_gamma, grad_beta, grad_slope, grad_weight, grad_bias, None, None, None

@@ -306,10 +306,10 @@ class PCTNet(AnySizeNetwork):
         self.to(memory_format=torch.channels_last_3d)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PCTNet:
-        # Convolutions follow the memory format of their weights. Channels-last is faster on the CPU (the narrow stages
-        # twice as fast); elsewhere the weights take PyTorch's default format.
+        # Convolutions follow the memory format of their weights. Channels-last is faster on a CPU (the narrow stages
+        # twice as fast) and on a GPU (BatchNorm five times as fast); elsewhere PyTorch's default format is safer.
         super()._apply(fn, recurse)
-        if next(self.parameters()).device.type not in ("cpu", "meta"):
+        if next(self.parameters()).device.type not in ("cpu", "cuda", "meta"):
             super()._apply(lambda t: t.contiguous() if t.ndim == 5 else t, recurse)
         return self
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +35,11 @@ def fit_window(size: Size3, window_size: int) -> tuple[int, int]:
     return window_size, window_size // 2
 
 
-def partition_windows(x: Tensor, window: int) -> tuple[Tensor, Size3]:
-    """Cut (B, X, Y, Z, C) into windows, padding the far ends with zero tokens where the window does not fit.
+def partition_windows(x: Tensor, window: int, shift: int) -> tuple[Tensor, Size3]:
+    """Cut (B, X, Y, Z, C) into windows that start `shift` voxels into the map and go on at its near end.
+
+    Where windows do not fit, the far ends are padded with zero tokens first; these take part in the shift and in
+    attention, as in the reference.
 
     Returns:
         (B, number of windows, window**3, C) and the padded size, which `merge_windows` needs.
@@ -45,20 +49,52 @@ def partition_windows(x: Tensor, window: int) -> tuple[Tensor, Size3]:
     if any(pads):
         x = F.pad(x, (0, 0, 0, pads[2], 0, pads[1], 0, pads[0]))
     padded = (size[0] + pads[0], size[1] + pads[1], size[2] + pads[2])
-    nx, ny, nz = (length // window for length in padded)
-    x = x.view(batch, nx, window, ny, window, nz, window, channels)
-    x = x.permute(0, 1, 3, 5, 2, 4, 6, 7)  # (B, nx, ny, nz, wx, wy, wz, C)
-    return x.reshape(batch, nx * ny * nz, window**3, channels), padded
+    order, places = _orders(padded, window, shift, x.device)
+    return _Rearranged.apply(x.reshape(batch, -1, channels), order, places).view(batch, -1, window**3, channels), padded
 
 
-def merge_windows(windows: Tensor, window: int, padded: Size3, size: Size3) -> Tensor:
+def merge_windows(windows: Tensor, window: int, shift: int, padded: Size3, size: Size3) -> Tensor:
     """Undo `partition_windows`: (B, number of windows, window**3, C) to (B, X, Y, Z, C) of `size`."""
     batch, _, _, channels = windows.shape
-    nx, ny, nz = (length // window for length in padded)
-    x = windows.view(batch, nx, ny, nz, window, window, window, channels)
-    x = x.permute(0, 1, 4, 2, 5, 3, 6, 7)  # (B, nx, wx, ny, wy, nz, wz, C)
-    x = x.reshape(batch, *padded, channels)
+    order, places = _orders(padded, window, shift, windows.device)
+    x = _Rearranged.apply(windows.reshape(batch, -1, channels), places, order).view(batch, *padded, channels)
     return x[:, : size[0], : size[1], : size[2]]
+
+
+class _Rearranged(torch.autograd.Function):
+    """(B, T, C) tokens in another order. One pass over memory, where a shift and a partition take four."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, order: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return tokens.index_select(1, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (places,) = ctx.saved_tensors
+        # Both orders hold each token once, so the gradient is gathered, not added up in a random order.
+        return grad.index_select(1, places), None, None
+
+
+def _orders(padded: Size3, window: int, shift: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    order = _once_per_shape(window_order, padded, window, shift, device)
+    return order, _once_per_shape(window_places, padded, window, shift, device)
+
+
+def window_order(padded: Size3, window: int, shift: int, device: torch.device) -> Tensor:
+    """For each token of each window in turn, where in the flattened map it is: (X · Y · Z,) int64."""
+    tokens = torch.arange(padded[0] * padded[1] * padded[2], device=device).view(padded)
+    tokens = torch.roll(tokens, (-shift,) * 3, (0, 1, 2))
+    nx, ny, nz = (length // window for length in padded)
+    return tokens.view(nx, window, ny, window, nz, window).permute(0, 2, 4, 1, 3, 5).reshape(-1)
+
+
+def window_places(padded: Size3, window: int, shift: int, device: torch.device) -> Tensor:
+    """For each voxel of the flattened map, where among the tokens of all windows it is: (X · Y · Z,) int64."""
+    tokens = torch.arange(padded[0] * padded[1] * padded[2], device=device)
+    nx, ny, nz = (length // window for length in padded)
+    tokens = tokens.view(nx, ny, nz, window, window, window).permute(0, 3, 1, 4, 2, 5).reshape(padded)
+    return torch.roll(tokens, (shift,) * 3, (0, 1, 2)).flatten()
 
 
 def relative_position_index(window: int, table_window: int, device: torch.device) -> Tensor:
@@ -87,8 +123,8 @@ def shifted_window_mask(padded: Size3, window: int, shift: int, device: torch.de
         shape[axis] = length
         # Only the last window of an axis is split, so two regions per axis suffice to tell neighbours apart.
         regions = regions + wrapped.view(shape) * 2**axis
-    ids, _ = partition_windows(regions[None, ..., None], window)
-    ids = ids[0, :, :, 0]  # (number of windows, window**3)
+    order = window_order(padded, window, 0, device)
+    ids = regions.flatten()[order].view(-1, window**3)  # (number of windows, window**3)
     different = ids[:, None, :] != ids[:, :, None]
     return torch.zeros(different.shape, device=device).masked_fill(different, float("-inf"))
 
@@ -134,11 +170,17 @@ class WindowAttention(nn.Module):
         index = _once_per_shape(relative_position_index, window, self.window_size, windows.device)
         # Not table[index], whose backward pass adds up in an order that differs from run to run, even on the CPU.
         bias = F.embedding(index, self.relative_position_bias_table)  # (N, N, heads)
-        bias = bias.permute(2, 0, 1).to(query.dtype)
+        bias = bias.permute(2, 0, 1).to(query.dtype).contiguous()  # fused kernels need its last axis dense
         mask = None if mask is None else mask.to(query.dtype)
         attended = attend(query, key, value, bias, mask, self.dropout if self.training else 0.0)
         attended = attended.transpose(1, 2).reshape(batch, count, tokens, channels)
         return self.proj_dropout(self.proj(attended))
+
+
+def _normalise(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """LayerNorm in the precision of `x`; its kernels sum up in float32. Autocast would make and keep float32 copies."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 
 
 class SwinBlock(nn.Module):
@@ -180,22 +222,16 @@ class SwinBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, X, Y, Z, C) to the same shape."""
-        # Under autocast norms give float32, which would be moved through shifts and windows at twice the width.
-        x = self._add(x, self._attend(self.norm1(x).to(x.dtype)))
-        return self._add(x, self.mlp(self.norm2(x)))
+        x = self._add(x, self._attend(_normalise(self.norm1, x)))
+        return self._add(x, self.mlp(_normalise(self.norm2, x)))
 
     def _attend(self, x: Tensor) -> Tensor:
         size = (x.shape[1], x.shape[2], x.shape[3])
         window, shift = fit_window(size, self.window_size)
-        if not (self.shifted and shift):
-            windows, padded = partition_windows(x, window)
-            return merge_windows(self.attention(windows, window, None), window, padded, size)
-        # The zero tokens that fill the last windows take part in the shift and in attention, as in the reference.
-        x = F.pad(x, (0, 0, 0, -size[2] % window, 0, -size[1] % window, 0, -size[0] % window))
-        windows, padded = partition_windows(torch.roll(x, (-shift,) * 3, (1, 2, 3)), window)
-        mask = _once_per_shape(shifted_window_mask, padded, window, shift, x.device)
-        x = merge_windows(self.attention(windows, window, mask), window, padded, padded)
-        return torch.roll(x, (shift,) * 3, (1, 2, 3))[:, : size[0], : size[1], : size[2]]
+        shift = shift if self.shifted else 0
+        windows, padded = partition_windows(x, window, shift)
+        mask = _once_per_shape(shifted_window_mask, padded, window, shift, x.device) if shift else None
+        return merge_windows(self.attention(windows, window, mask), window, shift, padded, size)
 
     def _add(self, x: Tensor, branch: Tensor) -> Tensor:
         """x + branch, the branch dropped for whole samples at random (drop path)."""

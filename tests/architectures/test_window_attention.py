@@ -17,12 +17,30 @@ from nnunetv2_misfm.architectures.window_attention import (
 CPU = torch.device("cpu")
 
 
+@pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("size", [(6, 6, 6), (12, 6, 18), (7, 13, 5), (1, 2, 3)])
-def test_merging_undoes_partitioning(size: tuple[int, int, int]) -> None:
-    x = torch.randn(2, *size, 3)
-    windows, padded = partition_windows(x, 3)
+def test_merging_undoes_partitioning_and_so_do_the_gradients(size: tuple[int, int, int], shift: int) -> None:
+    x = torch.randn(2, *size, 3, requires_grad=True)
+    windows, padded = partition_windows(x, 3, shift)
     assert windows.shape[2] == 27 and all(n % 3 == 0 for n in padded)
-    assert torch.equal(merge_windows(windows, 3, padded, size), x)
+    merged = merge_windows(windows, 3, shift, padded, size)
+    assert torch.equal(merged, x)
+    weights = torch.randn_like(x)
+    (merged * weights).sum().backward()
+    assert torch.equal(x.grad, weights)
+
+
+def test_windows_are_cubes_that_start_at_the_shift_and_go_on_at_the_near_end() -> None:
+    x = torch.arange(4 * 4 * 6).view(1, 4, 4, 6, 1).float()
+    windows, _ = partition_windows(x, 2, 1)
+    rolled = torch.roll(x, (-1, -1, -1), (1, 2, 3))
+    cubes = [
+        rolled[0, i : i + 2, j : j + 2, k : k + 2].reshape(8, 1)
+        for i in range(0, 4, 2)
+        for j in range(0, 4, 2)
+        for k in range(0, 6, 2)
+    ]
+    assert torch.equal(windows[0], torch.stack(cubes))
 
 
 def test_small_maps_shrink_the_window_and_drop_the_shift() -> None:
@@ -53,7 +71,7 @@ def test_mask_separates_exactly_what_the_shift_brought_together() -> None:
     regions = torch.zeros(4, 4, 4)
     for axis in range(3):
         regions.select(axis, 3).add_(10**axis)
-    ids = partition_windows(regions[None, ..., None], 2)[0][0, :, :, 0]
+    ids = partition_windows(regions[None, ..., None], 2, 0)[0][0, :, :, 0]
     assert torch.equal(torch.isinf(mask), ids[:, None, :] != ids[:, :, None])
 
 
