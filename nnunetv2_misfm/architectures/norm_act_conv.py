@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nnunetv2_misfm.architectures.checkpointing import recompute
 from nnunetv2_misfm.architectures.dropout import Dropout, drop_, keep_mask
 from nnunetv2_misfm.architectures.pieces import channels_last, pieces
+from nnunetv2_misfm.architectures.precision import autocast_dtype, without_autocast
 
 Conv = nn.Conv3d | nn.ConvTranspose3d
 
@@ -123,9 +124,8 @@ class _NormActConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, slope: Tensor, *rest: Any) -> Tensor:
         weight, bias, p, (running_mean, running_var, momentum, eps), geometry = rest
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        with torch.autocast(device, enabled=False):
+        dtype = autocast_dtype(x)
+        with without_autocast(x):
             # The fourth, which cuDNN would keep for its backward pass, is as large as a map; PyTorch's needs none.
             y, mean, inverse_std, _, _ = torch.ops.aten._batch_norm_impl_index(
                 x, gamma, beta, running_mean, running_var, True, momentum, eps, torch.backends.cudnn.enabled
@@ -145,7 +145,7 @@ class _NormActConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, beta, slope, weight, mean, inverse_std, keep = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             variance = inverse_std.pow(-2) - ctx.eps
             y = F.batch_norm(x, mean, variance, gamma, beta, False, 0.0, ctx.eps)
             slope_there = slope.to(y.dtype)

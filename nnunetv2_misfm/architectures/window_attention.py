@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nnunetv2_misfm.architectures.attention import attend
 from nnunetv2_misfm.architectures.dropout import Dropout
+from nnunetv2_misfm.architectures.precision import without_autocast
 
 Size3 = tuple[int, int, int]
 
@@ -179,7 +180,7 @@ class WindowAttention(nn.Module):
 
 def _normalise(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """LayerNorm in the precision of `x`; its kernels sum up in float32. Autocast would make and keep float32 copies."""
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 
 
