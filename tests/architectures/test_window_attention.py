@@ -108,3 +108,23 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
     dropped = block._add(torch.ones_like(branch), branch) - 1
     assert set(dropped.unique().tolist()) == {0.0, 2.0}
     assert abs(dropped.mean().item() - 1) < 0.05
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_fused_attention_gets_what_its_kernels_take(shifted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the last axis of a tensor is not dense PyTorch falls back to one that fills memory, and says nothing."""
+    calls = []
+
+    def record(*tensors: torch.Tensor, attn_mask: torch.Tensor, dropout_p: float) -> torch.Tensor:
+        calls.append((*tensors, attn_mask))
+        return tensors[0]
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", record)
+    block = SwinBlock(16, 2, 4, shifted, 0.0, 0.0, 2.0).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        block(torch.randn(2, 8, 8, 12, 16))
+    windows = 2 * 2 * 3
+    assert [query.shape for query, *_ in calls] == [(windows, 2, 64, 8)] * 2 if shifted else [(2 * windows, 2, 64, 8)]
+    for *qkv, bias in calls:
+        assert all(tensor.stride(-1) == 1 and tensor.dtype == torch.bfloat16 for tensor in (*qkv, bias))
+        assert bias.shape == (windows if shifted else 1, 2, 64, 64) and bias.requires_grad
