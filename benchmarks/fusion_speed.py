@@ -32,7 +32,7 @@ import blosc2
 import numpy as np
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
-from provenance import processor, provenance
+from provenance import device_name, provenance
 from scipy.ndimage import gaussian_filter
 
 from nnunetv2_misfm.pretrain.augment import AugmentSettings, apply_augmentation, sample_pair_augmentations
@@ -196,7 +196,7 @@ def make_report(milliseconds: dict[str, float], checkouts: dict[str, Path], samp
             "`reading two crops` is all that is left to the CPU when the training device is a GPU; the others' times "
             "do not include reading.",
             "",
-            *provenance(command, packages, checkouts, f"CPU, {processor()}"),
+            *provenance(command, packages, checkouts, device_name("cpu")),
             "",
         ]
     )

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from provenance import processor, provenance
+from provenance import device_name, provenance
 from torch import Tensor, nn
 
 from nnunetv2_misfm.architectures import FMUNet, PCTNet
@@ -76,7 +76,7 @@ def main() -> None:
         "|---|---|---|---|",
         *rows,
         "",
-        *provenance(command, ("torch",), checkouts, f"CPU, {processor()}"),
+        *provenance(command, ("torch",), checkouts, device_name("cpu")),
         "",
     ]
     RESULT.write_text("\n".join(lines))

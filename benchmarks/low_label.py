@@ -19,13 +19,14 @@ import time
 from pathlib import Path
 
 from low_label_report import write_report
-from low_label_study import ARMS, CORE, LABELLED, RESULTS, Run, Study, add_options
+from low_label_study import ARMS, CORE, LABELLED, RESULTS, SETTINGS, Run, Study, add_options
 from low_label_tuning import best_options
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
+    parser.add_argument("--setting", choices=SETTINGS, default="small", help="default: %(default)s")
     parser.add_argument("--more-volumes", type=Path, help="other volumes, for the arm boxes_wide_pool")
     parser.add_argument("--labelled", type=int, nargs="+", default=[10], choices=LABELLED)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])

@@ -180,8 +180,11 @@ class Study:
                 pretraining: pool.submit(self.pretrain, pretraining) for pretraining in needed
             }
             waiting = {p for p in needed if not self.checkpoint(p).is_file()}
+            attempts = []
             for run in sorted(runs, key=lambda run: run.arm.pretraining in waiting):
-                pool.submit(attempt, run)
+                attempts.append(pool.submit(attempt, run))
+        for done in attempts:
+            done.result()  # anything but a failed command is a mistake here, and must be seen
         return sorted(set(failures))
 
     # ------------------------------------------------------------ what all runs share
@@ -371,7 +374,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that the study and its tuning have in common."""
     parser.add_argument("--dataset", type=Path, required=True, help="a dataset in nnU-Net's raw format")
     parser.add_argument("--work", type=Path, required=True, help="folder for nnU-Net's three folders")
-    parser.add_argument("--setting", choices=SETTINGS, default="small", help="default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at once (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no new run after this time")

@@ -85,13 +85,16 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, help="default: 1 on a CPU, 2 on a GPU")
     parser.add_argument("--patch_size", type=int, nargs=3, default=(64, 128, 128))
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
-    parser.add_argument("--variants", nargs="+", help="of those of the device (default: all), the original first")
+    parser.add_argument("--variants", nargs="+", help="names of those to measure (default: all of the device)")
     parser.add_argument("--output", type=Path, help="where the table goes (default: results/network_speed_DEVICE.md)")
     options = parser.parse_args()
     batch_size = options.batch_size or (1 if options.device == "cpu" else 2)
     job = Job(options.reference.resolve(), options.device, batch_size, tuple(options.patch_size))
     variants = CPU_VARIANTS if job.device == "cpu" else CUDA_VARIANTS
     if options.variants:
+        names = [variant.name for variant in variants]
+        if unknown := set(options.variants) - set(names):
+            parser.error(f"no variants of {job.device}: {', '.join(sorted(unknown))}; there are: {', '.join(names)}")
         variants = tuple(variant for variant in variants if variant.name in options.variants)
 
     error = largest_difference(job)

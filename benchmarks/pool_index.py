@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from provenance import processor, provenance
+from provenance import device_name, provenance
 
 RESULTS = Path(__file__).parent / "results"
 WORKERS = 4
@@ -54,7 +54,7 @@ def main() -> None:
             "ours has PyTorch loaded, which nnU-Net's index does without. A loader process shares the index with "
             "the one that trains; what it adds is its private memory after reading the index.",
             "",
-            *provenance("python benchmarks/pool_index.py", ("torch", "nnunetv2"), {}, f"CPU, {processor()}"),
+            *provenance("python benchmarks/pool_index.py", ("torch", "nnunetv2"), {}, device_name("cpu")),
             "",
         ]
     )
