@@ -47,9 +47,9 @@ class Setting:
 
 SETTINGS = {
     "small": Setting(
-        network=("-features_per_stage", "8", "16", "32", "64", "128"),
+        network=("-network", "pctnet", "-features_per_stage", "8", "16", "32", "64", "128"),
         batch_size=2,
-        pretraining=(30, 100),
+        pretraining=(20, 100),
         finetuning=(12, 25, 10),
         predict=("--disable_tta", "-npp", "0", "-nps", "0"),
         environment=(
@@ -60,7 +60,7 @@ SETTINGS = {
         ),
     ),
     "full": Setting(
-        network=(),
+        network=("-network", "pctnet"),
         batch_size=4,
         pretraining=(80, 250),
         finetuning=(100, 250, 25),

@@ -12,6 +12,7 @@ from nnunetv2.experiment_planning.experiment_planners.network_topology import ge
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_misfm.architectures.plan_entry import (
+    NETWORKS,
     architecture_entry,
     degree_for_spacing,
     degree_of_anisotropy,
@@ -81,7 +82,9 @@ def new_pool_entry(
     check_sizes(patch, batch)
     _check_stems(request, degree)
     if request.network == "plan":
-        return plain_unet_entry(spacing, patch), patch, batch
+        entry = plain_unet_entry(spacing, patch)
+        _check_arguments(request, entry)
+        return entry, patch, batch
     return architecture_entry(request.network or "pctnet", degree, **request.arch_kwargs), patch, batch
 
 
@@ -91,7 +94,8 @@ def run_plans(
     """Plans for pretraining in a configuration of existing plans, with its spacing, normalisation and axis order.
 
     Raises:
-        PlanError: if the configuration is missing, not 3D, or part of a cascade's second stage.
+        PlanError: if the configuration is missing, not 3D, or part of a cascade's second stage, or if arguments are
+            given for a network that is taken as it is.
     """
     manager = PlansManager(dict(base))
     if configuration not in manager.available_configurations:
@@ -105,8 +109,10 @@ def run_plans(
     if entry.pop("previous_stage", None) is not None:
         raise PlanError(f"{configuration!r} takes label channels, which pretraining has not. Use -c 3d_fullres.")
     planned = entry["architecture"]
-    keep = request.network is None and base.get(BLOCK, {}).get("task") == PretrainingSettings.TASK
-    if request.network != "plan" and not (keep and not is_own_network(planned)):
+    keep = request.network is None and "task" in base.get(BLOCK, {})
+    if request.network == "plan" or (keep and not is_own_network(planned)):
+        _check_arguments(request, planned)
+    else:
         network = request.network or own_network_name(planned) or "pctnet"
         # A network of ours in the plans keeps what its plan chose, so that the weights fit that plan.
         kept = planned["arch_kwargs"] if own_network_name(planned) == network else {}
@@ -121,6 +127,17 @@ def run_plans(
     plans.update(plans_name=plans_name, dataset_name=dataset_name, configurations={configuration: entry})
     plans[BLOCK] = request.block() | ({"pool": pool} if pool is not None else {})
     return plans
+
+
+def _check_arguments(request: RunRequest, planned: Mapping[str, Any]) -> None:
+    """Refuse arguments for a network that stays as the plans have it."""
+    if request.arch_kwargs:
+        name = planned["network_class_name"].rpartition(".")[2]
+        options = " and ".join(f"-{argument}" for argument in request.arch_kwargs)
+        raise PlanError(
+            f"{options}: the plans' own {name} is kept as it is. Leave {options} out, or choose -network "
+            f"{' or '.join(NETWORKS)}."
+        )
 
 
 def _check_stems(request: RunRequest, degree: int) -> None:

@@ -64,10 +64,20 @@ def test_another_datasets_plans_decide_everything_but_the_volumes(nnunet: Path, 
     ours, theirs = plans["configurations"]["3d_fullres"], target["configurations"]["3d_fullres"]
     for key in ("spacing", "patch_size", "normalization_schemes"):
         assert ours[key] == theirs[key]
+    assert ours["architecture"]["network_class_name"].endswith(".PCTNet")
+    assert ours["architecture"]["arch_kwargs"]["features_per_stage"] == [4, 8, 16, 32, 64]
     cases = sorted((pool / ours["data_identifier"]).glob("*.b2nd"))
     array = np.asarray(blosc2.open(str(next(c for c in cases if not c.stem.endswith("_seg"))))[:])
     assert array.shape[1:] == (40, 24, 28)  # 20 slices of 2 mm resampled to 1 mm
     assert (run_folder(nnunet, "Dataset901_For4") / "checkpoint_final.pth").is_file()
+
+
+def test_channels_of_our_networks_are_refused_for_others(
+    nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "scans" / "a.nii.gz", ct())
+    arguments = ["-i", str(tmp_path / "scans"), "-d", "900", "-n", "Pool", "-network", "plan", *TINY, *SHORT]
+    assert "PlainConvUNet is kept as it is. Leave -features_per_stage out" in refused(capsys, *arguments)
 
 
 def test_an_interrupted_run_is_kept_until_the_user_decides(
