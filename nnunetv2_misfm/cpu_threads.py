@@ -1,4 +1,4 @@
-"""Threads of a CPU run that leave the cores to others while they wait."""
+"""Threads of a run on the CPU: how many, and that they leave the cores to others while they wait."""
 
 from __future__ import annotations
 
@@ -13,3 +13,23 @@ def keep_cores_free() -> None:
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+
+def training_threads(processes_here: int = 1) -> int:
+    """How many threads a process that trains on the CPU should have.
+
+    nnU-Net takes a thread for every core of the machine, whatever the user or a scheduler allows. Two runs side by side
+    then slow each other down by far more than half.
+
+    Args:
+        processes_here: processes of this run on this machine.
+
+    Returns:
+        `OMP_NUM_THREADS` if the user set it; otherwise a share of the cores that the process may use. With several
+        processes the variable does not count, because torchrun sets it to 1 by itself.
+    """
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    if processes_here == 1 and chosen.isdigit() and int(chosen) > 0:
+        return int(chosen)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // processes_here)

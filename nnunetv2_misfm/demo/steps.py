@@ -24,6 +24,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import run_training
 from tqdm import tqdm
 
+from nnunetv2_misfm.cpu_threads import training_threads
 from nnunetv2_misfm.demo.phantoms import LABELS, write_case, write_unlabelled
 from nnunetv2_misfm.demo.progress import step
 from nnunetv2_misfm.demo.report import Arm
@@ -64,7 +65,7 @@ class Demo:
         self.raw = folder / "nnUNet_raw" / _DATASET
         self.results = folder / "nnUNet_results" / _DATASET
         add_plugin_folder()
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(training_threads())
 
     def make_volumes(self, unlabelled: int, training: int, test: int) -> None:
         """Bare volumes for pretraining, and a small labelled dataset in nnU-Net's raw format."""

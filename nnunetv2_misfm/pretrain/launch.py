@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
+from nnunetv2_misfm.cpu_threads import training_threads
 from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.start_up import add_plugin_folder
 
@@ -37,7 +36,7 @@ def launch(
     # For installations whose start-up file Python does not read, and processes that were started with it off.
     add_plugin_folder()
     # As in nnUNetv2_train: on a GPU more threads only get in the way of the data workers.
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes_here) if device == "cpu" else 1)
+    torch.set_num_threads(training_threads(processes_here) if device == "cpu" else 1)
     try:
         run_training(
             dataset_name,

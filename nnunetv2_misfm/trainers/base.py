@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from nnunetv2_misfm.architectures.checkpointing import set_checkpointing
 from nnunetv2_misfm.architectures.memory import estimate_training_memory
 from nnunetv2_misfm.architectures.resolution import total_strides
+from nnunetv2_misfm.cpu_threads import training_threads
 from nnunetv2_misfm.errors import PlanError, UserError
 from nnunetv2_misfm.files import TRAINING_LOCK, format_bytes, locked
 from nnunetv2_misfm.run_settings import BLOCK, RunSettings, run_settings
@@ -65,6 +66,8 @@ class BaseTrainer(nnUNetTrainer):
         self.settings = run_settings(plans, self.SETTINGS)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.was_initialized: bool
+        if device.type == "cpu" and not self.is_ddp:
+            torch.set_num_threads(training_threads())  # nnUNetv2_train has taken all cores
         if self.is_ddp:
             self.device = device_of_process(device)
             if self.device.type != "cuda":

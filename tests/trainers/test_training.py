@@ -108,6 +108,17 @@ def test_an_ordinary_plan_trains_pctnet_and_the_results_folder_rebuilds_it(nnune
     assert type(predictor.network).__name__ == "PCTNet"
 
 
+def test_a_run_on_the_cpu_takes_the_threads_it_is_given(nnunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    try:
+        torch.set_num_threads(2)  # nnUNetv2_train takes every core before it makes the trainer
+        trainer("MisFMTrainer", "nnUNetPlans")
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_all_four_outputs_are_trained(nnunet: Path) -> None:
     plan(*NETWORK)
     run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
