@@ -35,7 +35,8 @@ RUN_OPTIONS = (
     "picture_every",
     "seed",
 )
-FUSION_OPTIONS = ("geometry", "num_fusion_classes")
+BOX_OPTIONS = ("num_boxes", "box_size_min", "box_size_max")
+FUSION_OPTIONS = ("geometry", "num_fusion_classes", *BOX_OPTIONS)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -207,6 +208,11 @@ def _request(options: argparse.Namespace, base: Mapping[str, Any] | None) -> Run
     run |= {name: getattr(options, name) for name in RUN_OPTIONS if getattr(options, name) is not None}
     fusion = dict(before.get("fusion", {}))
     fusion |= {name: getattr(options, name) for name in FUSION_OPTIONS if getattr(options, name) is not None}
+    boxes = [f"-{name}" for name in BOX_OPTIONS if getattr(options, name) is not None]
+    if boxes and fusion.get("geometry") == "blocks":
+        raise PlanError(f"{' and '.join(boxes)}: blocks are no boxes. Leave out, or choose -geometry boxes.")
+    if options.box_size_min or options.box_size_max:
+        fusion["box_size_unit"] = "fraction"
     arguments: dict[str, Any] = {}
     if options.features_per_stage:
         arguments["features_per_stage"] = options.features_per_stage
@@ -284,6 +290,10 @@ def _parser() -> argparse.ArgumentParser:
     add("-c", default="3d_fullres", metavar="CONFIG", help="configuration (default: 3d_fullres)")
     add("-overwrite_plans_name", metavar="NAME", help="name of the plans that are written")
     add("-geometry", choices=("boxes", "blocks"), help="Volume Fusion geometry (default: boxes, as in the paper)")
+    add("-num_boxes", nargs=2, type=int, metavar="N", help="fewest and most boxes of a sample (default: 10 40)")
+    shares = "box size along each axis, as a share of the patch; plans axis order (default: the paper's)"
+    add("-box_size_min", nargs=3, type=float, metavar="F", help=f"smallest {shares}")
+    add("-box_size_max", nargs=3, type=float, metavar="F", help=f"largest {shares}")
     add("-num_fusion_classes", type=int, metavar="N", help="fusion coefficients, 0 included (default: 5)")
     add("-network", choices=[*NETWORKS, "plan"], help="network (default: the one of plans of ours, else pctnet)")
     add("-features_per_stage", nargs=5, type=int, metavar="N", help="channels of the five stages")

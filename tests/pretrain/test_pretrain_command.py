@@ -57,7 +57,8 @@ def test_one_bare_volume_is_enough(nnunet: Path, tmp_path: Path) -> None:
 def test_another_datasets_plans_decide_everything_but_the_volumes(nnunet: Path, tmp_path: Path) -> None:
     for index in range(2):
         write(tmp_path / "scans" / f"{index}.nii.gz", mr(index), spacing=(2.0, 1.0, 1.0))
-    run("-i", str(tmp_path / "scans"), "-d", "901", "-n", "For4", "-plans_from", "4", "-p", "nnUNetPlans")
+    boxes = ["-num_boxes", "2", "6", "-box_size_max", "0.5", "0.5", "0.75"]
+    run("-i", str(tmp_path / "scans"), "-d", "901", "-n", "For4", "-plans_from", "4", "-p", "nnUNetPlans", *boxes)
     pool = nnunet / "nnUNet_preprocessed" / "Dataset901_For4"
     plans = json.loads((pool / "nnUNetPlans.json").read_text())
     target = json.loads((nnunet / "nnUNet_preprocessed" / "Dataset004_Small" / "nnUNetPlans.json").read_text())
@@ -69,7 +70,9 @@ def test_another_datasets_plans_decide_everything_but_the_volumes(nnunet: Path, 
     cases = sorted((pool / ours["data_identifier"]).glob("*.b2nd"))
     array = np.asarray(blosc2.open(str(next(c for c in cases if not c.stem.endswith("_seg"))))[:])
     assert array.shape[1:] == (40, 24, 28)  # 20 slices of 2 mm resampled to 1 mm
-    assert (run_folder(nnunet, "Dataset901_For4") / "checkpoint_final.pth").is_file()
+    checkpoint = read_checkpoint(run_folder(nnunet, "Dataset901_For4") / "checkpoint_final.pth")
+    fusion = checkpoint["misfm"]["training"]["fusion"]
+    assert (fusion["num_boxes"], fusion["box_size_max"]) == ([2, 6], [0.5, 0.5, 0.75])
 
 
 def test_channels_of_our_networks_are_refused_for_others(
