@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from low_label_study import ARMS, NUM_VALIDATION, RESULTS, Arm, Run, Study, add_options
+from low_label_study import ARMS, BOXES, NUM_VALIDATION, RESULTS, Arm, Pretraining, Run, Study, add_options
 
 LABELLED = 10
 SEEDS = (10, 11)
@@ -29,25 +29,43 @@ TUNING = RESULTS / "tuning"
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """An arm of the study with other options of misfm_plan."""
+    """An arm of the study done otherwise.
 
-    arm: str
-    options: tuple[str, ...]
+    Attributes:
+        of: the arm that is tuned.
+        plan: options of misfm_plan, beside the arm's own.
+        pretraining: instead of the arm's own.
+    """
+
+    of: str
+    plan: tuple[str, ...]
+    pretraining: Pretraining | None = None
 
     @property
-    def tried(self) -> Arm:
-        return dataclasses.replace(ARMS[self.arm], plan=ARMS[self.arm].plan + self.options)
+    def arm(self) -> Arm:
+        arm = ARMS[self.of]
+        return dataclasses.replace(arm, plan=arm.plan + self.plan, pretraining=self.pretraining or arm.pretraining)
 
 
+def rate(value: str, schedule: str, *more: str) -> tuple[str, ...]:
+    """Options of misfm_plan for a learning rate."""
+    return ("-initial_lr", value, "-schedule", schedule, *more)
+
+
+ADAM = dataclasses.replace(BOXES, name="boxes_adam", options=(*BOXES.options, "-optimizer", "adam"))
 TRIALS = {
-    f"{arm}_{schedule}_{rate}": Trial(arm, ("-schedule", schedule, "-initial_lr", rate))
-    for arm, schedules, rates in (
-        ("scratch", ("scratch",), ("1e-3", "3e-3", "1e-2")),
-        ("boxes", ("default", "sawtooth"), ("1e-3", "3e-3")),
-        ("encoder_only", ("default", "sawtooth"), ("1e-3", "3e-3")),
-    )
-    for schedule in schedules
-    for rate in rates
+    "scratch_adam_1e-3": Trial("scratch", rate("1e-3", "scratch")),
+    "scratch_adam_3e-3": Trial("scratch", rate("3e-3", "scratch")),
+    "scratch_adam_1e-2": Trial("scratch", rate("1e-2", "scratch")),
+    "scratch_adamw_1e-3": Trial("scratch", rate("1e-3", "scratch", "-optimizer", "adamw")),
+    "scratch_adamw_3e-3": Trial("scratch", rate("3e-3", "scratch", "-optimizer", "adamw")),
+    "boxes_pretrained_with_adam": Trial("boxes", rate("1e-3", "default"), ADAM),
+    **{
+        f"{arm}_{schedule}_{value}": Trial(arm, rate(value, schedule, "-optimizer", "adamw"))
+        for arm in ("boxes", "encoder_only")
+        for schedule in ("default", "sawtooth")
+        for value in ("1e-3", "3e-3")
+    },
 }
 TUNED_LIKE = {"blocks": "boxes", "boxes_wide_pool": "boxes"}
 
@@ -66,7 +84,7 @@ def main() -> None:
         if not record.is_file():
             study.keep(record, study.train(run), run)
 
-    runs = [Run(name, TRIALS[name].tried, LABELLED, seed) for seed in options.seeds for name in options.trials]
+    runs = [Run(name, TRIALS[name].arm, LABELLED, seed) for seed in options.seeds for name in options.trials]
     failures = study.perform(runs, attempt, time.monotonic() + 60 * options.minutes)
     print(write_table())
     sys.exit("\n".join(failures) or 0)
@@ -89,8 +107,8 @@ def score(trials: Sequence[dict[str, Any]]) -> float:
 def best_options(arm: str) -> tuple[str, ...]:
     """The options of misfm_plan that did best among an arm's trials; the defaults where there are none."""
     tuned_as = TUNED_LIKE.get(arm, arm)
-    scores = {name: score(runs) for name, runs in read_trials().items() if TRIALS[name].arm == tuned_as}
-    return ARMS[arm].plan + (TRIALS[max(scores, key=lambda name: scores[name])].options if scores else ())
+    scores = {name: score(runs) for name, runs in read_trials().items() if TRIALS[name].of == tuned_as}
+    return ARMS[arm].plan + (TRIALS[max(scores, key=lambda name: scores[name])].plan if scores else ())
 
 
 def write_table() -> str:

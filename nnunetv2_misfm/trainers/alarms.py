@@ -10,15 +10,23 @@ _EPOCHS_TO_MOVE = 10
 _LEAST_MOVE = 0.002  # of the loss, over _EPOCHS_TO_MOVE epochs
 
 
-def alarms(losses: Sequence[float], predicted_shares: Sequence[float], dice: Sequence[float]) -> list[str]:
+def alarms(
+    losses: Sequence[float], predicted_shares: Sequence[float], dice: Sequence[float], shrunk: str | None
+) -> list[str]:
     """Sentences for the log, none if all is well.
 
     Args:
         losses: training loss of every epoch so far.
         predicted_shares: share of the validation voxels that each fusion class was predicted for.
         dice: of each fusion class in validation.
+        shrunk: from `shrunk_weights`.
     """
     found = []
+    if shrunk is not None:
+        found.append(
+            f"weight decay has shrunk weights to nothing in {shrunk}; fine-tuning would start from zero there. Start "
+            f"anew with -optimizer adamw."
+        )
     if len(losses) >= _EPOCHS_TO_START and max(predicted_shares) > _ONE_CLASS:
         only = max(range(len(predicted_shares)), key=predicted_shares.__getitem__)
         found.append(

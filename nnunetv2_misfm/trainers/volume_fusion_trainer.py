@@ -43,6 +43,7 @@ from nnunetv2_misfm.trainers.pretext_data import TimedIterator, fusion_dataset_j
 from nnunetv2_misfm.trainers.step_guard import StepGuard
 from nnunetv2_misfm.trainers.stop_request import StopRequest
 from nnunetv2_misfm.transfer.adaptation_plan import nnssl_adaptation_plan
+from nnunetv2_misfm.transfer.shrunk_weights import shrunk_weights
 
 _MOST_EPOCHS_LOST = 5  # by a crash
 _GRADIENT_NORM = 12.0  # nnU-Net's
@@ -342,11 +343,13 @@ class VolumeFusionTrainer(BaseTrainer):
         )
         if self._guard.skipped:
             self.print_to_log_file(f"{self._guard.skipped} steps skipped so far, their gradients were not finite")
-        for alarm in alarms(self.logger.get_value("train_losses", step=None), scores["predicted"], scores["dice"]):
+        losses = self.logger.get_value("train_losses", step=None)
+        shrunk = shrunk_weights(dict(self.bare_network.named_parameters()))
+        for alarm in alarms(losses, scores["predicted"], scores["dice"], shrunk):
             self.print_to_log_file(f"ALARM: {alarm}")
         if self.local_rank == 0:
             row = {f"dice_{k}": d for k, d in enumerate(scores["dice"])}
-            row |= {"train_loss": float(self.logger.get_value("train_losses", step=-1)), "val_loss": scores["val_loss"]}
+            row |= {"train_loss": float(losses[-1]), "val_loss": scores["val_loss"]}
             row |= {"accuracy": scores["accuracy"], "lr": self.optimizer.param_groups[0]["lr"], **speed}
             row |= {"skipped_steps": self._guard.skipped}
             assert self.metrics is not None

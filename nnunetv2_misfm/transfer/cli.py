@@ -31,6 +31,7 @@ def plan(options: argparse.Namespace) -> None:
     from nnunetv2_misfm.transfer.planner import fit_to_memory
     from nnunetv2_misfm.transfer.plans import PlanRequest, check_fit, finetuning_plans
     from nnunetv2_misfm.transfer.pretrained import read_source
+    from nnunetv2_misfm.transfer.shrunk_weights import shrunk_weights
 
     if options.np < 1:
         raise PlanError(f"-np {options.np} must be at least 1.")
@@ -53,6 +54,8 @@ def plan(options: argparse.Namespace) -> None:
         from_scratch=scratch,
     )
     plans, remarks = finetuning_plans(base, request, source)
+    if source is not None and not scratch and (shrunk := shrunk_weights(source.weights)) is not None:
+        remarks.append(f"{source.path} starts from zero in {shrunk}: weight decay has shrunk its weights to nothing.")
     if options.gpu_memory_target is not None:
         for name in request.configurations:
             remarks.append(fit_to_memory(plans, name, dataset, options.gpu_memory_target))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nnunetv2_misfm.transfer.pretrained import Source
+from nnunetv2_misfm.transfer.shrunk_weights import shrunk_weights
 from nnunetv2_misfm.transfer.transfer import PARTS, part_of
 
 _KINDS = {
@@ -28,6 +29,9 @@ def describe(source: Source) -> str:
         ("sha256", source.sha256),
         ("parameters", ", ".join(f"{part} {count:,}" for part, count in elements.items() if count)),
     ]
+    shrunk = shrunk_weights(source.weights)
+    if shrunk is not None:
+        rows.append(("shrunk to nothing", f"{shrunk}; fine-tuning starts from zero there"))
     if source.name:
         rows.insert(1, ("on the Hub", source.name))
     info = source.info

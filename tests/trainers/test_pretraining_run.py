@@ -146,10 +146,11 @@ def test_all_stems_are_trained_in_turn(nnunet: Path) -> None:
 
 def test_alarms_name_the_trouble_and_what_to_try() -> None:
     fine = [0.2] * 5
-    assert alarms([1.0, 0.9, 0.8], fine, fine) == []
-    assert "class 2 only" in alarms([1.0, 0.9, 0.8], [0, 0, 1.0, 0, 0], [0.0] * 5)[0]
-    assert "has not moved" in alarms([1.0] * 10, fine, [0.4, 0, 0, 0, 0])[0]
-    assert alarms([0.1] * 10, fine, [0.9] * 5) == []
+    assert alarms([1.0, 0.9, 0.8], fine, fine, None) == []
+    assert "class 2 only" in alarms([1.0, 0.9, 0.8], [0, 0, 1.0, 0, 0], [0.0] * 5, None)[0]
+    assert "has not moved" in alarms([1.0] * 10, fine, [0.4, 0, 0, 0, 0], None)[0]
+    assert "encoder.stage4 (1 of 8); fine-tuning" in alarms([0.1], fine, fine, "encoder.stage4 (1 of 8)")[0]
+    assert alarms([0.1] * 10, fine, [0.9] * 5, None) == []
 
 
 def test_a_unet_checkpoint_says_where_its_encoder_is(nnunet: Path) -> None:

@@ -83,6 +83,20 @@ def test_inspect_prints_what_a_checkpoint_is(checkpoint: Path, capsys: pytest.Ca
     assert f"encoder {in_encoder:,}" in printed
 
 
+def test_weights_that_decay_has_shrunk_are_named(
+    nnunet: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    content["network_weights"]["encoder.stage4.swin.0.attention.qkv.weight"].mul_(0.01)
+    torch.save(content, checkpoint)
+    inspect_main([str(checkpoint)])
+    assert "encoder.stage4 (1 of" in capsys.readouterr().out
+    plan_main(["-d", "4", "-pretrained_weights", str(checkpoint), "--no_pp"])
+    assert "starts from zero in encoder.stage4 (1 of" in capsys.readouterr().out
+    plan_main(["-d", "4", "-pretrained_weights", str(checkpoint), "--no_pp", "--from_scratch"])
+    assert "starts from zero" not in capsys.readouterr().out
+
+
 def test_inspect_foretells_the_transfer(nnunet: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inspect_main([str(checkpoint), "-d", "4"])
     printed = capsys.readouterr().out
