@@ -88,7 +88,7 @@ class Arm:
 
 
 # Crops of 32 voxels lie within most of the volumes, and a step takes a third of the time.
-SMALL_CROPS = ("-patch_size", "32", "32", "32", "-initial_lr", "3e-3", "-optimizer", "adamw")
+SMALL_CROPS = ("-patch_size", "32", "32", "32", "-initial_lr", "3e-3")
 FEW_LARGE_BOXES = ("-num_boxes", "3", "10", "-box_size_min", *3 * ("0.25",), "-box_size_max", *3 * ("0.75",))
 BOXES = Pretraining("boxes", ("-geometry", "boxes", *SMALL_CROPS, *FEW_LARGE_BOXES))
 BLOCKS = Pretraining("blocks", ("-geometry", "blocks", *SMALL_CROPS))

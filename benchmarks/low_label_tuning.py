@@ -54,14 +54,14 @@ def rate(value: str, schedule: str, *more: str) -> tuple[str, ...]:
 
 ADAM = dataclasses.replace(BOXES, name="boxes_adam", options=(*BOXES.options, "-optimizer", "adam"))
 TRIALS = {
-    "scratch_adam_1e-3": Trial("scratch", rate("1e-3", "scratch")),
-    "scratch_adam_3e-3": Trial("scratch", rate("3e-3", "scratch")),
-    "scratch_adam_1e-2": Trial("scratch", rate("1e-2", "scratch")),
-    "scratch_adamw_1e-3": Trial("scratch", rate("1e-3", "scratch", "-optimizer", "adamw")),
-    "scratch_adamw_3e-3": Trial("scratch", rate("3e-3", "scratch", "-optimizer", "adamw")),
+    "scratch_adam_1e-3": Trial("scratch", rate("1e-3", "scratch", "-optimizer", "adam")),
+    "scratch_adam_3e-3": Trial("scratch", rate("3e-3", "scratch", "-optimizer", "adam")),
+    "scratch_adam_1e-2": Trial("scratch", rate("1e-2", "scratch", "-optimizer", "adam")),
+    "scratch_adamw_1e-3": Trial("scratch", rate("1e-3", "scratch")),
+    "scratch_adamw_3e-3": Trial("scratch", rate("3e-3", "scratch")),
     "boxes_pretrained_with_adam": Trial("boxes", rate("1e-3", "default"), ADAM),
     **{
-        f"{arm}_{schedule}_{value}": Trial(arm, rate(value, schedule, "-optimizer", "adamw"))
+        f"{arm}_{schedule}_{value}": Trial(arm, rate(value, schedule))
         for arm in ("boxes", "encoder_only")
         for schedule in ("default", "sawtooth")
         for value in ("1e-3", "3e-3")

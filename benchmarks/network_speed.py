@@ -90,7 +90,7 @@ def main() -> None:
     options = parser.parse_args()
     batch_size = options.batch_size or (1 if options.device == "cpu" else 2)
     job = Job(options.reference.resolve(), options.device, batch_size, tuple(options.patch_size))
-    variants = CPU_VARIANTS if job.device == "cpu" else CUDA_VARIANTS
+    variants: tuple[Variant, ...] = CPU_VARIANTS if job.device == "cpu" else CUDA_VARIANTS
     if options.variants:
         names = [variant.name for variant in variants]
         if unknown := set(options.variants) - set(names):

@@ -27,9 +27,10 @@ class RunSettings:
 
     Attributes:
         num_epochs, num_iterations_per_epoch, num_val_iterations_per_epoch: as in nnU-Net.
-        optimizer: "adam" (published recipe), "adamw" or "sgd" (nnU-Net's, with Nesterov momentum 0.99).
+        optimizer: "adamw", "sgd" (nnU-Net's, with Nesterov momentum 0.99) or "adam" (published recipe, whose weight
+            decay shrinks weights with hardly any gradient to nothing, see `transfer/shrunk_weights.py`).
         initial_lr: learning rate the schedule starts from or rises to.
-        weight_decay: L2 weight decay of the optimiser.
+        weight_decay: of the optimiser.
         schedule: learning-rate schedule, see `trainers/schedules.py`.
         checkpointing: "auto" (only when memory is short), "on" or "off".
         seed: of everything random in the run that this package draws.
@@ -41,7 +42,7 @@ class RunSettings:
     num_epochs: int = 1000
     num_iterations_per_epoch: int = 250
     num_val_iterations_per_epoch: int = 50
-    optimizer: str = "adam"
+    optimizer: str = "adamw"
     initial_lr: float = 1e-3
     weight_decay: float = 1e-5
     schedule: str = ""
