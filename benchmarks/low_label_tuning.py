@@ -57,14 +57,14 @@ TRIALS = {
     "scratch_adam_1e-3": Trial("scratch", rate("1e-3", "scratch", "-optimizer", "adam")),
     "scratch_adam_3e-3": Trial("scratch", rate("3e-3", "scratch", "-optimizer", "adam")),
     "scratch_adam_1e-2": Trial("scratch", rate("1e-2", "scratch", "-optimizer", "adam")),
-    "scratch_adamw_1e-3": Trial("scratch", rate("1e-3", "scratch")),
     "scratch_adamw_3e-3": Trial("scratch", rate("3e-3", "scratch")),
+    "scratch_adamw_5e-3": Trial("scratch", rate("5e-3", "scratch")),
     "boxes_pretrained_with_adam": Trial("boxes", rate("1e-3", "default"), ADAM),
     **{
         f"{arm}_{schedule}_{value}": Trial(arm, rate(value, schedule))
         for arm in ("boxes", "encoder_only")
         for schedule in ("default", "sawtooth")
-        for value in ("1e-3", "3e-3")
+        for value in ("3e-3", "5e-3")
     },
 }
 TUNED_LIKE = {"blocks": "boxes", "boxes_wide_pool": "boxes"}
