@@ -87,7 +87,7 @@ class Arm:
     trainer: str = "MisFMTrainer"
 
 
-# Crops of 32 voxels lie within most of the volumes, and a step takes a third of the time.
+# Crops of 32 voxels lie within most of the volumes, and a step takes .4 of the time.
 SMALL_CROPS = ("-patch_size", "32", "32", "32", "-initial_lr", "3e-3")
 FEW_LARGE_BOXES = ("-num_boxes", "3", "10", "-box_size_min", *3 * ("0.25",), "-box_size_max", *3 * ("0.75",))
 BOXES = Pretraining("boxes", ("-geometry", "boxes", *SMALL_CROPS, *FEW_LARGE_BOXES))
@@ -183,9 +183,8 @@ class Study:
                 pretraining: pool.submit(self.pretrain, pretraining) for pretraining in needed
             }
             waiting = {p for p in needed if not self.checkpoint(p).is_file()}
-            attempts = []
-            for run in sorted(runs, key=lambda run: run.arm.pretraining in waiting):
-                attempts.append(pool.submit(attempt, run))
+            in_order = sorted(runs, key=lambda run: run.arm.pretraining in waiting)
+            attempts = [pool.submit(attempt, run) for run in in_order]
         for done in attempts:
             done.result()  # anything but a failed command is a mistake here, and must be seen
         return sorted(set(failures))
@@ -288,9 +287,11 @@ class Study:
         """Plan and train one arm with the labelled cases of a seed; returns what is to be recorded of it."""
         self._plan(run)
         folder = self._folder(run)
-        continued = ["--c"] if (folder / "checkpoint_latest.pth").is_file() else []
+        continued = []
         if (folder / "checkpoint_final.pth").is_file():
             continued = ["--val"]  # stopped while it predicted the validation cases
+        elif (folder / "checkpoint_latest.pth").is_file():
+            continued = ["--c"]
         self.command(
             *(run.title, "nnUNetv2_train", "704", "3d_fullres", run.fold, "-tr", run.arm.trainer, "-p", run.title),
             *("-device", self.device, *continued),

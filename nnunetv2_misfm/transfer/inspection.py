@@ -7,7 +7,7 @@ from typing import Any
 
 from nnunetv2_misfm.transfer.pretrained import Source
 from nnunetv2_misfm.transfer.shrunk_weights import shrunk_weights
-from nnunetv2_misfm.transfer.transfer import PARTS, part_of
+from nnunetv2_misfm.transfer.transfer import PARTS, is_alias, part_of
 
 _KINDS = {
     "nnunetv2_misfm": "a checkpoint of this package",
@@ -20,8 +20,8 @@ def describe(source: Source) -> str:
     """File, network, weights by part, input, training and package versions, one item a line."""
     elements = dict.fromkeys(PARTS, 0)
     for name, value in source.weights.items():
-        # Aliases of the encoder in nnU-Net's decoders, the statistics of BatchNorm and derived buffers do not count.
-        if not name.startswith("decoder.encoder.") and ".all_modules." not in name and not _is_buffer(name):
+        # The statistics of BatchNorm do not count.
+        if not is_alias(name) and not _is_buffer(name):
             elements[part_of(name)] += value.numel()
     rows: list[tuple[str, Any]] = [
         ("file", source.path),

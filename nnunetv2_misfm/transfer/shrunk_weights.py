@@ -13,6 +13,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from nnunetv2_misfm.transfer.transfer import is_alias
+
 # Root mean square times the square root of the inputs of a unit: 0.58 as PyTorch draws weights, 1.41 as nnU-Net does.
 _SHRUNK = 0.05
 
@@ -29,8 +31,7 @@ def shrunk_weights(weights: Mapping[str, Tensor]) -> str | None:
     everywhere: Counter[str] = Counter()
     shrunk: Counter[str] = Counter()
     for name, value in weights.items():
-        is_alias = name.startswith("decoder.encoder.") or ".all_modules." in name  # in nnU-Net's networks
-        if value.ndim < 2 or not name.endswith(".weight") or is_alias:
+        if value.ndim < 2 or not name.endswith(".weight") or is_alias(name):
             continue
         part = ".".join(name.split(".")[:2])
         everywhere[part] += 1

@@ -170,6 +170,11 @@ def part_of(name: str) -> str:
     return "decoder"
 
 
+def is_alias(name: str) -> bool:
+    """Whether a state dict of nnU-Net's networks names a parameter a second time: decoders hold the encoder too."""
+    return name.startswith("decoder.encoder.") or ".all_modules." in name
+
+
 def _left_out(part: str, encoder_only: bool) -> bool:
     return part == "segmentation layers" or (encoder_only and part == "decoder")
 
