@@ -52,6 +52,7 @@ def rate(value: str, schedule: str, *more: str) -> tuple[str, ...]:
     return ("-initial_lr", value, "-schedule", schedule, *more)
 
 
+FAST_SEG_LAYERS = ("-seg_layers_lr_factor", "10")
 ADAM = dataclasses.replace(BOXES, name="boxes_adam", options=(*BOXES.options, "-optimizer", "adam"))
 TRIALS = {
     "scratch_adam_1e-3": Trial("scratch", rate("1e-3", "scratch", "-optimizer", "adam")),
@@ -59,12 +60,18 @@ TRIALS = {
     "scratch_adam_1e-2": Trial("scratch", rate("1e-2", "scratch", "-optimizer", "adam")),
     "scratch_adamw_3e-3": Trial("scratch", rate("3e-3", "scratch")),
     "scratch_adamw_5e-3": Trial("scratch", rate("5e-3", "scratch")),
+    "scratch_adamw_3e-3_fast_seg_layers": Trial("scratch", rate("3e-3", "scratch", *FAST_SEG_LAYERS)),
     "boxes_pretrained_with_adam": Trial("boxes", rate("1e-3", "default"), ADAM),
     **{
         f"{arm}_{schedule}_{value}": Trial(arm, rate(value, schedule))
         for arm in ("boxes", "encoder_only")
         for schedule in ("default", "sawtooth")
         for value in ("3e-3", "5e-3")
+    },
+    **{
+        f"{arm}_fast_seg_layers_{value}": Trial(arm, rate(value, "default", *FAST_SEG_LAYERS))
+        for arm in ("boxes", "encoder_only")
+        for value in ("1e-3", "2e-3", "3e-3")
     },
 }
 TUNED_LIKE = {"blocks": "boxes", "boxes_wide_pool": "boxes"}

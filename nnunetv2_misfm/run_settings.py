@@ -81,6 +81,8 @@ class FinetuningSettings(RunSettings):
         mix_input_channels: mix the input channels of pretrained weights to fit another number of channels.
         layer_decay: learning rate of each stage of the encoder as a share of the next deeper one's; the decoder's is
             the full one.
+        seg_layers_lr_factor: learning rate of the segmentation layers as a multiple of the decoder's. They start from
+            random weights whatever was pretrained; at a rate that is right for the rest they hold it back.
     """
 
     TASK = "segmentation"
@@ -91,6 +93,7 @@ class FinetuningSettings(RunSettings):
     encoder_only: bool = False
     mix_input_channels: bool = False
     layer_decay: float = 1.0
+    seg_layers_lr_factor: float = 1.0
 
     def problems(self) -> list[str]:
         """One sentence per value that cannot be used."""
@@ -102,6 +105,10 @@ class FinetuningSettings(RunSettings):
                 found.append(f"{name} = {getattr(self, name)!r} must be true or false")
         if not _is_number(self.layer_decay) or not 0 < self.layer_decay <= 1:
             found.append(f"layer_decay = {self.layer_decay!r} must be a factor above 0 and up to 1")
+        if not _is_number(self.seg_layers_lr_factor) or not 0 < self.seg_layers_lr_factor <= 1000:
+            found.append(
+                f"seg_layers_lr_factor = {self.seg_layers_lr_factor!r} must be a factor above 0 and up to 1000"
+            )
         return found
 
 

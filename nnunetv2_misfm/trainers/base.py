@@ -168,8 +168,8 @@ class BaseTrainer(nnUNetTrainer):
     # ---------------------------------------------------------------- optimiser and schedule
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, StagedSchedule]:
-        """The optimiser of the settings, and the schedule that steers its groups: the decoder's and the encoder's."""
-        named = parameter_groups(self.bare_network, getattr(self.settings, "layer_decay", 1.0))
+        """The optimiser of the settings, and the schedule that steers its groups."""
+        named = parameter_groups(self.bare_network, **self._group_options())
         common: dict[str, Any] = {"lr": self.initial_lr, "weight_decay": self.weight_decay}
         if self.settings.optimizer == "sgd":
             optimizer: torch.optim.Optimizer = torch.optim.SGD(named, momentum=0.99, nesterov=True, **common)
@@ -178,6 +178,10 @@ class BaseTrainer(nnUNetTrainer):
         else:
             optimizer = torch.optim.Adam(named, **common)
         return optimizer, StagedSchedule(optimizer, self.settings.schedule, self.initial_lr, self.num_epochs)
+
+    def _group_options(self) -> dict[str, float]:
+        """Which learning rates differ from one part of the network to another; see `parameter_groups`."""
+        return {}
 
     def on_train_epoch_start(self) -> None:
         """As in nnU-Net; a frozen encoder keeps its BatchNorm statistics too."""

@@ -45,6 +45,10 @@ class MisFMTrainer(BaseTrainer):
     def _weights_checksum(self) -> float:
         return sum(float(p.detach().double().abs().sum()) for p in self.bare_network.parameters())
 
+    def _group_options(self) -> dict[str, float]:
+        settings = cast(FinetuningSettings, self.settings)
+        return {"layer_decay": settings.layer_decay, "seg_layers_lr_factor": settings.seg_layers_lr_factor}
+
     def _memory_remedy(self, gigabytes: float) -> str:
         info: dict[str, Any] = self.plans_manager.plans.get(PRETRAIN_INFO) or {}
         path = info.get("checkpoint_path")

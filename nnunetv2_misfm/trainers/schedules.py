@@ -73,20 +73,26 @@ def stage_at(schedule: str, epoch: int, num_epochs: int) -> Stage:
     raise ValueError(f"{schedule!r} is not a schedule")
 
 
-def parameter_groups(network: nn.Module, layer_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    network: nn.Module, layer_decay: float = 1.0, seg_layers_lr_factor: float = 1.0
+) -> list[dict[str, Any]]:
     """The optimiser's groups, with the `name` and `lr_scale` that `StagedSchedule` steers them by.
 
     The decoder comes first because nnU-Net logs the learning rate of the first group, and the decoder always trains.
     With a decay below 1 each stage of the encoder is a group, its rate that share of the next deeper stage's; the
-    deepest has that share of the decoder's.
+    deepest has that share of the decoder's. With a factor other than 1 the segmentation layers are a group of their
+    own, their rate that many times the decoder's.
     """
     decoder: list[nn.Parameter] = []
+    seg_layers: list[nn.Parameter] = []
     encoder: dict[int, list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if part_of(name) in ("stem", "encoder"):
             stage = _STAGE.search(name)
             depth = int(stage[1]) if stage is not None and layer_decay < 1 else 0
             encoder.setdefault(depth, []).append(parameter)
+        elif part_of(name) == "segmentation layers" and seg_layers_lr_factor != 1:
+            seg_layers.append(parameter)
         else:
             decoder.append(parameter)
     groups: list[dict[str, Any]] = [{"params": decoder, "name": "decoder", "lr_scale": 1.0}]
@@ -94,6 +100,8 @@ def parameter_groups(network: nn.Module, layer_decay: float) -> list[dict[str, A
     for depth in sorted(encoder, reverse=True):
         scale = layer_decay ** (1 + deepest - depth)
         groups.append({"params": encoder[depth], "name": "encoder", "lr_scale": scale})
+    if seg_layers:
+        groups.append({"params": seg_layers, "name": "seg_layers", "lr_scale": seg_layers_lr_factor})
     return groups
 
 

@@ -102,7 +102,7 @@ def what_is_lost(replaced: dict[str, Any] | None, plans: dict[str, Any]) -> list
 
 def _settings(options: argparse.Namespace, scratch: bool) -> FinetuningSettings:
     names = ["num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "optimizer", "initial_lr"]
-    names += ["weight_decay", "schedule", "layer_decay", "checkpointing", "seed"]
+    names += ["weight_decay", "schedule", "layer_decay", "seg_layers_lr_factor", "checkpointing", "seed"]
     names += ["min_coverage", "encoder_only", "mix_input_channels"]
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     given.setdefault("schedule", "scratch" if scratch else "sawtooth")
@@ -159,6 +159,12 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         metavar="F",
         help="learning rate of each encoder stage as a share of the next (default: 1)",
+    )
+    add(
+        "-seg_layers_lr_factor",
+        type=float,
+        metavar="F",
+        help="learning rate of the segmentation layers as a multiple of the decoder's (default: 1)",
     )
     add("-checkpointing", choices=("auto", "on", "off"), help="activation checkpointing (default: auto)")
     add("-seed", type=int, help=f"default: {defaults.seed}")

@@ -41,7 +41,7 @@ def test_the_decoder_always_trains(schedule: str, num_epochs: int) -> None:
 
 
 def test_groups_get_the_learning_rates_of_their_part() -> None:
-    groups = parameter_groups(small_network(), layer_decay=1.0)
+    groups = parameter_groups(small_network())
     schedule = StagedSchedule(torch.optim.Adam(groups, lr=1.0), "decoder_only", 0.01, 10)
     schedule.step(3)
     assert schedule.get_last_lr() == [pytest.approx(0.01 * 0.7**0.9), 0]
@@ -57,3 +57,14 @@ def test_layer_decay_slows_each_stage_of_the_encoder_more_than_the_next(kind: ty
     assert schedule.get_last_lr() == [pytest.approx(0.01 * group["lr_scale"]) for group in groups]
     deepest = {id(parameter) for parameter in network.encoder.stage4.parameters()} if kind is PCTNet else set()
     assert deepest <= {id(parameter) for parameter in groups[1]["params"]}
+
+
+@pytest.mark.parametrize("kind", [PCTNet, FMUNet])
+def test_segmentation_layers_can_learn_faster_than_the_decoder(kind: type[torch.nn.Module]) -> None:
+    network = small_network(kind)
+    groups = parameter_groups(network, seg_layers_lr_factor=10)
+    schedule = StagedSchedule(torch.optim.Adam(groups, lr=1.0), "decoder_only", 0.01, 10)
+    assert schedule.get_last_lr() == pytest.approx([0.01, 0, 0.1])
+    named = {id(parameter): name for name, parameter in network.named_parameters()}
+    assert {named[id(p)] for p in groups[-1]["params"]} == {name for name in named.values() if "seg_layers" in name}
+    assert sum(len(group["params"]) for group in groups) == len(named)

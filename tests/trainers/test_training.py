@@ -214,6 +214,15 @@ def test_the_scratch_twin_differs_in_nothing_but_the_weights(nnunet: Path) -> No
     assert ours == twin
 
 
+def test_learning_rates_of_the_parts_are_those_of_the_plan(nnunet: Path) -> None:
+    plan(*NETWORK, "-initial_lr", "1e-3", "-layer_decay", "0.5", "-seg_layers_lr_factor", "10")
+    tuned = trainer("MisFMTrainer", "nnUNetMisFMPlans")
+    tuned.initialize()
+    rates = {group["name"]: group["lr"] for group in tuned.optimizer.param_groups}
+    assert rates["decoder"] == pytest.approx(1e-3) and rates["seg_layers"] == pytest.approx(1e-2)
+    assert max(group["lr"] for group in tuned.optimizer.param_groups if group["name"] == "encoder") < 1e-3
+
+
 def test_planning_leaves_the_stock_data_alone(nnunet: Path) -> None:
     stock = nnunet / "nnUNet_preprocessed" / NAME / "nnUNetPlans_3d_fullres"
     before = {path.name: path.read_bytes() for path in stock.iterdir()}
