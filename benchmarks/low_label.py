@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from low_label_report import write_report
-from low_label_study import ARMS, CORE, LABELLED, RESULTS, SETTINGS, Run, Study, add_options
+from low_label_study import ARMS, CORE, LABELLED, SETTINGS, Run, Study, add_options
 from low_label_tuning import best_options
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     study = Study(options.dataset, options.more_volumes, options.work, options.setting, options.device, options.jobs)
     study.prepare()
     failures = study.perform(runs, study.test_run, time.monotonic() + 60 * options.minutes)
-    print(write_report(RESULTS / options.setting, options.setting))
+    print(write_report(options.setting))
     sys.exit("\n".join(failures) or 0)
 
 

@@ -1,4 +1,7 @@
-"""Table and figure of what low_label.py has run so far: python benchmarks/low_label_report.py SETTING."""
+"""Table and figure of what low_label.py has run so far: python benchmarks/low_label_report.py SETTING.
+
+They go to benchmarks/results/low_label_SETTING.md and .png; the README shows those of the setting that runs on a CPU.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +19,25 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
 
-RESULTS = Path(__file__).parent / "results" / "low_label"
+RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parent.parent / "README.md"
+IN_README = "small"
+BEGIN, END = "<!-- written by benchmarks/low_label_report.py -->", "<!-- end -->"
 BASELINE = "scratch"
 CONFIDENCE = 0.95
 
 Runs = dict[tuple[str, int], dict[int, dict[str, Any]]]  # (arm, labelled cases) -> seed -> run
 
 
-def write_report(folder: Path, setting: str) -> str:
-    """Write low_label_SETTING.md and .png beside the folder of the runs; returns the Markdown."""
-    runs = read_runs(folder)
-    lines = ["# Fine-tuning with few labels", ""]
+def write_report(setting: str) -> str:
+    """Write the page and the figure of a setting, and what the README shows of them; returns the page."""
+    runs = read_runs(RESULTS / "low_label" / setting)
     if not runs:
         return "No runs yet."
     example = next(iter(next(iter(runs.values())).values()))
     epochs, iterations, _ = example["setting"]["finetuning"]
     pretrained = int(np.prod(example["setting"]["pretraining"]))
-    lines += [
+    lines = [
         f"Setting `{setting}`: {epochs * iterations} iterations of fine-tuning with batch size "
         f"{example['setting']['batch_size']}, after {pretrained} of pretraining; network options "
         f"`{' '.join(example['setting']['network']) or 'default'}`. Mean foreground Dice of 40 test cases, in points; "
@@ -51,21 +56,26 @@ def write_report(folder: Path, setting: str) -> str:
             f"{paired(by_seed, runs.get(('encoder_only', labelled), {})) if arm in ('boxes', 'blocks') else ''} | "
             f"{iterations_to(by_seed, runs.get((BASELINE, labelled), {}))} |"
         )
+    picture = f"low_label_{setting}.png"
+    summary = "\n".join(lines)
     devices = sorted({run["device"] for by_seed in runs.values() for run in by_seed.values()})
     dates = sorted({run["date"] for by_seed in runs.values() for run in by_seed.values()})
-    lines += [
-        "",
-        f"![learning curves](low_label_{setting}.png)",
-        "",
+    footer = [
         f"- Command: `python benchmarks/low_label.py --dataset DATASET --work FOLDER --setting {setting}`",
         f"- Device: {', '.join(devices)}",
         f"- Date: {dates[0]} to {dates[-1]}",
         "",
     ]
-    text = "\n".join(lines)
-    (folder.parent / f"low_label_{setting}.md").write_text(text)
-    draw(runs, folder.parent / f"low_label_{setting}.png")
-    return text
+    figure = "\n\n![learning curves]({})\n"
+    page = f"# Fine-tuning with few labels, {setting}\n\n{summary}{figure.format(picture)}\n" + "\n".join(footer)
+    (RESULTS / f"low_label_{setting}.md").write_text(page)
+    draw(runs, RESULTS / picture)
+    if setting == IN_README:
+        before, _, rest = README.read_text().partition(BEGIN)
+        after = rest.partition(END)[2]
+        shown = summary + figure.format(f"benchmarks/results/{picture}")
+        README.write_text(f"{before}{BEGIN}\n\n{shown}\n{END}{after}")
+    return page
 
 
 def read_runs(folder: Path) -> Runs:
@@ -137,4 +147,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("setting", choices=("small", "full"))
     setting = parser.parse_args().setting
-    print(write_report(RESULTS / setting, setting))
+    print(write_report(setting))

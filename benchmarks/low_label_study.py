@@ -299,6 +299,7 @@ class Study:
         logged = self._logged(folder)
         epochs = zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"], strict=True)
         pretraining = run.arm.pretraining
+        plans = json.loads((self.preprocessed / f"{run.title}.json").read_text())
         return {
             "arm": run.name,
             "labelled": run.labelled or len(self.training),
@@ -311,6 +312,7 @@ class Study:
                 "misfm_pretrain": " ".join(pretraining.options) if pretraining else None,
                 "misfm_plan": " ".join(run.arm.plan),
             },
+            "pretrained_sha256": plans.get("pretrain_info", {}).get("sha256"),
             "setting": dataclasses.asdict(self.setting),
             "device": device_name(self.device),
             "runs_at_once": self.jobs,

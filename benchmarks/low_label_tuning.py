@@ -63,18 +63,16 @@ TRIALS = {
     "scratch_adamw_3e-3_fast_seg_layers": Trial("scratch", rate("3e-3", "scratch", *FAST_SEG_LAYERS)),
     "boxes_pretrained_with_adam": Trial("boxes", rate("1e-3", "default"), ADAM),
     **{
-        f"{arm}_{schedule}_{value}": Trial(arm, rate(value, schedule))
-        for arm in ("boxes", "encoder_only")
+        f"boxes_{schedule}_{value}": Trial("boxes", rate(value, schedule))
         for schedule in ("default", "sawtooth")
         for value in ("3e-3", "5e-3")
     },
     **{
-        f"{arm}_fast_seg_layers_{value}": Trial(arm, rate(value, "default", *FAST_SEG_LAYERS))
-        for arm in ("boxes", "encoder_only")
+        f"boxes_fast_seg_layers_{value}": Trial("boxes", rate(value, "default", *FAST_SEG_LAYERS))
         for value in ("1e-3", "2e-3", "3e-3")
     },
 }
-TUNED_LIKE = {"blocks": "boxes", "boxes_wide_pool": "boxes"}
+TUNED_LIKE = dict.fromkeys(("blocks", "boxes_wide_pool", "encoder_only"), "boxes")
 
 
 def main() -> None:
