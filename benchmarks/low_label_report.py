@@ -61,7 +61,8 @@ def write_report(setting: str) -> str:
     devices = sorted({run["device"] for by_seed in runs.values() for run in by_seed.values()})
     dates = sorted({run["date"] for by_seed in runs.values() for run in by_seed.values()})
     footer = [
-        f"- Command: `python benchmarks/low_label.py --dataset DATASET --work FOLDER --setting {setting}`",
+        f"- Command: `python benchmarks/low_label.py --dataset DATASET --work FOLDER --setting {setting} --tuned`",
+        *sorted({options_of(run) for by_seed in runs.values() for run in by_seed.values()}),
         f"- Device: {', '.join(devices)}",
         f"- Date: {dates[0]} to {dates[-1]}",
         "",
@@ -76,6 +77,12 @@ def write_report(setting: str) -> str:
         shown = summary + figure.format(f"benchmarks/results/{picture}")
         README.write_text(f"{before}{BEGIN}\n\n{shown}\n{END}{after}")
     return page
+
+
+def options_of(run: dict[str, Any]) -> str:
+    """A line with what an arm's commands were given beside the setting."""
+    given = [f"`{name} {options}`" for name, options in run["options"].items() if options]
+    return f"- {run['arm']}: {', '.join(given) or 'defaults'}"
 
 
 def read_runs(folder: Path) -> Runs:
