@@ -3,18 +3,21 @@
     python benchmarks/feature_probe.py --dataset .../Dataset004_Hippocampus --work FOLDER CHECKPOINT [CHECKPOINT ...]
 
 FOLDER is the work folder of low_label_tuning.py. The classifier is fitted to the 10 labelled cases of the tuning's
-first seed and scored on the validation cases; the same network with random weights is the other to compare with.
+first seed and scored on the validation cases. The network of the first checkpoint with random weights is the other to
+compare with.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from low_label_study import RESULTS, SETTINGS, Study
+from low_label_study import RESULTS, Study
 from low_label_tuning import LABELLED, SEEDS
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from provenance import device_name, provenance
@@ -22,6 +25,8 @@ from torch import Tensor, nn
 
 from nnunetv2_misfm import load_network
 from nnunetv2_misfm.architectures import PCTNet
+from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo
+from nnunetv2_misfm.transfer.pretrained import read_source
 
 MOST_FOREGROUND, MOST_BACKGROUND = 1500, 3000  # voxels of a case that the classifier is fitted to
 Cases = list[tuple[Tensor, Tensor]]  # images (1, 1, X, Y, Z) and labels (X, Y, Z)
@@ -46,19 +51,21 @@ def main() -> None:
         "| weights | iterations of pretraining | encoder | decoder |",
         "| --- | --- | --- | --- |",
     ]
-    features = [int(word) for word in SETTINGS["small"].network if word.isdigit()]
     torch.manual_seed(0)
-    labels = int(max(segmentation.max() for _, segmentation in training)) + 1
+    like = info_of(options.checkpoints[0])
     # Running statistics of a new network are not those of its features, so it gets those of each case.
-    scores = probe(PCTNet(1, labels, features_per_stage=features).train(), training, validation)
+    random = PCTNet(like.input_channels, like.num_classes, **like.arch_kwargs).train()
+    scores = probe(random, training, validation)
     lines.append(f"| random | 0 | {scores[0]:.1f} | {scores[1]:.1f} |")
     for path in options.checkpoints:
+        run = info_of(path).training
+        iterations = run["epochs_done"] * run["num_iterations_per_epoch"]
         scores = probe(load_network(path).eval(), training, validation)
-        lines.append(f"| {path.stem} | {iterations_of(path)} | {scores[0]:.1f} | {scores[1]:.1f} |")
+        lines.append(f"| {path.stem} | {iterations} | {scores[0]:.1f} | {scores[1]:.1f} |")
     command = "python benchmarks/feature_probe.py --dataset DATASET --work FOLDER CHECKPOINT ..."
     lines += ["", *provenance(command, ("torch", "nnunetv2"), {}, device_name("cpu")), ""]
     text = "\n".join(lines)
-    (RESULTS.parent / "feature_probe.md").write_text(text)
+    (RESULTS / "feature_probe.md").write_text(text)
     print(text)
 
 
@@ -88,11 +95,11 @@ def score(network: nn.Module, modules: list[nn.Module], training: Cases, validat
     generator = torch.Generator().manual_seed(0)
     features, labels = [], []
     for image, segmentation in training:
-        target = segmentation.flatten()
+        target, of_case = segmentation.flatten(), voxel_features(network, modules, image)
         for voxels, most in ((target > 0, MOST_FOREGROUND), (target == 0, MOST_BACKGROUND)):
             there = voxels.nonzero()[:, 0]
             chosen = there[torch.randperm(len(there), generator=generator)[:most]]
-            features.append(voxel_features(network, modules, image)[chosen])
+            features.append(of_case[chosen])
             labels.append(target[chosen])
     x, y = torch.cat(features), torch.cat(labels)
     mean, deviation = x.mean(0), x.std(0) + 1e-6
@@ -112,14 +119,14 @@ def voxel_features(network: nn.Module, modules: list[nn.Module], image: Tensor) 
     """The output of modules for an image, at the image's resolution, as (voxels, features)."""
     maps: list[Tensor] = []
     hooks = [module.register_forward_hook(lambda _, __, output: maps.append(output)) for module in modules]
-    size = image.shape[2:]
-    whole = [length + -length % 16 for length in size]
-    padding = [n for length, padded in zip(size, whole, strict=True) for n in (padded - length, 0)][::-1]
     with torch.no_grad():
-        network(F.pad(image, padding))
+        network(image)
     for hook in hooks:
         hook.remove()
-    resized = [F.interpolate(values.float(), whole, mode="trilinear") for values in maps]
+    # The network pads its input at the far end of each axis; a map at the finest stage has that size.
+    padded = max((values.shape[2:] for values in maps), key=math.prod)
+    size = image.shape[2:]
+    resized = [F.interpolate(values.float(), padded, mode="trilinear") for values in maps]
     return torch.cat(resized, 1)[0, :, : size[0], : size[1], : size[2]].flatten(1).T
 
 
@@ -138,10 +145,12 @@ def fit(x: Tensor, y: Tensor) -> nn.Linear:
     return classifier
 
 
-def iterations_of(path: Path) -> int:
-    """How long a checkpoint was pretrained."""
-    run = torch.load(path, map_location="cpu", weights_only=True)["misfm"]["training"]
-    return int(run["epochs_done"]) * int(run["num_iterations_per_epoch"])
+def info_of(path: Path) -> CheckpointInfo:
+    """What a checkpoint of ours says about itself."""
+    info = read_source(path).info
+    if info is None:
+        sys.exit(f"{path} was not written by this package")
+    return info
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from low_label_study import RECORDS, RESULTS
 from scipy import stats
 
-RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 IN_README = "small"
 BEGIN, END = "<!-- written by benchmarks/low_label_report.py -->", "<!-- end -->"
@@ -31,7 +31,7 @@ Runs = dict[tuple[str, int], dict[int, dict[str, Any]]]  # (arm, labelled cases)
 
 def write_report(setting: str) -> str:
     """Write the page and the figure of a setting, and what the README shows of them; returns the page."""
-    runs = read_runs(RESULTS / "low_label" / setting)
+    runs = read_runs(RECORDS / setting)
     if not runs:
         return "No runs yet."
     example = next(iter(next(iter(runs.values())).values()))

@@ -26,7 +26,8 @@ from typing import Any
 import torch
 from provenance import device_name
 
-RESULTS = Path(__file__).parent / "results" / "low_label"
+RESULTS = Path(__file__).parent / "results"
+RECORDS = RESULTS / "low_label"
 DATASET, POOL, WIDE_POOL = "Dataset704_LowLabel", "Dataset904_LowLabelPool", "Dataset905_LowLabelWidePool"
 NUM_TEST, NUM_VALIDATION = 40, 20
 LABELLED = (5, 10, 20, 0)  # 0 stands for all of them
@@ -256,7 +257,7 @@ class Study:
 
     def test_run(self, run: Run) -> None:
         """Train, predict the test cases and evaluate, unless that was done."""
-        record = RESULTS / self.name / f"{run.title}.json"
+        record = RECORDS / self.name / f"{run.title}.json"
         if record.is_file():
             return
         content = self.train(run)

@@ -19,12 +19,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from low_label_study import ARMS, BOXES, NUM_VALIDATION, RESULTS, Arm, Pretraining, Run, Study, add_options
+from low_label_study import ARMS, BOXES, NUM_VALIDATION, RECORDS, RESULTS, Arm, Pretraining, Run, Study, add_options
 
 LABELLED = 10
 SEEDS = (10, 11)
 SETTING = "small"
-TUNING = RESULTS / "tuning"
+TUNING = RECORDS / "tuning"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +137,7 @@ def write_table() -> str:
             f"{curve[len(curve) // 3 - 1]:.1f} | {curve[2 * len(curve) // 3 - 1]:.1f} |"
         )
     text = "\n".join([*lines, ""])
-    (RESULTS.parent / "low_label_tuning.md").write_text(text)
+    (RESULTS / "low_label_tuning.md").write_text(text)
     return text
 
 
