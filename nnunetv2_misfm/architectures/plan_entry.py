@@ -67,14 +67,23 @@ def set_sizes(configuration: dict[str, Any], patch_size: Sequence[int] | None, b
         configuration["batch_size"] = batch_size
     architecture, patch, batch = (configuration[key] for key in ("architecture", "patch_size", "batch_size"))
     check_sizes(patch, batch, patch_divisor(architecture))
-    deepest = total_strides(architecture["arch_kwargs"]["strides"])[-1]
-    voxels = math.prod(-(-n // stride) for n, stride in zip(patch, deepest, strict=True))
-    over_the_batch = own_network_name(architecture) == "pctnet"  # BatchNorm; the other networks have InstanceNorm
-    if voxels == 1 and (batch == 1 or not over_the_batch):
+    over_the_batch = normalises_over_batch(architecture)
+    if deepest_voxels(architecture, patch) == 1 and (batch == 1 or not over_the_batch):
         raise PlanError(
             f"patch size {list(patch)} leaves a single voxel of the deepest feature map, too little for its "
             f"normalisation. Use a larger -patch_size{' or -batch_size' if over_the_batch else ''}."
         )
+
+
+def normalises_over_batch(architecture: Mapping[str, Any]) -> bool:
+    """Whether a plan's network has BatchNorm; only PCT-Net has, the other networks have InstanceNorm."""
+    return own_network_name(architecture) == "pctnet"
+
+
+def deepest_voxels(architecture: Mapping[str, Any], patch_size: Sequence[int]) -> int:
+    """Voxels of the deepest feature map of one patch."""
+    strides = total_strides(architecture["arch_kwargs"]["strides"])[-1]
+    return math.prod(-(-n // stride) for n, stride in zip(patch_size, strides, strict=True))
 
 
 def degree_of_anisotropy(configuration: Mapping[str, Any]) -> int:

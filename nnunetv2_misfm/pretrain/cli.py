@@ -86,9 +86,18 @@ def prepare(options: argparse.Namespace) -> tuple[str, str] | None:
     Raises:
         UserError: for everything in the options, folders or plans that cannot be used.
     """
+    from nnunetv2_misfm.pretrain.plans import enough_samples
+
     plans = _from_volumes(options) if options.i else _from_preprocessed(options)
     if plans is None or options.only_prepare:
         return None
+    entry = plans["configurations"][options.c]
+    enough = enough_samples(entry["architecture"], entry["patch_size"])
+    if entry["batch_size"] < enough:
+        print(
+            f"Batch size {entry['batch_size']} leaves BatchNorm few values in the deepest feature map of patch size "
+            f"{entry['patch_size']}; the weights help fine-tuning more with -batch_size {enough}."
+        )
     run = EarlierRun(run_folder(plans["dataset_name"], plans["plans_name"], options.c))
     if options.overwrite:
         run.delete()
@@ -299,7 +308,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-features_per_stage", nargs=5, type=int, metavar="N", help="channels of the five stages")
     add("-stems", choices=("all", "plan"), help="PCT-Net's stems: all three in turn, or the plan's alone (default)")
     add("-patch_size", nargs=3, type=int, metavar="N", help="patch size in plans axis order")
-    add("-batch_size", type=int, metavar="N", help="batch size (default: 4, or the plan's)")
+    add("-batch_size", type=int, metavar="N", help="batch size (default: 4, or the plan's; more for small patches)")
     add("-num_epochs", type=int, help=f"default: {defaults.num_epochs}")
     add("-num_iterations_per_epoch", type=int, help=f"default: {defaults.num_iterations_per_epoch}")
     add("-num_val_iterations_per_epoch", type=int, help=f"default: {defaults.num_val_iterations_per_epoch}")

@@ -14,9 +14,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_misfm.architectures.plan_entry import (
     NETWORKS,
     architecture_entry,
+    deepest_voxels,
     degree_for_spacing,
     degree_of_anisotropy,
     is_own_network,
+    normalises_over_batch,
     own_network_name,
     set_sizes,
 )
@@ -31,6 +33,9 @@ from nnunetv2_misfm.settings import write_settings
 # Patch and batch of the paper.
 PUBLISHED_PATCH_SIZE = (64, 128, 128)
 PUBLISHED_BATCH_SIZE = 4
+# Values of a channel that BatchNorm should have in the deepest map: with a quarter of them the deep stages learn little
+# that fine-tuning can use (benchmarks/results/low_label_findings.md).
+_ENOUGH_VALUES = 64
 # What nnU-Net's planner gives a PlainConvUNet.
 _UNET_FEATURES, _UNET_MOST_FEATURES, _UNET_SMALLEST_MAP = 32, 320, 4
 
@@ -43,7 +48,8 @@ class RunRequest:
         network: a name of `NETWORKS`, "plan" for the one the plans name, or None for what our plans have already,
             PCT-Net in others.
         arch_kwargs: constructor arguments of the network that the user chose.
-        patch_size, batch_size: None keeps those of the plan, or takes the published ones for a new pool.
+        patch_size, batch_size: None keeps those of the plan, or takes the published ones for a new pool; the batch
+            then grows where patches are too small for BatchNorm.
         settings, fusion, augmentation: of the run.
     """
 
@@ -78,14 +84,24 @@ def new_pool_entry(
     degree = degree_for_spacing(spacing)
     stride = total_strides(strides_of(degree))[-1]
     patch = request.patch_size or _fitting_patch(median_shape, stride)
-    batch = PUBLISHED_BATCH_SIZE if request.batch_size is None else request.batch_size
-    check_sizes(patch, batch)
+    check_sizes(patch, PUBLISHED_BATCH_SIZE if request.batch_size is None else request.batch_size)
     _check_stems(request, degree)
     if request.network == "plan":
         entry = plain_unet_entry(spacing, patch)
         _check_arguments(request, entry)
-        return entry, patch, batch
-    return architecture_entry(request.network or "pctnet", degree, **request.arch_kwargs), patch, batch
+    else:
+        entry = architecture_entry(request.network or "pctnet", degree, **request.arch_kwargs)
+    batch = request.batch_size
+    if batch is None:
+        batch = max(PUBLISHED_BATCH_SIZE, enough_samples(entry, patch))
+    return entry, patch, batch
+
+
+def enough_samples(architecture: Mapping[str, Any], patch_size: Sequence[int]) -> int:
+    """The smallest batch that gives BatchNorm enough values in the deepest feature map; 1 for networks without it."""
+    if not normalises_over_batch(architecture):
+        return 1
+    return -(-_ENOUGH_VALUES // deepest_voxels(architecture, patch_size))
 
 
 def run_plans(
@@ -121,6 +137,8 @@ def run_plans(
         _check_stems(request, degree)
         entry["architecture"] = architecture_entry(network, degree, **{**kept, **request.arch_kwargs})
     set_sizes(entry, request.patch_size, request.batch_size)
+    if request.batch_size is None and base.get(BLOCK, {}).get("task") != PretrainingSettings.TASK:
+        entry["batch_size"] = max(entry["batch_size"], enough_samples(entry["architecture"], entry["patch_size"]))
     build_on_meta(entry["architecture"], 1, request.fusion.num_fusion_classes)
     plans = deepcopy(dict(base))
     pool = plans.get(BLOCK, {}).get("pool")
