@@ -36,10 +36,9 @@ def write_report(setting: str) -> str:
         return "No runs yet."
     example = next(iter(next(iter(runs.values())).values()))
     epochs, iterations, _ = example["setting"]["finetuning"]
-    pretrained = int(np.prod(example["setting"]["pretraining"]))
     lines = [
         f"Setting `{setting}`: {epochs * iterations} iterations of fine-tuning with batch size "
-        f"{example['setting']['batch_size']}, after {pretrained} of pretraining; network options "
+        f"{example['setting']['batch_size']}; network options "
         f"`{' '.join(example['setting']['network']) or 'default'}`. Mean foreground Dice of 40 test cases, in points; "
         f"mean ± standard deviation over seeds, each with its own labelled cases. Differences are paired by seed, with "
         f"their {100 * CONFIDENCE:.0f} % t interval.",

@@ -40,7 +40,7 @@ class Setting:
 
     network: tuple[str, ...]
     batch_size: int
-    pretraining: tuple[int, int]  # epochs, iterations of each
+    pretraining: tuple[int, int, int]  # epochs, iterations of each, batch size
     finetuning: tuple[int, int, int]  # epochs, iterations and validation iterations of each
     predict: tuple[str, ...]
     environment: tuple[tuple[str, str], ...] = ()
@@ -50,7 +50,7 @@ SETTINGS = {
     "small": Setting(
         network=("-network", "pctnet", "-features_per_stage", "8", "16", "32", "64", "128"),
         batch_size=2,
-        pretraining=(40, 100),
+        pretraining=(16, 100, 8),
         finetuning=(12, 25, 10),
         predict=("--disable_tta", "-npp", "0", "-nps", "0"),
         environment=(
@@ -63,7 +63,7 @@ SETTINGS = {
     "full": Setting(
         network=("-network", "pctnet"),
         batch_size=4,
-        pretraining=(80, 250),
+        pretraining=(80, 250, 4),
         finetuning=(100, 250, 25),
         predict=(),
     ),
@@ -77,6 +77,13 @@ class Pretraining:
     name: str
     options: tuple[str, ...] = ()
     pool: str = POOL
+    length: tuple[int, int, int] | None = None  # epochs, iterations of each, batch size, where not the setting's
+
+    def all_options(self, setting: Setting) -> tuple[str, ...]:
+        """The options with those of the length before them."""
+        epochs, iterations, batch_size = map(str, self.length or setting.pretraining)
+        length = ("-num_epochs", epochs, "-num_iterations_per_epoch", iterations, "-batch_size", batch_size)
+        return length + self.options
 
 
 @dataclass(frozen=True)
@@ -93,12 +100,14 @@ SMALL_CROPS = ("-patch_size", "32", "32", "32", "-initial_lr", "3e-3")
 FEW_LARGE_BOXES = ("-num_boxes", "3", "10", "-box_size_min", *3 * ("0.25",), "-box_size_max", *3 * ("0.75",))
 BOXES = Pretraining("boxes", ("-geometry", "boxes", *SMALL_CROPS, *FEW_LARGE_BOXES))
 BLOCKS = Pretraining("blocks", ("-geometry", "blocks", *SMALL_CROPS))
+BATCHES_OF_2 = dataclasses.replace(BOXES, name="boxes_batch_2", length=(40, 100, 2))
 ARMS = {
     "nnunet": Arm(trainer="LowLabelStockTrainer"),
     "scratch": Arm(),
     "boxes": Arm(BOXES),
     "blocks": Arm(BLOCKS),
     "encoder_only": Arm(BOXES, ("--encoder_only",)),
+    "boxes_batch_2": Arm(BATCHES_OF_2),
     "boxes_wide_pool": Arm(dataclasses.replace(BOXES, pool=WIDE_POOL)),
 }
 CORE = ("scratch", "boxes", "blocks", "encoder_only")
@@ -236,7 +245,6 @@ class Study:
         """Weights pretrained on a pool, made if they are not there."""
         checkpoint = self.checkpoint(pretraining)
         if not checkpoint.is_file():
-            epochs, iterations = map(str, self.setting.pretraining)
             folders = ["-i", str(self.work / "unlabelled")]
             if pretraining.pool == WIDE_POOL:
                 if self.more_volumes is None:
@@ -247,9 +255,8 @@ class Study:
             self.command(
                 *(f"pretrain_{pretraining.name}_{name}", "misfm_pretrain", *folders, "-d", number, "-n", name),
                 *("-plans_from", "704", "-overwrite_plans_name", f"{pretraining.name}Plans", "-device", self.device),
-                *("-num_epochs", epochs, "-num_iterations_per_epoch", iterations),
-                *("-num_val_iterations_per_epoch", "10", "-batch_size", str(self.setting.batch_size)),
-                *(*self.setting.network, *pretraining.options, *continued),
+                *("-num_val_iterations_per_epoch", "10", *self.setting.network),
+                *(*pretraining.all_options(self.setting), *continued),
             )
         return checkpoint
 
@@ -310,7 +317,7 @@ class Study:
             "iterations_per_epoch": self.setting.finetuning[1],
             "training_seconds": round(sum(end - start for start, end in epochs)),
             "options": {
-                "misfm_pretrain": " ".join(pretraining.options) if pretraining else None,
+                "misfm_pretrain": " ".join(pretraining.all_options(self.setting)) if pretraining else None,
                 "misfm_plan": " ".join(run.arm.plan),
             },
             "pretrained_sha256": plans.get("pretrain_info", {}).get("sha256"),

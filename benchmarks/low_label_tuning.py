@@ -72,6 +72,7 @@ TRIALS = {
         for value in ("1e-3", "2e-3", "3e-3")
     },
 }
+TRIALS["boxes_batch_2_fast_seg_layers_3e-3"] = Trial("boxes_batch_2", rate("3e-3", "default", *FAST_SEG_LAYERS))
 TUNED_LIKE = dict.fromkeys(("blocks", "boxes_wide_pool", "encoder_only"), "boxes")
 
 
