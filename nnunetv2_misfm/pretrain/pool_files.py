@@ -43,6 +43,8 @@ REPORT_COLUMNS = (
     "content",
 )
 
+_PREPARATION = "_preparation"  # ends the name of the folder with what a preparation still needs
+
 
 class PoolFolder:
     """Paths of one pool and the operations on them that other processes may see."""
@@ -55,7 +57,7 @@ class PoolFolder:
         self.dataset_json = self.root / "dataset.json"
         self.fingerprint = self.root / "dataset_fingerprint.json"
         self.report = self.root / "report.csv"
-        self._preparation = self.root / f"{data_identifier}_preparation"
+        self._preparation = self.root / f"{data_identifier}{_PREPARATION}"
         self._records = self._preparation / "records"
         self._part = f"part_{part_id}_of_{num_parts}"
         self._all_temporary = self._preparation / "temporary"
@@ -70,8 +72,9 @@ class PoolFolder:
             folder.mkdir(parents=True, exist_ok=True)
 
     def _is_foreign(self, path: Path) -> bool:
-        """Whether a file is none of those that a run has made when it is killed before it writes dataset.json."""
-        return path.is_file() and not path.name.startswith(".") and self._preparation not in path.parents
+        """Whether a file is none of those that runs, also with other plans, make before they write dataset.json."""
+        prepares = path.relative_to(self.root).parts[0].endswith(_PREPARATION)
+        return path.is_file() and not path.name.startswith(".") and not prepares
 
     def clear_temporary(self) -> None:
         """Remove what a killed run of the same part left half-written."""

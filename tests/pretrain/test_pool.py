@@ -464,11 +464,15 @@ def test_a_labelled_dataset_is_never_written_into(images: Path, where: str) -> N
     assert "heart" in (folder / "dataset.json").read_text()
 
 
-def test_a_run_that_was_killed_before_its_first_file_can_be_started_again(images: Path, nnunet_folders: Path) -> None:
+@pytest.mark.parametrize("plans", [PLANS, "OtherPlans"])
+def test_what_a_run_made_before_its_first_file_is_in_nobodys_way(
+    images: Path, nnunet_folders: Path, plans: str
+) -> None:
+    """It was killed, or is another one that has just been started for the same pool."""
     phantoms.write(images / "a.nii.gz", phantoms.mr())
     pool = nnunet_folders / "nnUNet_preprocessed" / DATASET
-    preparation = pool / f"{PLANS}_{CONFIGURATION}_preparation"
-    for folder in (pool / f"{PLANS}_{CONFIGURATION}", preparation / "records"):
+    preparation = pool / f"{plans}_{CONFIGURATION}_preparation"
+    for folder in (pool / f"{plans}_{CONFIGURATION}", preparation / "records"):
         folder.mkdir(parents=True)
     (preparation / "part_0_of_1.lock").touch()
     assert make_pool([images]).complete
