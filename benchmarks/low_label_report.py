@@ -94,19 +94,19 @@ def read_runs(folder: Path) -> Runs:
 
 
 def paired(runs: dict[int, dict[str, Any]], others: dict[int, dict[str, Any]]) -> str:
-    """Mean difference of the seeds that both have, in points of Dice, with its interval."""
+    """Mean difference of the seeds that both have, in points of Dice; with its interval where it is not one seed's."""
     seeds = sorted(set(runs) & set(others))
     differences = [100 * (runs[seed]["test_dice"] - others[seed]["test_dice"]) for seed in seeds]
     if not differences:
         return ""
+    if len(differences) == 1:
+        return f"{differences[0]:+.1f} (1)"
     low, high = interval(differences)
     return f"{np.mean(differences):+.1f} [{low:+.1f}, {high:+.1f}] ({len(differences)})"
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The t interval of a mean; infinite for a single value."""
-    if len(values) < 2:
-        return -np.inf, np.inf
+    """The t interval of a mean of two values or more."""
     half = stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
     return float(np.mean(values) - half), float(np.mean(values) + half)
 
