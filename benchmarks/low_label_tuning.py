@@ -71,8 +71,8 @@ TRIALS = {
         f"boxes_fast_seg_layers_{value}": Trial("boxes", rate(value, "default", *FAST_SEG_LAYERS))
         for value in ("1e-3", "2e-3", "3e-3")
     },
+    "boxes_batch_2_fast_seg_layers_3e-3": Trial("boxes_batch_2", rate("3e-3", "default", *FAST_SEG_LAYERS)),
 }
-TRIALS["boxes_batch_2_fast_seg_layers_3e-3"] = Trial("boxes_batch_2", rate("3e-3", "default", *FAST_SEG_LAYERS))
 TUNED_LIKE = dict.fromkeys(("blocks", "boxes_wide_pool", "encoder_only"), "boxes")
 
 

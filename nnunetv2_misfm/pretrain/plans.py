@@ -33,8 +33,8 @@ from nnunetv2_misfm.settings import write_settings
 # Patch and batch of the paper.
 PUBLISHED_PATCH_SIZE = (64, 128, 128)
 PUBLISHED_BATCH_SIZE = 4
-# Values of a channel that BatchNorm should have in the deepest map: with a quarter of them the deep stages learn little
-# that fine-tuning can use (benchmarks/results/low_label_findings.md).
+# Values of a channel that BatchNorm should have in the deepest map: with a quarter of them pretraining helped
+# fine-tuning less (benchmarks/results/low_label_findings.md).
 _ENOUGH_VALUES = 64
 # What nnU-Net's planner gives a PlainConvUNet.
 _UNET_FEATURES, _UNET_MOST_FEATURES, _UNET_SMALLEST_MAP = 32, 320, 4
@@ -84,17 +84,15 @@ def new_pool_entry(
     degree = degree_for_spacing(spacing)
     stride = total_strides(strides_of(degree))[-1]
     patch = request.patch_size or _fitting_patch(median_shape, stride)
-    check_sizes(patch, PUBLISHED_BATCH_SIZE if request.batch_size is None else request.batch_size)
+    given = request.batch_size
+    check_sizes(patch, PUBLISHED_BATCH_SIZE if given is None else given)
     _check_stems(request, degree)
     if request.network == "plan":
         entry = plain_unet_entry(spacing, patch)
         _check_arguments(request, entry)
     else:
         entry = architecture_entry(request.network or "pctnet", degree, **request.arch_kwargs)
-    batch = request.batch_size
-    if batch is None:
-        batch = max(PUBLISHED_BATCH_SIZE, enough_samples(entry, patch))
-    return entry, patch, batch
+    return entry, patch, max(PUBLISHED_BATCH_SIZE, enough_samples(entry, patch)) if given is None else given
 
 
 def enough_samples(architecture: Mapping[str, Any], patch_size: Sequence[int]) -> int:
