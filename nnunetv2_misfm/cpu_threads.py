@@ -15,19 +15,17 @@ def keep_cores_free() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
-def training_threads(processes_here: int = 1) -> int:
+def training_threads() -> int:
     """How many threads a process that trains on the CPU should have.
 
     nnU-Net takes a thread for every core of the machine, whatever the user or a scheduler allows. Two runs side by side
     then slow each other down by far more than half.
 
-    Args:
-        processes_here: processes of this run on this machine.
-
     Returns:
         `OMP_NUM_THREADS` if the user set it; otherwise a share of the cores that the process may use. With several
-        processes the variable does not count, because torchrun sets it to 1 by itself.
+        processes of torchrun on this machine the variable does not count, because torchrun sets it to 1 by itself.
     """
+    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun
     chosen = os.environ.get("OMP_NUM_THREADS", "")
     if processes_here == 1 and chosen.isdigit() and int(chosen) > 0:
         return int(chosen)

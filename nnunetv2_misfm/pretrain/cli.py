@@ -65,15 +65,7 @@ def pretrain(options: argparse.Namespace) -> None:
     from nnunetv2_misfm.pretrain.launch import launch
 
     with processes.training(options.device):
-        launch(
-            dataset_name,
-            plans_name,
-            options.c,
-            options.device,
-            options.num_gpus,
-            options.continue_training,
-            processes.on_this_machine,
-        )
+        launch(dataset_name, plans_name, options.c, options.device, options.num_gpus, options.continue_training)
     if processes.rank == 0:
         checkpoint = run_folder(dataset_name, plans_name, options.c) / "checkpoint_final.pth"
         print(f"Pretrained weights: {checkpoint}")

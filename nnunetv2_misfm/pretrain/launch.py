@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from nnunetv2_misfm.cpu_threads import training_threads
 from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.start_up import add_plugin_folder
 
@@ -14,7 +13,6 @@ def launch(
     device: str,
     num_gpus: int,
     continue_training: bool,
-    processes_here: int = 1,
 ) -> None:
     """Train on a prepared pool or preprocessed dataset, then validate the pretext task.
 
@@ -24,7 +22,6 @@ def launch(
         device: "cuda", "cpu" or "mps".
         num_gpus: GPUs of this machine for which nnU-Net starts a process each; 1 trains in this process.
         continue_training: go on from the latest checkpoint.
-        processes_here: how many processes torchrun started on this machine.
 
     Raises:
         UserError: if one of nnU-Net's processes ends.
@@ -35,8 +32,8 @@ def launch(
 
     # For installations whose start-up file Python does not read, and processes that were started with it off.
     add_plugin_folder()
-    # As in nnUNetv2_train: on a GPU more threads only get in the way of the data workers.
-    torch.set_num_threads(training_threads(processes_here) if device == "cpu" else 1)
+    if device != "cpu":
+        torch.set_num_threads(1)  # as in nnUNetv2_train: more only get in the way of the data workers
     try:
         run_training(
             dataset_name,

@@ -66,7 +66,7 @@ class BaseTrainer(nnUNetTrainer):
         self.settings = run_settings(plans, self.SETTINGS)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.was_initialized: bool
-        if device.type == "cpu" and not self.is_ddp:
+        if device.type == "cpu":
             torch.set_num_threads(training_threads())  # nnUNetv2_train has taken all cores
         if self.is_ddp:
             self.device = device_of_process(device)
