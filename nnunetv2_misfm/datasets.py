@@ -52,7 +52,7 @@ def read_dataset_json(dataset_folder: Path) -> dict[str, Any]:
         PlanError: if it is missing, damaged or incomplete.
     """
     path = dataset_folder / "dataset.json"
-    content = _read_json(path, "Plan the dataset with nnU-Net again.")
+    content = read_json(path, "Plan the dataset with nnU-Net again.")
     check_dataset(content, path)
     return content
 
@@ -67,14 +67,19 @@ def read_plans(dataset_folder: Path, plans_name: str) -> dict[str, Any]:
         path.stem for path in dataset_folder.glob("*.json") if '"configurations"' in path.read_text(errors="replace")
     )
     there = f"There are: {', '.join(others)}." if others else "There are none yet."
-    plans = _read_json(
+    plans = read_json(
         dataset_folder / f"{plans_name}.json", f"{there} Choose plans with -p, or run nnUNetv2_plan_and_preprocess."
     )
     check_complete(plans, dataset_folder / f"{plans_name}.json", there)
     return plans
 
 
-def _read_json(path: Path, remedy: str) -> dict[str, Any]:
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        PlanError: if the file is missing, damaged or holds something else; the message ends with `remedy`.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from nnunetv2_misfm.settings import SettingsError, read_settings
+from nnunetv2_misfm.settings import SettingsError, is_number, is_whole, read_settings
 
 BLOCK = "misfm"
 DEFAULT_FINETUNING_PLANS = "nnUNetMisFMPlans"
@@ -54,19 +54,19 @@ class RunSettings:
         found = [
             f"{name} = {getattr(self, name)!r} must be a whole number of at least 1"
             for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
-            if not _is_whole(getattr(self, name)) or getattr(self, name) < 1
+            if not is_whole(getattr(self, name)) or getattr(self, name) < 1
         ]
         if self.optimizer not in OPTIMIZERS:
             found.append(f"optimizer = {self.optimizer!r} must be one of {', '.join(OPTIMIZERS)}")
-        if not _is_number(self.initial_lr) or not 0 < self.initial_lr < 10:
+        if not is_number(self.initial_lr) or not 0 < self.initial_lr < 10:
             found.append(f"initial_lr = {self.initial_lr!r} must be a number above 0")
-        if not _is_number(self.weight_decay) or not 0 <= self.weight_decay < 1:
+        if not is_number(self.weight_decay) or not 0 <= self.weight_decay < 1:
             found.append(f"weight_decay = {self.weight_decay!r} must be a number from 0 up to 1")
         if self.schedule not in self.SCHEDULES:
             found.append(f"schedule = {self.schedule!r} must be one of {', '.join(self.SCHEDULES)}")
         if self.checkpointing not in ("auto", "on", "off"):
             found.append(f"checkpointing = {self.checkpointing!r} must be auto, on or off")
-        if not _is_whole(self.seed) or not 0 <= self.seed < 2**63:
+        if not is_whole(self.seed) or not 0 <= self.seed < 2**63:
             found.append(f"seed = {self.seed!r} must be a whole number from 0 up to 2**63")
         return found
 
@@ -98,14 +98,14 @@ class FinetuningSettings(RunSettings):
     def problems(self) -> list[str]:
         """One sentence per value that cannot be used."""
         found = super().problems()
-        if not _is_number(self.min_coverage) or not 0 <= self.min_coverage <= 1:
+        if not is_number(self.min_coverage) or not 0 <= self.min_coverage <= 1:
             found.append(f"min_coverage = {self.min_coverage!r} must be a share from 0 to 1")
         for name in ("encoder_only", "mix_input_channels"):
             if not isinstance(getattr(self, name), bool):
                 found.append(f"{name} = {getattr(self, name)!r} must be true or false")
-        if not _is_number(self.layer_decay) or not 0 < self.layer_decay <= 1:
+        if not is_number(self.layer_decay) or not 0 < self.layer_decay <= 1:
             found.append(f"layer_decay = {self.layer_decay!r} must be a factor above 0 and up to 1")
-        if not _is_number(self.seg_layers_lr_factor) or not 0 < self.seg_layers_lr_factor <= 1000:
+        if not is_number(self.seg_layers_lr_factor) or not 0 < self.seg_layers_lr_factor <= 1000:
             found.append(
                 f"seg_layers_lr_factor = {self.seg_layers_lr_factor!r} must be a factor above 0 and up to 1000"
             )
@@ -116,7 +116,8 @@ class FinetuningSettings(RunSettings):
 class PretrainingSettings(RunSettings):
     """A Volume Fusion run.
 
-    The defaults are the published recipe for about 1,000 volumes: 100,000 iterations, Adam, 1e-3, halved five times.
+    The defaults are the published recipe for about 1,000 volumes (100,000 iterations at 1e-3, halved every 20,000) but
+    for the optimiser, see `RunSettings.optimizer`.
 
     Attributes:
         picture_every: epochs between two pictures of fused samples, labels and predictions.
@@ -133,7 +134,7 @@ class PretrainingSettings(RunSettings):
     def problems(self) -> list[str]:
         """One sentence per value that cannot be used."""
         found = super().problems()
-        if not _is_whole(self.picture_every) or self.picture_every < 1:
+        if not is_whole(self.picture_every) or self.picture_every < 1:
             found.append(f"picture_every = {self.picture_every!r} must be a whole number of at least 1")
         return found
 
@@ -158,11 +159,3 @@ def run_settings(plans: Mapping[str, Any], kind: type[RunSettings]) -> RunSettin
         return kind()
     flat = {name: value for name, value in block.items() if name not in (*NESTED_GROUPS, "task")}
     return read_settings(kind, flat, where)
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from nnunetv2_misfm.errors import UserError
@@ -54,7 +56,7 @@ def read_settings(cls: type[SettingsT], values: Mapping[str, Any], where: str) -
     found, known = [], {}
     for name, value in values.items():
         if name in names:
-            known[name] = _as_tuples(value)
+            known[name] = as_tuples(value)
             continue
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known names are {', '.join(names)}"
@@ -75,8 +77,19 @@ def write_settings(settings: Settings) -> dict[str, Any]:
     return {field.name: _as_lists(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
 
 
-def _as_tuples(value: Any) -> Any:
-    return tuple(_as_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+def is_whole(value: Any) -> bool:
+    """Whether a setting is a whole number; true and false are not numbers here."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a setting is a finite number; true and false are not numbers here."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def as_tuples(value: Any) -> Any:
+    """A JSON value with tuples for its lists."""
+    return tuple(as_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def _as_lists(value: Any) -> Any:

@@ -15,13 +15,13 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from nnunetv2_misfm.settings import is_number
 
 Size3 = tuple[int, int, int]
 
@@ -83,11 +83,11 @@ class AugmentSettings:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name.endswith("_probability"):
-                if not _is_number(value) or not 0 <= value <= 1:
+                if not is_number(value) or not 0 <= value <= 1:
                     found.append(f"{field.name} is {value!r}; use a number from 0 to 1")
                 continue
             lowest, highest = limits[field.name]
-            good = isinstance(value, tuple) and len(value) == 2 and all(map(_is_number, value))
+            good = isinstance(value, tuple) and len(value) == 2 and all(map(is_number, value))
             if not good or not lowest <= value[0] <= value[1] <= highest:
                 found.append(
                     f"{field.name} is {value!r}; use two numbers, lowest first, from {lowest:g} to {highest:g}"
@@ -300,7 +300,3 @@ def _add_noise(crop: Tensor, std: float, seed: int) -> None:
     for channel, channel_noise in zip(crop, noise, strict=True):
         low, high = torch.aminmax(channel)
         channel.add_(channel_noise.mul_((high - low) * std))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_misfm.datasets import nnunet_folder
+from nnunetv2_misfm.datasets import nnunet_folder, read_json
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import TRAINING_LOCK, locked
 from nnunetv2_misfm.run_settings import BLOCK
@@ -66,10 +66,7 @@ class EarlierRun:
         path = self.folder.parent / "plans.json"
         if not self.exists or not path.is_file():
             return
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise PlanError(f"{path} is damaged. Start the run anew with --overwrite.") from None
+        before = read_json(path, "Start the run anew with --overwrite.")
         old, new = (one["configurations"][configuration] for one in (before, plans))
         names = ("architecture", "patch_size", "batch_size", "spacing", "data_identifier")
         pairs = {name: (old[name], new[name]) for name in names}

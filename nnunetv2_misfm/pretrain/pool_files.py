@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,11 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_misfm.datasets import nnunet_folder
+from nnunetv2_misfm.datasets import nnunet_folder, read_json
 from nnunetv2_misfm.files import locked, write_json, written_whole
 from nnunetv2_misfm.pretrain.case_preparation import CASE_ENDINGS, CaseRecord, temporary_files
 from nnunetv2_misfm.pretrain.pool_inspection import PoolError
 from nnunetv2_misfm.pretrain.volume_files import LeftOut
+from nnunetv2_misfm.settings import as_tuples
 
 MERGE_WAITS_SECONDS = 3600.0
 REPORT_COLUMNS = (
@@ -65,7 +65,8 @@ class PoolFolder:
 
     def create(self) -> None:
         """Make the folders. Raises PoolError if something else than a pool lives there."""
-        is_pool = self.dataset_json.is_file() and read_json(self.dataset_json).get("misfm_pool")
+        remedy = "Restore it, or remove the pool's folder to prepare the volumes anew."
+        is_pool = self.dataset_json.is_file() and read_json(self.dataset_json, remedy).get("misfm_pool")
         if not is_pool and any(map(self._is_foreign, self.root.rglob("*"))):
             raise PoolError(f"{self.root} exists and is no pretraining pool; choose another dataset ID and name")
         for folder in (self.data, self._records, self._all_temporary):
@@ -119,8 +120,9 @@ class PoolFolder:
 
     def read_records(self) -> dict[str, CaseRecord]:
         """What became of each volume so far, by case name and sorted by it."""
-        records = (read_json(path) for path in sorted(self._records.glob("*.json")))
-        return {record["case"]: CaseRecord(**{k: _tuples(v) for k, v in record.items()}) for record in records}
+        remedy = "Remove it; its volume is then prepared anew."
+        records = (read_json(path, remedy) for path in sorted(self._records.glob("*.json")))
+        return {record["case"]: CaseRecord(**{k: as_tuples(v) for k, v in record.items()}) for record in records}
 
     def write_report(self, records: Iterable[CaseRecord], left_out: Sequence[LeftOut]) -> None:
         """One row per volume in order of source, whether it is in the pool or not."""
@@ -132,17 +134,6 @@ class PoolFolder:
                 writer = csv.DictWriter(file, REPORT_COLUMNS, restval="")
                 writer.writeheader()
                 writer.writerows(sorted(rows, key=lambda row: (row["source"], row.get("case", ""))))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise PoolError(f"{path} holds no JSON object; remove it")
-    return content
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
 def _cell(value: Any) -> str:

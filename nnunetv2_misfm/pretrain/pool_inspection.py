@@ -13,6 +13,7 @@ from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.files import format_bytes
 from nnunetv2_misfm.pretrain.volume_files import LeftOut
 from nnunetv2_misfm.pretrain.volumes import Volume, find_volumes
+from nnunetv2_misfm.settings import is_number
 
 MODALITIES = ("auto", "ct", "mr")
 
@@ -123,12 +124,7 @@ def inspect_volumes(folders: Sequence[Path], settings: PoolSettings, num_process
 
 
 def _numbers(values: object, count: int) -> bool:
-    return (
-        isinstance(values, (tuple, list))
-        and len(values) == count
-        and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
-        and all(np.isfinite(value) for value in values)
-    )
+    return isinstance(values, (tuple, list)) and len(values) == count and all(map(is_number, values))
 
 
 def _counts(values: Iterable[object]) -> str:

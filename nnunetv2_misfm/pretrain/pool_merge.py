@@ -6,13 +6,15 @@ import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nnunetv2_misfm.datasets import read_json
 from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.pretrain.case_preparation import LEFT_OUT, PREPARED, CaseRecord
-from nnunetv2_misfm.pretrain.pool_files import PoolFolder, read_json
+from nnunetv2_misfm.pretrain.pool_files import PoolFolder
 from nnunetv2_misfm.pretrain.pool_inspection import PoolInspection
 from nnunetv2_misfm.pretrain.pool_plans import layout_hash, measured_plans, pool_dataset_json
 from nnunetv2_misfm.pretrain.volume_files import LeftOut
@@ -47,8 +49,7 @@ def merge_pool(
     waiting = {volume.case for volume in inspection.volumes} - records.keys()
     complete = not waiting
     if complete:
-        in_pool_before = read_json(folder.fingerprint)["cases"] if folder.fingerprint.is_file() else []
-        for duplicate in _duplicates(list(records.values()), set(in_pool_before)):
+        for duplicate in _duplicates(list(records.values()), _cases_of(folder.fingerprint)):
             folder.write_record(duplicate)
             records[duplicate.case] = duplicate
         for case in found:
@@ -67,6 +68,11 @@ def merge_pool(
     shown = tuple(r for r in records.values() if r.status == PREPARED or r.source not in in_header)
     folder.write_report(shown, inspection.left_out)
     return MergedPool(dict(plans), shown, inspection.left_out, complete)
+
+
+def _cases_of(fingerprint: Path) -> set[str]:
+    """The cases of the pool as it was completed before; none at the first time."""
+    return set(read_json(fingerprint, "Remove it; it is then made anew.")["cases"]) if fingerprint.is_file() else set()
 
 
 def _duplicates(records: Sequence[CaseRecord], in_pool_before: set[str]) -> list[CaseRecord]:

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, find_candidate_datasets
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_misfm.datasets import nnunet_folder
+from nnunetv2_misfm.datasets import nnunet_folder, read_json
+from nnunetv2_misfm.plan_checks import check_complete
 from nnunetv2_misfm.pretrain.pool_inspection import PoolError, PoolInspection, PoolSettings
 from nnunetv2_misfm.pretrain.volumes import Volume
 from nnunetv2_misfm.pretrain.voxels import CANONICAL_READER
@@ -291,8 +291,12 @@ def pool_dataset_json(plans: Mapping[str, Any], configuration: str, num_training
 def existing_plans(dataset_name: str, plans_name: str) -> dict[str, Any] | None:
     """The plans of the pool of that name, or None if there is none yet."""
     path = nnunet_folder("nnUNet_preprocessed") / dataset_name / f"{plans_name}.json"
-    plans = load_json(str(path)) if path.is_file() else None
-    if plans is not None and "pool" not in plans.get("misfm", {}):
+    if not path.is_file():
+        return None
+    remedy = "Remove it to plan the pool anew, or choose another -overwrite_plans_name."
+    plans = read_json(path, remedy)
+    check_complete(plans, path, remedy)
+    if "pool" not in plans.get("misfm", {}):
         raise PoolError(f"{path} is not a pool's; choose another plans name or dataset")
     return plans
 

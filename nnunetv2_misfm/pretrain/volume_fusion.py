@@ -9,15 +9,15 @@ K = `num_fusion_classes` - 1. The network is asked for the class a * K of every 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from nnunetv2_misfm.settings import is_number, is_whole
 
 GEOMETRIES = ("boxes", "blocks")
 PAIRS = ("two_volumes", "same_volume")
@@ -69,15 +69,15 @@ class FusionSettings:
         found = []
         if self.geometry not in GEOMETRIES:
             found.append(f"geometry is {self.geometry!r}; use one of {', '.join(GEOMETRIES)}")
-        if not _is_integer(self.num_fusion_classes) or not 2 <= self.num_fusion_classes <= 1000:
+        if not is_whole(self.num_fusion_classes) or not 2 <= self.num_fusion_classes <= 1000:
             found.append(f"num_fusion_classes is {self.num_fusion_classes!r}; use a whole number from 2 to 1000")
-        if not _is_range(self.num_boxes, _is_integer) or self.num_boxes[0] < 1:
+        if not _is_range(self.num_boxes, is_whole) or self.num_boxes[0] < 1:
             found.append(f"num_boxes is {self.num_boxes!r}; use two whole numbers of at least 1, fewest first")
         for kind in ("box", "block"):
             found += _size_problems(kind, *(getattr(self, f"{kind}_size_{part}") for part in ("min", "max", "unit")))
         if not isinstance(self.background_boxes, bool):
             found.append(f"background_boxes is {self.background_boxes!r}; use true or false")
-        if not _is_number(self.foreground_ratio) or not 0 < self.foreground_ratio <= 1:
+        if not is_number(self.foreground_ratio) or not 0 < self.foreground_ratio <= 1:
             found.append(f"foreground_ratio is {self.foreground_ratio!r}; use a number above 0 and up to 1")
         if self.pairs is not None and self.pairs not in PAIRS:
             found.append(f"pairs is {self.pairs!r}; use one of {', '.join(PAIRS)}, or null for the geometry's own")
@@ -187,7 +187,7 @@ def _voxel_range(
 def _size_problems(kind: str, size_min: Any, size_max: Any, unit: Any) -> list[str]:
     if unit not in SIZE_UNITS:
         return [f"{kind}_size_unit is {unit!r}; use one of {', '.join(SIZE_UNITS)}"]
-    is_allowed = _is_integer if unit == "voxels" else _is_number
+    is_allowed = is_whole if unit == "voxels" else is_number
     wanted = "whole numbers of at least 1" if unit == "voxels" else "numbers above 0 and up to 1"
     found = []
     for name, sizes in (("min", size_min), ("max", size_max)):
@@ -197,14 +197,6 @@ def _size_problems(kind: str, size_min: Any, size_max: Any, unit: Any) -> list[s
     if not found and any(low > high for low, high in zip(size_min, size_max, strict=True)):
         found.append(f"{kind}_size_min {size_min} is above {kind}_size_max {size_max} on an axis")
     return found
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_range(value: Any, is_allowed: Any) -> bool:

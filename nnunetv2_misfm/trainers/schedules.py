@@ -25,7 +25,7 @@ from nnunetv2_misfm.transfer.transfer import part_of
 
 _RAMP_SHARE = 0.05
 _POLY_EXPONENT = 0.9
-_HALVINGS = 5
+_PARTS_OF_HALVING = 5
 # The stage a parameter of an encoder belongs to: PCT-Net's stage2 and down2, FMUNet's and nnU-Net's stages.2.
 _STAGE = re.compile(r"\.(?:stage|down|stages\.|downs\.)(\d+)\.")
 
@@ -57,7 +57,7 @@ def stage_at(schedule: str, epoch: int, num_epochs: int) -> Stage:
     if schedule == "decoder_only":
         return Stage("decoder only", 0.0, _poly(epoch, num_epochs))
     if schedule == "halving":
-        factor = 0.5 ** (epoch * _HALVINGS // num_epochs)
+        factor = 0.5 ** (epoch * _PARTS_OF_HALVING // num_epochs)
         return Stage("whole network", factor, factor)
     ramp = min(max(1, round(_RAMP_SHARE * num_epochs)), num_epochs // 3)
     if schedule == "sawtooth":

@@ -32,7 +32,11 @@ from nnunetv2_misfm.pretrain.pool_plans import adopt_plans, find_geometry
 from nnunetv2_misfm.settings import SettingsError
 
 DATASET, PLANS, CONFIGURATION = "Dataset100_Pool", "MisFMPlans", "3d_fullres"
-ARCHITECTURE = {"network_class_name": "torch.nn.Identity", "arch_kwargs": {}, "_kw_requires_import": []}
+ARCHITECTURE = {
+    "network_class_name": "torch.nn.Identity",
+    "arch_kwargs": {"strides": [[1, 1, 1], [2, 2, 2]]},
+    "_kw_requires_import": [],
+}
 
 
 @pytest.fixture(autouse=True)
