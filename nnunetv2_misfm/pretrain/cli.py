@@ -15,7 +15,8 @@ from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.plan_checks import build_on_meta, check_plans_name, check_replaceable
 from nnunetv2_misfm.pretrain.earlier_run import EarlierRun, check_device, run_folder
 from nnunetv2_misfm.pretrain.processes import Processes
-from nnunetv2_misfm.run_settings import BLOCK, OPTIMIZERS, PRETRAINING_SCHEDULES, PretrainingSettings
+from nnunetv2_misfm.run_options import add_run_options, given
+from nnunetv2_misfm.run_settings import BLOCK, NESTED_GROUPS, PretrainingSettings
 from nnunetv2_misfm.settings import read_settings
 
 if TYPE_CHECKING:
@@ -23,20 +24,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PLANS_NAME = "nnUNetPlans"
 DERIVED_PLANS_NAME = "nnUNetMisFMPretrainPlans"
-RUN_OPTIONS = (
-    "num_epochs",
-    "num_iterations_per_epoch",
-    "num_val_iterations_per_epoch",
-    "optimizer",
-    "initial_lr",
-    "weight_decay",
-    "schedule",
-    "checkpointing",
-    "picture_every",
-    "seed",
-)
 BOX_OPTIONS = ("num_boxes", "box_size_min", "box_size_max")
-FUSION_OPTIONS = ("geometry", "num_fusion_classes", *BOX_OPTIONS)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -118,10 +106,8 @@ def _from_volumes(options: argparse.Namespace) -> dict[str, Any] | None:
     run = _earlier_run(dataset_name, plans_name, options)
     before = existing_plans(dataset_name, plans_name)
     request = _request(options, before)
-    given = {"modality": options.modality, "spacing": _spacing(options.spacing), "body_crop": options.body_crop}
-    settings = read_settings(
-        PoolSettings, {name: value for name, value in given.items() if value is not None}, "The pool's settings"
-    )
+    options.spacing = _spacing(options.spacing)
+    settings = read_settings(PoolSettings, given(options, PoolSettings), "The pool's settings")
     inspection = inspect_volumes(options.i, settings, options.np)
     print(inspection.summary())
     if source is not None:
@@ -205,10 +191,9 @@ def _request(options: argparse.Namespace, base: Mapping[str, Any] | None) -> Run
 
     block = (base or {}).get(BLOCK, {})
     before = block if block.get("task") == PretrainingSettings.TASK else {}
-    run = {name: before[name] for name in RUN_OPTIONS if name in before}
-    run |= {name: getattr(options, name) for name in RUN_OPTIONS if getattr(options, name) is not None}
-    fusion = dict(before.get("fusion", {}))
-    fusion |= {name: getattr(options, name) for name in FUSION_OPTIONS if getattr(options, name) is not None}
+    run = {name: value for name, value in before.items() if name not in (*NESTED_GROUPS, "task")}
+    run |= given(options, PretrainingSettings)
+    fusion = {**before.get("fusion", {}), **given(options, FusionSettings)}
     boxes = [f"-{name}" for name in BOX_OPTIONS if getattr(options, name) is not None]
     if boxes and fusion.get("geometry") == "blocks":
         raise PlanError(f"{' and '.join(boxes)}: blocks are no boxes. Leave out, or choose -geometry boxes.")
@@ -301,16 +286,12 @@ def _parser() -> argparse.ArgumentParser:
     add("-stems", choices=("all", "plan"), help="PCT-Net's stems: all three in turn, or the plan's alone (default)")
     add("-patch_size", nargs=3, type=int, metavar="N", help="patch size in plans axis order")
     add("-batch_size", type=int, metavar="N", help="batch size (default: 4, or the plan's; more for small patches)")
-    add("-num_epochs", type=int, help=f"default: {defaults.num_epochs}")
-    add("-num_iterations_per_epoch", type=int, help=f"default: {defaults.num_iterations_per_epoch}")
-    add("-num_val_iterations_per_epoch", type=int, help=f"default: {defaults.num_val_iterations_per_epoch}")
-    add("-optimizer", choices=OPTIMIZERS, help=f"default: {defaults.optimizer}")
-    add("-initial_lr", type=float, help=f"default: {defaults.initial_lr}")
-    add("-weight_decay", type=float, help=f"default: {defaults.weight_decay}")
-    add("-schedule", choices=PRETRAINING_SCHEDULES, help=f"default: {defaults.schedule}")
-    add("-checkpointing", choices=("auto", "on", "off"), help="activation checkpointing (default: auto)")
+    add_run_options(
+        parser,
+        PretrainingSettings,
+        "learning rate: halved after each fifth of the run (default), or nnU-Net's poly decay",
+    )
     add("-picture_every", type=int, metavar="N", help=f"epochs between pictures (default: {defaults.picture_every})")
-    add("-seed", type=int, help=f"default: {defaults.seed}")
     add("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="default: cuda")
     add("-num_gpus", type=int, default=1, help="GPUs of this machine (default: 1)")
     add("-np", type=int, default=2, help="processes that prepare volumes (default: 2)")

@@ -97,6 +97,7 @@ def inspect(options: argparse.Namespace) -> None:
         UserError: if the checkpoint or the dataset cannot be used.
     """
     from nnunetv2_misfm.datasets import preprocessed_dataset, read_dataset_json, read_plans
+    from nnunetv2_misfm.run_options import given
     from nnunetv2_misfm.run_settings import FinetuningSettings
     from nnunetv2_misfm.settings import read_settings
     from nnunetv2_misfm.transfer.inspection import describe
@@ -109,13 +110,11 @@ def inspect(options: argparse.Namespace) -> None:
         return
     folder = preprocessed_dataset(options.d)
     base = read_plans(folder, options.p)
-    given = {name: getattr(options, name) for name in ("encoder_only", "mix_input_channels")}
-    settings = {"schedule": "sawtooth", **{name: value for name, value in given.items() if value is not None}}
     request = PlanRequest(
         plans_name="misfm_inspect",
         configurations=_with_earlier_stages(base, options.c),
         network=options.network,
-        settings=read_settings(FinetuningSettings, settings, "The run settings"),
+        settings=read_settings(FinetuningSettings, given(options, FinetuningSettings), "The run settings"),
     )
     plans, remarks = finetuning_plans(base, request, source)
     dataset = read_dataset_json(folder)

@@ -10,8 +10,15 @@ from nnunetv2_misfm.datasets import preprocessed_dataset, read_dataset_json, rea
 from nnunetv2_misfm.errors import PlanError, exit_with_message
 from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.plan_checks import check_replaceable
-from nnunetv2_misfm.run_settings import DEFAULT_FINETUNING_PLANS, FINETUNING_SCHEDULES, OPTIMIZERS, FinetuningSettings
+from nnunetv2_misfm.run_options import add_run_options, given
+from nnunetv2_misfm.run_settings import DEFAULT_FINETUNING_PLANS, FinetuningSettings
 from nnunetv2_misfm.settings import read_settings
+
+_SCHEDULES = (
+    "learning rate: sawtooth, the decoder's rises while the encoder stays as it is, then that of the whole network "
+    "rises and falls (default with weights); warmup, that of the whole network rises and falls; default and scratch, "
+    "it falls from the start (default without weights); decoder_only, the encoder stays as it is"
+)
 
 
 def plan_main(arguments: list[str] | None = None) -> None:
@@ -101,16 +108,11 @@ def what_is_lost(replaced: dict[str, Any] | None, plans: dict[str, Any]) -> list
 
 
 def _settings(options: argparse.Namespace, scratch: bool) -> FinetuningSettings:
-    names = ["num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "optimizer", "initial_lr"]
-    names += ["weight_decay", "schedule", "layer_decay", "seg_layers_lr_factor", "checkpointing", "seed"]
-    names += ["min_coverage", "encoder_only", "mix_input_channels"]
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    given.setdefault("schedule", "scratch" if scratch else "sawtooth")
-    return read_settings(FinetuningSettings, given, "The run settings")
+    values = {"schedule": "scratch" if scratch else "sawtooth", **given(options, FinetuningSettings)}
+    return read_settings(FinetuningSettings, values, "The run settings")
 
 
 def _parser() -> argparse.ArgumentParser:
-    defaults = FinetuningSettings()
     parser = argparse.ArgumentParser(
         prog="misfm_plan",
         description="Write the plans for fine-tuning pretrained weights on an nnU-Net dataset (or for its baseline).",
@@ -147,13 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-patch_size", nargs=3, type=int, metavar="N", help="patch size in plans axis order (default: the plan's)")
     add("-batch_size", type=int, metavar="N", help="batch size (default: the plan's)")
     add("-gpu_memory_target", type=float, metavar="GB", help="choose patch and batch size for this much memory")
-    add("-num_epochs", type=int, help=f"default: {defaults.num_epochs}")
-    add("-num_iterations_per_epoch", type=int, help=f"default: {defaults.num_iterations_per_epoch}")
-    add("-num_val_iterations_per_epoch", type=int, help=f"default: {defaults.num_val_iterations_per_epoch}")
-    add("-schedule", choices=FINETUNING_SCHEDULES, help="default: sawtooth with weights, scratch without")
-    add("-optimizer", choices=OPTIMIZERS, help=f"default: {defaults.optimizer}")
-    add("-initial_lr", type=float, help=f"default: {defaults.initial_lr}")
-    add("-weight_decay", type=float, help=f"default: {defaults.weight_decay}")
+    add_run_options(parser, FinetuningSettings, _SCHEDULES)
     add(
         "-layer_decay",
         type=float,
@@ -166,8 +162,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="F",
         help="learning rate of the segmentation layers as a multiple of the decoder's (default: 1)",
     )
-    add("-checkpointing", choices=("auto", "on", "off"), help="activation checkpointing (default: auto)")
-    add("-seed", type=int, help=f"default: {defaults.seed}")
     add("-min_coverage", type=float, help="share of the network that the weights must cover (default: 1)")
     add("--encoder_only", action="store_const", const=True, help="leave the decoder fresh")
     add("--mix_input_channels", action="store_const", const=True, help="mix the weights' input channels to fit others")
