@@ -26,7 +26,7 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "r+b") as file:  # Windows flushes only what it may write to
             os.fsync(file.fileno())  # else a crash of the machine could leave an empty file under the final name
         os.replace(temporary, path)
     finally:

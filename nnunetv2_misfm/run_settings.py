@@ -13,6 +13,7 @@ from nnunetv2_misfm.settings import SettingsError, is_number, is_whole, read_set
 
 BLOCK = "misfm"
 DEFAULT_FINETUNING_PLANS = "nnUNetMisFMPlans"
+DEFAULT_BASELINE_PLANS = "nnUNetMisFMScratchPlans"
 TASKS = ("segmentation", "volume_fusion")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 FINETUNING_SCHEDULES = ("scratch", "default", "warmup", "sawtooth", "decoder_only")

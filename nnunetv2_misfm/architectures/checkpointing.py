@@ -23,6 +23,9 @@ def recompute(function: Callable[..., Tensor], *inputs: Tensor, norms: nn.Module
     Args:
         norms: the module whose BatchNorms `function` uses.
     """
+    if torch.compiler.is_compiling():
+        # Compiled code writes the statistics once, whatever it recomputes, and takes no other kind of context.
+        return checkpoint(function, *inputs, use_reentrant=False)
     return checkpoint(function, *inputs, use_reentrant=False, context_fn=partial(_contexts, norms))
 
 

@@ -106,7 +106,7 @@ class Demo:
         with in_this_process(), step("Planning the fine-tunings", self.log, 2, r"Train with"):
             # The default's two ramps would take a quarter of the epochs.
             misfm_plan([*common, "-overwrite_plans_name", "nnUNetMisFMPlans", "-schedule", "default"])
-            misfm_plan([*common, "-overwrite_plans_name", "nnUNetMisFMScratchPlans", "--from_scratch"])
+            misfm_plan([*common, "--from_scratch"])
 
     def finetune_and_test(self, name: str, plans: str, epochs: int) -> Arm:
         """nnUNetv2_train, nnUNetv2_predict and the evaluation of one arm."""

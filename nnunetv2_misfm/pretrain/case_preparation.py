@@ -239,7 +239,7 @@ def _save(data: np.ndarray, seg: np.ndarray, properties: dict[str, Any], target:
     try:
         nnUNetDatasetBlosc2.save_case(data, seg, properties, str(target), **layout)
         for ending in CASE_ENDINGS:
-            with open(f"{target}{ending}", "rb") as file:
+            with open(f"{target}{ending}", "r+b") as file:  # Windows flushes only what it may write to
                 os.fsync(file.fileno())
         stored = blosc2.open(urlpath=f"{target}.b2nd", mode="r")
         if not np.array_equal(stored[-1, -1], data[-1, -1]):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nnunetv2_misfm.architectures.plan_entry import NETWORKS
 from nnunetv2_misfm.architectures.resolution import DEGREES_OF_ANISOTROPY
 from nnunetv2_misfm.cpu_threads import keep_cores_free
-from nnunetv2_misfm.datasets import nnunet_folder, preprocessed_dataset, read_plans
+from nnunetv2_misfm.datasets import nnunet_folder, preprocessed_dataset, read_dataset_json, read_plans
 from nnunetv2_misfm.errors import PlanError, exit_with_message
 from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.plan_checks import build_on_meta, check_plans_name, check_replaceable
@@ -30,6 +30,7 @@ BOX_OPTIONS = ("num_boxes", "box_size_min", "box_size_max")
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of misfm_pretrain."""
     options = _parser().parse_args(arguments)
+    options.only_prepare |= options.num_parts > 1
     keep_cores_free()
     exit_with_message("misfm_pretrain", lambda: pretrain(options))
 
@@ -162,6 +163,12 @@ def _from_preprocessed(options: argparse.Namespace) -> dict[str, Any]:
     else:
         plans_name = options.overwrite_plans_name or DERIVED_PLANS_NAME
     check_plans_name(plans_name)
+    is_pool = read_dataset_json(dataset_folder).get("misfm_pool", False)
+    if is_pool and not (dataset_folder / "dataset_fingerprint.json").is_file():
+        raise PlanError(
+            f"The pool {dataset_folder} is not complete: volumes are still to be prepared. Give their folders with -i "
+            f"again; what is prepared already is kept."
+        )
     run = _earlier_run(dataset_folder.name, plans_name, options)
     path = dataset_folder / f"{plans_name}.json"
     existing = check_replaceable(path, PretrainingSettings.TASK)
@@ -249,7 +256,7 @@ def _check(options: argparse.Namespace, processes: Processes) -> None:
         problems.append(f"-num_gpus {options.num_gpus} must be at least 1")
     if options.num_gpus > 1 and processes.several:
         problems.append("-num_gpus starts processes itself; leave it out under torchrun (--nproc_per_node)")
-    if processes.several and (options.num_parts > 1 or options.only_prepare):
+    if processes.several and options.only_prepare:
         problems.append("--only_prepare and -num_parts need no torchrun; run them as misfm_pretrain")
     if options.num_gpus > 1 and options.device != "cuda":
         problems.append(f"-num_gpus {options.num_gpus} needs -device cuda")

@@ -30,6 +30,8 @@ def launch(
     from nnunetv2.run.run_training import run_training
     from torch.multiprocessing.spawn import ProcessException, ProcessExitedException
 
+    from nnunetv2_misfm.trainers.stop_request import BY_SIGNAL
+
     # For installations whose start-up file Python does not read, and processes that were started with it off.
     add_plugin_folder()
     if device != "cpu":
@@ -46,6 +48,8 @@ def launch(
             device=torch.device(device),
         )
     except ProcessExitedException as error:
+        if error.exit_code > BY_SIGNAL:
+            raise SystemExit(error.exit_code) from None  # asked to stop; the process has saved and said so
         raise UserError(
             f"Process {error.error_index} of {num_gpus} ended ({error.msg}), and the others were stopped. Exit by "
             f"signal SIGKILL mostly means that the machine ran out of memory. Continue with --c."

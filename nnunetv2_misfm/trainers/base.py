@@ -27,7 +27,16 @@ from nnunetv2_misfm.cpu_threads import training_threads
 from nnunetv2_misfm.errors import PlanError, UserError
 from nnunetv2_misfm.files import TRAINING_LOCK, format_bytes, locked
 from nnunetv2_misfm.run_settings import BLOCK, RunSettings, run_settings
-from nnunetv2_misfm.trainers.distributed import check_batch_size, device_of_process, wrap
+from nnunetv2_misfm.trainers.checkpoint_files import (
+    LATEST,
+    PREVIOUS,
+    put_aside,
+    read_latest_or_previous,
+    remove_half_written,
+    reopen,
+)
+from nnunetv2_misfm.trainers.device_memory import available_memory
+from nnunetv2_misfm.trainers.distributed import any_process, check_batch_size, device_of_process, wrap
 from nnunetv2_misfm.trainers.own_network import with_own_network
 from nnunetv2_misfm.trainers.schedules import StagedSchedule, parameter_groups
 from nnunetv2_misfm.transfer.checkpoint import (
@@ -37,14 +46,12 @@ from nnunetv2_misfm.transfer.checkpoint import (
     installed_versions,
     network_weights,
     preprocessing_of,
-    read_checkpoint,
     write_checkpoint,
 )
 from nnunetv2_misfm.transfer.transfer import part_of
 
 _FIRST_LOSSES = 5
 _SMALL_FILES = 10**6  # bytes of plans, log and plot
-_LATEST, _PREVIOUS = "checkpoint_latest.pth", "checkpoint_previous.pth"
 CUDA = torch.device("cuda")  # nnU-Net's default device
 
 
@@ -78,6 +85,7 @@ class BaseTrainer(nnUNetTrainer):
         self.initial_lr = self.settings.initial_lr
         self.weight_decay = self.settings.weight_decay
         self._steps_done = 0
+        self._continues = False
         self.save_every = min(50, max(1, self.num_epochs // 20))
 
     @property
@@ -229,11 +237,19 @@ class BaseTrainer(nnUNetTrainer):
         self._check_disk()
         self._fit_into_memory()
         self._load_pretrained_weights()
-        final = Path(self.output_folder) / "checkpoint_final.pth"
-        if self.local_rank == 0 and 0 < self.current_epoch < self.num_epochs and final.is_file():
-            # A run that goes on is not finished any more; nnU-Net would prefer its old end to what comes now.
-            final.replace(final.with_name(_LATEST))
+        if self.local_rank == 0:
+            self._clear_results_folder()
         super().on_train_start()
+
+    def _clear_results_folder(self) -> None:
+        """Leave no checkpoint that `--c` would take for one of this run."""
+        folder = Path(self.output_folder)
+        remove_half_written(folder)
+        if not self._continues:
+            if earlier := put_aside(folder):
+                self.print_to_log_file(f"An earlier run in this folder has left checkpoints: now {', '.join(earlier)}.")
+        elif self.current_epoch < self.num_epochs:
+            reopen(folder)
 
     def _load_pretrained_weights(self) -> None:
         """What a trainer that starts from weights of others does before its first epoch."""
@@ -245,7 +261,8 @@ class BaseTrainer(nnUNetTrainer):
         if self.local_rank != 0 or self.disable_checkpointing:
             return
         weights = sum(value.numel() * value.element_size() for value in self.bare_network.state_dict().values())
-        needed, free = 2 * weights + _SMALL_FILES, shutil.disk_usage(self.output_folder).free  # 2: SGD's momentum
+        copies = 2 if self.settings.optimizer == "sgd" else 3  # with the optimiser's one or two moments
+        needed, free = copies * weights + _SMALL_FILES, shutil.disk_usage(self.output_folder).free
         if free < needed:
             raise UserError(
                 f"{self.output_folder}: its disk has only {format_bytes(free)} of space left, a checkpoint takes about "
@@ -258,13 +275,15 @@ class BaseTrainer(nnUNetTrainer):
         if self.settings.checkpointing != "auto":
             set_checkpointing(self.bare_network, self.settings.checkpointing == "on")
             return
-        available = _memory_of(self.device)
+        available = available_memory(self.device)
         needed = {on: self._estimate(checkpointing=on) for on in (False, True)}
-        gigabytes = {on: f"{bytes_ / 2**30:.1f} GB" for on, bytes_ in needed.items()}
-        if needed[False] <= available:
+        # All processes alike: one that recomputes synchronises its BatchNorms more often, and the others would wait.
+        too_much = {on: any_process(bytes_ > available, self.device) for on, bytes_ in needed.items()}
+        if not too_much[False]:
             return
+        gigabytes = {on: f"{bytes_ / 2**30:.1f} GB" for on, bytes_ in needed.items()}
         patch, batch = list(self.configuration_manager.patch_size), self.batch_size
-        if needed[True] > available:
+        if too_much[True]:
             raise PlanError(
                 f"A training step with patch size {patch} and batch size {batch} needs about {gigabytes[True]} even "
                 f"with activation checkpointing; {self.device} has {available / 2**30:.1f} GB. "
@@ -321,8 +340,8 @@ class BaseTrainer(nnUNetTrainer):
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
             **self._more_to_save(),
         }
-        is_latest = Path(filename).name == _LATEST
-        write_checkpoint(checkpoint, self._describe(), filename, keep_as=_PREVIOUS if is_latest else None)
+        is_latest = Path(filename).name == LATEST
+        write_checkpoint(checkpoint, self._describe(), filename, keep_as=PREVIOUS if is_latest else None)
 
     def _epochs_finished(self) -> int:
         return self.current_epoch + 1  # nnU-Net saves at the end of an epoch, before it counts on
@@ -356,7 +375,9 @@ class BaseTrainer(nnUNetTrainer):
             self.initialize()
         name = filename_or_checkpoint if isinstance(filename_or_checkpoint, str) else "the given checkpoint"
         if isinstance(filename_or_checkpoint, (str, os.PathLike)):
-            checkpoint = self._read_latest_or_previous(Path(filename_or_checkpoint))
+            checkpoint = read_latest_or_previous(
+                Path(filename_or_checkpoint), self.print_to_log_file, repair=self.local_rank == 0
+            )
         else:
             checkpoint = filename_or_checkpoint
         if checkpoint_info(checkpoint, name) is None:
@@ -374,34 +395,13 @@ class BaseTrainer(nnUNetTrainer):
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
         self._load_more(checkpoint)
+        self._continues = True
 
     def _load_more(self, checkpoint: Mapping[str, Any]) -> None:
         """Take back what `_more_to_save` gave."""
-
-    def _read_latest_or_previous(self, path: Path) -> dict[str, Any]:
-        """The checkpoint; the one before the latest if that one was damaged after it was written."""
-        previous = path.with_name(_PREVIOUS)
-        try:
-            return read_checkpoint(path)
-        except CheckpointError as error:
-            if path.name != _LATEST or not previous.is_file():
-                raise
-            content = read_checkpoint(previous)
-            self.print_to_log_file(f"{error} Going on from {previous.name}, the checkpoint before it.")
-            if self.local_rank == 0:
-                path.replace(path.with_name("checkpoint_damaged.pth"))  # lest it takes the place of the good one
-            return content
 
     def on_train_end(self) -> None:
         """As in nnU-Net, which removes the latest checkpoint when the final one is written."""
         super().on_train_end()
         if self.local_rank == 0:
-            Path(self.output_folder).joinpath(_PREVIOUS).unlink(missing_ok=True)
-
-
-def _memory_of(device: torch.device) -> int:
-    """Bytes a training step may use: what is free on a GPU, nine tenths of the machine's memory otherwise."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device)
-    return int(0.9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+            Path(self.output_folder).joinpath(PREVIOUS).unlink(missing_ok=True)

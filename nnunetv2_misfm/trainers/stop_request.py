@@ -7,6 +7,9 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+BY_SIGNAL = 128
+"""Added to a signal's number, as shells do, it is the exit status of what the signal ended."""
+
 
 class StopRequest:
     """Within this context SIGTERM and Ctrl-C are noted instead of ending the process; a second Ctrl-C ends it.

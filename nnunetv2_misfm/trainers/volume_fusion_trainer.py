@@ -35,19 +35,19 @@ from nnunetv2_misfm.run_settings import BLOCK, PretrainingSettings
 from nnunetv2_misfm.settings import read_settings
 from nnunetv2_misfm.trainers.alarms import alarms
 from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
+from nnunetv2_misfm.trainers.checkpoint_files import LATEST
+from nnunetv2_misfm.trainers.device_memory import peak_memory_gb
 from nnunetv2_misfm.trainers.distributed import any_process, from_all_processes
 from nnunetv2_misfm.trainers.interrupted_epoch import InterruptedEpoch
 from nnunetv2_misfm.trainers.metrics_file import MetricsFile
-from nnunetv2_misfm.trainers.peak_memory import peak_memory_gb
 from nnunetv2_misfm.trainers.pretext_data import TimedIterator, fusion_dataset_json, hold_out, killed_workers_are_named
 from nnunetv2_misfm.trainers.step_guard import StepGuard
-from nnunetv2_misfm.trainers.stop_request import StopRequest
+from nnunetv2_misfm.trainers.stop_request import BY_SIGNAL, StopRequest
 from nnunetv2_misfm.transfer.adaptation_plan import nnssl_adaptation_plan
 from nnunetv2_misfm.transfer.shrunk_weights import shrunk_weights
 
 _MOST_EPOCHS_LOST = 5  # by a crash
 _GRADIENT_NORM = 12.0  # nnU-Net's
-_BY_SIGNAL = 128  # added to a signal's number, as shells do, it is the exit status of what it ended
 
 
 class VolumeFusionTrainer(BaseTrainer):
@@ -243,12 +243,14 @@ class VolumeFusionTrainer(BaseTrainer):
 
     def _save_and_stop(self) -> None:
         self._interrupted = InterruptedEpoch.now(self._losses, self.device)
-        self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_latest.pth"))
+        self.save_checkpoint(str(Path(self.output_folder) / LATEST))
         self.print_to_log_file(
             f"Asked to stop: saved after iteration {len(self._losses)} of epoch {self.current_epoch}. "
             f"Continue with --c; the epoch goes on where it was."
         )
-        raise SystemExit(_BY_SIGNAL + (self._stop.signal or 0))
+        if self.is_ddp:
+            dist.barrier()  # the launcher stops all processes soon after the first has ended
+        raise SystemExit(BY_SIGNAL + (self._stop.signal or 0))
 
     def _epochs_finished(self) -> int:
         return self.current_epoch if self._interrupted is not None else super()._epochs_finished()

@@ -11,7 +11,7 @@ from nnunetv2_misfm.errors import PlanError, exit_with_message
 from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.plan_checks import check_replaceable
 from nnunetv2_misfm.run_options import add_run_options, given
-from nnunetv2_misfm.run_settings import DEFAULT_FINETUNING_PLANS, FinetuningSettings
+from nnunetv2_misfm.run_settings import DEFAULT_BASELINE_PLANS, DEFAULT_FINETUNING_PLANS, FinetuningSettings
 from nnunetv2_misfm.settings import read_settings
 
 _SCHEDULES = (
@@ -49,8 +49,10 @@ def plan(options: argparse.Namespace) -> None:
     dataset = read_dataset_json(dataset_folder)
     source = read_source(options.pretrained_weights) if options.pretrained_weights else None
     scratch = options.from_scratch or source is None
+    # A name of its own: under one name the baseline would train in the results folder of the fine-tuned run.
+    default_name = DEFAULT_BASELINE_PLANS if options.from_scratch else DEFAULT_FINETUNING_PLANS
     request = PlanRequest(
-        plans_name=options.overwrite_plans_name,
+        plans_name=options.overwrite_plans_name or default_name,
         configurations=tuple(options.c),
         network=options.network,
         settings=_settings(options, scratch),
@@ -126,12 +128,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="CKPT",
         help="checkpoint of ours or nnU-Net's, a published MIS-FM .pt file, or hf:OWNER/NAME on the Hugging Face Hub",
     )
-    add("--from_scratch", action="store_true", help="the same plan without the weights: the fair baseline")
+    add("--from_scratch", action="store_true", help="the same network and data without the weights: the fair baseline")
     add(
         "-overwrite_plans_name",
-        default=DEFAULT_FINETUNING_PLANS,
         metavar="NAME",
-        help=f"name of the new plans (default: {DEFAULT_FINETUNING_PLANS})",
+        help=f"of the new plans (default: {DEFAULT_FINETUNING_PLANS}; with --from_scratch {DEFAULT_BASELINE_PLANS})",
     )
     add(
         "-network",

@@ -29,12 +29,14 @@ def test_segmentation_layers_run_from_coarse_to_fine_as_in_nnunet() -> None:
     assert [layer.in_channels for layer in network(1).decoder.seg_layers] == [8, 8, 4, 4]
 
 
-def test_every_parameter_gets_the_same_gradient_with_checkpointing() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_parameter_gets_the_same_gradient_with_checkpointing(compiled: bool) -> None:
     gradients = []
     for checkpointing in (False, True):
         net = network(1, dropout_per_stage=(0.0,) * 5, checkpointing=checkpointing).train()
+        run = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
         torch.manual_seed(1)
-        sum(o.square().mean() for o in net(torch.randn(1, 2, 16, 32, 32))).backward()
+        sum(o.square().mean() for o in run(torch.randn(1, 2, 16, 32, 32))).backward()
         gradients.append([p.grad for p in net.parameters()])
     assert all(g is not None for g in gradients[0])
     for a, b in zip(*gradients, strict=True):

@@ -106,12 +106,14 @@ def test_every_parameter_gets_a_gradient() -> None:
     assert [name for name, p in net.named_parameters() if p.grad is None] == []
 
 
-def test_checkpointing_changes_neither_gradients_nor_running_statistics() -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_checkpointing_changes_neither_gradients_nor_running_statistics(compiled: bool) -> None:
     plain, checkpointed = (network(1, dropout_per_stage=(0.0,) * 5, drop_path=0.0).train() for _ in range(2))
     checkpointed.checkpointing = True
     x = torch.randn(2, 1, 16, 32, 32)
     for net in (plain, checkpointed):
-        sum(o.square().mean() for o in net(x)).backward()
+        run = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
+        sum(o.square().mean() for o in run(x)).backward()
     for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, msg=name)
     for (name, a), b in zip(plain.named_buffers(), checkpointed.buffers(), strict=True):

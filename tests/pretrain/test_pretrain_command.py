@@ -99,6 +99,17 @@ def test_an_interrupted_run_is_kept_until_the_user_decides(
     assert read_checkpoint(folder / "checkpoint_final.pth")["current_epoch"] == 2
 
 
+def test_parts_prepare_and_train_nothing(nnunet: Path, tmp_path: Path) -> None:
+    """Not even the last one, which runs on a machine for preparing."""
+    for name in ("a", "b"):
+        write(tmp_path / "scans" / f"{name}.nii.gz", ct())
+    arguments = ["-i", str(tmp_path / "scans"), "-d", "900", "-n", "Pool", "-modality", "ct", *TINY, "-num_parts", "2"]
+    for part in ("0", "1"):
+        main([*arguments, "-part_id", part])
+    assert (nnunet / "nnUNet_preprocessed" / "Dataset900_Pool" / "dataset_fingerprint.json").is_file()
+    assert not (nnunet / "nnUNet_results" / "Dataset900_Pool").exists()
+
+
 def test_a_run_that_cannot_start_deletes_nothing(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("-d", "4")
     checkpoint = run_folder(nnunet, "Dataset004_Small", "nnUNetMisFMPretrainPlans") / "checkpoint_final.pth"
@@ -120,6 +131,15 @@ def test_continuing_keeps_the_run_what_it_was(nnunet: Path, capsys: pytest.Captu
     assert (folder / "checkpoint_final.pth").read_bytes() == before
     main(["-d", "4", "--c", "-device", "cpu", "-num_epochs", "2"])
     assert read_checkpoint(folder / "checkpoint_final.pth")["current_epoch"] == 2
+
+
+def test_a_pool_that_is_not_complete_is_named(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As while other parts of it are being prepared: its plans are there, its fingerprint comes last."""
+    pool = nnunet / "nnUNet_preprocessed" / "Dataset004_Small"
+    dataset = json.loads((pool / "dataset.json").read_text())
+    (pool / "dataset.json").write_text(json.dumps({**dataset, "misfm_pool": True}))
+    (pool / "dataset_fingerprint.json").unlink()
+    assert "is not complete: volumes are still to be prepared" in refused(capsys, "-d", "4")
 
 
 def test_without_nnunets_folders_the_remedy_is_named(

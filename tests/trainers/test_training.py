@@ -192,20 +192,15 @@ def test_a_changed_checkpoint_is_noticed(nnunet: Path) -> None:
         trainer("MisFMTrainer", "nnUNetMisFMPlans").on_train_start()
 
 
-def test_the_scratch_twin_differs_in_nothing_but_the_weights(nnunet: Path) -> None:
+def test_the_baseline_differs_in_nothing_but_weights_and_schedule(nnunet: Path) -> None:
+    """And stands beside the plan of the fine-tuning, so that neither trains in the other's results folder."""
     checkpoint = pretrained()
-    plan("-pretrained_weights", str(checkpoint), "-schedule", "sawtooth")
-    plan(
-        "-pretrained_weights",
-        str(checkpoint),
-        "-schedule",
-        "sawtooth",
-        "--from_scratch",
-        "-overwrite_plans_name",
-        "Twin",
-    )
+    plan("-pretrained_weights", str(checkpoint))
+    plan("-pretrained_weights", str(checkpoint), "--from_scratch")
     folder = nnunet / "nnUNet_preprocessed" / NAME
-    ours, twin = (json.loads((folder / f"{name}.json").read_text()) for name in ("nnUNetMisFMPlans", "Twin"))
+    names = ("nnUNetMisFMPlans", "nnUNetMisFMScratchPlans")
+    ours, twin = (json.loads((folder / f"{name}.json").read_text()) for name in names)
+    assert (ours["misfm"].pop("schedule"), twin["misfm"].pop("schedule")) == ("sawtooth", "scratch")
     assert ours.pop("pretrain_info")["checkpoint_path"] is not None
     assert twin.pop("pretrain_info")["checkpoint_path"] is None
     for plans in (ours, twin):
@@ -267,12 +262,28 @@ def test_too_little_memory_names_the_remedy(nnunet: Path, monkeypatch: pytest.Mo
     run.initialize()
     needed = {on: run._estimate(checkpointing=on) for on in (False, True)}
     assert needed[True] < needed[False]
-    monkeypatch.setattr("nnunetv2_misfm.trainers.base._memory_of", lambda device: (needed[True] + needed[False]) // 2)
+    limit = "nnunetv2_misfm.trainers.base.available_memory"
+    monkeypatch.setattr(limit, lambda device: (needed[True] + needed[False]) // 2)
     run._fit_into_memory()
     assert run.bare_network.checkpointing
-    monkeypatch.setattr("nnunetv2_misfm.trainers.base._memory_of", lambda device: needed[True] // 2)
+    monkeypatch.setattr(limit, lambda device: needed[True] // 2)
     with pytest.raises(PlanError, match="misfm_plan .* -gpu_memory_target"):
         run._fit_into_memory()
+
+
+def test_a_new_run_puts_the_checkpoints_of_an_earlier_one_aside(nnunet: Path) -> None:
+    """Else --c would take the end of the earlier run, which nnU-Net looks for first, for one of the new run."""
+    plan(*NETWORK)
+    folder = run_folder("MisFMTrainer", "nnUNetMisFMPlans") / "fold_0"
+    folder.mkdir(parents=True)
+    for name in ("checkpoint_final.pth", "checkpoint_best.pth", ".checkpoint_latest.pth.123.tmp"):
+        (folder / name).write_text(name)
+    trainer("MisFMTrainer", "nnUNetMisFMPlans").on_train_start()
+    assert sorted(path.name for path in folder.rglob("*checkpoint*")) == [
+        "earlier_checkpoint_best.pth",
+        "earlier_checkpoint_final.pth",
+    ]
+    assert (folder / "earlier_checkpoint_final.pth").read_text() == "checkpoint_final.pth"
 
 
 def test_weights_given_twice_are_an_error(nnunet: Path) -> None:

@@ -1,0 +1,59 @@
+"""The checkpoints in a results folder: nnU-Net's files, and the one before the latest.
+
+nnU-Net continues from checkpoint_final.pth, else from checkpoint_latest.pth, else from checkpoint_best.pth. What an
+earlier run left under these names must not be taken for the present one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_misfm.transfer.checkpoint import CheckpointError, read_checkpoint
+
+FINAL, LATEST, PREVIOUS = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_previous.pth"
+_ALL = (FINAL, LATEST, PREVIOUS, "checkpoint_best.pth")
+
+
+def put_aside(folder: Path) -> list[str]:
+    """Rename the checkpoints of an earlier run, for a new run in the same folder; returns their new names."""
+    there = [folder / name for name in _ALL if (folder / name).is_file()]
+    return [path.replace(path.with_name(f"earlier_{path.name}")).name for path in there]
+
+
+def reopen(folder: Path) -> None:
+    """Make the final checkpoint the latest: a run that goes on is not finished any more."""
+    final = folder / FINAL
+    if final.is_file():
+        final.replace(folder / LATEST)
+
+
+def remove_half_written(folder: Path) -> None:
+    """Remove what a run that was killed while it saved has left under temporary names."""
+    for path in folder.glob(".checkpoint_*.tmp"):
+        path.unlink()
+
+
+def read_latest_or_previous(path: Path, say: Callable[[str], None], *, repair: bool) -> dict[str, Any]:
+    """The checkpoint at `path`; if that is the latest and was damaged after it was written, the one before it.
+
+    Args:
+        path: of the checkpoint.
+        say: told when the one before is taken.
+        repair: rename the damaged one, lest it takes the place of the good one.
+
+    Raises:
+        CheckpointError: if there is no readable one.
+    """
+    previous = path.with_name(PREVIOUS)
+    try:
+        return read_checkpoint(path)
+    except CheckpointError as error:
+        if path.name != LATEST or not previous.is_file():
+            raise
+        content = read_checkpoint(previous)
+        say(f"{error} Going on from {previous.name}, the checkpoint before it.")
+        if repair:
+            path.replace(path.with_name("checkpoint_damaged.pth"))
+        return content
