@@ -17,7 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from low_label_study import RECORDS, RESULTS
+from low_label_study import ARMS, RECORDS, RESULTS
 from scipy import stats
 
 README = Path(__file__).parent.parent / "README.md"
@@ -55,6 +55,8 @@ def write_report(setting: str) -> str:
             f"{paired(by_seed, runs.get(('encoder_only', labelled), {})) if arm in ('boxes', 'blocks') else ''} | "
             f"{iterations_to(by_seed, runs.get((BASELINE, labelled), {}))} |"
         )
+    shown = [name for name in ARMS if name in {arm for arm, _ in runs}]
+    lines += ["", *(f"- `{name}`: {ARMS[name].meaning}." for name in shown)]
     picture = f"low_label_{setting}.png"
     summary = "\n".join(lines)
     devices = sorted({run["device"] for by_seed in runs.values() for run in by_seed.values()})

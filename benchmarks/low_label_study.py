@@ -90,6 +90,7 @@ class Pretraining:
 class Arm:
     """What is trained: with which trainer, from which weights, with which options of misfm_plan."""
 
+    meaning: str  # for the reader of the tables
     pretraining: Pretraining | None = None
     plan: tuple[str, ...] = ()
     trainer: str = "MisFMTrainer"
@@ -102,13 +103,13 @@ BOXES = Pretraining("boxes", ("-geometry", "boxes", *SMALL_CROPS, *FEW_LARGE_BOX
 BLOCKS = Pretraining("blocks", ("-geometry", "blocks", *SMALL_CROPS))
 BATCHES_OF_2 = dataclasses.replace(BOXES, name="boxes_batch_2", length=(40, 100, 2))
 ARMS = {
-    "nnunet": Arm(trainer="LowLabelStockTrainer"),
-    "scratch": Arm(),
-    "boxes": Arm(BOXES),
-    "blocks": Arm(BLOCKS),
-    "encoder_only": Arm(BOXES, ("--encoder_only",)),
-    "boxes_batch_2": Arm(BATCHES_OF_2),
-    "boxes_wide_pool": Arm(dataclasses.replace(BOXES, pool=WIDE_POOL)),
+    "nnunet": Arm("nnU-Net's own network and trainer", trainer="LowLabelStockTrainer"),
+    "scratch": Arm("PCT-Net that starts from random weights"),
+    "boxes": Arm("PCT-Net pretrained with the geometry `boxes` on the training images, without their labels", BOXES),
+    "blocks": Arm("the same with the geometry `blocks`", BLOCKS),
+    "encoder_only": Arm("as `boxes`, with the pretrained decoder thrown away", BOXES, ("--encoder_only",)),
+    "boxes_batch_2": Arm("as `boxes`, pretrained in batches of 2 instead of 8", BATCHES_OF_2),
+    "boxes_wide_pool": Arm("as `boxes`, with other volumes too", dataclasses.replace(BOXES, pool=WIDE_POOL)),
 }
 CORE = ("scratch", "boxes", "blocks", "encoder_only")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,28 @@ def _has_ancestor(configurations: Mapping[str, Any], name: str) -> bool:
             return True
         name = configurations[name]["inherits_from"]
     return False
+
+
+def configuration_3d(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A copy of a 3D configuration, with what it inherits from others.
+
+    Raises:
+        PlanError: if the plans have no such configuration, or it is 2D.
+    """
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager  # takes seconds
+
+    of_plans = f"of the plans {plans['plans_name']} of {plans['dataset_name']}"
+    if name not in plans["configurations"]:
+        known = ", ".join(plans["configurations"])
+        raise PlanError(f"There is no configuration {name!r} {of_plans}. Choose one with -c: {known}.")
+    resolved: dict[str, Any] = deepcopy(PlansManager(dict(plans)).get_configuration(name).configuration)
+    resolved.pop("inherits_from", None)
+    if len(resolved["patch_size"]) != 3:
+        raise PlanError(
+            f"The configuration {name!r} {of_plans} is 2D (patch size {list(resolved['patch_size'])}); Volume Fusion "
+            f"and the networks here are 3D. Use a 3D configuration such as 3d_fullres, or nnU-Net's own trainer for 2d."
+        )
+    return resolved
 
 
 def check_dataset(dataset_json: Mapping[str, Any], path: Path) -> None:

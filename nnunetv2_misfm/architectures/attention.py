@@ -43,7 +43,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor
         return attended
     if mask is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=bias[None], dropout_p=dropout)
-    # Sample by sample, so that bias and mask, as large as the attention weights of a sample, are not there for each.
+    # One sample at a time: for all at once bias plus mask, as large as attention weights, would be repeated for each.
     windows = mask.shape[0]
     bias = bias + mask[:, None]
     samples = zip(query.split(windows), key.split(windows), value.split(windows), strict=True)

@@ -84,7 +84,7 @@ def norm_act_conv(
 
 
 def _suits_cpu_kernels(x: Tensor) -> bool:
-    """Whether a tensor is dense, as the kernels for the CPU trust it to be, and to be computed with as it is."""
+    """Whether a tensor is on the CPU, dense, as the kernels there trust it to be, and autocast is off."""
     dense = x.is_contiguous() or channels_last(x)
     return dense and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
 
@@ -126,7 +126,7 @@ class _NormActConv(torch.autograd.Function):
         weight, bias, p, (running_mean, running_var, momentum, eps), geometry = rest
         dtype = autocast_dtype(x)
         with without_autocast(x):
-            # The fourth, which cuDNN would keep for its backward pass, is as large as a map; PyTorch's needs none.
+            # The fourth output is what cuDNN's backward pass reserves, as large as a map; PyTorch's does not need it.
             y, mean, inverse_std, _, _ = torch.ops.aten._batch_norm_impl_index(
                 x, gamma, beta, running_mean, running_var, True, momentum, eps, torch.backends.cudnn.enabled
             )

@@ -76,8 +76,8 @@ def set_sizes(configuration: dict[str, Any], patch_size: Sequence[int] | None, b
 
 
 def normalises_over_batch(architecture: Mapping[str, Any]) -> bool:
-    """Whether a plan's network has BatchNorm; only PCT-Net has, the other networks have InstanceNorm."""
-    return own_network_name(architecture) == "pctnet"
+    """Whether a plan's network has BatchNorm: PCT-Net, and networks of nnU-Net's if the plan says so."""
+    return own_network_name(architecture) == "pctnet" or "BatchNorm" in architecture["arch_kwargs"].get("norm_op", "")
 
 
 def deepest_voxels(architecture: Mapping[str, Any], patch_size: Sequence[int]) -> int:

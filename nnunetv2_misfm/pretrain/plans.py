@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_misfm.architectures.plan_entry import (
     NETWORKS,
@@ -24,7 +23,7 @@ from nnunetv2_misfm.architectures.plan_entry import (
 )
 from nnunetv2_misfm.architectures.resolution import strides_of, total_strides
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.plan_checks import build_on_meta, check_sizes
+from nnunetv2_misfm.plan_checks import build_on_meta, check_sizes, configuration_3d
 from nnunetv2_misfm.pretrain.augment import AugmentSettings
 from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings
 from nnunetv2_misfm.run_settings import BLOCK, PretrainingSettings
@@ -111,15 +110,8 @@ def run_plans(
         PlanError: if the configuration is missing, not 3D, or part of a cascade's second stage, or if arguments are
             given for a network that is taken as it is.
     """
-    manager = PlansManager(dict(base))
-    if configuration not in manager.available_configurations:
-        known = ", ".join(manager.available_configurations)
-        raise PlanError(f"The plans {manager.plans_name} have no configuration {configuration!r}; they have: {known}.")
-    entry: dict[str, Any] = deepcopy(manager.get_configuration(configuration).configuration)
-    entry.pop("inherits_from", None)
+    entry = configuration_3d(base, configuration)
     entry.pop("next_stage", None)
-    if len(entry["patch_size"]) != 3:
-        raise PlanError(f"The configuration {configuration!r} is 2D; Volume Fusion is 3D. Use -c 3d_fullres.")
     if entry.pop("previous_stage", None) is not None:
         raise PlanError(f"{configuration!r} takes label channels, which pretraining has not. Use -c 3d_fullres.")
     planned = entry["architecture"]

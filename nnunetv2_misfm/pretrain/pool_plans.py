@@ -21,10 +21,9 @@ import numpy as np
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, find_candidate_datasets
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_misfm.datasets import nnunet_folder, read_json
-from nnunetv2_misfm.plan_checks import check_complete
+from nnunetv2_misfm.plan_checks import check_complete, configuration_3d
 from nnunetv2_misfm.pretrain.pool_inspection import PoolError, PoolInspection, PoolSettings
 from nnunetv2_misfm.pretrain.volumes import Volume
 from nnunetv2_misfm.pretrain.voxels import CANONICAL_READER
@@ -184,19 +183,15 @@ def adopt_plans(
 
     Raises:
         SettingsError: naming bad settings, and those the source plan decides but that were set all the same.
-        PoolError: if the names cannot be used, or the source has no such three-dimensional configuration.
+        PoolError: if the names cannot be used.
+        PlanError: if the source has no such 3D configuration.
     """
     origin = f"{source_plans['dataset_name']}/{source_plans['plans_name']}/{source_configuration}"
     decided = [name for name in NOT_USED_WITH_PLANS_FROM if getattr(settings, name) != getattr(PoolSettings(), name)]
     _check(settings, [f"{name} is given by the plans of {origin}; leave it out" for name in decided])
     check_names(dataset_name, plans_name, configuration)
-    if source_configuration not in source_plans["configurations"]:
-        raise PoolError(f"{origin} does not exist; configurations are {', '.join(source_plans['configurations'])}")
-    source = PlansManager(copy.deepcopy(dict(source_plans))).get_configuration(source_configuration).configuration
-    if len(source["patch_size"]) != 3:
-        raise PoolError(f"{origin} is a 2D configuration; name a 3D one")
-    links = ("inherits_from", "previous_stage", "next_stage")
-    plan = {name: value for name, value in source.items() if name not in links}
+    source = configuration_3d(source_plans, source_configuration)
+    plan = {name: value for name, value in source.items() if name not in ("previous_stage", "next_stage")}
     plan["data_identifier"] = f"{plans_name}_{configuration}"
     chosen = {name: value for name, value in write_settings(settings).items() if name not in NOT_USED_WITH_PLANS_FROM}
     pool = {

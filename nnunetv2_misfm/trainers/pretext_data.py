@@ -44,8 +44,7 @@ def killed_workers_are_named() -> Iterator[None]:
     """A process that reads crops and is killed ends the block with what to do about it.
 
     Raises:
-        UserError: in place of PyTorch's RuntimeError, which has no type of its own and comes wherever the training is
-            when the system tells it.
+        UserError: in place of the plain RuntimeError that PyTorch raises at whatever line training has reached.
     """
     try:
         yield

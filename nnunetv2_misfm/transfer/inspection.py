@@ -32,8 +32,8 @@ def describe(source: Source) -> str:
     shrunk = shrunk_weights(source.weights)
     if shrunk is not None:
         rows.append(("shrunk to nothing", f"{shrunk}; fine-tuning starts from zero there"))
-    if source.name:
-        rows.insert(1, ("on the Hub", source.name))
+    if source.hub_name:
+        rows.insert(1, ("on the Hub", source.hub_name))
     info = source.info
     if info is None:
         rows.append(("network", "not described; aligned by the plans it was trained with, if it has them"))

@@ -23,6 +23,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_t
 from nnunetv2_misfm.datasets import nnunet_folder, read_dataset_json
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import locked, write_json
+from nnunetv2_misfm.plan_checks import configuration_3d
 from nnunetv2_misfm.transfer.plans import preprocessing_key, same_preprocessing
 
 
@@ -54,7 +55,7 @@ def _provide(
     folder: Path, plans: Mapping[str, Any], base: Mapping[str, Any], configuration: str, num_processes: int
 ) -> str:
     dataset_folder = folder.parent
-    stock = dataset_folder / _data_identifier(base, configuration)
+    stock = dataset_folder / configuration_3d(base, configuration)["data_identifier"]
     shared = same_preprocessing(plans, base, configuration) and _looks_complete(stock, dataset_folder)
     record = dataset_folder / f"{folder.name}.preprocessing.json"
     wanted = json.loads(json.dumps(preprocessing_key(plans, configuration)))
@@ -74,13 +75,6 @@ def _provide(
         done = f"{folder} was preprocessed."
     write_json({"preprocessing": wanted, "files": _listing(folder)}, record)
     return done
-
-
-def _data_identifier(plans: Mapping[str, Any], configuration: str) -> str:
-    entry = plans["configurations"][configuration]
-    while "data_identifier" not in entry:
-        entry = plans["configurations"][entry["inherits_from"]]
-    return str(entry["data_identifier"])
 
 
 def _looks_complete(folder: Path, dataset_folder: Path) -> bool:

@@ -68,7 +68,7 @@ class MemoryBudget:
     """How much memory there is, and what a training step of a network needs of it.
 
     Args:
-        gigabytes: there are.
+        gigabytes: how much there is; 1 GB is 2**30 bytes.
         architecture: the network's entry in a configuration of the plans.
         input_channels, num_classes: of the network.
         checkpointing: "auto", "on" or "off"; "auto" becomes "on" when nothing else keeps the patch from shrinking.

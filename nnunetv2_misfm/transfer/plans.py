@@ -25,7 +25,7 @@ from nnunetv2_misfm.architectures.plan_entry import (
 )
 from nnunetv2_misfm.architectures.resolution import total_strides
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.plan_checks import build_on_meta, check_plans_name
+from nnunetv2_misfm.plan_checks import build_on_meta, check_plans_name, configuration_3d
 from nnunetv2_misfm.run_settings import BLOCK, FinetuningSettings
 from nnunetv2_misfm.settings import write_settings
 from nnunetv2_misfm.transfer.pretrained import PRETRAIN_INFO, Source, portable_path
@@ -93,9 +93,8 @@ def finetuning_plans(
     plans = deepcopy(dict(base))
     plans["plans_name"] = request.plans_name
     remarks: list[str] = []
-    manager = PlansManager(dict(base))
     plans["configurations"] = {
-        name: _configuration(manager, name, request, source, remarks) for name in request.configurations
+        name: _configuration(base, name, request, source, remarks) for name in request.configurations
     }
     _keep_normalisation(plans, source, remarks)
     plans[BLOCK] = {"task": FinetuningSettings.TASK, **write_settings(request.settings)}
@@ -157,7 +156,7 @@ def same_preprocessing(plans: Mapping[str, Any], base: Mapping[str, Any], config
 
 def preprocessing_key(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
     """Everything in a plan that the preprocessed arrays of a configuration depend on."""
-    resolved = PlansManager(dict(plans)).get_configuration(configuration).configuration
+    resolved = configuration_3d(plans, configuration)
     key = {name: resolved.get(name) for name in _PREPROCESSING_KEYS}
     key["transpose_forward"] = plans["transpose_forward"]
     key["image_reader_writer"] = plans["image_reader_writer"]
@@ -167,18 +166,9 @@ def preprocessing_key(plans: Mapping[str, Any], configuration: str) -> dict[str,
 
 
 def _configuration(
-    manager: PlansManager, name: str, request: PlanRequest, source: Source | None, remarks: list[str]
+    base: Mapping[str, Any], name: str, request: PlanRequest, source: Source | None, remarks: list[str]
 ) -> dict[str, Any]:
-    plans_name = manager.plans_name
-    if name not in manager.available_configurations:
-        raise PlanError(
-            f"The plans {plans_name} have no configuration {name!r}; they have: "
-            f"{', '.join(manager.available_configurations)}. Run nnUNetv2_plan_experiment first, or choose one with -c."
-        )
-    configuration: dict[str, Any] = deepcopy(manager.get_configuration(name).configuration)
-    configuration.pop("inherits_from", None)
-    if len(configuration["patch_size"]) != 3:
-        raise PlanError(f"The configuration {name!r} of the plans {plans_name} is not 3D. Choose a 3D one with -c.")
+    configuration = configuration_3d(base, name)
     for link in ("previous_stage", "next_stage"):
         linked = configuration.get(link)
         linked = [linked] if isinstance(linked, str) else linked or []
@@ -320,7 +310,7 @@ def _pretrain_info(source: Source | None, request: PlanRequest, plans: Mapping[s
     }
     if source is None or request.from_scratch:
         return info
-    info["checkpoint_path"] = source.name or portable_path(source.path)
+    info["checkpoint_path"] = source.hub_name or portable_path(source.path)
     info["checkpoint_name"] = source.path.name
     info["sha256"] = source.sha256
     if source.info is not None:

@@ -37,7 +37,7 @@ class Source:
         info: what the file says about itself; None for nnU-Net's own checkpoints.
         sha256: of the file.
         arch_kwargs: constructor arguments of the network, as far as they are known.
-        name: how the plan names the file: its path, or its place on the Hugging Face Hub with the exact revision.
+        hub_name: the file's place on the Hugging Face Hub, with the exact revision; empty for a file given by its path.
     """
 
     path: Path
@@ -46,7 +46,7 @@ class Source:
     info: CheckpointInfo | None
     sha256: str
     arch_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    name: str = ""
+    hub_name: str = ""
 
     @property
     def num_images(self) -> int | None:
