@@ -20,7 +20,13 @@ import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_misfm.pretrain.pool_plans import expected_shape, plans_for_case, pool_dataset_json, pool_settings
+from nnunetv2_misfm.pretrain.pool_plans import (
+    expected_shape,
+    plans_for_case,
+    pool_block,
+    pool_dataset_json,
+    pool_settings,
+)
 from nnunetv2_misfm.pretrain.volume_headers import VolumeProblem
 from nnunetv2_misfm.pretrain.volumes import Volume
 from nnunetv2_misfm.pretrain.voxels import (
@@ -164,7 +170,7 @@ def _prepare(task: CaseTask) -> CaseRecord:
         return dataclasses.replace(task.earlier, num_bytes=volume.num_bytes, modified_ns=volume.modified_ns)
 
     modality, modality_from, box = None, f"plans of {task.plans['misfm']['pool']['plans_from']}", None
-    if task.plans["misfm"]["pool"]["plans_from"] is None:
+    if pool_block(task.plans)["plans_from"] is None:
         modality, modality_from = settings.modality, "settings"
         if settings.modality == "auto":
             modality, modality_from = guess_modality(voxels, volume.dicom_modality)

@@ -117,7 +117,7 @@ def _from_volumes(options: argparse.Namespace) -> dict[str, Any] | None:
     else:
         geometry = find_geometry(inspection, settings, *names)
         entry, patch_size, batch_size = new_pool_entry(geometry.spacing, geometry.median_shape, request)
-        plans = plan_pool(inspection, settings, *names, patch_size, batch_size, entry, request.block())
+        plans = plan_pool(inspection, settings, geometry, *names, patch_size, batch_size, entry, request.block())
     if before is not None and options.c in before["configurations"]:
         # What the options leave open stays as the pool's plans have it.
         planned, now = before["configurations"][options.c], plans["configurations"][options.c]

@@ -1,7 +1,7 @@
 """Bare volumes to a pretraining pool: an nnU-Net dataset without labels in nnUNet_preprocessed.
 
     inspection = inspect_volumes(folders, settings)
-    plans = plan_pool(inspection, settings, ...)
+    plans = plan_pool(inspection, settings, find_geometry(inspection, settings, ...), ...)
     report = prepare_pool(inspection, plans, configuration, num_processes)
 
 A run that was interrupted is continued by running it again; volumes that are new are added. Several machines share
@@ -48,6 +48,7 @@ from nnunetv2_misfm.pretrain.pool_plans import (
     layout_differences,
     layout_hash,
     plan_pool,
+    pool_block,
     pool_dataset_json,
 )
 from nnunetv2_misfm.pretrain.volumes import Volume
@@ -78,7 +79,7 @@ class PoolReport:
     """Whether every volume has been looked at; False while other parts are at work."""
 
     def summary(self) -> str:
-        modalities = ", ".join(f"{name} ({n})" for name, n in self.plans["misfm"]["pool"]["modalities"].items() if name)
+        modalities = ", ".join(f"{name} ({n})" for name, n in pool_block(self.plans)["modalities"].items() if name)
         lines = [
             f"Pool {self.folder}: {self.num_prepared} volumes" + (f"; modality {modalities}" if modalities else "")
         ]
@@ -180,7 +181,7 @@ def _pending(
 ) -> list[CaseTask]:
     """What is left to do: new, changed and failed volumes. Those with the wrong channels get their record at once."""
     records = folder.read_records()
-    channels, layout = plans["misfm"]["pool"]["num_channels"], layout_hash(plans, configuration)
+    channels, layout = pool_block(plans)["num_channels"], layout_hash(plans, configuration)
     tasks = []
     for volume in volumes:
         record = records.get(volume.case)

@@ -27,6 +27,7 @@ from nnunetv2_misfm.plan_checks import check_complete, configuration_3d
 from nnunetv2_misfm.pretrain.pool_inspection import PoolError, PoolInspection, PoolSettings
 from nnunetv2_misfm.pretrain.volumes import Volume
 from nnunetv2_misfm.pretrain.voxels import CANONICAL_READER
+from nnunetv2_misfm.run_settings import BLOCK
 from nnunetv2_misfm.settings import SettingsError, read_settings, write_settings
 
 SCHEMES = {"ct": "CTNormalization", "mr": "ZScoreNormalization"}
@@ -58,6 +59,12 @@ class PoolGeometry:
     """Voxels after resampling, before cropping."""
 
 
+def pool_block(plans: Mapping[str, Any]) -> dict[str, Any]:
+    """What the plans of a pool say about it."""
+    block: dict[str, Any] = plans[BLOCK]["pool"]
+    return block
+
+
 def find_geometry(
     inspection: PoolInspection, settings: PoolSettings, dataset_name: str, plans_name: str, configuration: str
 ) -> PoolGeometry:
@@ -67,8 +74,10 @@ def find_geometry(
     planner, the axis of the largest spacing comes first.
 
     Raises:
+        SettingsError: naming every bad setting.
         PoolError: if the names cannot be used.
     """
+    _check(settings)
     check_names(dataset_name, plans_name, configuration)
     median_spacing = np.array(inspection.median_spacing)
     target = median_spacing if isinstance(settings.spacing, str) else np.array(settings.spacing, dtype=float)
@@ -76,7 +85,7 @@ def find_geometry(
     transpose = [first, *(axis for axis in range(3) if axis != first)]
     spacing = target[transpose]
     existing = existing_plans(dataset_name, plans_name)
-    pool = existing["misfm"]["pool"] if existing else {}
+    pool = pool_block(existing) if existing else {}
     if existing and configuration in existing["configurations"] and pool.get("settings") == write_settings(settings):
         transpose = existing["transpose_forward"]
         spacing = np.array(existing["configurations"][configuration]["spacing"])
@@ -97,6 +106,7 @@ def find_geometry(
 def plan_pool(
     inspection: PoolInspection,
     settings: PoolSettings,
+    geometry: PoolGeometry,
     dataset_name: str,
     plans_name: str,
     configuration: str,
@@ -109,17 +119,12 @@ def plan_pool(
 
     Args:
         inspection, settings: the volumes and what to make of them.
+        geometry: from `find_geometry`, for the same names.
         dataset_name, plans_name, configuration: as in nnU-Net, e.g. Dataset100_Pool, MisFMPlans, 3d_fullres.
         patch_size: voxels in plans axis order; also decides how the cases are stored in chunks.
         architecture: `network_class_name`, `arch_kwargs`, `_kw_requires_import`.
         misfm: the run's settings for `plans["misfm"]`; the pool's are added under `pool`.
-
-    Raises:
-        SettingsError: naming every bad setting.
-        PoolError: if the names cannot be used.
     """
-    _check(settings)
-    geometry = find_geometry(inspection, settings, dataset_name, plans_name, configuration)
     num_channels = inspection.num_channels
     modality = settings.modality if settings.modality != "auto" else _modality_of_tags(inspection)
     resample = settings.spacing != "none"
@@ -154,7 +159,7 @@ def plan_pool(
         "experiment_planner_used": "ExperimentPlanner",
         "label_manager": "LabelManager",
         "foreground_intensity_properties_per_channel": _intensity_properties(modality, settings, num_channels),
-        "misfm": {
+        BLOCK: {
             **copy.deepcopy(dict(misfm)),
             "pool": {
                 "settings": write_settings(settings),
@@ -205,20 +210,20 @@ def adopt_plans(
         "dataset_name": dataset_name,
         "plans_name": plans_name,
         "configurations": {configuration: plan},
-        "misfm": {**copy.deepcopy(dict(misfm)), "pool": pool},
+        BLOCK: {**copy.deepcopy(dict(misfm)), "pool": pool},
     }
 
 
 def pool_settings(plans: Mapping[str, Any]) -> PoolSettings:
     """The settings a pool's plans were made with."""
-    return read_settings(PoolSettings, plans["misfm"]["pool"]["settings"], f"the pool in {plans['plans_name']}.json")
+    return read_settings(PoolSettings, pool_block(plans)["settings"], f"the pool in {plans['plans_name']}.json")
 
 
 def plans_for_case(plans: Mapping[str, Any], configuration: str, modality: str | None) -> dict[str, Any]:
     """The plans to preprocess a case of this modality with; None for plans taken from another dataset."""
     own = copy.deepcopy(dict(plans))
     if modality is not None:
-        channels = plans["misfm"]["pool"]["num_channels"]
+        channels = pool_block(plans)["num_channels"]
         own["configurations"][configuration]["normalization_schemes"] = [SCHEMES[modality]] * channels
         properties = _intensity_properties(modality, pool_settings(plans), channels)
         own["foreground_intensity_properties_per_channel"] = properties
@@ -245,7 +250,7 @@ def keep_measured(plans: Mapping[str, Any], existing: Mapping[str, Any], configu
     kept["configurations"][configuration]["normalization_schemes"] = list(old["normalization_schemes"])
     properties = "foreground_intensity_properties_per_channel"
     kept[properties] = copy.deepcopy(existing[properties])
-    kept["misfm"]["pool"]["modalities"] = dict(existing["misfm"]["pool"]["modalities"])
+    pool_block(kept)["modalities"] = dict(pool_block(existing)["modalities"])
     return kept
 
 
@@ -258,11 +263,11 @@ def measured_plans(
         modalities: number of prepared cases by modality; empty names for plans taken from another dataset.
         intensity: measured intensity properties per channel, for the information of who reads an MR plan.
     """
-    if plans["misfm"]["pool"]["plans_from"] is not None or not modalities:
+    if pool_block(plans)["plans_from"] is not None or not modalities:
         return copy.deepcopy(dict(plans))
     modality = max(sorted(modalities), key=lambda name: modalities[name])
     measured = plans_for_case(plans, configuration, modality)
-    measured["misfm"]["pool"]["modalities"] = dict(modalities)
+    pool_block(measured)["modalities"] = dict(modalities)
     if modality != "ct":
         measured["foreground_intensity_properties_per_channel"] = copy.deepcopy(dict(intensity))
     return measured
@@ -291,7 +296,7 @@ def existing_plans(dataset_name: str, plans_name: str) -> dict[str, Any] | None:
     remedy = "Remove it to plan the pool anew, or choose another -overwrite_plans_name."
     plans = read_json(path, remedy)
     check_complete(plans, path, remedy)
-    if "pool" not in plans.get("misfm", {}):
+    if "pool" not in plans.get(BLOCK, {}):
         raise PoolError(f"{path} is not a pool's; choose another plans name or dataset")
     return plans
 
@@ -361,7 +366,7 @@ def _intensity_properties(modality: str, settings: PoolSettings, num_channels: i
 
 def _data_layout(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
     """Everything the arrays of a case depend on, as JSON would hold it, under readable names."""
-    pool, plan = plans["misfm"]["pool"], plans["configurations"][configuration]
+    pool, plan = pool_block(plans), plans["configurations"][configuration]
     layout = {f"pool.settings.{name}": value for name, value in pool["settings"].items()}
     layout |= {"plans_from": pool["plans_from"], "number of channels": pool["num_channels"]}
     layout |= {name: plans[name] for name in ("image_reader_writer", "transpose_forward")}

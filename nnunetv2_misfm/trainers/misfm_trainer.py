@@ -35,7 +35,6 @@ class MisFMTrainer(BaseTrainer):
         device: torch.device = CUDA,
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self._resumed = False
 
     def initialize(self) -> None:
         """As in the base class; remembers the initial weights, to notice weights that were loaded from outside."""
@@ -59,13 +58,8 @@ class MisFMTrainer(BaseTrainer):
             f"{weights} -gpu_memory_target {max(1, int(gigabytes))}, then train with -p nnUNetMisFMPlans."
         )
 
-    def load_checkpoint(self, filename_or_checkpoint: dict | str) -> None:
-        """As in the base class; training that goes on from here does not load pretrained weights again."""
-        super().load_checkpoint(filename_or_checkpoint)
-        self._resumed = True
-
     def _load_pretrained_weights(self) -> None:
-        if self._resumed:
+        if self._continues:
             return
         info: dict[str, Any] = self.plans_manager.plans.get(PRETRAIN_INFO) or {}
         loaded = self._weights_checksum() != self._initial_weights

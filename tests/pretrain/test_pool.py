@@ -63,7 +63,9 @@ def make_pool(
 ) -> PoolReport:
     wanted = PoolSettings(**settings)
     inspection = inspect_volumes(folders, wanted)
-    plans = plan_pool(inspection, wanted, dataset, PLANS, CONFIGURATION, (16, 16, 16), 2, ARCHITECTURE, {"seed": 1})
+    names = (dataset, PLANS, CONFIGURATION)
+    geometry = find_geometry(inspection, wanted, *names)
+    plans = plan_pool(inspection, wanted, geometry, *names, (16, 16, 16), 2, ARCHITECTURE, {"seed": 1})
     return prepare_pool(inspection, plans, CONFIGURATION, processes, *parts)
 
 
@@ -380,7 +382,9 @@ def test_another_patch_or_network_is_no_other_pool(images: Path) -> None:
     make_pool([images])
     settings = PoolSettings()
     inspection = inspect_volumes([images], settings)
-    plans = plan_pool(inspection, settings, DATASET, PLANS, CONFIGURATION, (8, 8, 8), 7, ARCHITECTURE, {"seed": 2})
+    names = (DATASET, PLANS, CONFIGURATION)
+    geometry = find_geometry(inspection, settings, *names)
+    plans = plan_pool(inspection, settings, geometry, *names, (8, 8, 8), 7, ARCHITECTURE, {"seed": 2})
     prepare_pool(inspection, plans, CONFIGURATION)
     written = json.loads((Path(os.environ["nnUNet_preprocessed"]) / DATASET / f"{PLANS}.json").read_text())
     assert written["configurations"][CONFIGURATION]["batch_size"] == 7
