@@ -133,17 +133,20 @@ class VolumeFusionTrainer(BaseTrainer):
         dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
         return hold_out(dataset_class.get_identifiers(self.preprocessed_dataset_folder))
 
-    def get_dataloaders(self) -> tuple[TimedIterator, TimedIterator]:
-        """Iterators over batches of crop pairs; training goes on from the current epoch."""
-        training, validation = self.do_split()
-        self.print_to_log_file(f"{len(training)} volumes for training, {len(validation)} for validation.")
-        common: dict[str, Any] = {
+    def _pair_options(self) -> dict[str, Any]:
+        """What the crop pairs of training and of validation have in common."""
+        return {
             "folder": self.preprocessed_dataset_folder,
             "patch_size": self.configuration_manager.patch_size,
             "fusion": self.fusion,
             "seed": self.pretraining.seed,
             "num_channels": self.num_input_channels,
         }
+
+    def get_dataloaders(self) -> tuple[TimedIterator, TimedIterator]:
+        """Iterators over batches of crop pairs; training goes on from the current epoch."""
+        training, validation = self.do_split()
+        self.print_to_log_file(f"{len(training)} volumes for training, {len(validation)} for validation.")
         workers = get_allowed_n_proc_DA()
         loading: dict[str, Any] = {
             "rank": dist.get_rank() if self.is_ddp else 0,
@@ -154,8 +157,8 @@ class VolumeFusionTrainer(BaseTrainer):
         batch_size = self.configuration_manager.batch_size
         done = len(self._interrupted.losses) if self._interrupted else 0
         epochs_done, start = divmod(done, self.num_iterations_per_epoch)  # it may have been stopped in the last one
-        pairs = CropPairs(identifiers=training, augment=self.augmentation, **common)
-        fixed = validation_pairs(identifiers=validation, **common)
+        pairs = CropPairs(identifiers=training, augment=self.augmentation, **self._pair_options())
+        fixed = validation_pairs(identifiers=validation, **self._pair_options())
         if self._degrees:
             loading["anisotropy"] = self._degrees
         batches = pair_loader(
@@ -364,14 +367,7 @@ class VolumeFusionTrainer(BaseTrainer):
     def _draw(self) -> None:
         # Read directly, so that the picture does not take a batch from the running iterators.
         _, validation = self.do_split()
-        pairs = validation_pairs(
-            identifiers=validation,
-            folder=self.preprocessed_dataset_folder,
-            patch_size=self.configuration_manager.patch_size,
-            fusion=self.fusion,
-            seed=self.pretraining.seed,
-            num_channels=self.num_input_channels,
-        )
+        pairs = validation_pairs(identifiers=validation, **self._pair_options())
         degrees = self._degrees[:1] or (0,)
         batch = next(pair_loader(pairs, min(4, self.configuration_manager.batch_size), 1, anisotropy=degrees))
         self._use_stem(batch.anisotropy)
