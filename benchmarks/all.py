@@ -6,6 +6,7 @@ With --reference, --nnssl and --pymic (checkouts to measure against) the speed a
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,8 +35,7 @@ def main() -> None:
         for script in ("memory_estimate.py", "class_shares.py", "pool_index.py", "pretraining_speed.py"):
             run(script)
     pages = sorted(path for path in RESULTS.glob("*.md") if path != PAGE)
-    sections = [path.read_text().strip().replace("\n# ", "\n## ") for path in pages]
-    text = "\n\n".join(section.replace("# ", "## ", 1) for section in sections)
+    text = "\n\n".join(re.sub("^#", "##", path.read_text().strip(), flags=re.MULTILINE) for path in pages)
     head = "# Measurements\n\nGathered by `python benchmarks/all.py` from the files beside this one."
     PAGE.write_text(f"{head}\n\n{text}\n")
     print(f"{PAGE}: {', '.join(path.name for path in pages)}")

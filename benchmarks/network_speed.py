@@ -280,12 +280,13 @@ def make_report(
                     ratios = [a[index] / b[index] for a, b in zip(rows, results[other], strict=True)]
                     cells.append(f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
             lines.append(f"| {' | '.join(cells)} |")
+    kind = "CPU" if job.device == "cpu" else "GPU"
     threads = f", {torch.get_num_threads()} threads" if job.device == "cpu" else ""
     command = "python benchmarks/network_speed.py --reference MIS-FM"
     patch = "x".join(map(str, job.patch_size))
     return "\n".join(
         [
-            "# PCT-Net: time and memory against the published implementation",
+            f"# PCT-Net on a {kind}: time and memory against the published implementation",
             "",
             f"Features {'/'.join(map(str, FEATURES))}, patch {patch}, batch {job.batch_size}, degree of anisotropy "
             f"{ANISOTROPY}; float32 where AMP (float16) is not named. Medians of {rounds} alternating rounds, ratios "
