@@ -154,8 +154,9 @@ def test_compiles_without_graph_breaks(training: bool) -> None:
 
 @pytest.mark.machine_code
 @pytest.mark.skipif(Version(torch.__version__) < Version("2.8"), reason="torch 2.7 makes invalid C++ of this step")
-def test_compiled_training_step_with_dropout() -> None:
-    net = network(1).train()
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_training_step_with_dropout(checkpointing: bool) -> None:
+    net = network(1, checkpointing=checkpointing).train()
     compiled = torch.compile(net, fullgraph=True)
     sum(o.square().mean() for o in compiled(torch.randn(2, 1, 16, 32, 32))).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
