@@ -14,6 +14,7 @@ from nnunetv2_misfm.run_options import add_run_options, given
 from nnunetv2_misfm.run_settings import DEFAULT_BASELINE_PLANS, DEFAULT_FINETUNING_PLANS, FinetuningSettings
 from nnunetv2_misfm.settings import read_settings
 
+_FEW_ITERATIONS = 1000
 _SCHEDULES = (
     "learning rate: sawtooth, the decoder's rises while the encoder stays as it is, then that of the whole network "
     "rises and falls (default with weights); warmup, that of the whole network rises and falls; default and scratch, "
@@ -65,6 +66,12 @@ def plan(options: argparse.Namespace) -> None:
     plans, remarks = finetuning_plans(base, request, source)
     if source is not None and not scratch and (shrunk := shrunk_weights(source.weights)) is not None:
         remarks.append(f"{source.path} starts from zero in {shrunk}: weight decay has shrunk its weights to nothing.")
+    iterations = request.settings.num_epochs * request.settings.num_iterations_per_epoch
+    if not scratch and iterations <= _FEW_ITERATIONS and options.initial_lr is None:
+        remarks.append(
+            f"{iterations} iterations are few for the default learning rate, which is for 250,000; in a study "
+            f"with 300 iterations -schedule default -initial_lr 5e-3 did best."
+        )
     if options.gpu_memory_target is not None:
         for name in request.configurations:
             remarks.append(fit_to_memory(plans, name, dataset, options.gpu_memory_target))

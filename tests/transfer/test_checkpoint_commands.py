@@ -83,6 +83,20 @@ def test_inspect_prints_what_a_checkpoint_is(checkpoint: Path, capsys: pytest.Ca
     assert f"encoder {in_encoder:,}" in printed
 
 
+def test_a_short_fine_tuning_at_the_default_rate_is_named(
+    nnunet: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["-d", "4", "-pretrained_weights", str(checkpoint), "--no_pp", "-num_iterations_per_epoch", "25"]
+    for more, named in (
+        (["-num_epochs", "12"], True),
+        (["-num_epochs", "12", "-initial_lr", "5e-3"], False),
+        (["-num_epochs", "1000"], False),
+        (["-num_epochs", "12", "--from_scratch"], False),
+    ):
+        plan_main([*arguments, *more])
+        assert ("300 iterations are few" in capsys.readouterr().out) is named
+
+
 def test_weights_that_decay_has_shrunk_are_named(
     nnunet: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
