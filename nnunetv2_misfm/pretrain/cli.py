@@ -70,7 +70,10 @@ def prepare(options: argparse.Namespace) -> tuple[str, str] | None:
     from nnunetv2_misfm.pretrain.plans import enough_samples
 
     plans = _from_volumes(options) if options.i else _from_preprocessed(options)
-    if plans is None or options.only_prepare:
+    if plans is None:
+        return None
+    if options.only_prepare:
+        print(f"Train with: misfm_pretrain -d {plans['dataset_name']} -p {plans['plans_name']} -c {options.c}")
         return None
     entry = plans["configurations"][options.c]
     enough = enough_samples(entry["architecture"], entry["patch_size"])

@@ -99,13 +99,14 @@ def test_an_interrupted_run_is_kept_until_the_user_decides(
     assert read_checkpoint(folder / "checkpoint_final.pth")["current_epoch"] == 2
 
 
-def test_parts_prepare_and_train_nothing(nnunet: Path, tmp_path: Path) -> None:
+def test_parts_prepare_and_train_nothing(nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Not even the last one, which runs on a machine for preparing."""
     for name in ("a", "b"):
         write(tmp_path / "scans" / f"{name}.nii.gz", ct())
     arguments = ["-i", str(tmp_path / "scans"), "-d", "900", "-n", "Pool", "-modality", "ct", *TINY, "-num_parts", "2"]
     for part in ("0", "1"):
         main([*arguments, "-part_id", part])
+        assert ("Train with: misfm_pretrain -d Dataset900_Pool" in capsys.readouterr().out) is (part == "1")
     assert (nnunet / "nnUNet_preprocessed" / "Dataset900_Pool" / "dataset_fingerprint.json").is_file()
     assert not (nnunet / "nnUNet_results" / "Dataset900_Pool").exists()
 
