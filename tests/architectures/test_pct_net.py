@@ -112,7 +112,7 @@ def test_checkpointing_changes_neither_gradients_nor_running_statistics(compiled
     checkpointed.checkpointing = True
     x = torch.randn(2, 1, 16, 32, 32)
     for net in (plain, checkpointed):
-        run = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
+        run = torch.compile(net, fullgraph=True, dynamic=False, backend="aot_eager") if compiled else net
         sum(o.square().mean() for o in run(x)).backward()
     for (name, a), b in zip(plain.named_parameters(), checkpointed.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, msg=name)
@@ -146,7 +146,7 @@ def test_strides_of_other_topologies_are_refused() -> None:
 def test_compiles_without_graph_breaks(training: bool) -> None:
     """With a backend that runs the traced graphs as they are; `pytest -m machine_code` compiles."""
     plain = network(1, dropout_per_stage=(0.0,) * 5, drop_path=0.0).train(training)
-    compiled = torch.compile(deepcopy(plain), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(deepcopy(plain), fullgraph=True, dynamic=False, backend="aot_eager")
     x = torch.randn(1, 1, 13, 35, 50)
     for ours, theirs in zip(compiled(x), plain(x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
@@ -157,7 +157,7 @@ def test_compiles_without_graph_breaks(training: bool) -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_training_step_with_dropout(checkpointing: bool) -> None:
     net = network(1, checkpointing=checkpointing).train()
-    compiled = torch.compile(net, fullgraph=True)
+    compiled = torch.compile(net, fullgraph=True, dynamic=False)
     sum(o.square().mean() for o in compiled(torch.randn(2, 1, 16, 32, 32))).backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in net.parameters())
 
