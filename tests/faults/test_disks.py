@@ -91,7 +91,7 @@ def import_weights(root: Path) -> None:
 
 
 EARLIER = {"pretraining": [pretrain], "planning": [plan], "fine-tuning": [fine_tune, stop_before_the_end]}
-NO_CHECKPOINT = "fold_.*: its disk has only 0 bytes of space left, a checkpoint takes about 3.* MB. Make room"
+NO_CHECKPOINT = "fold_.*: its disk has only 0 bytes of space left, a checkpoint takes about [45].* MB. Make room"
 POOL_KEPT = "the disk of .*Dataset900_Pool is full; make room and run this again to continue"
 NOT_WRITTEN = "could not be written.*; 0 bytes are free there"
 STEPS = {
