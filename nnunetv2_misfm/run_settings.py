@@ -158,5 +158,9 @@ def run_settings(plans: Mapping[str, Any], kind: type[RunSettings]) -> RunSettin
         raise SettingsError(where, [f"its task is {task!r}; known tasks are {', '.join(TASKS)}"])
     if task != kind.TASK:
         return kind()
-    flat = {name: value for name, value in block.items() if name not in (*NESTED_GROUPS, "task")}
-    return read_settings(kind, flat, where)
+    return read_settings(kind, without_groups(block), where)
+
+
+def without_groups(block: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the run itself in a `misfm` block."""
+    return {name: value for name, value in block.items() if name not in (*NESTED_GROUPS, "task")}

@@ -10,8 +10,9 @@ from time import perf_counter
 
 from nnunetv2_misfm.cpu_threads import keep_cores_free
 from nnunetv2_misfm.errors import PlanError, exit_with_message
+from nnunetv2_misfm.run_settings import DEFAULT_BASELINE_PLANS, DEFAULT_FINETUNING_PLANS
 
-PLANS = {"pretrained": "nnUNetMisFMPlans", "from scratch": "nnUNetMisFMScratchPlans"}
+PLANS = {"pretrained": DEFAULT_FINETUNING_PLANS, "from scratch": DEFAULT_BASELINE_PLANS}
 _NUM_VOLUMES, _NUM_TRAINING, _NUM_TEST = 16, 6, 3
 _PRETRAINING, _FINETUNING = (6, 16), (10, 16)  # epochs, iterations of each
 _NETWORK = ("-features_per_stage", "6", "12", "24", "48", "96")

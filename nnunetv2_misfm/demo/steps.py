@@ -105,7 +105,7 @@ class Demo:
         common += ["-num_val_iterations_per_epoch", "2", "-initial_lr", "0.01"]
         with in_this_process(), step("Planning the fine-tunings", self.log, 2, r"Train with"):
             # The default's two ramps would take a quarter of the epochs.
-            misfm_plan([*common, "-overwrite_plans_name", "nnUNetMisFMPlans", "-schedule", "default"])
+            misfm_plan([*common, "-schedule", "default"])
             misfm_plan([*common, "--from_scratch"])
 
     def finetune_and_test(self, name: str, plans: str, epochs: int) -> Arm:

@@ -169,8 +169,9 @@ def _prepare(task: CaseTask) -> CaseRecord:
     if task.earlier is not None and task.earlier.content == content:
         return dataclasses.replace(task.earlier, num_bytes=volume.num_bytes, modified_ns=volume.modified_ns)
 
-    modality, modality_from, box = None, f"plans of {task.plans['misfm']['pool']['plans_from']}", None
-    if pool_block(task.plans)["plans_from"] is None:
+    plans_from = pool_block(task.plans)["plans_from"]
+    modality, modality_from, box = None, f"plans of {plans_from}", None
+    if plans_from is None:
         modality, modality_from = settings.modality, "settings"
         if settings.modality == "auto":
             modality, modality_from = guess_modality(voxels, volume.dicom_modality)

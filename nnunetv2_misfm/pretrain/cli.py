@@ -16,7 +16,7 @@ from nnunetv2_misfm.plan_checks import build_on_meta, check_plans_name, check_re
 from nnunetv2_misfm.pretrain.earlier_run import EarlierRun, check_device, run_folder
 from nnunetv2_misfm.pretrain.processes import Processes
 from nnunetv2_misfm.run_options import add_run_options, given
-from nnunetv2_misfm.run_settings import BLOCK, NESTED_GROUPS, PretrainingSettings
+from nnunetv2_misfm.run_settings import BLOCK, PretrainingSettings, without_groups
 from nnunetv2_misfm.settings import read_settings
 
 if TYPE_CHECKING:
@@ -201,8 +201,7 @@ def _request(options: argparse.Namespace, base: Mapping[str, Any] | None) -> Run
 
     block = (base or {}).get(BLOCK, {})
     before = block if block.get("task") == PretrainingSettings.TASK else {}
-    run = {name: value for name, value in before.items() if name not in (*NESTED_GROUPS, "task")}
-    run |= given(options, PretrainingSettings)
+    run = {**without_groups(before), **given(options, PretrainingSettings)}
     fusion = {**before.get("fusion", {}), **given(options, FusionSettings)}
     boxes = [f"-{name}" for name in BOX_OPTIONS if getattr(options, name) is not None]
     if boxes and fusion.get("geometry") == "blocks":
