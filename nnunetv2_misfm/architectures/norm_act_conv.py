@@ -56,20 +56,25 @@ def norm_act_conv(
         overwrite: whether `x` is not needed any more; prediction on a CPU then works in its memory.
     """
 
-    def one_by_one(x: Tensor) -> Tensor:
-        y = act(norm(x))
+    def norm_act(x: Tensor) -> Tensor:
+        # As a slope for each channel, its gradient sums over the axes of the norm's: compiled, one pass for all three.
+        return F.prelu(norm(x), act.weight.expand(x.shape[1]))
+
+    def drop_conv(y: Tensor) -> Tensor:
         output: Tensor = conv(y if dropout is None else dropout(y))
         return output
 
     if torch.compiler.is_compiling():
-        return one_by_one(x)  # the compiler itself decides what to compute again
+        # Left to itself, the compiler would keep the convolution's input besides the norm's.
+        training = norm.training and torch.is_grad_enabled()
+        return drop_conv(recompute(norm_act, x, norms=norm) if training else norm_act(x))
     # PyTorch's modules refuse a single value per channel, which has no variance; its kernels do not.
     known = isinstance(norm, nn.BatchNorm3d) and x.numel() > x.shape[1]
     on_cpu = known and _suits_cpu_kernels(x)
     if not torch.is_grad_enabled():
-        return _predict(x, norm, act, conv, overwrite) if on_cpu and not norm.training else one_by_one(x)
+        return _predict(x, norm, act, conv, overwrite) if on_cpu and not norm.training else drop_conv(norm_act(x))
     if not (known and norm.training and norm.momentum is not None):
-        return recompute(one_by_one, x, norms=norm)
+        return recompute(lambda x: drop_conv(norm_act(x)), x, norms=norm)
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
     p = dropout.p if isinstance(dropout, Dropout) and dropout.training else 0.0

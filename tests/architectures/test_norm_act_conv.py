@@ -121,8 +121,11 @@ def test_autocast_gives_what_the_modules_give(inside: bool) -> None:
         assert (ours - plain).norm() < 0.02 * plain.norm()
 
 
-def test_one_feature_map_is_kept_instead_of_three() -> None:
-    net = NormActConvSequential(*modules(nn.Conv3d(4, 4, 3, padding=1), 0.25)[1:])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_one_feature_map_is_kept_instead_of_three(compiled: bool) -> None:
+    net: nn.Module = NormActConvSequential(*modules(nn.Conv3d(4, 4, 3, padding=1), 0.25)[1:])
+    if compiled:
+        net = torch.compile(net, fullgraph=True, dynamic=False, backend="aot_eager")
     x = torch.randn(1, 4, 8, 16, 16, requires_grad=True)
     kept: dict[int, int] = {}
 
@@ -133,3 +136,16 @@ def test_one_feature_map_is_kept_instead_of_three() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         net(x)
     assert sum(size >= x.numel() for size in kept.values()) == 1
+
+
+def test_compiled_gradients_and_statistics() -> None:
+    layers = modules(nn.Conv3d(4, 3, 3, padding=1), 0.25)
+    plain, ours = nn.Sequential(*deepcopy(layers)), NormActConvSequential(*deepcopy(layers))
+    compiled = torch.compile(ours, fullgraph=True, dynamic=False, backend="aot_eager")
+    x = torch.randn(2, 4, 3, 8, 6) * 3 + 10
+    for net in (plain, compiled):
+        net(x).square().sum().backward()
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4, msg=name)
+    for (name, a), b in zip(ours.named_buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
