@@ -21,10 +21,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from nnunetv2_misfm.architectures.checkpointing import set_checkpointing
-from nnunetv2_misfm.architectures.memory import estimate_training_memory
 from nnunetv2_misfm.architectures.resolution import total_strides
 from nnunetv2_misfm.cpu_threads import training_threads
-from nnunetv2_misfm.errors import PlanError, UserError
+from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.files import TRAINING_LOCK, format_bytes, locked
 from nnunetv2_misfm.run_settings import BLOCK, RunSettings, run_settings
 from nnunetv2_misfm.trainers.checkpoint_files import (
@@ -35,8 +34,8 @@ from nnunetv2_misfm.trainers.checkpoint_files import (
     remove_half_written,
     reopen,
 )
-from nnunetv2_misfm.trainers.device_memory import available_memory
-from nnunetv2_misfm.trainers.distributed import any_process, check_batch_size, device_of_process, wrap
+from nnunetv2_misfm.trainers.distributed import check_batch_size, device_of_process, wrap
+from nnunetv2_misfm.trainers.memory_fit import fit_into_memory
 from nnunetv2_misfm.trainers.own_network import with_own_network
 from nnunetv2_misfm.trainers.schedules import StagedSchedule, parameter_groups
 from nnunetv2_misfm.transfer.checkpoint import (
@@ -247,7 +246,10 @@ class BaseTrainer(nnUNetTrainer):
         remove_half_written(folder)
         if not self._continues:
             if earlier := put_aside(folder):
-                self.print_to_log_file(f"An earlier run in this folder has left checkpoints: now {', '.join(earlier)}.")
+                self.print_to_log_file(
+                    f"This run starts anew; earlier ones have left {', '.join(earlier)}. To continue one of those "
+                    f"instead, stop this run, take 'earlier_N_' off its name, and use --c."
+                )
         elif self.current_epoch < self.num_epochs:
             reopen(folder)
 
@@ -275,45 +277,26 @@ class BaseTrainer(nnUNetTrainer):
         if self.settings.checkpointing != "auto":
             set_checkpointing(self.bare_network, self.settings.checkpointing == "on")
             return
-        available = available_memory(self.device)
-        needed = {on: self._estimate(checkpointing=on) for on in (False, True)}
-        # All processes alike: one that recomputes synchronises its BatchNorms more often, and the others would wait.
-        too_much = {on: any_process(bytes_ > available, self.device) for on, bytes_ in needed.items()}
-        if not too_much[False]:
-            return
-        gigabytes = {on: f"{bytes_ / 2**30:.1f} GB" for on, bytes_ in needed.items()}
-        patch, batch = list(self.configuration_manager.patch_size), self.batch_size
-        if too_much[True]:
-            raise PlanError(
-                f"A training step with patch size {patch} and batch size {batch} needs about {gigabytes[True]} even "
-                f"with activation checkpointing; {self.device} has {available / 2**30:.1f} GB. "
-                f"{self._memory_remedy(available / 2**30)}"
-            )
-        set_checkpointing(self.bare_network, True)
-        self.print_to_log_file(
-            f"Activation checkpointing is on: a step needs about {gigabytes[False]} without it and {gigabytes[True]} "
-            f"with it; {self.device} has {available / 2**30:.1f} GB."
+        shape = (self.batch_size, self.num_input_channels, *self.configuration_manager.patch_size)
+        fit_into_memory(
+            self.bare_network, self._same_network, shape, self.device, self._memory_remedy, self.print_to_log_file
+        )
+
+    def _same_network(self) -> nn.Module:
+        manager: ConfigurationManager = self.configuration_manager
+        return get_network_from_plans(
+            manager.network_arch_class_name,
+            manager.network_arch_init_kwargs,
+            manager.network_arch_init_kwargs_req_import,
+            self.num_input_channels,
+            self.label_manager.num_segmentation_heads,
+            allow_init=False,
+            deep_supervision=True,
         )
 
     def _memory_remedy(self, gigabytes: float) -> str:
         """What to do when a training step does not fit."""
         raise TypeError(f"{type(self).__name__} has to define _memory_remedy")
-
-    def _estimate(self, checkpointing: bool) -> int:
-        arguments = (
-            self.configuration_manager.network_arch_class_name,
-            self.configuration_manager.network_arch_init_kwargs,
-            self.configuration_manager.network_arch_init_kwargs_req_import,
-            self.num_input_channels,
-            self.label_manager.num_segmentation_heads,
-        )
-        shape = (self.batch_size, self.num_input_channels, *self.configuration_manager.patch_size)
-        return estimate_training_memory(
-            lambda: get_network_from_plans(*arguments, allow_init=False, deep_supervision=True),
-            shape,
-            checkpointing=checkpointing,
-            autocast=self.device.type == "cuda",
-        ).total
 
     # ---------------------------------------------------------------- checkpoint files
 

@@ -17,9 +17,18 @@ _ALL = (FINAL, LATEST, PREVIOUS, "checkpoint_best.pth")
 
 
 def put_aside(folder: Path) -> list[str]:
-    """Rename the checkpoints of an earlier run, for a new run in the same folder; returns their new names."""
-    there = [folder / name for name in _ALL if (folder / name).is_file()]
-    return [path.replace(path.with_name(f"earlier_{path.name}")).name for path in there]
+    """Rename the checkpoints that another run has left, for a new run in the same folder.
+
+    Returns:
+        The names of all that were ever put aside there; none takes the place of another.
+    """
+    number = 1
+    while any(folder.glob(f"earlier_{number}_*")):
+        number += 1
+    for path in [folder / name for name in _ALL]:
+        if path.is_file():
+            path.replace(folder / f"earlier_{number}_{path.name}")
+    return sorted(path.name for path in folder.glob("earlier_*_checkpoint_*.pth"))
 
 
 def reopen(folder: Path) -> None:

@@ -146,7 +146,8 @@ class VolumeFusionTrainer(BaseTrainer):
     def get_dataloaders(self) -> tuple[TimedIterator, TimedIterator]:
         """Iterators over batches of crop pairs; training goes on from the current epoch."""
         training, validation = self.do_split()
-        self.print_to_log_file(f"{len(training)} volumes for training, {len(validation)} for validation.")
+        few = " (the same: too few to hold any out)" if set(training) == set(validation) else ""
+        self.print_to_log_file(f"{len(training)} volumes for training, {len(validation)} for validation{few}.")
         workers = get_allowed_n_proc_DA()
         loading: dict[str, Any] = {
             "rank": dist.get_rank() if self.is_ddp else 0,

@@ -13,6 +13,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 from program_end import ends_as_a_program
 
+from nnunetv2_misfm.architectures.memory import estimate_training_memory
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.pretrain.cli import main as misfm_pretrain
 from nnunetv2_misfm.settings import SettingsError
@@ -260,9 +261,13 @@ def test_too_little_memory_names_the_remedy(nnunet: Path, monkeypatch: pytest.Mo
     plan(*NETWORK)
     run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
     run.initialize()
-    needed = {on: run._estimate(checkpointing=on) for on in (False, True)}
+    shape = (run.batch_size, 1, *run.configuration_manager.patch_size)
+    needed = {on: estimate_training_memory(run._same_network, shape, checkpointing=on).total for on in (False, True)}
     assert needed[True] < needed[False]
-    limit = "nnunetv2_misfm.trainers.base.available_memory"
+    limit = "nnunetv2_misfm.trainers.memory_fit.available_memory"
+    monkeypatch.setattr(limit, lambda device: needed[False])
+    run._fit_into_memory()
+    assert not run.bare_network.checkpointing
     monkeypatch.setattr(limit, lambda device: (needed[True] + needed[False]) // 2)
     run._fit_into_memory()
     assert run.bare_network.checkpointing
@@ -271,19 +276,26 @@ def test_too_little_memory_names_the_remedy(nnunet: Path, monkeypatch: pytest.Mo
         run._fit_into_memory()
 
 
-def test_a_new_run_puts_the_checkpoints_of_an_earlier_one_aside(nnunet: Path) -> None:
-    """Else --c would take the end of the earlier run, which nnU-Net looks for first, for one of the new run."""
+def test_new_runs_put_the_checkpoints_of_earlier_ones_aside(nnunet: Path) -> None:
+    """Else --c would take the end of an earlier run, which nnU-Net looks for first, for one of the new run."""
     plan(*NETWORK)
     folder = run_folder("MisFMTrainer", "nnUNetMisFMPlans") / "fold_0"
     folder.mkdir(parents=True)
-    for name in ("checkpoint_final.pth", "checkpoint_best.pth", ".checkpoint_latest.pth.123.tmp"):
-        (folder / name).write_text(name)
-    trainer("MisFMTrainer", "nnUNetMisFMPlans").on_train_start()
-    assert sorted(path.name for path in folder.rglob("*checkpoint*")) == [
-        "earlier_checkpoint_best.pth",
-        "earlier_checkpoint_final.pth",
-    ]
-    assert (folder / "earlier_checkpoint_final.pth").read_text() == "checkpoint_final.pth"
+    left = ("checkpoint_final.pth", "checkpoint_best.pth", ".checkpoint_latest.pth.123.tmp")
+    for run in ("first", "second"):
+        for name in left:
+            (folder / name).write_text(run)
+        trainer("MisFMTrainer", "nnUNetMisFMPlans").on_train_start()
+    there = {path.name: path.read_text() for path in folder.rglob("*checkpoint*")}
+    assert there == {
+        "earlier_1_checkpoint_best.pth": "first",
+        "earlier_1_checkpoint_final.pth": "first",
+        "earlier_2_checkpoint_best.pth": "second",
+        "earlier_2_checkpoint_final.pth": "second",
+    }
+    again = trainer("MisFMTrainer", "nnUNetMisFMPlans")
+    again.on_train_start()  # there is nothing to put aside, but --c without a checkpoint ends here as well
+    assert "earlier_1_checkpoint_final.pth" in Path(again.log_file).read_text()
 
 
 def test_weights_given_twice_are_an_error(nnunet: Path) -> None:
