@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from nnunetv2_misfm.architectures.plan_entry import NETWORKS
 from nnunetv2_misfm.datasets import preprocessed_dataset, read_dataset_json, read_plans
@@ -39,6 +38,7 @@ def plan(options: argparse.Namespace) -> None:
     from nnunetv2_misfm.transfer.planner import fit_to_memory
     from nnunetv2_misfm.transfer.plans import PlanRequest, check_fit, finetuning_plans
     from nnunetv2_misfm.transfer.pretrained import read_source
+    from nnunetv2_misfm.transfer.replaced_plans import what_changes
     from nnunetv2_misfm.transfer.shrunk_weights import shrunk_weights
 
     if options.np < 1:
@@ -79,7 +79,8 @@ def plan(options: argparse.Namespace) -> None:
         check_fit(plans, name, dataset, source)
     path = dataset_folder / f"{request.plans_name}.json"
     replaced = check_replaceable(path, FinetuningSettings.TASK)
-    remarks += what_is_lost(replaced, plans)
+    if replaced is not None:
+        remarks += what_changes(path, replaced, plans)
     write_json(plans, path)
     for remark in remarks:
         print(f"Note: {remark}")
@@ -100,20 +101,6 @@ def _spacing(given: list[str]) -> str | tuple[float, float, float]:
     except ValueError:
         raise PlanError(f"-spacing {' '.join(given)} is neither dataset, pretrained nor three numbers in mm.") from None
     return x, y, z
-
-
-def what_is_lost(replaced: dict[str, Any] | None, plans: dict[str, Any]) -> list[str]:
-    """What plans that take the place of others do not have any more."""
-    if replaced is None:
-        return []
-    lost = []
-    weights = (replaced.get("pretrain_info") or {}).get("checkpoint_path")
-    if weights is not None and plans["pretrain_info"]["checkpoint_path"] != weights:
-        lost.append(f"the plans that are replaced started from {weights}; these do not")
-    gone = sorted(set(replaced.get("configurations", {})) - set(plans["configurations"]))
-    if gone:
-        lost.append(f"the plans that are replaced also had {', '.join(gone)}; name them with -c to keep them")
-    return lost
 
 
 def _settings(options: argparse.Namespace, scratch: bool) -> FinetuningSettings:

@@ -48,7 +48,8 @@ def describe(source: Source) -> str:
             *((f"  {name}", _short(value)) for name, value in info.training.items() if name != "task"),
             ("written by", ", ".join(f"{name} {version}" for name, version in info.versions.items()) or "unknown"),
         ]
-    return "\n".join(f"{name:<22}{value}" for name, value in rows)
+    width = max(len(name) for name, _ in rows) + 2
+    return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
 
 
 def _preprocessing(preprocessing: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -24,6 +24,14 @@ def plans(nnunet: Path, name: str = "nnUNetMisFMPlans") -> dict:
     return json.loads((nnunet / "nnUNet_preprocessed" / DATASET / f"{name}.json").read_text())
 
 
+def save_pctnet(path: Path) -> None:
+    arguments = {"strides": strides_of(0), "features_per_stage": [4, 4, 8, 16, 32]}
+    preprocessing = {"normalization_schemes": ["ZScoreNormalization"], "patch_size": [8, 32, 32], "spacing": [2, 2, 2]}
+    info = CheckpointInfo("volume_fusion", NETWORKS["pctnet"], arguments, 1, 5, preprocessing, {})
+    weights = PCTNet(1, 5, **arguments).state_dict()  # type: ignore[arg-type]
+    write_checkpoint({"network_weights": weights}, info, path)
+
+
 def test_without_weights_the_plan_trains_from_scratch(nnunet: Path) -> None:
     plan_main(["-d", "4", "-num_epochs", "7", "-initial_lr", "0.01"])
     written = plans(nnunet)
@@ -111,16 +119,30 @@ def test_data_is_provided_again_when_its_source_has_changed(nnunet: Path, capsys
     assert (ours / "case_0_seg.b2nd").stat().st_ino == (stock / "case_0_seg.b2nd").stat().st_ino
 
 
-def test_replacing_plans_says_what_is_lost(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan_main(["-d", "4", "--no_pp"])
+def test_replacing_plans_says_what_changes(nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_pctnet(tmp_path / "c.pth")
+    plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pth"), "--no_pp"])
     path = nnunet / "nnUNet_preprocessed" / DATASET / "nnUNetMisFMPlans.json"
     written = json.loads(path.read_text())
-    written["pretrain_info"]["checkpoint_path"] = "somewhere/c.pth"
+    written["pretrain_info"]["checkpoint_path"] = "somewhere/else.pth"
     written["configurations"]["3d_lowres"] = written["configurations"]["3d_fullres"]
     path.write_text(json.dumps(written))
-    plan_main(["-d", "4", "--no_pp"])
+    plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pth"), "-batch_size", "5", "--no_pp"])
     out = capsys.readouterr().out
-    assert "started from somewhere/c.pth" in out and "also had 3d_lowres" in out
+    assert "weights somewhere/else.pth become" in out and "also had 3d_lowres" in out
+    assert "3d_fullres: batch_size 2 becomes 5" in out and "patch_size" not in out
+
+
+def test_plans_with_weights_are_not_replaced_by_plans_without(
+    nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_pctnet(tmp_path / "c.pth")
+    plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pth"), "--no_pp"])
+    before = plans(nnunet)
+    with pytest.raises(SystemExit):
+        plan_main(["-d", "4", "--no_pp"])
+    assert "would start from nothing" in capsys.readouterr().err
+    assert plans(nnunet) == before
 
 
 def test_a_checkpoint_that_names_no_network_asks_for_the_plans(
@@ -133,11 +155,7 @@ def test_a_checkpoint_that_names_no_network_asks_for_the_plans(
 
 
 def test_the_spacing_can_be_the_checkpoints_or_any(nnunet: Path, tmp_path: Path) -> None:
-    arguments = {"strides": strides_of(0), "features_per_stage": [4, 4, 8, 16, 32]}
-    preprocessing = {"normalization_schemes": ["ZScoreNormalization"], "patch_size": [8, 32, 32], "spacing": [2, 2, 2]}
-    info = CheckpointInfo("volume_fusion", NETWORKS["pctnet"], arguments, 1, 5, preprocessing, {})
-    weights = PCTNet(1, 5, **arguments).state_dict()  # type: ignore[arg-type]
-    write_checkpoint({"network_weights": weights}, info, tmp_path / "c.pth")
+    save_pctnet(tmp_path / "c.pth")
     stock = plans(nnunet, "nnUNetPlans")["configurations"]["3d_fullres"]
     plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pth"), "-spacing", "pretrained", "--no_pp"])
     ours = plans(nnunet)["configurations"]["3d_fullres"]
