@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.files import read_json
 from nnunetv2_misfm.plan_checks import check_complete, check_dataset
+
+_OF_A_POOL = "that of a pool is written by misfm_pretrain with the -i and the options that made the pool"
 
 
 def nnunet_folder(variable: str) -> Path:
@@ -52,7 +54,7 @@ def read_dataset_json(dataset_folder: Path) -> dict[str, Any]:
         PlanError: if it is missing, damaged or incomplete.
     """
     path = dataset_folder / "dataset.json"
-    content = read_json(path, "Plan the dataset with nnU-Net again.")
+    content = read_json(path, f"Plan the dataset with nnU-Net again; {_OF_A_POOL}.")
     check_dataset(content, path)
     return content
 
@@ -64,28 +66,13 @@ def read_plans(dataset_folder: Path, plans_name: str) -> dict[str, Any]:
         PlanError: if it is missing or damaged; the message lists the plans there are.
     """
     others = sorted(
-        path.stem for path in dataset_folder.glob("*.json") if '"configurations"' in path.read_text(errors="replace")
+        path.stem
+        for path in dataset_folder.glob("*.json")
+        if path.stem != plans_name and '"configurations"' in path.read_text(errors="replace")
     )
-    there = f"There are: {', '.join(others)}." if others else "There are none yet."
-    plans = read_json(
-        dataset_folder / f"{plans_name}.json", f"{there} Choose plans with -p, or run nnUNetv2_plan_and_preprocess."
-    )
-    check_complete(plans, dataset_folder / f"{plans_name}.json", there)
+    choice = f"Choose others with -p ({', '.join(others)})" if others else "There are no others yet"
+    path = dataset_folder / f"{plans_name}.json"
+    remedy = f"{choice}, or plan the dataset with nnU-Net{' again' if path.exists() else ''}; {_OF_A_POOL}."
+    plans = read_json(path, remedy)
+    check_complete(plans, path, remedy)
     return plans
-
-
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """The object that a JSON file holds.
-
-    Raises:
-        PlanError: if the file is missing, damaged or holds something else; the message ends with `remedy`.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PlanError(f"{path} does not exist. {remedy}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path} is not readable JSON ({error}). {remedy}") from None
-    if not isinstance(content, dict):
-        raise PlanError(f"{path} holds a JSON {type(content).__name__}, not an object. {remedy}")
-    return content

@@ -1,4 +1,4 @@
-"""Files that other processes see either whole or not at all."""
+"""JSON files, files that other processes see either whole or not at all, and locks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from nnunetv2_misfm.errors import UserError, first_line
+from nnunetv2_misfm.errors import PlanError, UserError, first_line
 
 
 @contextmanager
@@ -31,6 +31,23 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The object that a JSON file holds.
+
+    Raises:
+        PlanError: if the file is missing, damaged or holds something else; the message ends with `remedy`.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PlanError(f"{path} does not exist. {remedy}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path} is not readable JSON ({error}). {remedy}") from None
+    if not isinstance(content, dict):
+        raise PlanError(f"{path} holds a JSON {type(content).__name__}, not an object. {remedy}")
+    return content
 
 
 def write_json(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

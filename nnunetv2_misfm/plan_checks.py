@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.files import read_json
 from nnunetv2_misfm.run_settings import BLOCK
 
 _PLANS_KEYS = (
@@ -48,14 +48,11 @@ def check_replaceable(path: Path, task: str) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        ours = content[BLOCK]["task"] == task
-    except (ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        raise PlanError(f"{path} exists and was not written by this command. Choose another -overwrite_plans_name.")
-    assert isinstance(content, dict)
+    another = "Choose another -overwrite_plans_name."
+    content = read_json(path, f"Remove it, then it is written anew. {another}")
+    block = content.get(BLOCK)
+    if not isinstance(block, Mapping) or block.get("task") != task:
+        raise PlanError(f"{path} exists and was not written by this command. {another}")
     return content
 
 

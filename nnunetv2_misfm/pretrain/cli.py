@@ -30,7 +30,7 @@ BOX_OPTIONS = ("num_boxes", "box_size_min", "box_size_max")
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of misfm_pretrain."""
     options = _parser().parse_args(arguments)
-    options.only_prepare |= options.num_parts > 1
+    options.only_prepare |= options.num_parts is not None
     keep_cores_free()
     exit_with_message("misfm_pretrain", lambda: pretrain(options))
 
@@ -133,7 +133,7 @@ def _from_volumes(options: argparse.Namespace) -> dict[str, Any] | None:
     build_on_meta(plans["configurations"][options.c]["architecture"], 1, request.fusion.num_fusion_classes)
     if options.continue_training:
         run.check_same(plans, options.c)
-    report = prepare_pool(inspection, plans, options.c, options.np, options.num_parts, options.part_id)
+    report = prepare_pool(inspection, plans, options.c, options.np, options.num_parts or 1, options.part_id or 0)
     print(report.summary())
     return report.plans if report.complete else None
 
@@ -250,6 +250,16 @@ def _check(options: argparse.Namespace, processes: Processes) -> None:
         problems.append("-plans_from takes modality and spacing from those plans; leave -modality and -spacing out")
     if not options.i and (options.modality or options.spacing or options.n):
         problems.append("-modality, -spacing and -n describe volumes; they need -i")
+    if (options.num_parts is None) != (options.part_id is None):
+        problems.append("-num_parts (how many) and -part_id (which one, from 0) belong together; give both")
+    elif options.num_parts is not None and not 0 <= options.part_id < options.num_parts:
+        problems.append(
+            f"-part_id {options.part_id} must be from 0 to -num_parts - 1, which is {options.num_parts - 1}"
+        )
+    if options.num_parts is not None and not options.i:
+        problems.append("-num_parts shares the preparation of volumes; it needs -i")
+    if options.np < 1:
+        problems.append(f"-np {options.np} must be at least 1")
     if options.continue_training and options.overwrite:
         problems.append("--c continues a run and --overwrite deletes it; choose one")
     if options.stems == "all" and options.network not in (None, "pctnet"):
@@ -304,8 +314,8 @@ def _parser() -> argparse.ArgumentParser:
     add("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="default: cuda")
     add("-num_gpus", type=int, default=1, help="GPUs of this machine (default: 1)")
     add("-np", type=int, default=2, help="processes that prepare volumes (default: 2)")
-    add("-num_parts", type=int, default=1, help="prepare only one of so many parts of the volumes, then stop")
-    add("-part_id", type=int, default=0, help="which part, from 0")
+    add("-num_parts", type=int, metavar="N", help="prepare only one of so many parts of the volumes, then stop")
+    add("-part_id", type=int, metavar="N", help="which part, from 0 (with -num_parts)")
     add("--only_prepare", action="store_true", help="prepare the pool and stop")
     add("--c", dest="continue_training", action="store_true", help="continue from the latest checkpoint")
     add("--overwrite", action="store_true", help="delete what an earlier run left and start anew")

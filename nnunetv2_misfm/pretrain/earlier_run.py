@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_misfm.datasets import nnunet_folder, read_json
+from nnunetv2_misfm.datasets import nnunet_folder
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.files import TRAINING_LOCK, locked
+from nnunetv2_misfm.files import TRAINING_LOCK, locked, read_json
 from nnunetv2_misfm.run_settings import BLOCK
 
 # What a run that goes on may change: how long it is, and how often it shows something.

@@ -113,7 +113,7 @@ def prepare_pool(
         PoolError: if the pool cannot be made: names in use, other settings than the pool's, not enough disk space,
             no usable volume. Finished work stays, and running again continues it.
     """
-    if num_processes < 1 or num_parts < 1 or not 0 <= part_id < num_parts:
+    if num_processes < 1 or not 0 <= part_id < num_parts:
         raise PoolError(
             f"num_processes {num_processes}, num_parts {num_parts}, part_id {part_id}: there must be at least one "
             "process and one part, and part_id counts from 0 to num_parts - 1"

@@ -17,8 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_misfm.datasets import nnunet_folder, read_json
-from nnunetv2_misfm.files import locked, write_json, written_whole
+from nnunetv2_misfm.datasets import nnunet_folder
+from nnunetv2_misfm.files import locked, read_json, write_json, written_whole
 from nnunetv2_misfm.pretrain.case_preparation import CASE_ENDINGS, CaseRecord, temporary_files
 from nnunetv2_misfm.pretrain.pool_inspection import PoolError
 from nnunetv2_misfm.pretrain.volume_files import LeftOut

@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunetv2_misfm.datasets import read_json
-from nnunetv2_misfm.files import write_json
+from nnunetv2_misfm.files import read_json, write_json
 from nnunetv2_misfm.pretrain.case_preparation import LEFT_OUT, PREPARED, CaseRecord
 from nnunetv2_misfm.pretrain.pool_files import PoolFolder
 from nnunetv2_misfm.pretrain.pool_inspection import PoolInspection

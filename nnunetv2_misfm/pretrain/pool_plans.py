@@ -22,7 +22,8 @@ from nnunetv2.paths import nnUNet_raw
 from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, find_candidate_datasets
 
-from nnunetv2_misfm.datasets import nnunet_folder, read_json
+from nnunetv2_misfm.datasets import nnunet_folder
+from nnunetv2_misfm.files import read_json
 from nnunetv2_misfm.plan_checks import check_complete, configuration_3d
 from nnunetv2_misfm.pretrain.pool_inspection import PoolError, PoolInspection, PoolSettings
 from nnunetv2_misfm.pretrain.volumes import Volume
@@ -293,7 +294,10 @@ def existing_plans(dataset_name: str, plans_name: str) -> dict[str, Any] | None:
     path = nnunet_folder("nnUNet_preprocessed") / dataset_name / f"{plans_name}.json"
     if not path.is_file():
         return None
-    remedy = "Remove it to plan the pool anew, or choose another -overwrite_plans_name."
+    remedy = (
+        "Remove it and give the options that made the pool again, which writes it anew, or choose another "
+        "-overwrite_plans_name."
+    )
     plans = read_json(path, remedy)
     check_complete(plans, path, remedy)
     if "pool" not in plans.get(BLOCK, {}):
