@@ -254,7 +254,8 @@ def _check(options: argparse.Namespace, processes: Processes) -> None:
         problems.append("-num_parts (how many) and -part_id (which one, from 0) belong together; give both")
     elif options.num_parts is not None and not 0 <= options.part_id < options.num_parts:
         problems.append(
-            f"-part_id {options.part_id} must be from 0 to -num_parts - 1, which is {options.num_parts - 1}"
+            f"-num_parts {options.num_parts} -part_id {options.part_id}: there is at least one part, and -part_id "
+            f"counts from 0 to one less than -num_parts"
         )
     if options.num_parts is not None and not options.i:
         problems.append("-num_parts shares the preparation of volumes; it needs -i")

@@ -166,8 +166,8 @@ def test_the_spacing_can_be_the_checkpoints_or_any(nnunet: Path, tmp_path: Path)
     assert all(
         n <= -(-m // 8) * 8 for n, m in zip(ours["patch_size"], ours["median_image_size_in_voxels"], strict=True)
     )
-    plan_main(["-d", "4", "-spacing", "8", "1", "1", "--no_pp"])
-    anisotropic = plans(nnunet)["configurations"]["3d_fullres"]
+    plan_main(["-d", "4", "-spacing", "8", "1", "1", "-overwrite_plans_name", "Thick", "--no_pp"])
+    anisotropic = plans(nnunet, "Thick")["configurations"]["3d_fullres"]
     assert anisotropic["architecture"]["arch_kwargs"]["strides"] == strides_of(2)
 
 
