@@ -29,6 +29,9 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         with open(temporary, "r+b") as file:  # Windows flushes only what it may write to
             os.fsync(file.fileno())  # else a crash of the machine could leave an empty file under the final name
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say which file it has no room for
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

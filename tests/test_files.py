@@ -1,4 +1,4 @@
-"""Locks of our own: a second process is refused, and where nothing can be locked the user is told."""
+"""Files are whole or as they were; locks refuse a second process, and say so where nothing can be locked."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from nnunetv2_misfm.files import LockedError, locked
+from nnunetv2_misfm.files import LockedError, locked, write_json
 
 
 def test_a_second_holder_is_refused_until_the_first_is_done(tmp_path: Path) -> None:
@@ -45,3 +45,18 @@ def test_a_lock_that_cannot_be_made_is_an_error_not_a_warning(tmp_path: Path) ->
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"), locked(tmp_path / "file" / "a.lock", 0.0, "another process trains"):
         pass
+
+
+def test_a_full_disk_leaves_the_file_as_it_was_and_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "plans.json"
+    write_json({"a": 1}, path)
+    before = path.read_text()
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError) as error:
+        write_json({"a": 2}, path)
+    assert error.value.filename == str(path)
+    assert path.read_text() == before and list(tmp_path.iterdir()) == [path]

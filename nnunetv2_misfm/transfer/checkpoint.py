@@ -110,8 +110,9 @@ def write_checkpoint(
 def not_written(path: str | os.PathLike[str], error: Exception) -> CheckpointError:
     """The error for a file that could not be written, mostly because the disk is full."""
     free = format_bytes(shutil.disk_usage(Path(path).parent).free)
+    reason = error.strerror if isinstance(error, OSError) else first_line(error)
     return CheckpointError(
-        f"{path} could not be written ({first_line(error)}); {free} are free there. What was there before is "
+        f"{path} could not be written ({reason}); {free} are free there. What was there before is "
         f"intact. Make room or check the folder's permissions, and run the command again (with --c to continue a run)."
     )
 
