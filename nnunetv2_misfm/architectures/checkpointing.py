@@ -42,14 +42,10 @@ def _contexts(module: nn.Module) -> tuple[AbstractContextManager, AbstractContex
 def _frozen_running_statistics(module: nn.Module) -> Iterator[None]:
     # The recomputation sees the same batch a second time; it must not enter the running statistics again.
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
-    momenta = [norm.momentum for norm in norms]
-    counts = [None if norm.num_batches_tracked is None else norm.num_batches_tracked.clone() for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
+    statistics = [b for m in norms for b in (m.running_mean, m.running_var, m.num_batches_tracked) if b is not None]
+    before = [b.clone() for b in statistics]
     try:
         yield
     finally:
-        for norm, momentum, count in zip(norms, momenta, counts, strict=True):
-            norm.momentum = momentum
-            if count is not None and norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.copy_(count)
+        for b, value in zip(statistics, before, strict=True):
+            b.copy_(value)

@@ -136,6 +136,8 @@ class Decoder(nn.Module):
 class FMUNet(AnySizeNetwork):
     """Residual U-Net for nnU-Net plans; takes inputs of any size.
 
+    As for any InstanceNorm, the deepest feature map needs more than one voxel: inputs of 16 x 16 x 16 are too small.
+
     Args:
         input_channels, num_classes, strides, features_per_stage, deep_supervision, checkpointing: as in `PCTNet`.
         depth: residual convolutions per stage.

@@ -31,11 +31,17 @@ _buffers = threading.local()
 
 
 class NormActConvSequential(nn.Sequential):
-    """A sequence of modules in which every norm, activation, optional dropout and convolution in a row are one step."""
+    """A sequence of modules in which every norm, activation, optional dropout and convolution in a row are one step.
+
+    Once one of them has a hook, which the step would not call, they run one after the other.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, X, Y, Z) to the last module's output."""
         given, modules = x, list(self)
+        if any(map(_has_hooks, modules)):
+            output: Tensor = super().forward(x)
+            return output
         while modules:
             module = modules.pop(0)
             if isinstance(module, _BatchNorm):
@@ -45,6 +51,11 @@ class NormActConvSequential(nn.Sequential):
             else:
                 x = module(x)
         return x
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(map(len, hooks))
 
 
 def norm_act_conv(
@@ -65,11 +76,12 @@ def norm_act_conv(
         return output
 
     if torch.compiler.is_compiling():
-        # Left to itself, the compiler would keep the convolution's input besides the norm's.
-        training = norm.training and torch.is_grad_enabled()
+        # Left to itself, the compiler would keep the convolution's input besides the norm's. The norm may be frozen.
+        training = conv.training and torch.is_grad_enabled()
         return drop_conv(recompute(norm_act, x, norms=norm) if training else norm_act(x))
     # PyTorch's modules refuse a single value per channel, which has no variance; its kernels do not.
-    known = isinstance(norm, nn.BatchNorm3d) and x.numel() > x.shape[1]
+    with_statistics = norm.track_running_stats and norm.running_mean is not None
+    known = isinstance(norm, nn.BatchNorm3d) and with_statistics and x.numel() > x.shape[1]
     on_cpu = known and _suits_cpu_kernels(x)
     if not torch.is_grad_enabled():
         return _predict(x, norm, act, conv, overwrite) if on_cpu and not norm.training else drop_conv(norm_act(x))
@@ -89,9 +101,11 @@ def norm_act_conv(
 
 
 def _suits_cpu_kernels(x: Tensor) -> bool:
-    """Whether a tensor is on the CPU, dense, as the kernels there trust it to be, and autocast is off."""
+    """Whether a tensor is on the CPU, dense, as the kernels there trust it to be, and neither cast nor traced."""
     dense = x.is_contiguous() or channels_last(x)
-    return dense and x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    plain = not (torch.is_autocast_enabled("cpu") or traced)
+    return dense and x.device.type == "cpu" and plain
 
 
 def _predict(x: Tensor, norm: _BatchNorm, act: nn.PReLU, conv: Conv, overwrite: bool) -> Tensor:
@@ -109,12 +123,12 @@ def _scratch(x: Tensor) -> Tensor:
     Memory that is returned to the system and asked for again has to be mapped and zeroed; for these maps that takes ten
     times as long as the arithmetic. One buffer, as large as the largest map so far, serves all steps of a thread.
     """
-    size = x.untyped_storage().nbytes()
+    size = x.numel() * x.element_size()
     buffer: Tensor | None = getattr(_buffers, "bytes", None)
     if buffer is None or buffer.numel() < size:
         buffer = _buffers.bytes = torch.empty(size, dtype=torch.uint8)
     like = torch.empty_like(x, device="meta")
-    return buffer.view(x.dtype).as_strided(like.shape, like.stride())
+    return buffer[:size].view(x.dtype).as_strided(like.shape, like.stride())
 
 
 def _geometry(conv: Conv) -> tuple[Any, ...]:

@@ -67,12 +67,18 @@ def set_sizes(configuration: dict[str, Any], patch_size: Sequence[int] | None, b
         configuration["batch_size"] = batch_size
     architecture, patch, batch = (configuration[key] for key in ("architecture", "patch_size", "batch_size"))
     check_sizes(patch, batch, patch_divisor(architecture))
-    over_the_batch = normalises_over_batch(architecture)
-    if deepest_voxels(architecture, patch) == 1 and (batch == 1 or not over_the_batch):
+    if leaves_a_single_value(architecture, patch, batch):
+        larger_batch = " or -batch_size" if normalises_over_batch(architecture) else ""
         raise PlanError(
             f"patch size {list(patch)} leaves a single voxel of the deepest feature map, too little for its "
-            f"normalisation. Use a larger -patch_size{' or -batch_size' if over_the_batch else ''}."
+            f"normalisation. Use a larger -patch_size{larger_batch}."
         )
+
+
+def leaves_a_single_value(architecture: Mapping[str, Any], patch_size: Sequence[int], batch_size: int) -> bool:
+    """Whether the deepest norm would have one value of a channel, which has no variance."""
+    single_voxel = deepest_voxels(architecture, patch_size) == 1
+    return single_voxel and (batch_size == 1 or not normalises_over_batch(architecture))
 
 
 def normalises_over_batch(architecture: Mapping[str, Any]) -> bool:

@@ -61,7 +61,8 @@ def crop_to_scaled(x: Tensor, input_size: Sequence[int], stride: Sequence[int]) 
     The size is round(n / stride), which is how nnU-Net scales the segmentations it compares deep-supervision outputs
     with (`DownsampleSegForDSTransform` of batchgeneratorsv2).
     """
-    size = [max(1, round(n * (1 / s))) for n, s in zip(input_size, stride, strict=True)]
+    # Sizes are tensors while a network is traced, and tensors have no round().
+    size = [max(1, round(int(n) * (1 / s))) for n, s in zip(input_size, stride, strict=True)]
     return x if list(x.shape[2:]) == size else x[:, :, : size[0], : size[1], : size[2]]
 
 

@@ -121,9 +121,11 @@ def test_autocast_gives_what_the_modules_give(inside: bool) -> None:
         assert (ours - plain).norm() < 0.02 * plain.norm()
 
 
+@pytest.mark.parametrize("frozen_norm", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_one_feature_map_is_kept_instead_of_three(compiled: bool) -> None:
+def test_one_feature_map_is_kept_instead_of_three(compiled: bool, frozen_norm: bool) -> None:
     net: nn.Module = NormActConvSequential(*modules(nn.Conv3d(4, 4, 3, padding=1), 0.25)[1:])
+    net[0].train(not frozen_norm)
     if compiled:
         net = torch.compile(net, fullgraph=True, dynamic=False, backend="aot_eager")
     x = torch.randn(1, 4, 8, 16, 16, requires_grad=True)
@@ -149,3 +151,36 @@ def test_compiled_gradients_and_statistics() -> None:
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4, msg=name)
     for (name, a), b in zip(ours.named_buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
+
+
+def test_hooks_are_called_and_what_they_see_lasts() -> None:
+    layers = modules(nn.Conv3d(4, 4, 3, padding=1), 0.25)[1:]
+    ours, plain = (NormActConvSequential(*deepcopy(layers), *deepcopy(layers)).eval() for _ in range(2))
+    seen: dict[int, torch.Tensor] = {}
+    for index, layer in enumerate(ours):
+        layer.register_forward_hook(lambda _, inputs, output, index=index: seen.__setitem__(index, output))
+    x = torch.randn(1, 4, 3, 8, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), plain(x))
+    assert len(seen) == len(ours)
+    for index, output in seen.items():
+        torch.testing.assert_close(output, nn.Sequential(*list(plain)[: index + 1])(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_norm_without_running_statistics(training: bool) -> None:
+    layers = modules(nn.Conv3d(4, 3, 3, padding=1), 0.25)[1:]
+    layers[0] = nn.BatchNorm3d(4, track_running_stats=False)
+    ours, plain = (kind(*layers).train(training) for kind in (NormActConvSequential, nn.Sequential))
+    x = torch.randn(2, 4, 3, 8, 6)
+    torch.testing.assert_close(ours(x), plain(x))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), plain(x))
+
+
+def test_types_of_different_sizes_share_the_scratch_memory() -> None:
+    layers = modules(nn.Conv3d(5, 3, 3, padding=1), 0.25)[2:]
+    net = NormActConvSequential(nn.BatchNorm3d(5), *layers)
+    net(torch.randn(1, 5, 5, 5, 5))
+    x = torch.randn(1, 5, 3, 3, 3, dtype=torch.float64)
+    torch.testing.assert_close(net.double()(x), nn.Sequential(*net)(x))

@@ -120,6 +120,28 @@ def test_checkpointing_changes_neither_gradients_nor_running_statistics(compiled
         torch.testing.assert_close(a, b, msg=name)
 
 
+def test_checkpointing_takes_norms_that_average_all_batches() -> None:
+    plain, checkpointed = (network(1, dropout_per_stage=(0.0,) * 5, drop_path=0.0).train() for _ in range(2))
+    checkpointed.checkpointing = True
+    for net in (plain, checkpointed):
+        for module in net.modules():
+            if isinstance(module, torch.nn.BatchNorm3d):
+                module.momentum = None
+        for seed in (1, 2):
+            x = torch.randn(2, 1, 16, 32, 32, generator=torch.Generator().manual_seed(seed))
+            sum(o.square().mean() for o in net(x)).backward()
+    for (name, a), b in zip(plain.named_buffers(), checkpointed.buffers(), strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_a_traced_network_is_the_network() -> None:
+    net = network(0, deep_supervision=False).eval()
+    x = torch.randn(1, 1, 16, 32, 32)
+    with torch.no_grad():
+        traced = torch.jit.trace(net, x, check_trace=False)
+        torch.testing.assert_close(traced(x), net(x))
+
+
 def test_checkpointing_recomputes_with_the_same_dropout() -> None:
     gradients = []
     for checkpointing in (False, True):
