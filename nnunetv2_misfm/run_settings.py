@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from nnunetv2_misfm.settings import SettingsError, is_number, is_whole, read_settings
 
 BLOCK = "misfm"
+PRETRAIN_INFO = "pretrain_info"  # beside the block, as in nnU-Net: the weights that a fine-tuning starts from
 DEFAULT_FINETUNING_PLANS = "nnUNetMisFMPlans"
 DEFAULT_BASELINE_PLANS = "nnUNetMisFMScratchPlans"
 TASKS = ("segmentation", "volume_fusion")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +10,8 @@ from typing import Any
 from nnunetv2_misfm.datasets import nnunet_folder
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import TRAINING_LOCK, locked, read_json
+from nnunetv2_misfm.run_changes import what_a_run_must_keep
 from nnunetv2_misfm.run_settings import BLOCK
-
-# What a run that goes on may change: how long it is, and how often it shows something.
-_MAY_CHANGE = {"num_epochs", "initial_lr", "num_val_iterations_per_epoch", "picture_every", "checkpointing", "pool"}
 
 
 def run_folder(dataset_name: str, plans_name: str, configuration: str) -> Path:
@@ -57,8 +54,8 @@ class EarlierRun:
         finished = (self.folder / "checkpoint_final.pth").is_file()
         state, remedy = ("a finished", "") if finished else ("an unfinished", "--c to continue it, ")
         raise PlanError(
-            f"{self.folder} holds {state} run. Use {remedy}--overwrite to delete it and start anew, or "
-            f"-overwrite_plans_name to train beside it."
+            f"{self.folder} holds {state} run. Use {remedy}--overwrite to delete it and start anew, or, "
+            f"without -i, which would prepare the volumes once more, -overwrite_plans_name to train beside it."
         )
 
     def check_same(self, plans: Mapping[str, Any], configuration: str) -> None:
@@ -67,12 +64,7 @@ class EarlierRun:
         if not self.exists or not path.is_file():
             return
         before = read_json(path, "Start the run anew with --overwrite.")
-        old, new = (one["configurations"][configuration] for one in (before, plans))
-        names = ("architecture", "patch_size", "batch_size", "spacing", "data_identifier")
-        pairs = {name: (old[name], new[name]) for name in names}
-        for name in sorted({*before[BLOCK], *plans[BLOCK]} - _MAY_CHANGE):
-            pairs[name] = before[BLOCK].get(name), plans[BLOCK].get(name)
-        differing = [f"{name}: {a} then, {b} now" for name, (a, b) in pairs.items() if _json(a) != _json(b)]
+        differing = what_a_run_must_keep(before, plans, configuration)
         if differing:
             lines = "\n  ".join(differing)
             raise PlanError(
@@ -95,7 +87,3 @@ class EarlierRun:
             with locked(self.folder / TRAINING_LOCK, 0.0, "another process trains in this results folder"):
                 pass
             shutil.rmtree(self.folder)
-
-
-def _json(value: Any) -> Any:
-    return json.loads(json.dumps(value))

@@ -23,8 +23,9 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from nnunetv2_misfm.architectures.checkpointing import set_checkpointing
 from nnunetv2_misfm.architectures.resolution import total_strides
 from nnunetv2_misfm.cpu_threads import training_threads
-from nnunetv2_misfm.errors import UserError
+from nnunetv2_misfm.errors import PlanError, UserError, first_line
 from nnunetv2_misfm.files import TRAINING_LOCK, format_bytes, locked
+from nnunetv2_misfm.run_changes import what_a_run_must_keep
 from nnunetv2_misfm.run_settings import BLOCK, RunSettings, run_settings
 from nnunetv2_misfm.trainers.checkpoint_files import (
     LATEST,
@@ -229,16 +230,31 @@ class BaseTrainer(nnUNetTrainer):
         """As in nnU-Net, after making sure that a checkpoint fits on the disk and a training step into memory.
 
         Raises:
-            UserError: if one of them does not.
+            UserError: if one of them does not, or if a run is to go on under plans that would make it another one.
         """
         if not self.was_initialized:
             self.initialize()
+        if self._continues:
+            self._check_same_run()
         self._check_disk()
         self._fit_into_memory()
         self._load_pretrained_weights()
         if self.local_rank == 0:
             self._clear_results_folder()
         super().on_train_start()
+
+    def _check_same_run(self) -> None:
+        differing = self._changes_since(self.my_init_kwargs["plans"])
+        if differing:
+            raise PlanError(
+                f"{self.output_folder} was trained with other plans than {self.plans_manager.plans_name} is now:"
+                f"{differing}\nPlan as then to continue it, or give the new plans a name of their own "
+                f"(-overwrite_plans_name). Without --c a new run starts; the checkpoints of this one are kept."
+            )
+
+    def _changes_since(self, plans: Mapping[str, Any]) -> str:
+        changes = what_a_run_must_keep(plans, self.plans_manager.plans, self.configuration_name)
+        return "".join(f"\n  {line}" for line in changes)
 
     def _clear_results_folder(self) -> None:
         """Leave no checkpoint that `--c` would take for one of this run."""
@@ -248,7 +264,8 @@ class BaseTrainer(nnUNetTrainer):
             if earlier := put_aside(folder):
                 self.print_to_log_file(
                     f"This run starts anew; earlier ones have left {', '.join(earlier)}. To continue one of those "
-                    f"instead, stop this run, take 'earlier_N_' off its name, and use --c."
+                    f"instead, stop this run, take 'earlier_N_' off its name, and use --c with the plans it was "
+                    f"trained with."
                 )
         elif self.current_epoch < self.num_epochs:
             reopen(folder)
@@ -373,7 +390,8 @@ class BaseTrainer(nnUNetTrainer):
         try:
             self.bare_network.load_state_dict(network_weights(checkpoint, name))
         except RuntimeError as error:
-            raise CheckpointError(f"{name} does not fit the network of this run's plans: {error}") from None
+            why = self._changes_since(checkpoint["init_args"]["plans"]) or first_line(error)
+            raise CheckpointError(f"{name} does not fit the network of this run's plans: {why}") from None
         self.optimizer.load_state_dict(checkpoint["optimizer_state"])
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])

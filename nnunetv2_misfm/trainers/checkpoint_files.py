@@ -50,7 +50,7 @@ def read_latest_or_previous(path: Path, say: Callable[[str], None], *, repair: b
     Args:
         path: of the checkpoint.
         say: told when the one before is taken.
-        repair: rename the damaged one, lest it takes the place of the good one.
+        repair: rename the damaged one, and put the one before in its place.
 
     Raises:
         CheckpointError: if there is no readable one.
@@ -65,4 +65,5 @@ def read_latest_or_previous(path: Path, say: Callable[[str], None], *, repair: b
         say(f"{error} Going on from {previous.name}, the checkpoint before it.")
         if repair:
             path.replace(path.with_name("checkpoint_damaged.pth"))
+            previous.replace(path)  # --c finds it there, should this run be killed before it saves
         return content

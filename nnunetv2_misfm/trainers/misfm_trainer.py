@@ -9,11 +9,10 @@ import torch
 import torch.distributed as dist
 from batchgenerators.utilities.file_and_folder_operations import join, save_json
 
-from nnunetv2_misfm.run_settings import FinetuningSettings
+from nnunetv2_misfm.run_settings import DEFAULT_FINETUNING_PLANS, PRETRAIN_INFO, FinetuningSettings
 from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
-from nnunetv2_misfm.transfer.hub import is_hub_name
 from nnunetv2_misfm.transfer.plans import num_images
-from nnunetv2_misfm.transfer.pretrained import PRETRAIN_INFO, load_source, resolve_checkpoint
+from nnunetv2_misfm.transfer.pretrained import load_source
 from nnunetv2_misfm.transfer.transfer import TransferError, transfer
 
 
@@ -49,13 +48,15 @@ class MisFMTrainer(BaseTrainer):
         return {"layer_decay": settings.layer_decay, "seg_layers_lr_factor": settings.seg_layers_lr_factor}
 
     def _memory_remedy(self, gigabytes: float) -> str:
-        info: dict[str, Any] = self.plans_manager.plans.get(PRETRAIN_INFO) or {}
-        path = info.get("checkpoint_path")
-        place = path if path is None or is_hub_name(path) else resolve_checkpoint(path)
-        weights = f" -pretrained_weights {place}" if path else ""
+        target = f"-gpu_memory_target {max(1, int(gigabytes))}"
+        if PRETRAIN_INFO in self.plans_manager.plans:
+            return (
+                f"Repeat the misfm_plan that made {self.plans_manager.plans_name} with {target} in place of "
+                f"-patch_size and -batch_size, and start again."
+            )
         return (
-            f"Plan for this memory with: misfm_plan -d {self.plans_manager.dataset_name} -c {self.configuration_name}"
-            f"{weights} -gpu_memory_target {max(1, int(gigabytes))}, then train with -p nnUNetMisFMPlans."
+            f"Plan for this memory with: misfm_plan -d {self.plans_manager.dataset_name} -c {self.configuration_name} "
+            f"{target}, then train with -p {DEFAULT_FINETUNING_PLANS}."
         )
 
     def _load_pretrained_weights(self) -> None:

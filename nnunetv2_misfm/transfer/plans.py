@@ -26,9 +26,9 @@ from nnunetv2_misfm.architectures.plan_entry import (
 from nnunetv2_misfm.architectures.resolution import total_strides
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plan_checks import build_on_meta, check_plans_name, configuration_3d
-from nnunetv2_misfm.run_settings import BLOCK, FinetuningSettings
+from nnunetv2_misfm.run_settings import BLOCK, PRETRAIN_INFO, FinetuningSettings
 from nnunetv2_misfm.settings import write_settings
-from nnunetv2_misfm.transfer.pretrained import PRETRAIN_INFO, Source, portable_path
+from nnunetv2_misfm.transfer.pretrained import Source, portable_path
 from nnunetv2_misfm.transfer.transfer import TransferReport, transfer
 
 # Constructor arguments that belong to the target or to a run, not to the weights.

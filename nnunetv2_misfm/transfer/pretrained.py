@@ -23,8 +23,6 @@ from nnunetv2_misfm.transfer.hub import download, is_hub_name
 from nnunetv2_misfm.transfer.published_weights import read_published
 from nnunetv2_misfm.transfer.safetensors_file import read_safetensors
 
-PRETRAIN_INFO = "pretrain_info"
-
 
 @dataclass(frozen=True)
 class Source:

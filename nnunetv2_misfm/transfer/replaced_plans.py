@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.transfer.pretrained import PRETRAIN_INFO
+from nnunetv2_misfm.run_changes import run_changes
+from nnunetv2_misfm.run_settings import PRETRAIN_INFO
 
 
 def what_changes(path: Path, replaced: Mapping[str, Any], plans: Mapping[str, Any]) -> list[str]:
@@ -21,24 +22,21 @@ def what_changes(path: Path, replaced: Mapping[str, Any], plans: Mapping[str, An
     Raises:
         PlanError: if the old ones start from weights and the new ones from none.
     """
-    before, now = ((one.get(PRETRAIN_INFO) or {}).get("checkpoint_path") for one in (replaced, plans))
-    if before is not None and now is None:
+    before, now = (one.get(PRETRAIN_INFO) or {} for one in (replaced, plans))
+    weights = before.get("checkpoint_path"), now.get("checkpoint_path")
+    if weights[0] is not None and weights[1] is None:
         raise PlanError(
-            f"{path} starts from {before}, and would start from nothing. Give -pretrained_weights again (with "
+            f"{path} starts from {weights[0]}, and would start from nothing. Give -pretrained_weights again (with "
             f"--from_scratch for the baseline, which has plans of its own), or another -overwrite_plans_name."
         )
-    changed = [f"weights {before} become {now}"] if before != now else []
-    earlier = replaced.get("configurations", {})
-    for name, configuration in plans["configurations"].items():
-        if name in earlier:
-            old, new = _choices(earlier[name]), _choices(configuration)
-            changed += [f"{name}: {key} {old[key]} becomes {new[key]}" for key in old if old[key] != new[key]]
-    gone = sorted(set(earlier) - set(plans["configurations"]))
+    changed = [f"weights: {weights[0]} becomes {weights[1]}"] if weights[0] != weights[1] else []
+    if weights[0] == weights[1] and before.get("sha256") != now.get("sha256"):
+        changed.append(f"weights: {weights[1]} has been written anew")
+    common = [name for name in plans["configurations"] if name in replaced["configurations"]]
+    for name in common:
+        changes = run_changes(replaced, plans, name).items()
+        changed += [f"{name}: {key} {old} becomes {new}" for key, (old, new) in changes]
+    gone = sorted(set(replaced["configurations"]) - set(plans["configurations"]))
     if gone:
         changed.append(f"the plans that are replaced also had {', '.join(gone)}; name them with -c to keep them")
     return changed
-
-
-def _choices(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    network = configuration["architecture"]["network_class_name"].rpartition(".")[2]
-    return {"network": network, **{name: configuration[name] for name in ("spacing", "patch_size", "batch_size")}}

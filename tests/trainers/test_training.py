@@ -298,6 +298,36 @@ def test_new_runs_put_the_checkpoints_of_earlier_ones_aside(nnunet: Path) -> Non
     assert "earlier_1_checkpoint_final.pth" in Path(again.log_file).read_text()
 
 
+def test_a_run_does_not_go_on_under_plans_that_make_it_another_one(nnunet: Path) -> None:
+    plan(*NETWORK, num_epochs=1)
+    trainer("MisFMTrainer", "nnUNetMisFMPlans").run_training()
+    final = run_folder("MisFMTrainer", "nnUNetMisFMPlans") / "fold_0" / "checkpoint_final.pth"
+    before = final.read_bytes()
+    plan(*NETWORK, "-optimizer", "sgd", "-batch_size", "3")
+    with pytest.raises(PlanError, match="(?s)batch_size: 2 then, 3 now.*optimizer: adamw then, sgd now.*Plan as then"):
+        trainer("MisFMTrainer", "nnUNetMisFMPlans", continue_training=True).run_training()
+    assert final.read_bytes() == before
+    plan("-features_per_stage", "4", "8", "8", "16", "32")
+    with pytest.raises(CheckpointError, match="network.features_per_stage"):
+        trainer("MisFMTrainer", "nnUNetMisFMPlans", continue_training=True)
+    plan(*NETWORK, num_epochs=2)
+    trainer("MisFMTrainer", "nnUNetMisFMPlans", continue_training=True).run_training()
+    assert read_checkpoint(final)["current_epoch"] == 2
+
+
+def test_a_damaged_checkpoint_is_replaced_by_the_one_before_it(nnunet: Path) -> None:
+    """At once, so that a run that is killed before it saves again can be continued from it too."""
+    plan(*NETWORK, num_epochs=1)
+    trainer("MisFMTrainer", "nnUNetMisFMPlans").run_training()
+    folder = run_folder("MisFMTrainer", "nnUNetMisFMPlans") / "fold_0"
+    (folder / "checkpoint_best.pth").unlink()
+    (folder / "checkpoint_final.pth").rename(folder / "checkpoint_previous.pth")
+    (folder / "checkpoint_latest.pth").write_bytes((folder / "checkpoint_previous.pth").read_bytes()[:-1000])
+    for _ in range(2):
+        assert trainer("MisFMTrainer", "nnUNetMisFMPlans", continue_training=True).current_epoch == 1
+    assert sorted(path.name for path in folder.glob("*.pth")) == ["checkpoint_damaged.pth", "checkpoint_latest.pth"]
+
+
 def test_weights_given_twice_are_an_error(nnunet: Path) -> None:
     checkpoint = pretrained()
     plan("-pretrained_weights", str(checkpoint))
