@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nnunetv2_misfm.architectures.plan_entry import architecture_entry
 from nnunetv2_misfm.architectures.resolution import DEGREES_OF_ANISOTROPY
+from nnunetv2_misfm.plan_checks import build_on_meta
 from nnunetv2_misfm.transfer.checkpoint import PUBLISHED_WEIGHTS, CheckpointError, CheckpointInfo
 
 # The authors' CT recipe: clip to [-1000, 1000] HU, scale to [-1, 1], 64 x 128 x 128 patches.
@@ -185,6 +186,7 @@ def read_published(
         raise CheckpointError(f"{path} has no weights of a published PCT-Net or FMUNet in its '{PUBLISHED_WEIGHTS}'.")
     try:
         weights, entry, input_channels, num_classes = reader(cast(Mapping[str, Tensor], state_dict), stems)
+        _check_complete(weights, entry, input_channels, num_classes)
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f"{path} is not a complete published network: {error}") from None
     info = CheckpointInfo(
@@ -197,6 +199,28 @@ def read_published(
         training={"published": "openmedlab/MIS-FM"},
     )
     return weights, info
+
+
+def _check_complete(
+    weights: Mapping[str, Tensor], entry: Mapping[str, Any], input_channels: int, num_classes: int
+) -> None:
+    """Raise a ValueError unless these are all tensors of the network, each in its shape."""
+    expected = build_on_meta(entry, input_channels, num_classes).state_dict()
+    missing = sorted(set(expected) - set(weights))
+    if missing:
+        raise ValueError(f"it lacks {len(missing)} of {len(expected)} tensors, here called {_first(missing)}")
+    wrong = [
+        f"{name} {list(weights[name].shape)} for {list(shape.shape)}"
+        for name, shape in expected.items()
+        if weights[name].shape != shape.shape
+    ]
+    wrong += [f"{name}, which there should not be" for name in sorted(set(weights) - set(expected))]
+    if wrong:
+        raise ValueError(f"{len(wrong)} tensors are not those of the network, here called {_first(wrong)}")
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 _Read = tuple[dict[str, Tensor], dict[str, Any], int, int]

@@ -37,6 +37,22 @@ def test_the_imported_network_gives_the_recorded_outputs(name: str, mode: str, t
     assert max(relative_error(a, b) for a, b in zip(outputs, recorded, strict=True)) < 1e-4
 
 
+@pytest.mark.parametrize("name", ["pctnet_small_mode1", "fmunet_small_mode0"])
+def test_incomplete_files_are_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = torch.load(reference_folder() / f"{name}.pt", weights_only=False)
+    weights = content["model_state_dict"]
+    missing = [
+        key for key in weights if key.startswith(("pyramid_ct.convtrans_e2.trans.blocks.1.", "decoder.de_conv1"))
+    ]
+    for key in missing:
+        del weights[key]
+    torch.save(content, tmp_path / "part.pt")
+    with pytest.raises(SystemExit):
+        import_main(["-i", str(tmp_path / "part.pt"), "-o", str(tmp_path / "x.pth")])
+    assert missing and "is not a complete published network: it lacks" in capsys.readouterr().err
+    assert not (tmp_path / "x.pth").exists()
+
+
 def test_other_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"network_weights": {}}, tmp_path / "ours.pth")
     with pytest.raises(SystemExit):
