@@ -9,8 +9,9 @@ from typing import Any
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import read_json
 from nnunetv2_misfm.plan_checks import check_complete, check_dataset
+from nnunetv2_misfm.run_settings import PRETRAIN_INFO
 
-_OF_A_POOL = "that of a pool is written by misfm_pretrain with the -i and the options that made the pool"
+_OF_A_POOL = "for a pool, remove it and run misfm_pretrain with the -i and the options that made the pool"
 
 
 def nnunet_folder(variable: str) -> Path:
@@ -34,7 +35,7 @@ def preprocessed_dataset(dataset_name_or_id: str) -> Path:
     root, wanted = nnunet_folder("nnUNet_preprocessed"), dataset_name_or_id
     if not wanted.strip(" ./"):
         raise PlanError(f"-d {wanted!r} is not the ID or name of a dataset.")
-    if wanted.isdigit():
+    if wanted.isdecimal():
         found = sorted(path for path in root.glob(f"Dataset{int(wanted):03d}_*") if path.is_dir())
     else:
         found = [root / wanted] if (root / wanted).is_dir() else []
@@ -68,11 +69,16 @@ def read_plans(dataset_folder: Path, plans_name: str) -> dict[str, Any]:
     others = sorted(
         path.stem
         for path in dataset_folder.glob("*.json")
-        if path.stem != plans_name and '"configurations"' in path.read_text(errors="replace")
+        if path.stem != plans_name and _is_to_plan_from(path.read_text(errors="replace"))
     )
-    choice = f"Choose others with -p ({', '.join(others)})" if others else "There are no others yet"
     path = dataset_folder / f"{plans_name}.json"
-    remedy = f"{choice}, or plan the dataset with nnU-Net{' again' if path.exists() else ''}; {_OF_A_POOL}."
+    choice = f"Choose others with -p ({', '.join(others)}), or plan" if others else "Plan"
+    remedy = f"{choice} the dataset with nnU-Net{' again' if path.exists() else ''}; {_OF_A_POOL}."
     plans = read_json(path, remedy)
     check_complete(plans, path, remedy)
     return plans
+
+
+def _is_to_plan_from(text: str) -> bool:
+    """Whether a JSON file holds plans, but not those of a fine-tuning, which no others are made from."""
+    return '"configurations"' in text and f'"{PRETRAIN_INFO}"' not in text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 from types import TracebackType
@@ -27,12 +28,21 @@ def exit_with_message(command: str, run: Callable[[], None]) -> None:
     """Call `run`; end the program with one line and status 2 (130 after Ctrl-C) for an error that has one."""
     try:
         run()
+    except BrokenPipeError:
+        discard_output()
+        print(f"{command}: whatever read the output has ended; stopped", file=sys.stderr)
+        raise SystemExit(1) from None
     except (UserError, OSError, KeyboardInterrupt) as error:
         line = in_one_line(error)
         if line is None:
             raise
         print(f"{command}: {line}", file=sys.stderr)
         raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from None
+
+
+def discard_output() -> None:
+    """After the reader of the output went away (`| head`); else Python would complain when it flushes at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def tell_uncaught_errors_in_one_line() -> None:

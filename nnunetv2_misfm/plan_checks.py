@@ -11,6 +11,7 @@ from typing import Any
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import read_json
 from nnunetv2_misfm.run_settings import BLOCK
+from nnunetv2_misfm.settings import is_number
 
 _PLANS_KEYS = (
     "dataset_name",
@@ -48,11 +49,12 @@ def check_replaceable(path: Path, task: str) -> dict[str, Any] | None:
     """
     if not path.exists():
         return None
-    another = "Choose another -overwrite_plans_name."
-    content = read_json(path, f"Remove it, then it is written anew. {another}")
+    remedy = "Remove it to have it written anew, or choose another -overwrite_plans_name."
+    content = read_json(path, remedy)
     block = content.get(BLOCK)
     if not isinstance(block, Mapping) or block.get("task") != task:
-        raise PlanError(f"{path} exists and was not written by this command. {another}")
+        raise PlanError(f"{path} exists and was not written by this command. Choose another -overwrite_plans_name.")
+    check_complete(content, path, remedy)
     return content
 
 
@@ -84,18 +86,23 @@ def _unusable_entries(configuration: Mapping[str, Any]) -> list[str]:
         for key in ("patch_size", "spacing", "normalization_schemes")
         if key in configuration and not (isinstance(configuration[key], (list, tuple)) and configuration[key])
     ]
+    if not found and "spacing" in configuration and "patch_size" in configuration:
+        spacing = configuration["spacing"]
+        if len(spacing) != len(configuration["patch_size"]) or not all(is_number(mm) and mm > 0 for mm in spacing):
+            found.append("spacing (as many mm above 0 as the patch has axes)")
     if "architecture" in configuration:
         architecture = configuration["architecture"]
         arguments = architecture.get("arch_kwargs") if isinstance(architecture, Mapping) else None
-        if not isinstance(arguments, Mapping) or not isinstance(arguments.get("strides"), (list, tuple)):
-            found.append("architecture.arch_kwargs.strides")
+        strides = arguments.get("strides") if isinstance(arguments, Mapping) else None
+        if not isinstance(strides, (list, tuple)) or not all(isinstance(stride, (list, tuple)) for stride in strides):
+            found.append("architecture.arch_kwargs.strides (a list for each stage)")
     return found
 
 
 def _has_ancestor(configurations: Mapping[str, Any], name: str) -> bool:
     """Whether following `inherits_from` ends at a configuration that stands on its own."""
-    seen = set()
-    while name not in seen and isinstance(configurations.get(name), Mapping):
+    seen: set[str] = set()
+    while isinstance(name, str) and name not in seen and isinstance(configurations.get(name), Mapping):
         seen.add(name)
         if "inherits_from" not in configurations[name]:
             return True
@@ -130,6 +137,8 @@ def check_dataset(dataset_json: Mapping[str, Any], path: Path) -> None:
     channels = dataset_json.get("channel_names", dataset_json.get("modality"))
     entries = {"channel_names": channels, "labels": dataset_json.get("labels")}
     missing = [key for key, value in entries.items() if not (isinstance(value, Mapping) and value)]
+    if not isinstance(dataset_json.get("numTraining"), int):
+        missing.append("numTraining (the number of training cases)")
     if missing:
         raise PlanError(f"{path} lacks: {', '.join(missing)}. Complete it as nnU-Net's documentation describes.")
 

@@ -141,7 +141,7 @@ def _from_volumes(options: argparse.Namespace) -> dict[str, Any] | None:
 def _pool_dataset_name(options: argparse.Namespace) -> str:
     if options.d.startswith("Dataset"):
         return str(options.d)
-    if not options.d.isdigit() or not 0 < int(options.d) < 1000:
+    if not options.d.isdecimal() or not 0 < int(options.d) < 1000:
         raise PlanError(f"-d {options.d} is not a dataset ID; use a number from 1 to 999.")
     return f"Dataset{int(options.d):03d}_{options.n}" if options.n else preprocessed_dataset(options.d).name
 

@@ -125,7 +125,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path} does not exist or is not a file. Give the path of a checkpoint (.pth or .pt).")
+        raise CheckpointError(
+            f"{path} does not exist or is not a file. Give the path of a checkpoint (.pth, .pt or .safetensors)."
+        )
     with open(path, "rb") as file:
         start = file.read(2)
     if not start.startswith((b"PK", b"\x80")):  # PyTorch's zip files, and the pickles of PyTorch before 1.6

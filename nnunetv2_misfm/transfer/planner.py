@@ -15,7 +15,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_misfm.architectures.memory import estimate_training_memory
-from nnunetv2_misfm.architectures.plan_entry import is_own_network
+from nnunetv2_misfm.architectures.plan_entry import is_own_network, leaves_a_single_value
 from nnunetv2_misfm.architectures.resolution import total_strides
 from nnunetv2_misfm.datasets import nnunet_folder
 from nnunetv2_misfm.errors import PlanError
@@ -36,11 +36,17 @@ def fit_to_memory(plans: dict[str, Any], configuration: str, dataset_json: Mappi
         One sentence with the choice and its estimated memory.
 
     Raises:
-        PlanError: if not even the smallest patch fits, or the raw dataset, which nnU-Net's planners read, is missing.
+        PlanError: if not even the smallest patch fits, the plans do not know the median image, or the raw dataset,
+            which nnU-Net's planners read, is missing.
     """
     if not 0 < gigabytes < float("inf"):
         raise PlanError(f"-gpu_memory_target {gigabytes} must be a number of gigabytes above 0.")
     entry = plans["configurations"][configuration]
+    if not isinstance(entry.get("median_image_size_in_voxels"), (list, tuple)):
+        raise PlanError(
+            f"-gpu_memory_target needs median_image_size_in_voxels, which {configuration} lacks. Plan the dataset with "
+            f"nnU-Net again."
+        )
     manager = PlansManager(plans)
     heads = manager.get_label_manager(dict(dataset_json)).num_segmentation_heads
     channels = determine_num_input_channels(manager, manager.get_configuration(configuration), dict(dataset_json))
@@ -84,6 +90,7 @@ class MemoryBudget:
     ):
         self.gigabytes = gigabytes
         self.checkpointing = checkpointing
+        self.architecture = architecture
         self.strides = total_strides(architecture["arch_kwargs"]["strides"])[-1]
         self._channels = input_channels
         self._can_checkpoint = is_own_network(architecture)
@@ -113,7 +120,10 @@ class MemoryBudget:
         Raises:
             PlanError: if not even the smallest patch fits.
         """
-        entry["patch_size"] = [-(-int(n) // s) * s for n, s in zip(entry["patch_size"], self.strides, strict=True)]
+        patch = [-(-int(n) // s) * s for n, s in zip(entry["patch_size"], self.strides, strict=True)]
+        if leaves_a_single_value(self.architecture, patch, entry["batch_size"]):
+            patch[2] += self.strides[2]  # nnU-Net pads images that are smaller than the patch
+        entry["patch_size"] = patch
         while (needed := self.needed(entry)) > self.gigabytes:
             if entry["batch_size"] > _SMALLEST_BATCH:
                 entry["batch_size"] -= 1
@@ -132,7 +142,12 @@ class MemoryBudget:
 
     def _shrink_patch(self, entry: dict[str, Any], needed: float) -> None:
         patch, median = entry["patch_size"], entry["median_image_size_in_voxels"]
-        axes = [a for a in range(3) if patch[a] - self.strides[a] >= min(_SMALLEST_PATCH_AXIS, median[a])]
+        axes = [
+            a
+            for a in range(3)
+            if patch[a] - self.strides[a] >= min(_SMALLEST_PATCH_AXIS, median[a])
+            and not leaves_a_single_value(self.architecture, self._shrunk(patch, a), entry["batch_size"])
+        ]
         if not axes:
             raise PlanError(
                 f"Not even patch size {patch} with batch size {entry['batch_size']} fits into {self.gigabytes:g} GB "
@@ -140,7 +155,10 @@ class MemoryBudget:
                 f"-features_per_stage."
             )
         axis = max(axes, key=lambda a: patch[a] / median[a])
-        patch[axis] -= self.strides[axis]
+        entry["patch_size"] = self._shrunk(patch, axis)
+
+    def _shrunk(self, patch: Sequence[int], axis: int) -> list[int]:
+        return [n - self.strides[a] if a == axis else n for a, n in enumerate(patch)]
 
 
 class MisFMPlanner(ExperimentPlanner):

@@ -77,7 +77,7 @@ class TransferReport:
         special = [entry for entry in self.entries if entry.status != TRANSFERRED]
         rows += [f"  {entry.status}: {entry.name} {list(entry.shape)} ({entry.reason})" for entry in special[:12]]
         if len(special) > 12:
-            rows.append(f"  ... and {len(special) - 12} more; the full list is in transfer_report.json")
+            rows.append(f"  ... and {len(special) - 12} more; training writes all of them to transfer_report.json")
         return "\n".join(rows)
 
     def as_json(self) -> dict[str, Any]:

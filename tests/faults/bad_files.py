@@ -87,6 +87,9 @@ PLANS: dict[str, Mapping[str, Any]] = {
     "NoPatch": {"patch_size": None},
     "NoSpacing": {"spacing": None},
     "NoNormalization": {"normalization_schemes": []},
+    "NoMedian": {"median_image_size_in_voxels": None},
+    "FlatStrides": {"architecture": {"network_class_name": "x", "arch_kwargs": {"strides": [1, 2, 2, 2, 2]}}},
+    "TwoSpacings": {"spacing": [1, 1]},
     "ItsOwnParent": {"inherits_from": "3d_fullres"},
     "Orphan": {"inherits_from": "nowhere"},
 }
@@ -100,7 +103,7 @@ def make_volumes(folder: Path) -> None:
 
 
 def make_plans(preprocessed: Path) -> None:
-    """Bad plans beside nnU-Net's own, and datasets 5 and 6 with a bad dataset.json."""
+    """Bad plans beside nnU-Net's own, and datasets 5 to 7 with a bad dataset.json."""
     text = (preprocessed / "nnUNetPlans.json").read_text()
     for name, change in PLANS.items():
         changed = json.loads(text)
@@ -113,7 +116,11 @@ def make_plans(preprocessed: Path) -> None:
     (preprocessed / "AList.json").write_text("[]")
     (preprocessed / "Foreign.json").write_text(text)
     dataset = json.loads((preprocessed / "dataset.json").read_text())
-    for name, change in (("Dataset005_NoChannels", {"channel_names": {}}), ("Dataset006_NoLabels", {"labels": None})):
+    for name, change in (
+        ("Dataset005_NoChannels", {"channel_names": {}}),
+        ("Dataset006_NoLabels", {"labels": None}),
+        ("Dataset007_NoCount", {"numTraining": None}),
+    ):
         folder = preprocessed.parent / name
         folder.mkdir()
         (folder / "nnUNetPlans.json").write_text(text)

@@ -25,6 +25,7 @@ from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPre
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.files import LockedError
 from nnunetv2_misfm.pretrain.pool import PoolReport, PoolSettings, inspect_volumes, plan_pool, prepare_pool
 from nnunetv2_misfm.pretrain.pool_inspection import PoolError
@@ -459,6 +460,22 @@ def test_an_id_that_belongs_to_another_dataset_is_refused(images: Path) -> None:
     (Path(os.environ["nnUNet_raw"]) / "Dataset100_Heart").mkdir()
     with pytest.raises(PoolError, match="dataset ID 100 belongs to Dataset100_Heart"):
         make_pool([images])
+
+
+@pytest.mark.parametrize("name", ["dataset.json", f"{PLANS}.json"])
+def test_a_file_that_was_removed_because_it_was_damaged_is_written_anew(images: Path, name: str) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.mr())
+    folder = make_pool([images]).folder
+    whole = json.loads((folder / name).read_text())
+    case = next(folder.rglob("*.b2nd"))
+    prepared = case.stat().st_mtime_ns
+    (folder / name).write_text("{")
+    with pytest.raises(UserError, match="Remove it and give the options that made the pool again"):
+        make_pool([images])
+    (folder / name).unlink()
+    make_pool([images])
+    assert json.loads((folder / name).read_text()) == whole
+    assert case.stat().st_mtime_ns == prepared
 
 
 @pytest.mark.parametrize("where", ["nnUNet_raw", "nnUNet_preprocessed"])

@@ -78,6 +78,15 @@ def test_the_batch_grows_into_the_memory_and_is_limited_by_the_dataset(nnunet: P
     assert budget.needed(planner.sizes_for(entry)) <= 0.2
 
 
+def test_a_memory_target_leaves_fmunet_more_than_one_voxel(nnunet: Path) -> None:
+    path = nnunet / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json"
+    small = json.loads(path.read_text())
+    small["configurations"]["3d_fullres"]["median_image_size_in_voxels"] = [12, 14, 16]
+    path.write_text(json.dumps(small))
+    plan_main(["-d", "4", "-network", "fmunet", "-gpu_memory_target", "8", "--no_pp"])
+    assert sum(plans(nnunet)["configurations"]["3d_fullres"]["patch_size"]) > 3 * 16
+
+
 def test_running_it_again_does_not_preprocess_again(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan_main(["-d", "4"])
     plan_main(["-d", "4", "-num_epochs", "3"])
@@ -129,8 +138,10 @@ def test_replacing_plans_says_what_changes(nnunet: Path, tmp_path: Path, capsys:
     path.write_text(json.dumps(written))
     plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pth"), "-batch_size", "5", "--no_pp"])
     out = capsys.readouterr().out
-    assert "weights somewhere/else.pth become" in out and "also had 3d_lowres" in out
+    assert "weights: somewhere/else.pth becomes" in out and "also had 3d_lowres" in out
     assert "3d_fullres: batch_size 2 becomes 5" in out and "patch_size" not in out
+    plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pth"), "-num_epochs", "7", "--no_pp"])
+    assert "3d_fullres: num_epochs 1000 becomes 7" in capsys.readouterr().out
 
 
 def test_plans_with_weights_are_not_replaced_by_plans_without(
