@@ -18,8 +18,7 @@ from batchgenerators.utilities.file_and_folder_operations import save_json
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
-from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss, get_tp_fp_fn_tn
-from nnunetv2.utilities.collate_outputs import collate_outputs
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.helpers import dummy_context
 from torch import Tensor, autocast, nn
@@ -38,6 +37,7 @@ from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
 from nnunetv2_misfm.trainers.checkpoint_files import LATEST
 from nnunetv2_misfm.trainers.device_memory import peak_memory_gb
 from nnunetv2_misfm.trainers.distributed import any_process, from_all_processes
+from nnunetv2_misfm.trainers.fusion_scores import count, scores
 from nnunetv2_misfm.trainers.interrupted_epoch import InterruptedEpoch
 from nnunetv2_misfm.trainers.metrics_file import MetricsFile
 from nnunetv2_misfm.trainers.pretext_data import TimedIterator, fusion_dataset_json, hold_out, killed_workers_are_named
@@ -279,18 +279,7 @@ class VolumeFusionTrainer(BaseTrainer):
             output = self.network(data)
             loss = self.loss(output, self._targets(labels))
         logits = output[0] if self.enable_deep_supervision else output
-        predicted = logits.argmax(1, keepdim=True)
-        one_hot = torch.zeros(logits.shape, device=logits.device).scatter_(1, predicted, 1)
-        tp, fp, fn, _ = get_tp_fp_fn_tn(one_hot, labels, axes=[0, 2, 3, 4])
-        counts = {name: value.detach().cpu().numpy() for name, value in (("tp", tp), ("fp", fp), ("fn", fn))}
-        # nnU-Net's pseudo Dice and progress plot take the classes above 0.
-        hard = {f"{name}_hard": value[1:] for name, value in counts.items()}
-        return {
-            "loss": loss.detach().cpu().numpy(),
-            **counts,
-            **hard,
-            "correct": (predicted == labels).float().mean().item(),
-        }
+        return {"loss": loss.detach().cpu().numpy(), **count(logits, labels)}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         """As in nnU-Net, and the Dice of every class and the voxel accuracy for our own metrics file."""
@@ -298,18 +287,8 @@ class VolumeFusionTrainer(BaseTrainer):
         self._scores = self._collect_scores(val_outputs)
 
     def _collect_scores(self, outputs: list[dict]) -> dict[str, Any]:
-        outputs = [output for part in from_all_processes(outputs) for output in part]
-        collated = collate_outputs(outputs)
-        size = self.fusion.num_fusion_classes
-        tp, fp, fn = (np.sum(np.reshape(collated[name], (-1, size)), 0) for name in ("tp", "fp", "fn"))
-        dice = 2 * tp / np.maximum(2 * tp + fp + fn, 1)
-        predicted = (tp + fp) / max(1, np.sum(tp + fp))
-        return {
-            "predicted": [float(share) for share in predicted],
-            "val_loss": float(np.mean(collated["loss"])),
-            "dice": [float(d) for d in dice],
-            "accuracy": float(np.mean(collated["correct"])),
-        }
+        everywhere = [output for part in from_all_processes(outputs) for output in part]
+        return scores(everywhere, self.fusion.num_fusion_classes)
 
     # ---------------------------------------------------------------- epochs
 
@@ -336,10 +315,10 @@ class VolumeFusionTrainer(BaseTrainer):
 
     def on_epoch_end(self) -> None:
         """As in nnU-Net, after writing our metrics and, every few epochs, the picture."""
-        epoch, scores, speed = self.current_epoch, self._scores, self._speed
+        epoch, scored, speed = self.current_epoch, self._scores, self._speed
         self.print_to_log_file(
-            f"Dice per fusion class 0..{len(scores['dice']) - 1}: {[round(d, 4) for d in scores['dice']]}, "
-            f"voxel accuracy {scores['accuracy']:.4f}"
+            f"Dice per fusion class 0..{len(scored['dice']) - 1}: {[round(d, 4) for d in scored['dice']]}, "
+            f"voxel accuracy {scored['accuracy']:.4f}"
         )
         iterations_left = (self.num_epochs - epoch - 1) * self.num_iterations_per_epoch
         remaining = iterations_left / max(speed["iterations_per_s"], 1e-9)
@@ -351,12 +330,12 @@ class VolumeFusionTrainer(BaseTrainer):
             self.print_to_log_file(f"{self._guard.skipped} steps skipped so far, their gradients were not finite")
         losses = self.logger.get_value("train_losses", step=None)
         shrunk = shrunk_weights(dict(self.bare_network.named_parameters()))
-        for alarm in alarms(losses, scores["predicted"], scores["dice"], shrunk):
+        for alarm in alarms(losses, scored["predicted"], scored["dice"], shrunk):
             self.print_to_log_file(f"ALARM: {alarm}")
         if self.local_rank == 0:
-            row = {f"dice_{k}": d for k, d in enumerate(scores["dice"])}
-            row |= {"train_loss": float(losses[-1]), "val_loss": scores["val_loss"]}
-            row |= {"accuracy": scores["accuracy"], "lr": self.optimizer.param_groups[0]["lr"], **speed}
+            row = {f"dice_{k}": d for k, d in enumerate(scored["dice"])}
+            row |= {"train_loss": float(losses[-1]), "val_loss": scored["val_loss"]}
+            row |= {"accuracy": scored["accuracy"], "lr": self.optimizer.param_groups[0]["lr"], **speed}
             row |= {"skipped_steps": self._guard.skipped}
             assert self.metrics is not None
             self.metrics.append(epoch, row)
@@ -391,11 +370,11 @@ class VolumeFusionTrainer(BaseTrainer):
         self.network.eval()
         with torch.no_grad():
             outputs = [self.validation_step(next(batches)) for _ in range(self.num_val_iterations_per_epoch)]
-        scores = self._collect_scores(outputs)
+        scored = self._collect_scores(outputs)
         if self.local_rank == 0:
             folder = Path(self.output_folder) / "validation"
             folder.mkdir(exist_ok=True)
-            save_json(scores, str(folder / "summary.json"))
+            save_json(scored, str(folder / "summary.json"))
             self.print_to_log_file(
-                f"Pretext validation: loss {scores['val_loss']:.4f}, Dice per class {scores['dice']}"
+                f"Pretext validation: loss {scored['val_loss']:.4f}, Dice per class {scored['dice']}"
             )
