@@ -133,7 +133,7 @@ def configuration_3d(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def check_dataset(dataset_json: Mapping[str, Any], path: Path) -> None:
-    """Raise a PlanError unless a dataset.json names its channels and labels."""
+    """Raise a PlanError unless a dataset.json names its channels, its labels and the number of training cases."""
     channels = dataset_json.get("channel_names", dataset_json.get("modality"))
     entries = {"channel_names": channels, "labels": dataset_json.get("labels")}
     missing = [key for key, value in entries.items() if not (isinstance(value, Mapping) and value)]

@@ -21,8 +21,8 @@ from nnunetv2_misfm.datasets import nnunet_folder
 from nnunetv2_misfm.files import locked, read_json, write_json, written_whole
 from nnunetv2_misfm.pretrain.case_preparation import CASE_ENDINGS, CaseRecord, temporary_files
 from nnunetv2_misfm.pretrain.pool_inspection import PoolError
+from nnunetv2_misfm.pretrain.pool_plans import WRITE_ANEW, existing_plans
 from nnunetv2_misfm.pretrain.volume_files import LeftOut
-from nnunetv2_misfm.run_settings import BLOCK
 from nnunetv2_misfm.settings import as_tuples
 
 MERGE_WAITS_SECONDS = 3600.0
@@ -66,11 +66,10 @@ class PoolFolder:
 
     def create(self) -> None:
         """Make the folders. Raises PoolError if something else than a pool lives there."""
-        remedy = "Remove it and give the options that made the pool again, which writes it anew."
         if self.dataset_json.is_file():
-            is_pool = read_json(self.dataset_json, remedy).get("misfm_pool")
+            is_pool = read_json(self.dataset_json, f"{WRITE_ANEW}.").get("misfm_pool")
         else:
-            is_pool = self.plans.is_file() and "pool" in read_json(self.plans, remedy).get(BLOCK, {})
+            is_pool = existing_plans(self.root.name, self.plans.stem) is not None
         if not is_pool and any(map(self._is_foreign, self.root.rglob("*"))):
             raise PoolError(f"{self.root} exists and is no pretraining pool; choose another dataset ID and name")
         for folder in (self.data, self._records, self._all_temporary):

@@ -40,6 +40,8 @@ CHANNEL_NAMES = {
     "RGBTo01Normalization": "rgb_to_0_1",
 }
 """Names from which nnU-Net's planners would choose the same scheme again."""
+WRITE_ANEW = "Remove it and give the options that made the pool again, which writes it anew"
+"""What to do about a damaged file of a pool that its plans and volumes determine."""
 NO_RESAMPLING = "no_resampling_hack"
 RESAMPLING = "resample_data_or_seg_to_shape"
 SAME_SPACING = 1e-3
@@ -294,10 +296,7 @@ def existing_plans(dataset_name: str, plans_name: str) -> dict[str, Any] | None:
     path = nnunet_folder("nnUNet_preprocessed") / dataset_name / f"{plans_name}.json"
     if not path.is_file():
         return None
-    remedy = (
-        "Remove it and give the options that made the pool again, which writes it anew, or choose another "
-        "-overwrite_plans_name."
-    )
+    remedy = f"{WRITE_ANEW}, or choose another -overwrite_plans_name."
     plans = read_json(path, remedy)
     check_complete(plans, path, remedy)
     if "pool" not in plans.get(BLOCK, {}):

@@ -90,7 +90,7 @@ class MemoryBudget:
     ):
         self.gigabytes = gigabytes
         self.checkpointing = checkpointing
-        self.architecture = architecture
+        self._architecture = architecture
         self.strides = total_strides(architecture["arch_kwargs"]["strides"])[-1]
         self._channels = input_channels
         self._can_checkpoint = is_own_network(architecture)
@@ -121,7 +121,7 @@ class MemoryBudget:
             PlanError: if not even the smallest patch fits.
         """
         patch = [-(-int(n) // s) * s for n, s in zip(entry["patch_size"], self.strides, strict=True)]
-        if leaves_a_single_value(self.architecture, patch, entry["batch_size"]):
+        if leaves_a_single_value(self._architecture, patch, entry["batch_size"]):
             patch[2] += self.strides[2]  # nnU-Net pads images that are smaller than the patch
         entry["patch_size"] = patch
         while (needed := self.needed(entry)) > self.gigabytes:
@@ -146,7 +146,7 @@ class MemoryBudget:
             a
             for a in range(3)
             if patch[a] - self.strides[a] >= min(_SMALLEST_PATCH_AXIS, median[a])
-            and not leaves_a_single_value(self.architecture, self._shrunk(patch, a), entry["batch_size"])
+            and not leaves_a_single_value(self._architecture, self._shrunk(patch, a), entry["batch_size"])
         ]
         if not axes:
             raise PlanError(
