@@ -21,8 +21,8 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from provenance import device_name, provenance
 
 from nnunetv2_misfm.architectures.memory import estimate_training_memory
-from nnunetv2_misfm.architectures.plan_entry import architecture_entry
-from nnunetv2_misfm.pretrain.plans import plain_unet_entry
+from nnunetv2_misfm.plans.network_entry import architecture_entry
+from nnunetv2_misfm.pretrain.planning import plain_unet_entry
 
 RESULTS = Path(__file__).parent / "results"
 NUM_CLASSES = 3

@@ -1,1 +1,1 @@
-"""Bare volumes to a pretrained checkpoint: the pool, its crops, augmentation, Volume Fusion and the command."""
+"""What a pretraining run learns from: crops of a pool, augmentation and Volume Fusion."""

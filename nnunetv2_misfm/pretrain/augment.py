@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnunetv2_misfm.settings import is_number
+from nnunetv2_misfm.plans.settings import is_number
 
 Size3 = tuple[int, int, int]
 

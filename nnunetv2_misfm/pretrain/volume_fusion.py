@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnunetv2_misfm.settings import is_number, is_whole
+from nnunetv2_misfm.plans.settings import is_number, is_whole
 
 GEOMETRIES = ("boxes", "blocks")
 PAIRS = ("two_volumes", "same_volume")

@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from batchgenerators.utilities.file_and_folder_operations import join, save_json
 
-from nnunetv2_misfm.run_settings import DEFAULT_FINETUNING_PLANS, PRETRAIN_INFO, FinetuningSettings
+from nnunetv2_misfm.plans.run_settings import DEFAULT_FINETUNING_PLANS, PRETRAIN_INFO, FinetuningSettings
 from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
-from nnunetv2_misfm.transfer.plans import num_images
+from nnunetv2_misfm.transfer.planning import num_images
 from nnunetv2_misfm.transfer.pretrained import load_source
 from nnunetv2_misfm.transfer.transfer import TransferError, transfer
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any
 
-from nnunetv2_misfm.architectures.plan_entry import architecture_entry, degree_of_anisotropy
-from nnunetv2_misfm.plan_checks import configuration_3d
-from nnunetv2_misfm.run_settings import BLOCK, RunSettings, is_ours
-from nnunetv2_misfm.settings import write_settings
+from nnunetv2_misfm.plans.checks import configuration_3d
+from nnunetv2_misfm.plans.network_entry import architecture_entry, degree_of_anisotropy
+from nnunetv2_misfm.plans.run_settings import BLOCK, RunSettings, is_ours
+from nnunetv2_misfm.plans.settings import write_settings
 
 
 def with_own_network(plans: dict[str, Any], configuration: str, kind: type[RunSettings]) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from nnunetv2_misfm.errors import PlanError, UserError, first_line
 from nnunetv2_misfm.files import TRAINING_LOCK, format_bytes, locked
-from nnunetv2_misfm.run_changes import what_a_run_must_keep
-from nnunetv2_misfm.run_settings import BLOCK, RunSettings
+from nnunetv2_misfm.plans.compare import what_a_run_must_keep
+from nnunetv2_misfm.plans.run_settings import BLOCK, RunSettings
 from nnunetv2_misfm.trainers.checkpoint_files import (
     LATEST,
     PREVIOUS,

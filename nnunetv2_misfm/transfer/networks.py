@@ -9,8 +9,8 @@ from pathlib import Path
 from torch import nn
 
 from nnunetv2_misfm import architectures
-from nnunetv2_misfm.architectures.plan_entry import NETWORKS
 from nnunetv2_misfm.architectures.resolution import DEGREES_OF_ANISOTROPY
+from nnunetv2_misfm.plans.network_entry import NETWORKS
 from nnunetv2_misfm.transfer.checkpoint import (
     PUBLISHED_WEIGHTS,
     WEIGHTS,

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnunetv2_misfm.architectures.plan_entry import architecture_entry
 from nnunetv2_misfm.architectures.resolution import DEGREES_OF_ANISOTROPY
-from nnunetv2_misfm.plan_checks import build_on_meta
+from nnunetv2_misfm.plans.checks import build_on_meta
+from nnunetv2_misfm.plans.network_entry import architecture_entry
 from nnunetv2_misfm.transfer.checkpoint import PUBLISHED_WEIGHTS, CheckpointError, CheckpointInfo
 
 # The authors' CT recipe: clip to [-1000, 1000] HU, scale to [-1, 1], 64 x 128 x 128 patches.

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.run_changes import run_changes
-from nnunetv2_misfm.run_settings import PRETRAIN_INFO
+from nnunetv2_misfm.plans.compare import run_changes
+from nnunetv2_misfm.plans.run_settings import PRETRAIN_INFO
 
 
 def what_changes(path: Path, replaced: Mapping[str, Any], plans: Mapping[str, Any]) -> list[str]:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import phantoms
 import SimpleITK as sitk
 import torch
-from pretrain import phantoms
 
 from nnunetv2_misfm.architectures import FMUNet, PCTNet
-from nnunetv2_misfm.architectures.plan_entry import NETWORKS
 from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.plans.network_entry import NETWORKS
 from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint
 
 Maker = Callable[[Path], object]

@@ -11,9 +11,9 @@ import pytest
 from faults import bad_files
 from nnunet_dataset import NAME
 
-from nnunetv2_misfm.pretrain.cli import main as pretrain_main
-from nnunetv2_misfm.transfer.checkpoint_cli import export_main, import_main, inspect_main
-from nnunetv2_misfm.transfer.cli import plan_main
+from nnunetv2_misfm.commands.checkpoints import export_main, import_main, inspect_main
+from nnunetv2_misfm.commands.plan import plan_main
+from nnunetv2_misfm.commands.pretrain import main as pretrain_main
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "misfm_pretrain": pretrain_main,

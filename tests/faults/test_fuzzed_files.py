@@ -20,11 +20,11 @@ import pytest
 import torch
 
 from nnunetv2_misfm.architectures import PCTNet
-from nnunetv2_misfm.architectures.plan_entry import architecture_entry
 from nnunetv2_misfm.architectures.resolution import strides_of
-from nnunetv2_misfm.datasets import read_plans
 from nnunetv2_misfm.errors import UserError
-from nnunetv2_misfm.run_settings import FinetuningSettings, run_settings
+from nnunetv2_misfm.plans.files import read_plans
+from nnunetv2_misfm.plans.network_entry import architecture_entry
+from nnunetv2_misfm.plans.run_settings import FinetuningSettings, run_settings
 from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint
 from nnunetv2_misfm.transfer.networks import import_published, load_network
 from nnunetv2_misfm.transfer.pretrained import read_source

@@ -45,7 +45,7 @@ PLANNED = f"nnUNet_preprocessed/{NAME}"
 
 def pretrain_a_pool(root: Path) -> None:
     """Preparation and pretraining, with --c where there is something to continue; nothing where it was finished."""
-    from nnunetv2_misfm.pretrain.cli import main
+    from nnunetv2_misfm.commands.pretrain import main
 
     if (root / POOL_RUN / "checkpoint_final.pth").exists():
         return  # the signal came between the last file and the end of the process
@@ -56,7 +56,7 @@ def pretrain_a_pool(root: Path) -> None:
 
 def plan(root: Path) -> None:
     """Fine-tuning plans with a spacing of their own, so that the data is preprocessed."""
-    from nnunetv2_misfm.transfer.cli import plan_main
+    from nnunetv2_misfm.commands.plan import plan_main
 
     weights = ["-pretrained_weights", str(root / PRETRAINED), "-spacing", "1.2", "1.2", "1.2", "-np", "1"]
     plan_main(["-d", "4", "-overwrite_plans_name", "OtherPlans", *weights, *SHORT])
@@ -136,13 +136,13 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pretrain_the_dataset(root: Path) -> None:
-    from nnunetv2_misfm.pretrain.cli import main
+    from nnunetv2_misfm.commands.pretrain import main
 
     main(["-d", "4", "-overwrite_plans_name", "PretrainPlans", "-device", "cpu", *FEATURES, *SHORT])
 
 
 def plan_the_fine_tuning(root: Path) -> None:
-    from nnunetv2_misfm.transfer.cli import plan_main
+    from nnunetv2_misfm.commands.plan import plan_main
 
     plan_main(
         ["-d", "4", "-overwrite_plans_name", "FineTunePlans", "-pretrained_weights", str(root / PRETRAINED), *SHORT]
@@ -221,7 +221,7 @@ def started(command: Callable[[Path], None], root: Path) -> multiprocessing.proc
     """A process that has begun to run a command, its output in log.txt."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["nnunetv2.run.run_training", "nnunetv2_misfm.pretrain.cli", "nnunetv2_misfm.transfer.cli"]
+        ["nnunetv2.run.run_training", "nnunetv2_misfm.commands.pretrain", "nnunetv2_misfm.commands.plan"]
     )
     ready = context.Event()
     process = context.Process(target=run_in_child, args=(command, root, ready))

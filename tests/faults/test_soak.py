@@ -16,7 +16,7 @@ import torch
 from nnunet_dataset import NAME
 from nnunetv2.run.run_training import get_trainer_from_args
 
-from nnunetv2_misfm.pretrain.cli import main as misfm_pretrain
+from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
 from nnunetv2_misfm.start_up import add_plugin_folder
 
 EPOCHS, ITERATIONS = 500, 6  # 3000 training steps and 500 rounds of validation

@@ -10,7 +10,7 @@ from parity.reference import load, recorded_noise, reference_folder, relative_er
 
 from nnunetv2_misfm import load_network
 from nnunetv2_misfm.architectures import PCTNet
-from nnunetv2_misfm.transfer.checkpoint_cli import import_main
+from nnunetv2_misfm.commands.checkpoints import import_main
 
 pytestmark = pytest.mark.real_data
 

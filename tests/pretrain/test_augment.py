@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from nnunetv2_misfm.plans.settings import SettingsError, read_settings, write_settings
 from nnunetv2_misfm.pretrain.augment import (
     AugmentSettings,
     CropAugmentation,
@@ -15,7 +16,6 @@ from nnunetv2_misfm.pretrain.augment import (
     sample_augmentation,
     sample_pair_augmentations,
 )
-from nnunetv2_misfm.settings import SettingsError, read_settings, write_settings
 
 PATCH = (6, 8, 10)
 EVERYTHING = AugmentSettings(

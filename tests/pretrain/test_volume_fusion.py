@@ -8,8 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nnunetv2_misfm.plans.settings import SettingsError, read_settings, write_settings
 from nnunetv2_misfm.pretrain.volume_fusion import Fusion, FusionSettings, fuse, fusion_labels, sample_fusion
-from nnunetv2_misfm.settings import SettingsError, read_settings, write_settings
 
 PAPER_PATCH = (64, 128, 128)
 BOXES = FusionSettings()

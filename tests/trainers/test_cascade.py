@@ -20,9 +20,9 @@ from nnunetv2.inference.predict_from_raw_data import predict_entry_point
 from nnunetv2.postprocessing.remove_connected_components import entry_point_apply_postprocessing
 from nnunetv2.run.run_training import run_training_entry
 
-from nnunetv2_misfm.pretrain.cli import main as misfm_pretrain
+from nnunetv2_misfm.commands.plan import plan_main as misfm_plan
+from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
 from nnunetv2_misfm.start_up import add_plugin_folder
-from nnunetv2_misfm.transfer.cli import plan_main as misfm_plan
 
 SHORT = ["-num_iterations_per_epoch", "2", "-num_val_iterations_per_epoch", "1"]
 COMMANDS: dict[str, Callable[[], None]] = {

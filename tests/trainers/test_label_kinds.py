@@ -14,9 +14,9 @@ from nnunet_dataset import NAME, make_dataset, use_folders
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import get_trainer_from_args
 
-from nnunetv2_misfm.pretrain.cli import main as misfm_pretrain
+from nnunetv2_misfm.commands.plan import plan_main as misfm_plan
+from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
 from nnunetv2_misfm.start_up import add_plugin_folder
-from nnunetv2_misfm.transfer.cli import plan_main as misfm_plan
 
 CPU = torch.device("cpu")
 SHORT = ["-num_iterations_per_epoch", "2", "-num_val_iterations_per_epoch", "1"]

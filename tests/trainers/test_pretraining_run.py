@@ -19,8 +19,8 @@ from filelock import FileLock
 from nnunet_dataset import NAME
 from nnunetv2.run.run_training import get_trainer_from_args
 
+from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
 from nnunetv2_misfm.files import LockedError
-from nnunetv2_misfm.pretrain.cli import main as misfm_pretrain
 from nnunetv2_misfm.start_up import add_plugin_folder
 from nnunetv2_misfm.trainers.alarms import alarms
 from nnunetv2_misfm.trainers.step_guard import MOST_IN_A_ROW, StepGuard, TrainingDivergedError

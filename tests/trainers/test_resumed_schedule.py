@@ -11,8 +11,8 @@ import torch
 from nnunet_dataset import NAME
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
+from nnunetv2_misfm.commands.plan import plan_main
 from nnunetv2_misfm.start_up import add_plugin_folder
-from nnunetv2_misfm.transfer.cli import plan_main
 
 EPOCHS = 20
 STOPS = (1, 3, 7, 12)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nnunetv2_misfm.architectures import FMUNet, PCTNet
-from nnunetv2_misfm.run_settings import FINETUNING_SCHEDULES, PRETRAINING_SCHEDULES
+from nnunetv2_misfm.plans.run_settings import FINETUNING_SCHEDULES, PRETRAINING_SCHEDULES
 from nnunetv2_misfm.trainers.schedules import StagedSchedule, parameter_groups, stage_at
 
 

@@ -14,13 +14,13 @@ from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoi
 from program_end import ends_as_a_program
 
 from nnunetv2_misfm.architectures.memory import estimate_training_memory
+from nnunetv2_misfm.commands.plan import plan_main as misfm_plan
+from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.pretrain.cli import main as misfm_pretrain
-from nnunetv2_misfm.settings import SettingsError
+from nnunetv2_misfm.plans.settings import SettingsError
 from nnunetv2_misfm.start_up import add_plugin_folder
 from nnunetv2_misfm.trainers.base import BaseTrainer
 from nnunetv2_misfm.transfer.checkpoint import CheckpointError, read_checkpoint
-from nnunetv2_misfm.transfer.cli import plan_main as misfm_plan
 from nnunetv2_misfm.transfer.transfer import TransferError
 
 CPU = torch.device("cpu")

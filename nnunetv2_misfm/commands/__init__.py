@@ -1,0 +1,1 @@
+"""The commands of the package, one file each: the only place that reads command lines."""

@@ -1,0 +1,89 @@
+"""What an earlier pretraining run left in nnUNet_results, and whether a new one may follow it or go on from it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.files import TRAINING_LOCK, locked, read_json
+from nnunetv2_misfm.plans.compare import what_a_run_must_keep
+from nnunetv2_misfm.plans.files import nnunet_folder
+from nnunetv2_misfm.plans.run_settings import BLOCK
+
+
+def run_folder(dataset_name: str, plans_name: str, configuration: str) -> Path:
+    """The results folder of a pretraining run."""
+    name = f"VolumeFusionTrainer__{plans_name}__{configuration}"
+    return nnunet_folder("nnUNet_results") / dataset_name / name / "fold_all"
+
+
+def check_device(device: str, num_gpus: int) -> None:
+    """Raise a PlanError if the device is not there; better now than after hours of preparation."""
+    import torch
+
+    if device == "cuda":
+        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if there < num_gpus:
+            raise PlanError(f"-device cuda with -num_gpus {num_gpus}: there are {there} usable GPUs. Use -device cpu.")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise PlanError("-device mps: PyTorch has no MPS device here. Use -device cpu.")
+
+
+class EarlierRun:
+    """A results folder in which there may be a run.
+
+    Args:
+        folder: from `run_folder`.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is anything to continue or lose."""
+        return any(self.folder.glob("checkpoint_*.pth"))
+
+    def check_absent(self) -> None:
+        """Raise a PlanError if there is a run."""
+        if not self.exists:
+            return
+        finished = (self.folder / "checkpoint_final.pth").is_file()
+        state, remedy = ("a finished", "") if finished else ("an unfinished", "--c to continue it, ")
+        raise PlanError(
+            f"{self.folder} holds {state} run. Use {remedy}--overwrite to delete it and start anew, or, "
+            f"without -i, which would prepare the volumes once more, -overwrite_plans_name to train beside it."
+        )
+
+    def check_same(self, plans: Mapping[str, Any], configuration: str) -> None:
+        """Raise a PlanError if a run that is to go on would become another one, naming what differs."""
+        path = self.folder.parent / "plans.json"
+        if not self.exists or not path.is_file():
+            return
+        before = read_json(path, "Start the run anew with --overwrite.")
+        differing = what_a_run_must_keep(before, plans, configuration)
+        if differing:
+            lines = "\n  ".join(differing)
+            raise PlanError(
+                f"{self.folder} was started with other settings:\n  {lines}\n"
+                f"Leave these options out to continue it, or train beside it with -overwrite_plans_name."
+            )
+
+    def is_finished(self, plans: Mapping[str, Any]) -> bool:
+        """Whether the run has done all epochs that its plans ask for."""
+        final = self.folder / "checkpoint_final.pth"
+        if not final.is_file():
+            return False
+        from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
+
+        return bool(read_checkpoint(final)["current_epoch"] >= plans[BLOCK]["num_epochs"])
+
+    def delete(self) -> None:
+        """Remove what is there. Raises LockedError if another process trains there."""
+        if self.folder.is_dir():
+            with locked(self.folder / TRAINING_LOCK, 0.0, "another process trains in this results folder"):
+                pass
+            shutil.rmtree(self.folder)

@@ -1,0 +1,1 @@
+"""What is true of every plans file, whichever journey wrote it."""

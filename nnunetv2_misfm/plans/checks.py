@@ -1,0 +1,185 @@
+"""Checks of plans before anything is written: names, files that are not ours, complete entries, networks that build."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.files import read_json
+from nnunetv2_misfm.plans.run_settings import BLOCK
+from nnunetv2_misfm.plans.settings import is_number
+
+_PLANS_KEYS = (
+    "dataset_name",
+    "plans_name",
+    "transpose_forward",
+    "transpose_backward",
+    "image_reader_writer",
+    "foreground_intensity_properties_per_channel",
+)
+_CONFIGURATION_KEYS = (
+    "data_identifier",
+    "patch_size",
+    "batch_size",
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "architecture",
+)
+
+
+def check_plans_name(name: str) -> None:
+    """Raise a PlanError unless `name` can be the name of plans: of a file and, within '__', of results folders."""
+    if re.fullmatch(r"\w[\w.-]*", name) is None or "__" in name or name in ("dataset", "dataset_fingerprint"):
+        raise PlanError(
+            f"{name!r} cannot be a plans name: use letters, digits, dots, dashes and single underscores (nnU-Net "
+            f"splits results folders at '__'). Choose another -overwrite_plans_name."
+        )
+
+
+def check_replaceable(path: Path, task: str) -> dict[str, Any] | None:
+    """The plans at `path` if they are ours for this task, None if there is no file.
+
+    Raises:
+        PlanError: if the file is anything else, which must not be overwritten.
+    """
+    if not path.exists():
+        return None
+    remedy = "Remove it to have it written anew, or choose another -overwrite_plans_name."
+    content = read_json(path, remedy)
+    block = content.get(BLOCK)
+    if not isinstance(block, Mapping) or block.get("task") != task:
+        raise PlanError(f"{path} exists and was not written by this command. Choose another -overwrite_plans_name.")
+    check_complete(content, path, remedy)
+    return content
+
+
+def check_complete(plans: Mapping[str, Any], path: Path, remedy: str) -> None:
+    """Raise one PlanError naming everything that a plans file lacks."""
+    missing = [key for key in _PLANS_KEYS if key not in plans]
+    configurations = plans.get("configurations")
+    if not isinstance(configurations, Mapping):
+        missing.append("configurations")
+        configurations = {}
+    for name, configuration in configurations.items():
+        if not isinstance(configuration, Mapping):
+            missing.append(f"configurations.{name}")
+        elif "inherits_from" not in configuration:
+            missing += [f"configurations.{name}.{key}" for key in _CONFIGURATION_KEYS if key not in configuration]
+            missing += [f"configurations.{name}.{entry}" for entry in _unusable_entries(configuration)]
+        elif not _has_ancestor(configurations, name):
+            missing.append(f"configurations.{name}.inherits_from that names another configuration")
+    if BLOCK in plans and not isinstance(plans[BLOCK], Mapping):
+        missing.append(f"an object under {BLOCK}")
+    if missing:
+        raise PlanError(f"{path} is not a complete plans file; it lacks: {', '.join(missing)}. {remedy}")
+
+
+def _unusable_entries(configuration: Mapping[str, Any]) -> list[str]:
+    """Entries that are there but hold something of another kind."""
+    found = [
+        f"{key} (a list with numbers or names)"
+        for key in ("patch_size", "spacing", "normalization_schemes")
+        if key in configuration and not (isinstance(configuration[key], (list, tuple)) and configuration[key])
+    ]
+    if not found and "spacing" in configuration and "patch_size" in configuration:
+        spacing = configuration["spacing"]
+        if len(spacing) != len(configuration["patch_size"]) or not all(is_number(mm) and mm > 0 for mm in spacing):
+            found.append("spacing (as many mm above 0 as the patch has axes)")
+    if "architecture" in configuration:
+        architecture = configuration["architecture"]
+        arguments = architecture.get("arch_kwargs") if isinstance(architecture, Mapping) else None
+        strides = arguments.get("strides") if isinstance(arguments, Mapping) else None
+        if not isinstance(strides, (list, tuple)) or not all(isinstance(stride, (list, tuple)) for stride in strides):
+            found.append("architecture.arch_kwargs.strides (a list for each stage)")
+    return found
+
+
+def _has_ancestor(configurations: Mapping[str, Any], name: str) -> bool:
+    """Whether following `inherits_from` ends at a configuration that stands on its own."""
+    seen: set[str] = set()
+    while isinstance(name, str) and name not in seen and isinstance(configurations.get(name), Mapping):
+        seen.add(name)
+        if "inherits_from" not in configurations[name]:
+            return True
+        name = configurations[name]["inherits_from"]
+    return False
+
+
+def configuration_3d(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A copy of a 3D configuration, with what it inherits from others.
+
+    Raises:
+        PlanError: if the plans have no such configuration, or it is 2D.
+    """
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager  # takes seconds
+
+    of_plans = f"of the plans {plans['plans_name']} of {plans['dataset_name']}"
+    if name not in plans["configurations"]:
+        known = ", ".join(plans["configurations"])
+        raise PlanError(f"There is no configuration {name!r} {of_plans}. Choose one with -c: {known}.")
+    resolved: dict[str, Any] = deepcopy(PlansManager(dict(plans)).get_configuration(name).configuration)
+    resolved.pop("inherits_from", None)
+    if len(resolved["patch_size"]) != 3:
+        raise PlanError(
+            f"The configuration {name!r} {of_plans} is 2D (patch size {list(resolved['patch_size'])}); Volume Fusion "
+            f"and the networks here are 3D. Use a 3D configuration such as 3d_fullres, or nnU-Net's own trainer for 2d."
+        )
+    return resolved
+
+
+def check_dataset(dataset_json: Mapping[str, Any], path: Path) -> None:
+    """Raise a PlanError unless a dataset.json names its channels, its labels and the number of training cases."""
+    channels = dataset_json.get("channel_names", dataset_json.get("modality"))
+    entries = {"channel_names": channels, "labels": dataset_json.get("labels")}
+    missing = [key for key, value in entries.items() if not (isinstance(value, Mapping) and value)]
+    if not isinstance(dataset_json.get("numTraining"), int):
+        missing.append("numTraining (the number of training cases)")
+    if missing:
+        raise PlanError(f"{path} lacks: {', '.join(missing)}. Complete it as nnU-Net's documentation describes.")
+
+
+def check_sizes(patch_size: object, batch_size: object, divisor: Sequence[int] = (1, 1, 1)) -> None:
+    """Raise a PlanError unless both are whole numbers of at least 1, and the patch one that the divisor divides."""
+    patch: list[Any] = list(patch_size) if isinstance(patch_size, (list, tuple)) else [patch_size]
+    wrong = [str(n) for n in (*patch, batch_size) if not isinstance(n, int) or isinstance(n, bool) or n < 1]
+    if wrong or len(patch) != 3:
+        raise PlanError(f"patch size {patch} and batch size {batch_size} must be whole numbers of at least 1.")
+    if any(n % s for n, s in zip(patch, divisor, strict=True)):
+        fitting = [-(-n // s) * s for n, s in zip(patch, divisor, strict=True)]
+        raise PlanError(
+            f"patch size {patch} cannot be halved as often as the network does; each axis must be a multiple of "
+            f"{list(divisor)}. Use -patch_size {' '.join(map(str, fitting))}."
+        )
+
+
+def build_on_meta(architecture: Mapping[str, Any], input_channels: int, num_classes: int) -> Any:
+    """The network of a plan's `architecture` entry without memory for its weights.
+
+    Raises:
+        PlanError: if it cannot be built.
+    """
+    import torch
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+    features = architecture["arch_kwargs"].get("features_per_stage")
+    if isinstance(features, (list, tuple)) and any(not isinstance(n, int) or n < 1 for n in features):
+        raise PlanError(f"-features_per_stage {features}: each stage needs at least one channel.")
+    try:
+        with torch.device("meta"):
+            return get_network_from_plans(
+                architecture["network_class_name"],
+                architecture["arch_kwargs"],
+                architecture["_kw_requires_import"],
+                input_channels,
+                num_classes,
+                allow_init=False,
+                deep_supervision=True,
+            )
+    except (TypeError, ValueError, KeyError, ImportError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+        name = str(architecture.get("network_class_name")).rpartition(".")[2]
+        raise PlanError(f"The network {name} of these plans cannot be built: {error}") from None

@@ -1,0 +1,110 @@
+"""The `architecture` entry of a plans file for the networks of this package.
+
+Works on the dicts of a plans file; needs neither nnU-Net nor the network itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nnunetv2_misfm.architectures.resolution import strides_of, total_strides
+from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.plans.checks import check_sizes
+
+NETWORKS = {
+    "pctnet": "nnunetv2_misfm.architectures.PCTNet",
+    "fmunet": "nnunetv2_misfm.architectures.FMUNet",
+}
+
+
+def architecture_entry(network: str, anisotropy: int, **arch_kwargs: Any) -> dict[str, Any]:
+    """What a plan's configuration holds under `architecture`.
+
+    Args:
+        network: a key of `NETWORKS`.
+        anisotropy: degree of anisotropy, 0 to 2.
+        arch_kwargs: constructor arguments that differ from the network's defaults.
+
+    Raises:
+        ValueError: if the network is unknown.
+    """
+    if network not in NETWORKS:
+        raise ValueError(f"network {network!r} is not one of {', '.join(NETWORKS)}")
+    return {
+        "network_class_name": NETWORKS[network],
+        "arch_kwargs": {"strides": strides_of(anisotropy), **arch_kwargs},
+        "_kw_requires_import": [],
+    }
+
+
+def is_own_network(architecture: Mapping[str, Any]) -> bool:
+    """Whether a plan's `architecture` entry names a network of this package."""
+    return architecture["network_class_name"] in NETWORKS.values()
+
+
+def own_network_name(architecture: Mapping[str, Any]) -> str | None:
+    """The key of `NETWORKS` for a plan's `architecture` entry; None for a network that is not of this package."""
+    names = {class_name: name for name, class_name in NETWORKS.items()}
+    return names.get(architecture["network_class_name"])
+
+
+def patch_divisor(architecture: Mapping[str, Any]) -> tuple[int, int, int]:
+    """What each axis of the patch must be a multiple of; networks of this package take any size."""
+    return (1, 1, 1) if is_own_network(architecture) else total_strides(architecture["arch_kwargs"]["strides"])[-1]
+
+
+def set_sizes(configuration: dict[str, Any], patch_size: Sequence[int] | None, batch_size: int | None) -> None:
+    """Put the sizes that were asked for, if any, into a configuration of a plans file, and check what it then has.
+
+    Raises:
+        PlanError: if its network cannot work with its sizes.
+    """
+    if patch_size is not None:
+        configuration["patch_size"] = list(patch_size)
+    if batch_size is not None:
+        configuration["batch_size"] = batch_size
+    architecture, patch, batch = (configuration[key] for key in ("architecture", "patch_size", "batch_size"))
+    check_sizes(patch, batch, patch_divisor(architecture))
+    if leaves_a_single_value(architecture, patch, batch):
+        larger_batch = " or -batch_size" if normalises_over_batch(architecture) else ""
+        raise PlanError(
+            f"patch size {list(patch)} leaves a single voxel of the deepest feature map, too little for its "
+            f"normalisation. Use a larger -patch_size{larger_batch}."
+        )
+
+
+def leaves_a_single_value(architecture: Mapping[str, Any], patch_size: Sequence[int], batch_size: int) -> bool:
+    """Whether the deepest norm would have one value of a channel, which has no variance."""
+    single_voxel = deepest_voxels(architecture, patch_size) == 1
+    return single_voxel and (batch_size == 1 or not normalises_over_batch(architecture))
+
+
+def normalises_over_batch(architecture: Mapping[str, Any]) -> bool:
+    """Whether a plan's network has BatchNorm: PCT-Net, and networks of nnU-Net's if the plan says so."""
+    return own_network_name(architecture) == "pctnet" or "BatchNorm" in architecture["arch_kwargs"].get("norm_op", "")
+
+
+def deepest_voxels(architecture: Mapping[str, Any], patch_size: Sequence[int]) -> int:
+    """Voxels of the deepest feature map of one patch."""
+    strides = total_strides(architecture["arch_kwargs"]["strides"])[-1]
+    return math.prod(-(-n // stride) for n, stride in zip(patch_size, strides, strict=True))
+
+
+def degree_of_anisotropy(configuration: Mapping[str, Any]) -> int:
+    """The degree of anisotropy that fits a 3D configuration of a plans file.
+
+    It is the number of (1, 2, 2) entries among the plan's first two poolings.
+    """
+    strides = configuration["architecture"]["arch_kwargs"]["strides"]
+    return sum(list(stride) == [1, 2, 2] for stride in strides[1:3])
+
+
+def degree_for_spacing(spacing: Sequence[float]) -> int:
+    """The degree for voxels of `spacing` (mm, plans axis order), by nnU-Net's rule.
+
+    An axis is pooled once its spacing is within a factor of 2 of the finest, so each doubling costs one pooling.
+    """
+    ratio = spacing[0] / min(spacing[1:])
+    return sum(ratio >= threshold for threshold in (2.0, 4.0))

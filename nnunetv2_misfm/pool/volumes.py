@@ -1,0 +1,252 @@
+"""Finding the volumes in folders of medical images: files, DICOM series and nnU-Net channels, from headers alone.
+
+Every volume is described in canonical axis order: array axes (z, y, x) = (inferior to superior, posterior to
+anterior, left to right), which is what nnU-Net's readers `SimpleITKIOWithReorient` and `NibabelIOWithReorient` give.
+So axis 0 is the axial slice axis, however a volume was stored.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunetv2_misfm.pool.dicom import Series, sort_series
+from nnunetv2_misfm.pool.headers import Header, read_headers
+from nnunetv2_misfm.pool.volume_files import LeftOut, case_name, find_files, split_ending
+
+SPACING_LIMITS = (1e-3, 100.0)
+"""Voxel sizes in mm outside these limits are taken for damaged headers."""
+MOST_CHANNELS_OF_A_LONE_VOLUME = 4
+"""`scan_0000` to `scan_0099` in a folder of their own are rather a hundred numbered scans than a hundred channels."""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One image, perhaps of several channels, that can go into a pool as far as its headers tell."""
+
+    case: str
+    """Its name in the pool."""
+    channels: tuple[tuple[str, ...], ...]
+    """Per channel the files to read: one, or the slices of a DICOM series in order along the slice axis."""
+    source: str
+    """Where it comes from, for people; unique."""
+    format: str
+    stored_shape: tuple[int, ...]
+    """Array shape as a reader without reorientation gives it, slowest stored axis first."""
+    stored_spacing: tuple[float, ...]
+    """mm, in the order of `stored_shape`."""
+    orientation: str
+    """Where the stored axes x, y, z point to, e.g. RAS."""
+    dicom_modality: str | None
+    num_bytes: int
+    """Of all its files."""
+    modified_ns: int
+    """When the last of its files was changed, in ns since 1970."""
+
+    @property
+    def num_channels(self) -> int:
+        return len(self.channels)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Voxels along the canonical axes (z, y, x)."""
+        return tuple(self.stored_shape[axis] for axis in self._canonical_axes())
+
+    @property
+    def spacing(self) -> tuple[float, ...]:
+        """mm along the canonical axes (z, y, x)."""
+        return tuple(self.stored_spacing[axis] for axis in self._canonical_axes())
+
+    def _canonical_axes(self) -> list[int]:
+        stored = self.orientation[::-1]
+        return [next(axis for axis, letter in enumerate(stored) if letter in pair) for pair in ("SI", "AP", "RL")]
+
+
+@dataclass
+class FoundVolumes:
+    volumes: list[Volume] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """Number of files that are no volumes, by ending."""
+
+
+def find_volumes(folders: Sequence[Path], join_channels: bool = True, num_processes: int = 1) -> FoundVolumes:
+    """Find all volumes below the folders, reading headers only.
+
+    Args:
+        folders: searched with everything below them; single files are taken too.
+        join_channels: join files that end in `_0000`, `_0001`, ... as nnU-Net does.
+        num_processes: processes to read headers with, used from a few thousand files on.
+
+    Returns:
+        The volumes, sorted by case name, and everything that was left out with its reason.
+
+    Raises:
+        UserError: naming every folder that does not exist.
+    """
+    files = find_files(folders)
+    headers, unreadable = read_headers(files.files, num_processes)
+    series, broken_series = sort_series([header for header in headers if header.file.format == "DICOM"])
+    images, without_partner = _join_channels(
+        [header for header in headers if header.file.format != "DICOM"], join_channels
+    )
+    volumes: dict[str, Volume] = {}
+    left_out = [*files.left_out, *unreadable, *broken_series, *without_partner]
+    for one in [*(_from_series(one) for one in series), *(_from_images(group, stem) for stem, group in images)]:
+        if isinstance(one, LeftOut):
+            left_out.append(one)
+        elif one.case in volumes:
+            left_out.append(LeftOut(one.source, f"the same place and series as {volumes[one.case].source}"))
+        else:
+            volumes[one.case] = one
+    return FoundVolumes([volumes[case] for case in sorted(volumes)], left_out, files.passed_over)
+
+
+def _from_series(series: Series) -> Volume | LeftOut:
+    first = series.headers[0]
+    stem = Path(first.file.folder).name if len(series.headers) > 1 else split_ending(first.file.path)[0]
+    key_of_folder = first.file.key.rpartition("/")[0]
+    key = f"{key_of_folder}/{series.uid}" if len(series.headers) > 1 else first.file.key
+    return _make_volume(
+        case=case_name(stem, key),
+        channels=[series.headers],
+        source=series.source,
+        size=series.size,
+        spacing=series.spacing,
+        direction=series.direction,
+        modality=series.modality,
+    )
+
+
+def _from_images(group: Sequence[Header], stem: str) -> Volume | LeftOut:
+    first = group[0]
+    return _make_volume(
+        case=case_name(stem, first.file.key),
+        channels=[(header,) for header in group],
+        source="; ".join(header.file.path for header in group),
+        size=first.size,
+        spacing=first.spacing,
+        direction=first.direction,
+        modality=None,
+    )
+
+
+def _make_volume(
+    case: str,
+    channels: Sequence[Sequence[Header]],
+    source: str,
+    size: tuple[int, ...],
+    spacing: tuple[float, ...],
+    direction: tuple[float, ...],
+    modality: str | None,
+) -> Volume | LeftOut:
+    headers = [header for channel in channels for header in channel]
+    problem = _problem(headers[0], size, spacing)
+    if problem is not None:
+        return LeftOut(source, problem)
+    orientation = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(direction)
+    if not all(any(letter in pair for letter in orientation) for pair in ("SI", "AP", "RL")):
+        return LeftOut(source, f"unreadable: its axes do not span space (direction {direction})")
+    return Volume(
+        case=case,
+        channels=tuple(tuple(header.file.path for header in channel) for channel in channels),
+        source=source,
+        format=headers[0].file.format,
+        stored_shape=size[::-1],
+        stored_spacing=spacing[::-1],
+        orientation=orientation,
+        dicom_modality=modality,
+        num_bytes=sum(header.num_bytes for header in headers),
+        modified_ns=max(header.modified_ns for header in headers),
+    )
+
+
+def _problem(header: Header, size: tuple[int, ...], spacing: tuple[float, ...]) -> str | None:
+    """Why this geometry or voxel type makes no volume; None if it does."""
+    shape = "x".join(str(n) for n in size)
+    if "complex" in header.pixel_type:
+        return "complex voxels"
+    if header.num_components > 1:
+        return f"RGB or vector voxels ({header.num_components} numbers each)"
+    if len(size) < 3 or min(size) == 1:
+        return f"2D ({shape})"
+    if len(size) > 3:
+        return f"{len(size)}D ({shape}); split it into 3D files first"
+    low, high = SPACING_LIMITS
+    if not all(low <= mm <= high for mm in spacing):
+        return f"spacing {spacing} mm is not plausible ({low:g} to {high:g} mm)"
+    return None
+
+
+def _join_channels(images: Sequence[Header], join: bool) -> tuple[list[tuple[str, list[Header]]], list[LeftOut]]:
+    """Group image files into volumes: (stem, one header per channel) each, and the incomplete groups.
+
+    A folder's files are channels when all of them end in four digits and most names have the same digits 0000 to
+    000N and one geometry per name. A name in such a folder that differs is left out.
+    """
+    folders: dict[tuple[str, str], list[Header]] = defaultdict(list)
+    for header in images:
+        folders[header.file.folder, split_ending(header.file.path)[1]].append(header)
+    volumes: list[tuple[str, list[Header]]] = []
+    left_out = []
+    for headers in folders.values():
+        names = _channels_by_name(headers) if join else None
+        expected = _usual_channels(names) if names else None
+        if names is None or expected is None:
+            volumes += [(split_ending(header.file.path)[0], [header]) for header in headers]
+            continue
+        for name, channels in names.items():
+            group = [channels[number] for number in sorted(channels)]
+            if tuple(sorted(channels)) == expected and _same_geometry(group):
+                volumes.append((name, group))
+                continue
+            problem = f"its channels {_listed(sorted(channels))} are not {_listed(expected)} like the others' here"
+            if tuple(sorted(channels)) == expected:
+                problem = "its channels differ in size, spacing or position"
+            left_out.append(LeftOut("; ".join(header.file.path for header in group), problem))
+    return volumes, left_out
+
+
+def _channels_by_name(headers: Sequence[Header]) -> dict[str, dict[int, Header]] | None:
+    names: dict[str, dict[int, Header]] = defaultdict(dict)
+    for header in headers:
+        match = re.fullmatch(r"(.+)_(\d{4})", split_ending(header.file.path)[0])
+        if match is None:
+            return None
+        names[match[1]][int(match[2])] = header
+    return names
+
+
+def _usual_channels(names: dict[str, dict[int, Header]]) -> tuple[int, ...] | None:
+    """The channel numbers most names have, if they are 0 to N and fit together; None if these are no channels."""
+    counts = Counter(tuple(sorted(channels)) for channels in names.values())
+    expected, _ = counts.most_common(1)[0]
+    if expected != tuple(range(len(expected))):
+        return None
+    if len(names) == 1 and len(expected) > MOST_CHANNELS_OF_A_LONE_VOLUME:
+        return None
+    fitting = sum(
+        tuple(sorted(channels)) == expected and _same_geometry(list(channels.values())) for channels in names.values()
+    )
+    return expected if fitting > len(names) / 2 else None
+
+
+def _same_geometry(group: Sequence[Header]) -> bool:
+    first = group[0]
+    return all(
+        header.size == first.size
+        and np.allclose(header.spacing, first.spacing)
+        and np.allclose(header.direction, first.direction, atol=1e-3)
+        and np.allclose(header.origin, first.origin, atol=max(first.spacing))
+        for header in group[1:]
+    )
+
+
+def _listed(channels: Sequence[int]) -> str:
+    return ", ".join(f"_{number:04d}" for number in channels)

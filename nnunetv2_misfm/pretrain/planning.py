@@ -1,0 +1,192 @@
+"""Pretraining plans: which network, patch and settings a Volume Fusion run has. Works on the dicts of plans files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
+
+from nnunetv2_misfm.architectures.resolution import strides_of, total_strides
+from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.plans.checks import build_on_meta, check_sizes, configuration_3d
+from nnunetv2_misfm.plans.network_entry import (
+    NETWORKS,
+    architecture_entry,
+    deepest_voxels,
+    degree_for_spacing,
+    degree_of_anisotropy,
+    is_own_network,
+    normalises_over_batch,
+    own_network_name,
+    set_sizes,
+)
+from nnunetv2_misfm.plans.run_settings import BLOCK, PretrainingSettings
+from nnunetv2_misfm.plans.settings import write_settings
+from nnunetv2_misfm.pretrain.augment import AugmentSettings
+from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings
+
+# Patch and batch of the paper.
+PUBLISHED_PATCH_SIZE = (64, 128, 128)
+PUBLISHED_BATCH_SIZE = 4
+# Values of a channel that BatchNorm should have in the deepest map: with a quarter of them pretraining helped
+# fine-tuning less (benchmarks/results/low_label_findings.md).
+_ENOUGH_VALUES = 64
+# What nnU-Net's planner gives a PlainConvUNet.
+_UNET_FEATURES, _UNET_MOST_FEATURES, _UNET_SMALLEST_MAP = 32, 320, 4
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """What a pretraining run should be.
+
+    Attributes:
+        network: a name of `NETWORKS`, "plan" for the one the plans name, or None for what our plans have already,
+            PCT-Net in others.
+        arch_kwargs: constructor arguments of the network that the user chose.
+        patch_size, batch_size: None keeps those of the plan, or takes the published ones for a new pool; the batch
+            then grows where patches are too small for BatchNorm.
+        settings, fusion, augmentation: of the run.
+    """
+
+    network: str | None
+    settings: PretrainingSettings
+    fusion: FusionSettings
+    augmentation: AugmentSettings
+    arch_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    patch_size: tuple[int, int, int] | None = None
+    batch_size: int | None = None
+
+    def block(self) -> dict[str, Any]:
+        """The `misfm` block of the plans."""
+        return {
+            "task": PretrainingSettings.TASK,
+            **write_settings(self.settings),
+            "fusion": write_settings(self.fusion),
+            "augmentation": write_settings(self.augmentation),
+        }
+
+
+def new_pool_entry(
+    spacing: Sequence[float], median_shape: Sequence[float], request: RunRequest
+) -> tuple[dict[str, Any], tuple[int, int, int], int]:
+    """Network entry, patch size and batch size for a pool that has no plans yet.
+
+    Args:
+        spacing: mm, plans axis order.
+        median_shape: voxels at that spacing, plans axis order.
+        request: the run; its patch and batch size win.
+    """
+    degree = degree_for_spacing(spacing)
+    stride = total_strides(strides_of(degree))[-1]
+    patch = request.patch_size or _fitting_patch(median_shape, stride)
+    given = request.batch_size
+    check_sizes(patch, PUBLISHED_BATCH_SIZE if given is None else given)
+    _check_stems(request, degree)
+    if request.network == "plan":
+        entry = plain_unet_entry(spacing, patch)
+        _check_arguments(request, entry)
+    else:
+        entry = architecture_entry(request.network or "pctnet", degree, **request.arch_kwargs)
+    return entry, patch, max(PUBLISHED_BATCH_SIZE, enough_samples(entry, patch)) if given is None else given
+
+
+def enough_samples(architecture: Mapping[str, Any], patch_size: Sequence[int]) -> int:
+    """The smallest batch that gives BatchNorm enough values in the deepest feature map; 1 for networks without it."""
+    if not normalises_over_batch(architecture):
+        return 1
+    return -(-_ENOUGH_VALUES // deepest_voxels(architecture, patch_size))
+
+
+def run_plans(
+    base: Mapping[str, Any], configuration: str, plans_name: str, dataset_name: str, request: RunRequest
+) -> dict[str, Any]:
+    """Plans for pretraining in a configuration of existing plans, with its spacing, normalisation and axis order.
+
+    Raises:
+        PlanError: if the configuration is missing, not 3D, or part of a cascade's second stage, or if arguments are
+            given for a network that is taken as it is.
+    """
+    entry = configuration_3d(base, configuration)
+    entry.pop("next_stage", None)
+    if entry.pop("previous_stage", None) is not None:
+        raise PlanError(f"{configuration!r} takes label channels, which pretraining has not. Use -c 3d_fullres.")
+    planned = entry["architecture"]
+    keep = request.network is None and "task" in base.get(BLOCK, {})
+    if request.network == "plan" or (keep and not is_own_network(planned)):
+        _check_arguments(request, planned)
+    else:
+        network = request.network or own_network_name(planned) or "pctnet"
+        # A network of ours in the plans keeps what its plan chose, so that the weights fit that plan.
+        kept = planned["arch_kwargs"] if own_network_name(planned) == network else {}
+        kept = {key: value for key, value in kept.items() if key not in ("strides", "deep_supervision")}
+        degree = degree_of_anisotropy(entry)
+        _check_stems(request, degree)
+        entry["architecture"] = architecture_entry(network, degree, **{**kept, **request.arch_kwargs})
+    set_sizes(entry, request.patch_size, request.batch_size)
+    if request.batch_size is None and base.get(BLOCK, {}).get("task") != PretrainingSettings.TASK:
+        entry["batch_size"] = max(entry["batch_size"], enough_samples(entry["architecture"], entry["patch_size"]))
+    build_on_meta(entry["architecture"], 1, request.fusion.num_fusion_classes)
+    plans = deepcopy(dict(base))
+    pool = plans.get(BLOCK, {}).get("pool")
+    plans.update(plans_name=plans_name, dataset_name=dataset_name, configurations={configuration: entry})
+    plans[BLOCK] = request.block() | ({"pool": pool} if pool is not None else {})
+    return plans
+
+
+def _check_arguments(request: RunRequest, planned: Mapping[str, Any]) -> None:
+    """Refuse arguments for a network that stays as the plans have it."""
+    if request.arch_kwargs:
+        name = planned["network_class_name"].rpartition(".")[2]
+        options = " and ".join(f"-{argument}" for argument in request.arch_kwargs)
+        raise PlanError(
+            f"{options}: the plans' own {name} is kept as it is. Leave {options} out, or choose -network "
+            f"{' or '.join(NETWORKS)}."
+        )
+
+
+def _check_stems(request: RunRequest, degree: int) -> None:
+    """Refuse to train all stems on volumes that are anisotropic already: slices can be merged, not split."""
+    if len(request.arch_kwargs.get("stems") or ()) > 1 and degree > 0:
+        raise PlanError(
+            f"-stems all makes anisotropic crops by merging slices, so it needs isotropic ones; these have a degree of "
+            f"anisotropy {degree}. Prepare the pool with an isotropic -spacing such as 1.5 1.5 1.5."
+        )
+
+
+def plain_unet_entry(spacing: Sequence[float], patch_size: Sequence[int]) -> dict[str, Any]:
+    """The PlainConvUNet that nnU-Net's planner would choose for this spacing and patch size."""
+    _, strides, kernels, _, _ = get_pool_and_conv_props(spacing, patch_size, _UNET_SMALLEST_MAP, 999999)
+    stages = len(strides)
+    return {
+        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+        "arch_kwargs": {
+            "n_stages": stages,
+            "features_per_stage": [min(_UNET_MOST_FEATURES, _UNET_FEATURES * 2**i) for i in range(stages)],
+            "conv_op": "torch.nn.modules.conv.Conv3d",
+            "kernel_sizes": [list(map(int, kernel)) for kernel in kernels],
+            "strides": [list(map(int, stride)) for stride in strides],
+            "n_conv_per_stage": [2] * stages,
+            "n_conv_per_stage_decoder": [2] * (stages - 1),
+            "conv_bias": True,
+            "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+            "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+            "dropout_op": None,
+            "dropout_op_kwargs": None,
+            "nonlin": "torch.nn.LeakyReLU",
+            "nonlin_kwargs": {"inplace": True},
+        },
+        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+    }
+
+
+def _fitting_patch(median_shape: Sequence[float], stride: Sequence[int]) -> tuple[int, int, int]:
+    # No axis larger than half of the volumes has, rounded up to what the network divides.
+    sizes = [
+        min(published, int(np.ceil(length / s)) * s)
+        for published, length, s in zip(PUBLISHED_PATCH_SIZE, median_shape, stride, strict=True)
+    ]
+    return (sizes[0], sizes[1], sizes[2])

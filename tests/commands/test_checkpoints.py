@@ -1,0 +1,194 @@
+"""misfm_export_checkpoint, misfm_inspect and names on the Hugging Face Hub, as a user types them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+import torch
+from nnunet_dataset import NAME
+
+from nnunetv2_misfm.architectures import PCTNet
+from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.commands.checkpoints import export_main, inspect_main
+from nnunetv2_misfm.commands.plan import plan_main
+from nnunetv2_misfm.plans.network_entry import NETWORKS
+from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint
+from nnunetv2_misfm.transfer.networks import load_network
+from nnunetv2_misfm.transfer.pretrained import load_source, read_source
+
+FEATURES = [4, 4, 8, 16, 32]
+COMMIT = "a" * 40
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    arguments = {"strides": strides_of(0), "features_per_stage": FEATURES}
+    preprocessing = {"normalization_schemes": ["ZScoreNormalization"], "patch_size": [32, 32, 32], "spacing": [1, 1, 1]}
+    training = {"task": "volume_fusion", "num_epochs": 7, "initial_lr": 0.001}
+    info = CheckpointInfo("volume_fusion", NETWORKS["pctnet"], arguments, 1, 5, preprocessing, training, {"torch": "2"})
+    path = tmp_path / "checkpoint_final.pth"
+    write_checkpoint({"network_weights": PCTNet(1, 5, **arguments).state_dict()}, info, path)
+    return path
+
+
+@pytest.fixture
+def exported(checkpoint: Path, tmp_path: Path) -> Path:
+    export_main(["-i", str(checkpoint), "-o", str(tmp_path / "export"), "-license", "apache-2.0"])
+    return tmp_path / "export"
+
+
+def test_an_exported_checkpoint_is_the_same_network(checkpoint: Path, exported: Path) -> None:
+    x = torch.randn(1, 1, 16, 16, 16)
+    with torch.no_grad():
+        before, after = (load_network(p)(x) for p in (checkpoint, exported / "model.safetensors"))
+    assert torch.equal(before, after)
+    assert read_source(exported / "model.safetensors").info == read_source(checkpoint).info
+
+
+def test_the_model_card_says_what_it_is_and_how_to_use_it(exported: Path) -> None:
+    card = (exported / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: nnunetv2_misfm\n") and "license: apache-2.0" in card
+    assert "misfm_plan -d DATASET_ID" in card and "num_epochs" in card and str(exported.parent) not in card
+
+
+def test_export_refuses_what_is_there_and_what_it_does_not_know(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"network_weights": {"a": torch.zeros(1)}}, tmp_path / "stock.pth")
+    for source, target in ((checkpoint, tmp_path), (tmp_path / "stock.pth", tmp_path / "new")):
+        with pytest.raises(SystemExit):
+            export_main(["-i", str(source), "-o", str(target)])
+    messages = capsys.readouterr().err
+    assert "exists. Choose another" in messages and "does not say which network" in messages
+    assert not list(tmp_path.glob("new*"))
+
+
+def test_inspect_prints_what_a_checkpoint_is(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inspect_main([str(checkpoint)])
+    printed = capsys.readouterr().out
+    for expected in ("PCTNet", "volume_fusion", "num_epochs", "ZScoreNormalization", "torch 2", "sha256"):
+        assert expected in printed
+    network = load_network(checkpoint)
+    in_encoder = sum(
+        p.numel() for n, p in network.named_parameters() if n.startswith(("encoder.stage", "encoder.down"))
+    )
+    assert f"encoder {in_encoder:,}" in printed
+
+
+def test_a_short_fine_tuning_at_the_default_rate_is_named(
+    nnunet: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["-d", "4", "-pretrained_weights", str(checkpoint), "--no_pp", "-num_iterations_per_epoch", "25"]
+    for more, named in (
+        (["-num_epochs", "12"], True),
+        (["-num_epochs", "12", "-initial_lr", "5e-3"], False),
+        (["-num_epochs", "1000"], False),
+        (["-num_epochs", "12", "--from_scratch"], False),
+    ):
+        plan_main([*arguments, *more])
+        assert ("300 iterations are few" in capsys.readouterr().out) is named
+
+
+def test_weights_that_decay_has_shrunk_are_named(
+    nnunet: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    content["network_weights"]["encoder.stage4.swin.0.attention.qkv.weight"].mul_(0.01)
+    torch.save(content, checkpoint)
+    inspect_main([str(checkpoint)])
+    assert "encoder.stage4 (1 of" in capsys.readouterr().out
+    plan_main(["-d", "4", "-pretrained_weights", str(checkpoint), "--no_pp"])
+    assert "starts from zero in encoder.stage4 (1 of" in capsys.readouterr().out
+    plan_main(["-d", "4", "-pretrained_weights", str(checkpoint), "--no_pp", "--from_scratch"])
+    assert "starts from zero" not in capsys.readouterr().out
+
+
+def test_inspect_foretells_the_transfer(nnunet: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inspect_main([str(checkpoint), "-d", "4"])
+    printed = capsys.readouterr().out
+    assert "segmentation layers" in printed and "100.00%" in printed and "misfm_plan would accept it." in printed
+    with pytest.raises(SystemExit):
+        inspect_main([str(checkpoint), "-d", "4", "-network", "plan"])
+    assert not list((nnunet / "nnUNet_preprocessed" / NAME).glob("nnUNetMisFMPlans*"))
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as a download needs."""
+
+    folder: Path
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, body: bool) -> None:
+        parts = self.path.strip("/").split("/")
+        file = self.folder / parts[-1]
+        if parts[:2] != ["group", "weights"] or not file.is_file():
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound" if parts[:2] == ["group", "weights"] else "RepoNotFound")
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.end_headers()
+            return
+        content = file.read_bytes()
+        self.send_response(200)
+        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
+    handler = type("Hub", (_Hub,), {"folder": exported})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    yield server
+    server.shutdown()
+
+
+def test_a_checkpoint_on_the_hub_is_downloaded_once_and_pinned(
+    nnunet: Path, hub: ThreadingHTTPServer, exported: Path
+) -> None:
+    plan_main(["-d", "4", "-pretrained_weights", "hf:group/weights", "--no_pp"])
+    plans = json.loads((nnunet / "nnUNet_preprocessed" / NAME / "nnUNetMisFMPlans.json").read_text())
+    info = plans["pretrain_info"]
+    assert info["checkpoint_path"] == f"hf:group/weights@{COMMIT}:model.safetensors"
+    shutil.rmtree(exported)
+    hub.shutdown()
+    # The cache serves the training run, on a machine that reaches nothing any more.
+    source = load_source(info)
+    assert source.sha256 == info["sha256"] and source.info is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hf:group/weights:other.pth", "has no other.pth"),
+        ("hf:nobody/nothing", "cannot be downloaded"),
+        ("hf:nonsense", "not the name of a repository"),
+    ],
+)
+def test_what_the_hub_does_not_have(
+    hub: ThreadingHTTPServer, name: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        inspect_main([name])
+    assert message in capsys.readouterr().err

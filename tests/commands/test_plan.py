@@ -1,0 +1,191 @@
+"""misfm_plan as a user types it: what it writes, and what it says to mistakes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from nnunetv2_misfm.architectures import PCTNet
+from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.commands.plan import plan_main
+from nnunetv2_misfm.files import locked
+from nnunetv2_misfm.plans.network_entry import NETWORKS, architecture_entry
+from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint
+from nnunetv2_misfm.transfer.memory_target import MemoryBudget, MisFMPlanner
+
+DATASET = "Dataset004_Small"
+
+
+def plans(nnunet: Path, name: str = "nnUNetMisFMPlans") -> dict:
+    return json.loads((nnunet / "nnUNet_preprocessed" / DATASET / f"{name}.json").read_text())
+
+
+def save_pctnet(path: Path) -> None:
+    arguments = {"strides": strides_of(0), "features_per_stage": [4, 4, 8, 16, 32]}
+    preprocessing = {"normalization_schemes": ["ZScoreNormalization"], "patch_size": [8, 32, 32], "spacing": [2, 2, 2]}
+    info = CheckpointInfo("volume_fusion", NETWORKS["pctnet"], arguments, 1, 5, preprocessing, {})
+    weights = PCTNet(1, 5, **arguments).state_dict()  # type: ignore[arg-type]
+    write_checkpoint({"network_weights": weights}, info, path)
+
+
+def test_without_weights_the_plan_trains_from_scratch(nnunet: Path) -> None:
+    plan_main(["-d", "4", "-num_epochs", "7", "-initial_lr", "0.01"])
+    written = plans(nnunet)
+    assert written["pretrain_info"]["checkpoint_path"] is None
+    assert (written["misfm"]["num_epochs"], written["misfm"]["initial_lr"], written["misfm"]["schedule"]) == (
+        7,
+        0.01,
+        "scratch",
+    )
+    assert list(written["configurations"]) == ["3d_fullres"]
+    entry = written["configurations"]["3d_fullres"]["architecture"]
+    assert entry["network_class_name"] == "nnunetv2_misfm.architectures.PCTNet"
+
+
+def test_the_network_of_the_plan_can_be_kept(nnunet: Path) -> None:
+    plan_main(["-d", "4", "-network", "plan", "--no_pp"])
+    entry = plans(nnunet)["configurations"]["3d_fullres"]["architecture"]
+    assert entry["network_class_name"].endswith("PlainConvUNet")
+
+
+def test_a_memory_target_changes_patch_and_batch(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan_main(["-d", "4", "-gpu_memory_target", "100", "--no_pp"])
+    roomy = plans(nnunet)
+    plan_main(["-d", "4", "-gpu_memory_target", "0.75", "--no_pp"])
+    tight = plans(nnunet)
+    small, large = (p["configurations"]["3d_fullres"] for p in (tight, roomy))
+    # The whole image, as nnU-Net plans it, at a multiple of what the network divides; 5 % of the voxels is one sample.
+    assert large["patch_size"] == [32, 32, 32] and large["batch_size"] == 2
+    assert math.prod(small["patch_size"]) < math.prod(large["patch_size"]) or tight["misfm"]["checkpointing"] == "on"
+    assert all(n % 16 == 0 for n in small["patch_size"])
+    assert "of 0.75 GB" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_batch_grows_into_the_memory_and_is_limited_by_the_dataset(nnunet: Path) -> None:
+    budget = MemoryBudget(4.0, architecture_entry("pctnet", 0, features_per_stage=[4, 8, 16, 32, 64]), 1, 3, "auto")
+    planner = MisFMPlanner(DATASET, budget)
+    planner.dataset_json["numTraining"] = 600
+    entry = plans(nnunet, "nnUNetPlans")["configurations"]["3d_fullres"]
+    limited = planner.sizes_for(entry)["batch_size"]
+    assert limited == round(0.05 * 600 * 24 * 30 * 26 / 32**3)
+    budget.gigabytes = 0.2
+    assert 2 <= planner.sizes_for(entry)["batch_size"] < limited
+    assert budget.needed(planner.sizes_for(entry)) <= 0.2
+
+
+def test_a_memory_target_leaves_fmunet_more_than_one_voxel(nnunet: Path) -> None:
+    path = nnunet / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json"
+    small = json.loads(path.read_text())
+    small["configurations"]["3d_fullres"]["median_image_size_in_voxels"] = [12, 14, 16]
+    path.write_text(json.dumps(small))
+    plan_main(["-d", "4", "-network", "fmunet", "-gpu_memory_target", "8", "--no_pp"])
+    assert sum(plans(nnunet)["configurations"]["3d_fullres"]["patch_size"]) > 3 * 16
+
+
+def test_running_it_again_does_not_preprocess_again(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan_main(["-d", "4"])
+    plan_main(["-d", "4", "-num_epochs", "3"])
+    out = capsys.readouterr().out
+    assert "shares the arrays" in out and "is up to date" in out
+
+
+def test_what_a_killed_run_left_is_removed_and_never_taken_for_the_data(nnunet: Path) -> None:
+    folder = nnunet / "nnUNet_preprocessed" / DATASET
+    left = folder / ".nnUNetMisFMPlans_3d_fullres.0123.tmp"
+    left.mkdir()
+    (left / "case_0.b2nd").write_bytes(b"half")
+    left.with_name(f"{left.name}.json").write_text("{}")
+    plan_main(["-d", "4", "-spacing", "1.2", "1.2", "1.2", "-np", "1"])
+    assert [path.name for path in folder.iterdir() if ".tmp" in path.name] == []
+    made = {path.name for path in (folder / "nnUNetMisFMPlans_3d_fullres").iterdir()}
+    assert made == {path.name for path in (folder / "nnUNetPlans_3d_fullres").iterdir()}
+
+
+def test_data_that_another_process_provides_is_left_to_it(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = nnunet / "nnUNet_preprocessed" / DATASET
+    with locked(folder / ".nnUNetMisFMPlans_3d_fullres.lock", 0.0, ""), pytest.raises(SystemExit):
+        plan_main(["-d", "4"])
+    assert "another process provides this data" in capsys.readouterr().err
+    assert not (folder / "nnUNetMisFMPlans_3d_fullres").exists()
+
+
+def test_data_is_provided_again_when_its_source_has_changed(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan_main(["-d", "4"])
+    folder = nnunet / "nnUNet_preprocessed" / DATASET
+    stock, ours = folder / "nnUNetPlans_3d_fullres", folder / "nnUNetMisFMPlans_3d_fullres"
+    changed = (stock / "case_0_seg.b2nd").read_bytes()
+    (stock / "case_0_seg.b2nd").unlink()
+    (stock / "case_0_seg.b2nd").write_bytes(changed)  # a new file, as when nnU-Net preprocesses again
+    (ours / "case_1.b2nd").unlink()
+    plan_main(["-d", "4"])
+    assert "up to date" not in capsys.readouterr().out
+    assert (ours / "case_1.b2nd").is_file()
+    assert (ours / "case_0_seg.b2nd").stat().st_ino == (stock / "case_0_seg.b2nd").stat().st_ino
+
+
+def test_replacing_plans_says_what_changes(nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_pctnet(tmp_path / "c.pth")
+    plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pth"), "--no_pp"])
+    path = nnunet / "nnUNet_preprocessed" / DATASET / "nnUNetMisFMPlans.json"
+    written = json.loads(path.read_text())
+    written["pretrain_info"]["checkpoint_path"] = "somewhere/else.pth"
+    written["configurations"]["3d_lowres"] = written["configurations"]["3d_fullres"]
+    path.write_text(json.dumps(written))
+    plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pth"), "-batch_size", "5", "--no_pp"])
+    out = capsys.readouterr().out
+    assert "weights: somewhere/else.pth becomes" in out and "also had 3d_lowres" in out
+    assert "3d_fullres: batch_size 2 becomes 5" in out and "patch_size" not in out
+    plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pth"), "-num_epochs", "7", "--no_pp"])
+    assert "3d_fullres: num_epochs 1000 becomes 7" in capsys.readouterr().out
+
+
+def test_plans_with_weights_are_not_replaced_by_plans_without(
+    nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_pctnet(tmp_path / "c.pth")
+    plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pth"), "--no_pp"])
+    before = plans(nnunet)
+    with pytest.raises(SystemExit):
+        plan_main(["-d", "4", "--no_pp"])
+    assert "would start from nothing" in capsys.readouterr().err
+    assert plans(nnunet) == before
+
+
+def test_a_checkpoint_that_names_no_network_asks_for_the_plans(
+    nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save({"network_weights": {"a": torch.zeros(1)}}, tmp_path / "stock.pth")
+    with pytest.raises(SystemExit):
+        plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "stock.pth")])
+    assert "-network plan" in capsys.readouterr().err
+
+
+def test_the_spacing_can_be_the_checkpoints_or_any(nnunet: Path, tmp_path: Path) -> None:
+    save_pctnet(tmp_path / "c.pth")
+    stock = plans(nnunet, "nnUNetPlans")["configurations"]["3d_fullres"]
+    plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pth"), "-spacing", "pretrained", "--no_pp"])
+    ours = plans(nnunet)["configurations"]["3d_fullres"]
+    assert ours["spacing"] == [2, 2, 2] and ours["data_identifier"] != stock["data_identifier"]
+    assert ours["median_image_size_in_voxels"] == [
+        n * mm / 2 for n, mm in zip(stock["median_image_size_in_voxels"], stock["spacing"], strict=True)
+    ]
+    assert all(
+        n <= -(-m // 8) * 8 for n, m in zip(ours["patch_size"], ours["median_image_size_in_voxels"], strict=True)
+    )
+    plan_main(["-d", "4", "-spacing", "8", "1", "1", "-overwrite_plans_name", "Thick", "--no_pp"])
+    anisotropic = plans(nnunet, "Thick")["configurations"]["3d_fullres"]
+    assert anisotropic["architecture"]["arch_kwargs"]["strides"] == strides_of(2)
+
+
+def test_changed_spacing_is_preprocessed_anew(nnunet: Path) -> None:
+    plan_main(["-d", "4", "-spacing", "2", "2", "2", "-np", "1"])
+    folder = nnunet / "nnUNet_preprocessed" / DATASET
+    assert (folder / "nnUNetMisFMPlans_3d_fullres").is_dir() and list(
+        (folder / "nnUNetMisFMPlans_3d_fullres").iterdir()
+    )
+    assert list((folder / "nnUNetPlans_3d_fullres").glob("*.b2nd"))

@@ -1,0 +1,151 @@
+"""misfm_pretrain as a user types it: bare volumes, another dataset's plans, continuing, and mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import pytest
+from phantoms import ct, mr, write
+
+from nnunetv2_misfm.commands.pretrain import main
+from nnunetv2_misfm.start_up import add_plugin_folder
+from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
+
+TINY = ["-features_per_stage", "4", "8", "16", "32", "64", "-batch_size", "2", "-device", "cpu", "-np", "1"]
+SHORT = ["-num_epochs", "1", "-num_iterations_per_epoch", "1", "-num_val_iterations_per_epoch", "1"]
+
+
+def run(*arguments: str) -> None:
+    add_plugin_folder()
+    main([*arguments, *TINY, *SHORT])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    device = [] if "-device" in arguments else ["-device", "cpu"]
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, *device])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message
+    return message
+
+
+def run_folder(nnunet: Path, dataset: str, plans: str = "nnUNetPlans") -> Path:
+    return nnunet / "nnUNet_results" / dataset / f"VolumeFusionTrainer__{plans}__3d_fullres" / "fold_all"
+
+
+def test_one_bare_volume_is_enough(nnunet: Path, tmp_path: Path) -> None:
+    write(tmp_path / "scans" / "a b" / "ü.nii.gz", ct(), spacing=(2.0, 1.5, 1.5))
+    run("-i", str(tmp_path / "scans"), "-d", "900", "-n", "Pool", "-modality", "ct", "-geometry", "blocks")
+    folder = run_folder(nnunet, "Dataset900_Pool")
+    checkpoint = read_checkpoint(folder / "checkpoint_final.pth")
+    assert checkpoint["misfm"]["training"]["fusion"]["geometry"] == "blocks"
+    assert checkpoint["misfm"]["preprocessing"]["spacing"] == [2.0, 1.5, 1.5]
+    window = checkpoint["misfm"]["preprocessing"]["foreground_intensity_properties_per_channel"]["0"]
+    assert (window["percentile_00_5"], window["percentile_99_5"], window["mean"], window["std"]) == (
+        -1000,
+        1000,
+        0,
+        1000,
+    )
+    assert (folder / "fused_samples.png").is_file() and (folder / "progress.png").is_file()
+
+
+def test_another_datasets_plans_decide_everything_but_the_volumes(nnunet: Path, tmp_path: Path) -> None:
+    for index in range(2):
+        write(tmp_path / "scans" / f"{index}.nii.gz", mr(index), spacing=(2.0, 1.0, 1.0))
+    boxes = ["-num_boxes", "2", "6", "-box_size_max", "0.5", "0.5", "0.75"]
+    run("-i", str(tmp_path / "scans"), "-d", "901", "-n", "For4", "-plans_from", "4", "-p", "nnUNetPlans", *boxes)
+    pool = nnunet / "nnUNet_preprocessed" / "Dataset901_For4"
+    plans = json.loads((pool / "nnUNetPlans.json").read_text())
+    target = json.loads((nnunet / "nnUNet_preprocessed" / "Dataset004_Small" / "nnUNetPlans.json").read_text())
+    ours, theirs = plans["configurations"]["3d_fullres"], target["configurations"]["3d_fullres"]
+    for key in ("spacing", "patch_size", "normalization_schemes"):
+        assert ours[key] == theirs[key]
+    assert ours["architecture"]["network_class_name"].endswith(".PCTNet")
+    assert ours["architecture"]["arch_kwargs"]["features_per_stage"] == [4, 8, 16, 32, 64]
+    cases = sorted((pool / ours["data_identifier"]).glob("*.b2nd"))
+    array = np.asarray(blosc2.open(str(next(c for c in cases if not c.stem.endswith("_seg"))))[:])
+    assert array.shape[1:] == (40, 24, 28)  # 20 slices of 2 mm resampled to 1 mm
+    checkpoint = read_checkpoint(run_folder(nnunet, "Dataset901_For4") / "checkpoint_final.pth")
+    fusion = checkpoint["misfm"]["training"]["fusion"]
+    assert (fusion["num_boxes"], fusion["box_size_max"]) == ([2, 6], [0.5, 0.5, 0.75])
+
+
+def test_channels_of_our_networks_are_refused_for_others(
+    nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "scans" / "a.nii.gz", ct())
+    arguments = ["-i", str(tmp_path / "scans"), "-d", "900", "-n", "Pool", "-network", "plan", *TINY, *SHORT]
+    assert "PlainConvUNet is kept as it is. Leave -features_per_stage out" in refused(capsys, *arguments)
+
+
+def test_an_interrupted_run_is_kept_until_the_user_decides(
+    nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "scans" / "a.nii.gz", ct())
+    arguments = ["-i", str(tmp_path / "scans"), "-d", "900", "-n", "Pool", "-modality", "ct", *TINY, *SHORT]
+    main([*arguments, "--only_prepare"])
+    assert not (nnunet / "nnUNet_results" / "Dataset900_Pool").exists()
+    add_plugin_folder()
+    main(arguments)
+    folder = run_folder(nnunet, "Dataset900_Pool")
+    (folder / "checkpoint_final.pth").rename(folder / "checkpoint_latest.pth")
+    assert "--c to continue it" in refused(capsys, *arguments)
+    main([*arguments[:-6], "-num_epochs", "2", "-num_iterations_per_epoch", "1", "--c"])
+    assert read_checkpoint(folder / "checkpoint_final.pth")["current_epoch"] == 2
+
+
+def test_parts_prepare_and_train_nothing(nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Not even the last one, which runs on a machine for preparing."""
+    for name in ("a", "b"):
+        write(tmp_path / "scans" / f"{name}.nii.gz", ct())
+    arguments = ["-i", str(tmp_path / "scans"), "-d", "900", "-n", "Pool", "-modality", "ct", *TINY, "-num_parts", "2"]
+    for part in ("0", "1"):
+        main([*arguments, "-part_id", part])
+        assert ("Train with: misfm_pretrain -d Dataset900_Pool" in capsys.readouterr().out) is (part == "1")
+    assert (nnunet / "nnUNet_preprocessed" / "Dataset900_Pool" / "dataset_fingerprint.json").is_file()
+    assert not (nnunet / "nnUNet_results" / "Dataset900_Pool").exists()
+
+
+def test_a_run_that_cannot_start_deletes_nothing(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("-d", "4")
+    checkpoint = run_folder(nnunet, "Dataset004_Small", "nnUNetMisFMPretrainPlans") / "checkpoint_final.pth"
+    before = checkpoint.read_bytes()
+    refused(capsys, "-d", "4", "--overwrite", "-num_epochs", "0")
+    refused(capsys, "-d", "4", "--overwrite", "-device", "cuda", "-num_gpus", "99")
+    assert checkpoint.read_bytes() == before
+
+
+def test_continuing_keeps_the_run_what_it_was(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    add_plugin_folder()
+    main(["-d", "4", "-network", "plan", "-geometry", "blocks", "-batch_size", "2", "-device", "cpu", *SHORT])
+    folder = run_folder(nnunet, "Dataset004_Small", "nnUNetMisFMPretrainPlans")
+    before = (folder / "checkpoint_final.pth").read_bytes()
+    message = refused(capsys, "-d", "4", "--c", "-geometry", "boxes", "-batch_size", "3")
+    assert "fusion:" in message and "batch_size: 2 then, 3 now" in message
+    main(["-d", "4", "--c", "-device", "cpu"])
+    assert "is finished" in capsys.readouterr().out
+    assert (folder / "checkpoint_final.pth").read_bytes() == before
+    main(["-d", "4", "--c", "-device", "cpu", "-num_epochs", "2"])
+    assert read_checkpoint(folder / "checkpoint_final.pth")["current_epoch"] == 2
+
+
+def test_a_pool_that_is_not_complete_is_named(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As while other parts of it are being prepared: its plans are there, its fingerprint comes last."""
+    pool = nnunet / "nnUNet_preprocessed" / "Dataset004_Small"
+    dataset = json.loads((pool / "dataset.json").read_text())
+    (pool / "dataset.json").write_text(json.dumps({**dataset, "misfm_pool": True}))
+    (pool / "dataset_fingerprint.json").unlink()
+    assert "is not complete: volumes are still to be prepared" in refused(capsys, "-d", "4")
+
+
+def test_without_nnunets_folders_the_remedy_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.delenv(name, raising=False)
+    assert "nnUNet_results is not set" in refused(capsys, "-d", "4")

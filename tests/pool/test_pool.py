@@ -1,0 +1,641 @@
+"""Pools: what nnU-Net sees, equality with nnU-Net's own preprocessing, bad files, resuming, parts, settings."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import phantoms
+import pytest
+import SimpleITK as sitk
+from faults.bad_files import VOLUMES, make_volumes
+from filelock import FileLock
+from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunetv2_misfm.errors import UserError
+from nnunetv2_misfm.files import LockedError
+from nnunetv2_misfm.plans.settings import SettingsError
+from nnunetv2_misfm.pool.inspection import PoolError
+from nnunetv2_misfm.pool.plan import adopt_plans, find_geometry
+from nnunetv2_misfm.pool.prepare import PoolReport, PoolSettings, inspect_volumes, plan_pool, prepare_pool
+
+DATASET, PLANS, CONFIGURATION = "Dataset100_Pool", "MisFMPlans", "3d_fullres"
+ARCHITECTURE = {
+    "network_class_name": "torch.nn.Identity",
+    "arch_kwargs": {"strides": [[1, 1, 1], [2, 2, 2]]},
+    "_kw_requires_import": [],
+}
+
+
+@pytest.fixture(autouse=True)
+def nnunet_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(name, str(tmp_path / name))
+    return tmp_path
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    return folder
+
+
+def make_pool(
+    folders: Sequence[Path],
+    dataset: str = DATASET,
+    parts: tuple[int, int] = (1, 0),
+    processes: int = 1,
+    **settings: Any,
+) -> PoolReport:
+    wanted = PoolSettings(**settings)
+    inspection = inspect_volumes(folders, wanted)
+    names = (dataset, PLANS, CONFIGURATION)
+    geometry = find_geometry(inspection, wanted, *names)
+    plans = plan_pool(inspection, wanted, geometry, *names, (16, 16, 16), 2, ARCHITECTURE, {"seed": 1})
+    return prepare_pool(inspection, plans, CONFIGURATION, processes, *parts)
+
+
+def data_folder(report: Any) -> Path:
+    return report.folder / f"{PLANS}_{CONFIGURATION}"
+
+
+def arrays(report: Any) -> dict[str, np.ndarray]:
+    """Stored images by case name without its hash, loaded by nnU-Net."""
+    folder = str(data_folder(report))
+    dataset = infer_dataset_class(folder)(folder)
+    return {case.rpartition("-")[0]: dataset.load_case(case)[0][:] for case in dataset.identifiers}
+
+
+def rows(report: PoolReport) -> dict[str, dict[str, str]]:
+    """Rows of the report by file name."""
+    with open(report.folder / "report.csv", newline="", encoding="utf-8") as file:
+        return {Path(row["source"]).name: row for row in csv.DictReader(file)}
+
+
+def contents(report: PoolReport) -> dict[str, Any]:
+    """Everything a finished pool says and holds, apart from the dates and names that differ between equal pools."""
+    files = {
+        name: json.loads((report.folder / name).read_text()) for name in ("dataset_fingerprint.json", f"{PLANS}.json")
+    }
+    files[f"{PLANS}.json"]["dataset_name"] = ""
+    held = sorted(path.name for path in data_folder(report).iterdir())
+    return {
+        **files,
+        "files": held,
+        "report": rows(report),
+        "arrays": {k: v.tolist() for k, v in arrays(report).items()},
+    }
+
+
+def preprocessed_by_nnunet(plans: dict[str, Any], path: Path) -> np.ndarray:
+    manager = PlansManager(plans)
+    preprocessor = DefaultPreprocessor(verbose=False)
+    return preprocessor.run_case([str(path)], None, manager, manager.get_configuration(CONFIGURATION), {})[0]
+
+
+def test_nnunet_sees_an_ordinary_dataset(images: Path) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.mr(0))
+    phantoms.write(images / "b.nrrd", phantoms.mr(1))
+    report = make_pool([images])
+    plans = PlansManager(str(report.folder / f"{PLANS}.json"))
+    dataset_json = json.loads((report.folder / "dataset.json").read_text())
+    assert plans.get_configuration(CONFIGURATION).data_identifier == data_folder(report).name
+    assert plans.get_label_manager(dataset_json).foreground_labels == []
+    assert dataset_json["numTraining"] == 2
+    fingerprint = json.loads((report.folder / "dataset_fingerprint.json").read_text())
+    assert len(fingerprint["spacings"]) == len(fingerprint["shapes_after_crop"]) == 2
+    dataset = infer_dataset_class(str(data_folder(report)))(str(data_folder(report)))
+    for case in dataset.identifiers:
+        data, seg, _, properties = dataset.load_case(case)
+        assert data.shape == seg.shape == (1, *phantoms.DEFAULT_SHAPE)
+        assert data.dtype == np.float32
+        assert properties["misfm"]["orientation"] == "LPS"
+
+
+def test_ct_is_clipped_to_the_window_and_scaled_to_one(images: Path) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.ct())
+    (array,) = arrays(make_pool([images], modality="ct", ct_window=(-200, 200), body_crop=False)).values()
+    expected = np.clip(phantoms.ct()[:, ::-1, ::-1], -200, 200) / 200
+    np.testing.assert_allclose(array[0], expected, atol=1e-6)
+
+
+def test_mr_is_standardised(images: Path) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.ct())
+    (array,) = arrays(make_pool([images], modality="mr")).values()
+    assert abs(array.mean()) < 1e-4 and abs(array.std() - 1) < 1e-4
+
+
+@pytest.mark.parametrize(("modality", "make"), [("ct", phantoms.ct), ("mr", phantoms.mr), ("auto", phantoms.ct)])
+@pytest.mark.parametrize("spacing", ["none", (1.0, 1.0, 1.5)])
+def test_nnunet_makes_the_same_arrays_from_the_plans(images: Path, modality: str, make: Any, spacing: Any) -> None:
+    path = phantoms.write(images / "a.nii.gz", make(), (3, 1, 0.5))
+    report = make_pool([images], modality=modality, spacing=spacing, body_crop=False)
+    plans = json.loads((report.folder / f"{PLANS}.json").read_text())
+    (array,) = arrays(report).values()
+    np.testing.assert_array_equal(array, preprocessed_by_nnunet(plans, path))
+
+
+def test_in_a_mixed_pool_every_volume_is_normalised_as_what_it_is(images: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        phantoms.write(images / f"ct{number}.nii.gz", phantoms.ct(number))
+    phantoms.write(images / "mr.nii.gz", phantoms.mr())
+    report = make_pool([images], body_crop=False)
+    pure = arrays(make_pool([images / "mr.nii.gz"], "Dataset101_MR", modality="mr"))
+    mixed = arrays(report)
+    np.testing.assert_array_equal(mixed["mr"], pure["mr"])
+    assert mixed["ct0"].min() == -1
+    assert report.plans["misfm"]["pool"]["modalities"] == {"ct": 2, "mr": 1}
+    assert report.plans["configurations"][CONFIGURATION]["normalization_schemes"] == ["CTNormalization"]
+    assert "lowest value" in rows(report)["mr.nii.gz"]["modality_from"]
+
+
+def test_the_spacing_is_the_median_with_the_largest_axis_first(images: Path) -> None:
+    for number, spacing in enumerate([(1, 1, 3), (1, 1, 5), (1, 2, 5)]):
+        phantoms.write(images / f"{number}.nii.gz", phantoms.mr(number, (18, 20, 22)), spacing)
+    report = make_pool([images])
+    assert report.plans["configurations"][CONFIGURATION]["spacing"] == pytest.approx([5, 1, 1])
+    assert report.plans["transpose_forward"] == [2, 0, 1]
+    assert report.plans["transpose_backward"] == [1, 2, 0]
+    # (z, y, x) = 18 x 20 x 22 voxels of (1, 2, 5) mm, as (x, z, y) at (5, 1, 1) mm.
+    assert arrays(report)["2"].shape == (1, 22, 18, 40)
+
+
+def test_a_given_spacing_is_in_the_order_z_y_x(images: Path) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.mr(shape=(18, 20, 22)))
+    assert arrays(make_pool([images], spacing=(2, 1, 0.5)))["a"].shape == (1, 9, 20, 44)
+
+
+def test_without_resampling_every_volume_keeps_its_voxels(images: Path) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.mr(0, (18, 20, 22)), (1, 1, 1))
+    phantoms.write(images / "b.nii.gz", phantoms.mr(1, (20, 22, 24)), (2, 2, 2))
+    held = arrays(make_pool([images], spacing="none"))
+    assert (held["a"].shape, held["b"].shape) == ((1, 18, 20, 22), (1, 20, 22, 24))
+
+
+def test_tiny_differences_of_spacing_do_not_turn_the_axes(images: Path) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.mr(), (1, 1.0000001, 1))
+    assert make_pool([images]).plans["transpose_forward"] == [0, 1, 2]
+
+
+def test_a_sagittal_volume_gives_the_array_of_the_axial_one(images: Path) -> None:
+    axial = sitk.GetImageFromArray(phantoms.mr())
+    axial.SetSpacing((0.5, 1.0, 3.0))
+    phantoms.write_image(images / "axial" / "scan.nii.gz", axial)
+    phantoms.write_image(images / "sagittal" / "scan.nii.gz", sitk.PermuteAxes(axial, (1, 2, 0)))
+    (one,) = arrays(make_pool([images / "axial"])).values()
+    (other,) = arrays(make_pool([images / "sagittal"], "Dataset101_Other")).values()
+    np.testing.assert_array_equal(one, other)
+
+
+def test_the_body_crop_is_recorded_and_can_be_switched_off(images: Path) -> None:
+    phantoms.write(images / "a.nii.gz", np.pad(phantoms.ct(), 25, constant_values=-1000))
+    cropped = make_pool([images])
+    assert np.prod(arrays(cropped)["a"].shape) < 70 * 74 * 78 / 2
+    assert rows(cropped)["a.nii.gz"]["body_box"].count(":") == 3
+    whole = make_pool([images], "Dataset101_Whole", body_crop=False)
+    assert arrays(whole)["a"].shape == (1, 70, 74, 78)
+    assert rows(whole)["a.nii.gz"]["body_box"] == ""
+
+
+def test_channels_go_into_one_case(images: Path) -> None:
+    for name in ("a", "b"):
+        phantoms.write(images / f"{name}_0000.nii.gz", phantoms.mr(1))
+        phantoms.write(images / f"{name}_0001.nii.gz", phantoms.mr(2) + len(name) + (name == "b"))
+    report = make_pool([images])
+    assert {array.shape for array in arrays(report).values()} == {(2, *phantoms.DEFAULT_SHAPE)}
+    assert len(report.plans["configurations"][CONFIGURATION]["normalization_schemes"]) == 2
+
+
+def test_volumes_with_other_channels_than_most_are_left_out(images: Path) -> None:
+    for number in range(3):
+        phantoms.write(images / f"{number}.nii.gz", phantoms.mr(number))
+    for number in range(2):
+        phantoms.write(images / "two" / f"a_{number:04d}.nii.gz", phantoms.mr(9 + number))
+    report = make_pool([images])
+    assert (report.num_prepared, report.num_left_out) == (3, 1)
+    assert "2 channels, but the pool's volumes have 1" in report.reasons
+
+
+def test_bad_files_are_left_out_with_their_reason_and_stop_nothing(images: Path) -> None:
+    for number in range(3):
+        phantoms.write(images / f"good{number}.nii.gz", phantoms.mr(number))
+    make_volumes(images)
+    phantoms.write(images / "thin.nrrd", phantoms.mr(3), (0.01, 1, 1))
+    phantoms.write(images / "large.nrrd", phantoms.mr(4), (99, 99, 99))
+    phantoms.write(images / "same.nrrd", phantoms.mr(0))
+    report = make_pool([images])
+    assert (report.num_prepared, report.num_left_out, report.num_failed) == (3, len(VOLUMES) + 3, 0)
+    assert set(arrays(report)) == {"good0", "good1", "good2"}
+    with open(report.folder / "report.csv", newline="", encoding="utf-8") as file:
+        left_out = [row for row in csv.DictReader(file) if row["status"] == "left out"]
+    # By the folder that bad_files.py made for a kind, and by name for those made here.
+    reasons = {key: row["reason"] for row in left_out for key in Path(row["source"]).parts[-2:]}
+    for kind, reason in {
+        "empty file": "empty file",
+        "text as MHA": "unreadable",
+        "unknown format": "unsupported format",
+        "cut short": "cut short",
+        "cut short uncompressed": "cut short",
+        "without its voxel file": "unread",
+        "2D": "2D (10x9)",
+        "NaN": "NaN or infinity",
+        "infinite": "NaN or infinity",
+        "constant": "constant: every voxel is 5",
+        "labels": "looks like a label map",
+        "too small": "too small: 5x24x28",
+        "spacing of metres": "not plausible",
+        "no directions": "No orthonormal definition found",
+        "thin.nrrd": "too small: 0x24x28",
+        "large.nrrd": "too large",
+        "same.nrrd": "duplicate: the same voxels as",
+    }.items():
+        assert reason in reasons[kind]
+    assert all(row["reason"] for row in left_out)
+
+
+def test_a_ct_outside_the_window_is_left_out(images: Path) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.ct())
+    phantoms.write(images / "b.nii.gz", phantoms.mr() + 2000)
+    assert "outside the CT window" in rows(make_pool([images], modality="ct"))["b.nii.gz"]["reason"]
+
+
+def test_what_was_found_is_told_before_the_work_starts(images: Path) -> None:
+    for number in range(3):
+        phantoms.write(images / f"{number}.nii.gz", phantoms.mr(number, (20, 24, 28 + number)), (2, 1, 1))
+    (images / "x.nii.gz").write_bytes(b"")
+    summary = inspect_volumes([images], PoolSettings()).summary()
+    assert "Found 3 volumes" in summary
+    assert "median 20 x 24 x 29, from 20 x 24 x 28 to 20 x 24 x 30" in summary
+    assert "median 2 x 1 x 1" in summary
+    assert "x.nii.gz: empty file" in summary
+
+
+def test_one_volume_is_enough(images: Path) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.mr())
+    assert make_pool([images]).num_prepared == 1
+
+
+def test_no_volume_at_all_is_an_error_with_the_reasons(images: Path) -> None:
+    (images / "x.nii.gz").write_bytes(b"")
+    with pytest.raises(PoolError, match=r"no usable volume in .*images[\s\S]*empty file"):
+        make_pool([images])
+
+
+def test_no_volume_left_after_reading_is_an_error_with_the_reasons(images: Path) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.labels())
+    with pytest.raises(PoolError, match="1 x looks like a label map"):
+        make_pool([images])
+
+
+def test_running_again_does_nothing_twice_and_adds_what_is_new(images: Path) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.mr(0), (2, 1, 1))
+    first = make_pool([images])
+    before = {path: path.stat().st_mtime_ns for path in data_folder(first).iterdir()}
+    for number in (1, 2):
+        phantoms.write(images / f"b{number}.nii.gz", phantoms.mr(number), (4, 1, 1))
+    report = make_pool([images])
+    assert report.num_prepared == 3
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    # The median is now 4 mm, but the pool keeps the spacing its first volume was resampled to.
+    assert report.plans["configurations"][CONFIGURATION]["spacing"] == [2, 1, 1]
+    assert arrays(report)["b1"].shape == (1, 40, 24, 28)
+
+
+def test_a_file_that_changed_is_prepared_again(images: Path) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.mr(0))
+    make_pool([images], spacing="none")
+    phantoms.write(images / "a.nii.gz", phantoms.mr(0, (30, 24, 28)))
+    assert arrays(make_pool([images], spacing="none"))["a"].shape == (1, 30, 24, 28)
+
+
+def test_a_file_with_a_new_date_only_keeps_its_case(images: Path) -> None:
+    path = phantoms.write(images / "a.nii.gz", phantoms.mr(0))
+    first = make_pool([images])
+    before = {file: file.stat().st_mtime_ns for file in data_folder(first).iterdir()}
+    os.utime(path, ns=(1, 1))
+    assert make_pool([images]).num_prepared == 1
+    assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+def test_a_bad_file_that_was_repaired_is_used(images: Path) -> None:
+    path = phantoms.write(images / "a.nii.gz", phantoms.mr(0))
+    phantoms.write(images / "b.nii.gz", phantoms.mr(1))
+    phantoms.cut_short(path, path)
+    assert make_pool([images]).num_prepared == 1
+    phantoms.write(path, phantoms.mr(0))
+    assert make_pool([images]).num_prepared == 2
+
+
+def test_a_duplicate_that_comes_later_takes_no_case_away(images: Path) -> None:
+    phantoms.write(images / "m.nii.gz", phantoms.mr())
+    assert set(arrays(make_pool([images]))) == {"m"}
+    phantoms.write(images / "a.nii.gz", phantoms.mr())
+    report = make_pool([images])
+    assert set(arrays(report)) == {"m"}
+    assert "duplicate" in rows(report)["a.nii.gz"]["reason"]
+
+
+def test_a_case_without_its_last_file_is_prepared_again(images: Path) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.mr())
+    report = make_pool([images])
+    before = contents(report)
+    (case,) = (path for path in data_folder(report).glob("*.b2nd") if not path.name.endswith("_seg.b2nd"))
+    case.unlink()
+    assert contents(make_pool([images])) == before
+
+
+def test_other_settings_on_an_existing_pool_are_an_error_that_names_them(images: Path) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.mr())
+    make_pool([images], spacing="none")
+    with pytest.raises(PoolError) as error:
+        make_pool([images], spacing=(1, 1, 1), min_size=4)
+    assert "spacing: none there, [1, 1, 1] now" in str(error.value)
+    assert "min_size: 8 there, 4 now" in str(error.value)
+    assert "another plans name" in str(error.value)
+
+
+def test_removing_plans_and_data_starts_anew(images: Path) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.mr())
+    phantoms.write(images / "small.nii.gz", phantoms.mr(shape=(6, 20, 20)))
+    report = make_pool([images], spacing="none")
+    (report.folder / f"{PLANS}.json").unlink()
+    shutil.rmtree(data_folder(report))
+    assert set(arrays(make_pool([images], spacing="none", min_size=4))) == {"a", "small"}
+
+
+def test_another_patch_or_network_is_no_other_pool(images: Path) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.mr())
+    make_pool([images])
+    settings = PoolSettings()
+    inspection = inspect_volumes([images], settings)
+    names = (DATASET, PLANS, CONFIGURATION)
+    geometry = find_geometry(inspection, settings, *names)
+    plans = plan_pool(inspection, settings, geometry, *names, (8, 8, 8), 7, ARCHITECTURE, {"seed": 2})
+    prepare_pool(inspection, plans, CONFIGURATION)
+    written = json.loads((Path(os.environ["nnUNet_preprocessed"]) / DATASET / f"{PLANS}.json").read_text())
+    assert written["configurations"][CONFIGURATION]["batch_size"] == 7
+    assert written["misfm"]["seed"] == 2
+
+
+def test_parts_together_equal_one_run(images: Path) -> None:
+    for number in range(5):
+        phantoms.write(images / f"v{number}.nii.gz", phantoms.mr(number) if number % 2 else phantoms.ct(number))
+    phantoms.write(images / "copy.nii.gz", phantoms.ct(4))
+    phantoms.write(images / "labels.nii.gz", phantoms.labels())
+    whole = make_pool([images])
+    assert not make_pool([images], "Dataset101_Parts", (3, 2)).complete
+    assert not make_pool([images], "Dataset101_Parts", (3, 0)).complete
+    parts = make_pool([images], "Dataset101_Parts", (3, 1))
+    assert parts.complete
+    assert contents(parts) == contents(whole)
+
+
+PREPARE_IN_A_PROCESS = """
+import sys
+from pathlib import Path
+sys.path[:] = {paths!r}
+from test_pool import make_pool
+make_pool([Path({images!r})], spacing=(1, 1, 1))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+def test_a_preparation_that_was_killed_is_continued_to_the_same_pool(images: Path, nnunet_folders: Path) -> None:
+    for number in range(10):
+        phantoms.write(images / f"{number}.nii.gz", phantoms.ct(number, (50, 60, 60)), (2, 1, 1))
+    whole = make_pool([images], "Dataset101_Whole", spacing=(1, 1, 1))
+    code = PREPARE_IN_A_PROCESS.format(paths=sys.path, images=str(images))
+    process = subprocess.Popen([sys.executable, "-c", code])
+    folder = nnunet_folders / "nnUNet_preprocessed" / DATASET / f"{PLANS}_{CONFIGURATION}"
+    while process.poll() is None and len(list(folder.glob("*.b2nd"))) < 8:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    # What nnU-Net would find in the folder now is part of the whole: each case it lists is complete.
+    interrupted = arrays(SimpleNamespace(folder=folder.parent))
+    assert 3 < len(interrupted) < 10
+    for case, array in arrays(whole).items():
+        if case in interrupted:
+            np.testing.assert_array_equal(interrupted[case], array)
+    assert contents(make_pool([images], spacing=(1, 1, 1))) == contents(whole)
+
+
+@pytest.mark.slow
+def test_worker_processes_make_the_same_pool(images: Path) -> None:
+    for number in range(4):
+        phantoms.write(images / f"{number}.nii.gz", phantoms.ct(number))
+    one = make_pool([images])
+    assert contents(make_pool([images], "Dataset101_Two", processes=2)) == contents(one)
+
+
+def test_a_volume_that_does_not_fit_the_disk_is_an_error_with_the_numbers(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(6):
+        phantoms.write(images / f"{number}.nii.gz", phantoms.mr(number))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=2000))
+    with pytest.raises(PoolError, match=r"remaining 3 volumes need about \d.* kB in .*, but only 2 kB"):
+        make_pool([images])
+    assert not list((Path(os.environ["nnUNet_preprocessed"]) / DATASET).rglob("*.b2nd"))
+
+
+def test_an_id_that_belongs_to_another_dataset_is_refused(images: Path) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.mr())
+    (Path(os.environ["nnUNet_raw"]) / "Dataset100_Heart").mkdir()
+    with pytest.raises(PoolError, match="dataset ID 100 belongs to Dataset100_Heart"):
+        make_pool([images])
+
+
+@pytest.mark.parametrize("name", ["dataset.json", f"{PLANS}.json"])
+def test_a_file_that_was_removed_because_it_was_damaged_is_written_anew(images: Path, name: str) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.mr())
+    folder = make_pool([images]).folder
+    whole = json.loads((folder / name).read_text())
+    case = next(folder.rglob("*.b2nd"))
+    prepared = case.stat().st_mtime_ns
+    (folder / name).write_text("{")
+    with pytest.raises(UserError, match="Remove it and give the options that made the pool again"):
+        make_pool([images])
+    (folder / name).unlink()
+    make_pool([images])
+    assert json.loads((folder / name).read_text()) == whole
+    assert case.stat().st_mtime_ns == prepared
+
+
+@pytest.mark.parametrize("where", ["nnUNet_raw", "nnUNet_preprocessed"])
+def test_a_labelled_dataset_is_never_written_into(images: Path, where: str) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.mr())
+    folder = Path(os.environ[where]) / DATASET
+    folder.mkdir()
+    (folder / "dataset.json").write_text('{"labels": {"background": 0, "heart": 1}}')
+    with pytest.raises(PoolError, match=DATASET):
+        make_pool([images])
+    assert "heart" in (folder / "dataset.json").read_text()
+
+
+@pytest.mark.parametrize("plans", [PLANS, "OtherPlans"])
+def test_what_a_run_made_before_its_first_file_is_in_nobodys_way(
+    images: Path, nnunet_folders: Path, plans: str
+) -> None:
+    """It was killed, or is another one that has just been started for the same pool."""
+    phantoms.write(images / "a.nii.gz", phantoms.mr())
+    pool = nnunet_folders / "nnUNet_preprocessed" / DATASET
+    preparation = pool / f"{plans}_{CONFIGURATION}_preparation"
+    for folder in (pool / f"{plans}_{CONFIGURATION}", preparation / "records"):
+        folder.mkdir(parents=True)
+    (preparation / "part_0_of_1.lock").touch()
+    assert make_pool([images]).complete
+
+
+def test_names_nnunet_cannot_handle_are_refused(images: Path) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.mr())
+    for name in ("Pool", "Dataset1_Pool", "Dataset100_My__Pool", "Dataset100_a/b"):
+        with pytest.raises(PoolError, match="name|used"):
+            make_pool([images], name)
+
+
+def test_a_part_that_is_being_prepared_is_not_prepared_twice(images: Path) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.mr())
+    report = make_pool([images])
+    with FileLock(report.folder / f"{PLANS}_{CONFIGURATION}_preparation" / "part_0_of_1.lock"):
+        with pytest.raises(LockedError, match="another process is preparing this part"):
+            make_pool([images])
+
+
+def test_all_bad_settings_are_named(images: Path) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.mr())
+    with pytest.raises(SettingsError) as error:
+        make_pool([images], modality="pet", ct_window=(5, 5), spacing=(1, 0, 1), min_size=0, body_crop="no")
+    for name in ("modality", "ct_window", "spacing", "min_size", "body_crop"):
+        assert name in str(error.value)
+
+
+def source_plans(**changes: Any) -> dict[str, Any]:
+    """Plans as another dataset has them: own spacing and axis order, a reader without reorientation."""
+    resampling = {"order_z": 0, "force_separate_z": None}
+    plan = {
+        "data_identifier": "nnUNetPlans_3d_fullres",
+        "preprocessor_name": "DefaultPreprocessor",
+        "batch_size": 2,
+        "patch_size": [16, 16, 16],
+        "median_image_size_in_voxels": [20.0, 20.0, 20.0],
+        "spacing": [2.0, 1.5, 1.0],
+        "normalization_schemes": ["CTNormalization"],
+        "use_mask_for_norm": [False],
+        "resampling_fn_data": "resample_data_or_seg_to_shape",
+        "resampling_fn_seg": "resample_data_or_seg_to_shape",
+        "resampling_fn_probabilities": "resample_data_or_seg_to_shape",
+        "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, **resampling},
+        "resampling_fn_seg_kwargs": {"is_seg": True, "order": 1, **resampling},
+        "resampling_fn_probabilities_kwargs": {"is_seg": False, "order": 1, **resampling},
+        "architecture": ARCHITECTURE,
+        "batch_dice": False,
+    }
+    properties = {"mean": 20.0, "std": 50.0, "median": 0.0, "min": -900.0, "max": 900.0}
+    properties |= {"percentile_00_5": -300.0, "percentile_99_5": 400.0}
+    return {
+        "dataset_name": "Dataset005_Source",
+        "plans_name": "nnUNetPlans",
+        "original_median_spacing_after_transp": [2.0, 1.5, 1.0],
+        "original_median_shape_after_transp": [20, 20, 20],
+        "image_reader_writer": "SimpleITKIO",
+        "transpose_forward": [1, 0, 2],
+        "transpose_backward": [1, 0, 2],
+        "configurations": {"3d_fullres": plan, "3d_large": {"inherits_from": "3d_fullres", "spacing": [3.0, 3.0, 3.0]}},
+        "experiment_planner_used": "ExperimentPlanner",
+        "label_manager": "LabelManager",
+        "foreground_intensity_properties_per_channel": {"0": properties},
+        **changes,
+    }
+
+
+@pytest.mark.parametrize("configuration", ["3d_fullres", "3d_large"])
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIOWithReorient"])
+def test_with_the_plans_of_another_dataset_cases_are_those_nnunet_makes(
+    images: Path, configuration: str, reader: str
+) -> None:
+    stored = sitk.PermuteAxes(sitk.GetImageFromArray(np.pad(phantoms.ct(), 20, constant_values=-1000)), (1, 2, 0))
+    stored.SetSpacing((1.0, 1.0, 2.0))
+    path = phantoms.write_image(images / "a.nii.gz", stored)
+    settings = PoolSettings()
+    inspection = inspect_volumes([images], settings)
+    source = source_plans(image_reader_writer=reader)
+    plans = adopt_plans(source, configuration, DATASET, PLANS, CONFIGURATION, settings, {})
+    report = prepare_pool(inspection, plans, CONFIGURATION)
+    manager = PlansManager(source)
+    expected, _, _ = DefaultPreprocessor(verbose=False).run_case(
+        [str(path)], None, manager, manager.get_configuration(configuration), {}
+    )
+    np.testing.assert_array_equal(arrays(report)["a"], expected)
+    assert report.plans["foreground_intensity_properties_per_channel"]["0"]["mean"] == 20
+
+
+def test_settings_the_other_plans_decide_are_refused_beside_them() -> None:
+    settings = PoolSettings(modality="mr", spacing="none")
+    with pytest.raises(SettingsError, match=r"modality is given by the plans[\s\S]*spacing is given by the plans"):
+        adopt_plans(source_plans(), "3d_fullres", DATASET, PLANS, CONFIGURATION, settings, {})
+
+
+def test_other_plans_on_an_existing_pool_are_an_error(images: Path) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.ct())
+    settings = PoolSettings()
+    inspection = inspect_volumes([images], settings)
+    for configuration in ("3d_fullres", "3d_large"):
+        plans = adopt_plans(source_plans(), configuration, DATASET, PLANS, CONFIGURATION, settings, {})
+        if configuration == "3d_fullres":
+            prepare_pool(inspection, plans, CONFIGURATION)
+    with pytest.raises(PoolError, match=r"spacing: \[2.0, 1.5, 1.0\] there, \[3.0, 3.0, 3.0\] now"):
+        prepare_pool(inspection, plans, CONFIGURATION)
+
+
+def test_the_geometry_is_known_before_a_network_is_chosen(images: Path) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.mr(shape=(18, 20, 22)), (1, 1, 4))
+    settings = PoolSettings(spacing=(1, 2, 4))
+    geometry = find_geometry(inspect_volumes([images], settings), settings, DATASET, PLANS, CONFIGURATION)
+    assert geometry.spacing == (4, 1, 2)
+    assert geometry.median_shape == (22, 18, 10)
+
+
+def test_a_volume_whose_preparation_breaks_off_is_reported_and_tried_again(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.mr(0))
+    phantoms.write(images / "b.nii.gz", phantoms.mr(1))
+    run_case = DefaultPreprocessor.run_case_npy
+
+    def fail_for_b(self: DefaultPreprocessor, data: np.ndarray, *others: Any) -> Any:
+        if np.array_equal(np.sort(data.ravel()), np.sort(phantoms.mr(1).ravel())):
+            raise MemoryError
+        return run_case(self, data, *others)
+
+    monkeypatch.setattr(DefaultPreprocessor, "run_case_npy", fail_for_b)
+    report = make_pool([images])
+    assert (report.num_prepared, report.num_failed) == (1, 1)
+    assert "out of memory" in rows(report)["b.nii.gz"]["reason"]
+    monkeypatch.undo()
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, str(images.parent / name))
+    assert make_pool([images]).num_prepared == 2
+
+
+@pytest.mark.real_data
+def test_real_volumes_of_all_kinds_make_a_pool(real_data_folder: Path) -> None:
+    report = make_pool([real_data_folder / "volumes", real_data_folder / "dicom"], spacing=(3, 3, 3))
+    assert report.plans["misfm"]["pool"]["modalities"] == {"ct": 3, "mr": 3}
+    assert report.reasons == {"looks like a label map": 1}
