@@ -24,6 +24,15 @@ if TYPE_CHECKING:
 
 DEFAULT_PLANS_NAME = "nnUNetPlans"
 DERIVED_PLANS_NAME = "nnUNetMisFMPretrainPlans"
+SWITCHES_OFF = {
+    "body_crop": "keep the air around the body",
+    "skip_label_maps": "use volumes whose voxels look like labels",
+    "join_channels": "take files ending in _0000, _0001, ... for volumes of their own, not for channels of one",
+}
+VOLUME_OPTIONS = {
+    **{f"-{name}": name for name in ("modality", "spacing", "n", "ct_window", "min_size")},
+    **{f"--no_{name}": name for name in SWITCHES_OFF},
+}
 BOX_OPTIONS = ("num_boxes", "box_size_min", "box_size_max")
 
 
@@ -95,7 +104,7 @@ def _from_volumes(options: argparse.Namespace) -> dict[str, Any] | None:
     """Prepare the pool; None if there is nothing to train yet because other parts are still to be prepared."""
     from nnunetv2_misfm.pool.inspection import PoolSettings
     from nnunetv2_misfm.pool.plan import adopt_plans, existing_plans, find_geometry
-    from nnunetv2_misfm.pool.prepare import inspect_volumes, plan_pool, prepare_pool
+    from nnunetv2_misfm.pool.prepare import check_usable, inspect_volumes, plan_pool, prepare_pool
     from nnunetv2_misfm.pretrain.planning import new_pool_entry, run_plans
 
     source = (
@@ -113,6 +122,7 @@ def _from_volumes(options: argparse.Namespace) -> dict[str, Any] | None:
     options.spacing = _spacing(options.spacing)
     settings = read_settings(PoolSettings, given(options, PoolSettings), "The pool's settings")
     inspection = inspect_volumes(options.i, settings, options.np)
+    check_usable(inspection, dataset_name, plans_name)
     print(inspection.summary())
     if source is not None:
         adopted = adopt_plans(source, options.c, *names, settings, source.get(BLOCK, {}))
@@ -248,8 +258,9 @@ def _check(options: argparse.Namespace, processes: Processes) -> None:
         problems.append("-plans_from needs volumes (-i)")
     if options.plans_from and (options.modality or options.spacing):
         problems.append("-plans_from takes modality and spacing from those plans; leave -modality and -spacing out")
-    if not options.i and (options.modality or options.spacing or options.n):
-        problems.append("-modality, -spacing and -n describe volumes; they need -i")
+    of_volumes = [flag for flag, name in VOLUME_OPTIONS.items() if getattr(options, name) is not None]
+    if not options.i and of_volumes:
+        problems.append(f"{', '.join(of_volumes)}: these describe volumes; they need -i")
     if (options.num_parts is None) != (options.part_id is None):
         problems.append("-num_parts (how many) and -part_id (which one, from 0) belong together; give both")
     elif options.num_parts is not None and not 0 <= options.part_id < options.num_parts:
@@ -290,7 +301,16 @@ def _parser() -> argparse.ArgumentParser:
     add("-n", metavar="NAME", help="name of the pool's dataset (with -i)")
     add("-modality", choices=("auto", "ct", "mr"), help="of the volumes (default: auto, decided for each volume)")
     add("-spacing", nargs="+", metavar="MM", help="median (default), none, or three numbers in mm, slice axis first")
-    add("--no_body_crop", dest="body_crop", action="store_const", const=False, help="keep the air around the body")
+    add(
+        "-ct_window",
+        nargs=2,
+        type=float,
+        metavar="HU",
+        help="Hounsfield units that become -1 and 1 (default: -1000 1000)",
+    )
+    add("-min_size", type=int, metavar="N", help="leave volumes out with fewer voxels along an axis (default: 8)")
+    for name, help in SWITCHES_OFF.items():
+        add(f"--no_{name}", dest=name, action="store_const", const=False, help=help)
     add("-plans_from", metavar="ID", help="spacing, normalisation and patch (our plans: also network) of this dataset")
     add("-p", metavar="PLANS", help=f"plans to start from (default: {DEFAULT_PLANS_NAME})")
     add("-c", default="3d_fullres", metavar="CONFIG", help="configuration (default: 3d_fullres)")

@@ -20,7 +20,6 @@ import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_misfm.pool.headers import VolumeProblem
 from nnunetv2_misfm.pool.plan import (
     expected_shape,
     plans_for_case,
@@ -28,15 +27,18 @@ from nnunetv2_misfm.pool.plan import (
     pool_dataset_json,
     pool_settings,
 )
+from nnunetv2_misfm.pool.reading import read_volume
+from nnunetv2_misfm.pool.volume_files import VolumeProblem
 from nnunetv2_misfm.pool.volumes import Volume
 from nnunetv2_misfm.pool.voxels import (
     BoundingBox,
     body_box,
+    check_hounsfield,
+    check_normalised,
     check_voxels,
     content_hash,
     guess_modality,
     intensity_statistics,
-    read_voxels,
 )
 
 MOST_VOXELS = 2**30
@@ -66,7 +68,8 @@ class CaseRecord:
     layout: str
     """Hash of everything in the plans that the arrays depend on; a record of other plans counts for nothing."""
     reason: str = ""
-    reader: str = ""
+    mended: str = ""
+    """What had to be done for its voxels to lie on a straight grid, in the values that were measured."""
     modality: str = ""
     modality_from: str = ""
     body_box: BoundingBox | None = None
@@ -163,7 +166,7 @@ def _prepare(task: CaseTask) -> CaseRecord:
     remove_temporary_files(task.temporary, volume.case)
     expected = expected_shape(volume, task.plans, task.configuration)
     _check_size(expected, settings.min_size)
-    voxels, properties, reader = read_voxels(volume, task.plans["image_reader_writer"])
+    voxels, spacing, mended = read_volume(volume, task.plans["image_reader_writer"].endswith("WithReorient"))
     check_voxels(voxels, settings.skip_label_maps)
     content = content_hash(voxels)
     if task.earlier is not None and task.earlier.content == content:
@@ -175,8 +178,10 @@ def _prepare(task: CaseTask) -> CaseRecord:
         modality, modality_from = settings.modality, "settings"
         if settings.modality == "auto":
             modality, modality_from = guess_modality(voxels, volume.dicom_modality)
+        if modality == "ct":
+            check_hounsfield(voxels)
         if modality == "ct" and settings.body_crop:
-            box = body_box(voxels, properties["spacing"], settings.min_size)
+            box = body_box(voxels, spacing, settings.min_size)
         if box is not None:
             voxels = voxels[(slice(None), *(slice(first, last) for first, last in box))]
     intensity = intensity_statistics(voxels)
@@ -186,17 +191,17 @@ def _prepare(task: CaseTask) -> CaseRecord:
     preprocessor = configuration_manager.preprocessor_class(verbose=False)
     dataset_json = pool_dataset_json(task.plans, task.configuration, 1)
     data, seg, properties = preprocessor.run_case_npy(
-        voxels, None, properties, plans_manager, configuration_manager, dataset_json
+        voxels, None, {"spacing": spacing}, plans_manager, configuration_manager, dataset_json
     )
     _check_size(data.shape[1:], settings.min_size)
-    _check_intensities(data)
+    check_normalised(data, voxels, configuration_manager.normalization_schemes)
 
     cropped = properties["shape_after_cropping_and_before_resampling"]
     record = CaseRecord.of(
         volume,
         PREPARED,
         task.layout,
-        reader=reader,
+        mended=mended,
         modality=modality or "",
         modality_from=modality_from,
         body_box=box,
@@ -223,14 +228,6 @@ def _check_size(shape: tuple[int, ...], min_size: int) -> None:
         raise VolumeProblem(f"too small: {voxels} voxels after resampling, at least {min_size} along each axis")
     if np.prod(shape, dtype=np.int64) > MOST_VOXELS:
         raise VolumeProblem(f"too large: {voxels} voxels after resampling, at most {MOST_VOXELS} in all")
-
-
-def _check_intensities(data: np.ndarray) -> None:
-    """Raise a VolumeProblem unless the normalised array (C, X, Y, Z) can be learnt from."""
-    if not np.isfinite(data).all():
-        raise VolumeProblem("NaN or infinity after normalisation: the intensities are too large for float32")
-    if any(channel.min() == channel.max() for channel in data):
-        raise VolumeProblem("constant after normalisation: all intensities lie outside the CT window")
 
 
 def _save(data: np.ndarray, seg: np.ndarray, properties: dict[str, Any], target: Path, patch_size: list[int]) -> None:

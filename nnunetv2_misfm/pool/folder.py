@@ -26,6 +26,7 @@ from nnunetv2_misfm.pool.plan import WRITE_ANEW, existing_plans
 from nnunetv2_misfm.pool.volume_files import LeftOut
 
 MERGE_WAITS_SECONDS = 3600.0
+REPORT = "report.csv"
 REPORT_COLUMNS = (
     "case",
     "status",
@@ -40,7 +41,7 @@ REPORT_COLUMNS = (
     "original_spacing",
     "body_box",
     "shape",
-    "reader",
+    "mended",
     "content",
 )
 
@@ -57,7 +58,6 @@ class PoolFolder:
         self.plans = self.root / f"{plans['plans_name']}.json"
         self.dataset_json = self.root / "dataset.json"
         self.fingerprint = self.root / "dataset_fingerprint.json"
-        self.report = self.root / "report.csv"
         self._preparation = self.root / f"{data_identifier}{_PREPARATION}"
         self._records = self._preparation / "records"
         self._part = f"part_{part_id}_of_{num_parts}"
@@ -66,19 +66,9 @@ class PoolFolder:
 
     def create(self) -> None:
         """Make the folders. Raises PoolError if something else than a pool lives there."""
-        if self.dataset_json.is_file():
-            is_pool = read_json(self.dataset_json, f"{WRITE_ANEW}.").get("misfm_pool")
-        else:
-            is_pool = existing_plans(self.root.name, self.plans.stem) is not None
-        if not is_pool and any(map(self._is_foreign, self.root.rglob("*"))):
-            raise PoolError(f"{self.root} exists and is no pretraining pool; choose another dataset ID and name")
+        check_is_pool(self.root, self.plans.stem)
         for folder in (self.data, self._records, self._all_temporary):
             folder.mkdir(parents=True, exist_ok=True)
-
-    def _is_foreign(self, path: Path) -> bool:
-        """Whether a file is none of those that runs, also with other plans, make before they write dataset.json."""
-        prepares = path.relative_to(self.root).parts[0].endswith(_PREPARATION)
-        return path.is_file() and not path.name.startswith(".") and not prepares
 
     def clear_temporary(self) -> None:
         """Remove what a killed run of the same part left half-written."""
@@ -125,18 +115,42 @@ class PoolFolder:
         """What became of each volume so far, by case name and sorted by it."""
         remedy = "Remove it; its volume is then prepared anew."
         records = (read_json(path, remedy) for path in sorted(self._records.glob("*.json")))
-        return {record["case"]: CaseRecord(**{k: as_tuples(v) for k, v in record.items()}) for record in records}
+        known = {field.name for field in dataclasses.fields(CaseRecord)}  # other versions have others, too
+        return {
+            record["case"]: CaseRecord(**{name: as_tuples(value) for name, value in record.items() if name in known})
+            for record in records
+        }
 
-    def write_report(self, records: Iterable[CaseRecord], left_out: Sequence[LeftOut]) -> None:
-        """One row per volume in order of source, whether it is in the pool or not."""
-        rows = [{name: _cell(getattr(record, name)) for name in REPORT_COLUMNS} for record in records]
-        rows += [{"status": "left out", "reason": one.reason, "source": one.source} for one in left_out]
-        with written_whole(self.report) as temporary:
-            # Undecodable bytes in the names of files are written as escapes rather than stopping the report.
-            with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-                writer = csv.DictWriter(file, REPORT_COLUMNS, restval="")
-                writer.writeheader()
-                writer.writerows(sorted(rows, key=lambda row: (row["source"], row.get("case", ""))))
+
+def check_is_pool(root: Path, plans_name: str) -> None:
+    """Raise PoolError if the dataset folder `root` holds something else than a pool."""
+    dataset_json = root / "dataset.json"
+    if dataset_json.is_file():
+        is_pool = read_json(dataset_json, f"{WRITE_ANEW}.").get("misfm_pool")
+    else:
+        is_pool = existing_plans(root.name, plans_name) is not None
+    if not is_pool and any(_is_foreign(path, root) for path in root.rglob("*")):
+        raise PoolError(f"{root} exists and is no pretraining pool; choose another dataset ID and name")
+
+
+def _is_foreign(path: Path, root: Path) -> bool:
+    """Whether a file is none of those that runs, also with other plans, make before they write dataset.json."""
+    prepares = path.relative_to(root).parts[0].endswith(_PREPARATION)
+    return path.is_file() and not path.name.startswith(".") and path != root / REPORT and not prepares
+
+
+def write_report(root: Path, records: Iterable[CaseRecord], left_out: Sequence[LeftOut]) -> Path:
+    """Write report.csv: one row per volume in order of source, whether it is in the pool or not."""
+    rows = [{name: _cell(getattr(record, name)) for name in REPORT_COLUMNS} for record in records]
+    rows += [{"status": "left out", "reason": one.reason, "source": one.source} for one in left_out]
+    root.mkdir(parents=True, exist_ok=True)
+    with written_whole(root / REPORT) as temporary:
+        # Undecodable bytes in the names of files are written as escapes rather than stopping the report.
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+            writer = csv.DictWriter(file, REPORT_COLUMNS, restval="")
+            writer.writeheader()
+            writer.writerows(sorted(rows, key=lambda row: (row["source"], row.get("case", ""))))
+    return root / REPORT
 
 
 def _cell(value: Any) -> str:

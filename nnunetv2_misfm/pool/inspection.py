@@ -103,7 +103,7 @@ class PoolInspection:
         if self.left_out:
             lines.append(f"Left out {len(self.left_out)}:")
             lines += [f"  {left_out.source}: {left_out.reason}" for left_out in self.left_out[:10]]
-            lines += ["  ... all of them in report.csv"] if len(self.left_out) > 10 else []
+            lines += [f"  ... and {len(self.left_out) - 10} more, see report.csv"] if len(self.left_out) > 10 else []
         if self.passed_over:
             lines.append(f"Other files passed over: {_counts(self.passed_over.elements())}")
         return "\n".join(lines)
@@ -113,14 +113,10 @@ def inspect_volumes(folders: Sequence[Path], settings: PoolSettings, num_process
     """Find the volumes below the folders from their headers; about 2 ms per file.
 
     Raises:
-        UserError: naming every folder that does not exist, or if there is no volume at all.
+        UserError: naming every folder that does not exist.
     """
     found = find_volumes([Path(folder) for folder in folders], settings.join_channels, num_processes)
-    inspection = PoolInspection(tuple(found.volumes), tuple(found.left_out), found.passed_over)
-    if not inspection.volumes:
-        searched = ", ".join(str(folder) for folder in folders)
-        raise PoolError(f"no usable volume in {searched}\n{inspection.summary()}")
-    return inspection
+    return PoolInspection(tuple(found.volumes), tuple(found.left_out), found.passed_over)
 
 
 def _numbers(values: object, count: int) -> bool:

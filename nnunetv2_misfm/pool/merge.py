@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 
 from nnunetv2_misfm.files import read_json, write_json
 from nnunetv2_misfm.pool.case import LEFT_OUT, PREPARED, CaseRecord
-from nnunetv2_misfm.pool.folder import PoolFolder
+from nnunetv2_misfm.pool.folder import PoolFolder, write_report
 from nnunetv2_misfm.pool.inspection import PoolInspection
 from nnunetv2_misfm.pool.plan import layout_hash, measured_plans, pool_dataset_json
 from nnunetv2_misfm.pool.volume_files import LeftOut
@@ -33,7 +33,15 @@ class MergedPool:
         """How often volumes are missing for which reason, told apart by its first words."""
         texts = [record.reason for record in self.records if record.status != PREPARED]
         texts += [left_out.reason for left_out in self.left_out_by_header]
-        return Counter(text.split(":")[0].split(" (")[0].split(";")[0] for text in texts)
+        return _by_first_words(texts)
+
+    def mended(self) -> Counter[str]:
+        """How often prepared volumes had to be mended, and how, told apart by the first words."""
+        return _by_first_words(record.mended for record in self.records if record.status == PREPARED and record.mended)
+
+
+def _by_first_words(texts: Iterable[str]) -> Counter[str]:
+    return Counter(text.split(":")[0].split(" (")[0].split(";")[0] for text in texts)
 
 
 def merge_pool(
@@ -65,7 +73,7 @@ def merge_pool(
         write_json(plans, folder.plans)
     in_header = {left_out.source for left_out in inspection.left_out}
     shown = tuple(r for r in records.values() if r.status == PREPARED or r.source not in in_header)
-    folder.write_report(shown, inspection.left_out)
+    write_report(folder.root, shown, inspection.left_out)
     return MergedPool(dict(plans), shown, inspection.left_out, complete)
 
 

@@ -29,7 +29,6 @@ from nnunetv2_misfm.plans.run_settings import BLOCK
 from nnunetv2_misfm.plans.settings import SettingsError, read_settings, write_settings
 from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection, PoolSettings
 from nnunetv2_misfm.pool.volumes import Volume
-from nnunetv2_misfm.pool.voxels import CANONICAL_READER
 
 SCHEMES = {"ct": "CTNormalization", "mr": "ZScoreNormalization"}
 CHANNEL_NAMES = {
@@ -42,6 +41,8 @@ CHANNEL_NAMES = {
 """Names from which nnU-Net's planners would choose the same scheme again."""
 WRITE_ANEW = "Remove it and give the options that made the pool again, which writes it anew"
 """What to do about a damaged file of a pool that its plans and volumes determine."""
+CANONICAL_READER = "SimpleITKIOWithReorient"
+"""The reader of nnU-Net's that turns volumes upright as `read_volume` does."""
 NO_RESAMPLING = "no_resampling_hack"
 RESAMPLING = "resample_data_or_seg_to_shape"
 SAME_SPACING = 1e-3

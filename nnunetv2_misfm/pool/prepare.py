@@ -1,6 +1,7 @@
 """Bare volumes to a pretraining pool: an nnU-Net dataset without labels in nnUNet_preprocessed.
 
     inspection = inspect_volumes(folders, settings)
+    check_usable(inspection, dataset_name, plans_name)
     plans = plan_pool(inspection, settings, find_geometry(inspection, settings, ...), ...)
     report = prepare_pool(inspection, plans, configuration, num_processes)
 
@@ -23,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nnunetv2_misfm.files import format_bytes, write_json
+from nnunetv2_misfm.plans.files import nnunet_folder
 from nnunetv2_misfm.pool.case import (
     FAILED,
     LEFT_OUT,
@@ -32,7 +34,7 @@ from nnunetv2_misfm.pool.case import (
     CaseTask,
     prepare_case,
 )
-from nnunetv2_misfm.pool.folder import PoolFolder
+from nnunetv2_misfm.pool.folder import PoolFolder, check_is_pool, write_report
 from nnunetv2_misfm.pool.inspection import (
     PoolError,
     PoolInspection,
@@ -54,7 +56,7 @@ from nnunetv2_misfm.pool.plan import (
 from nnunetv2_misfm.pool.volumes import Volume
 from nnunetv2_misfm.pool.workers import Killed, run_jobs
 
-__all__ = ["PoolError", "PoolReport", "PoolSettings", "inspect_volumes", "plan_pool", "prepare_pool"]
+__all__ = ["PoolError", "PoolReport", "PoolSettings", "check_usable", "inspect_volumes", "plan_pool", "prepare_pool"]
 
 MEASURED_FIRST = 3
 """Volumes prepared before time and disk are estimated; they stay in the temporary folder until the rest will fit."""
@@ -75,6 +77,8 @@ class PoolReport:
     """Volumes whose preparation broke off; the next run tries them again."""
     reasons: Counter[str]
     """Why volumes are not in the pool, by the first words of the reason."""
+    mended: Counter[str]
+    """What was done to volumes before their voxels lay on a straight grid, by the first words."""
     complete: bool
     """Whether every volume has been looked at; False while other parts are at work."""
 
@@ -86,9 +90,24 @@ class PoolReport:
         if self.num_left_out or self.num_failed:
             lines.append(f"Not in it: {self.num_left_out} left out, {self.num_failed} failed (see report.csv)")
             lines += [f"  {count} x {reason}" for reason, count in self.reasons.most_common()]
+        if self.mended:
+            lines.append(f"Mended while they were read ({self.mended.total()}, see report.csv):")
+            lines += [f"  {count} x {what}" for what, count in self.mended.most_common()]
         if not self.complete:
             lines.append("Not complete yet: other parts are still to be prepared")
         return "\n".join(lines)
+
+
+def check_usable(inspection: PoolInspection, dataset_name: str, plans_name: str) -> None:
+    """Raise PoolError if there is no volume to make a pool of; the reasons are in the report.csv of the pool to be."""
+    if inspection.volumes:
+        return
+    root = nnunet_folder("nnUNet_preprocessed") / dataset_name
+    check_is_pool(root, plans_name)
+    report = write_report(root, (), inspection.left_out)
+    raise PoolError(
+        f"no usable volume in the given folders; every file and its reason is in {report}\n{inspection.summary()}"
+    )
 
 
 def prepare_pool(
@@ -137,6 +156,7 @@ def prepare_pool(
         num_left_out=merged.count(LEFT_OUT) + len(merged.left_out_by_header),
         num_failed=merged.count(FAILED),
         reasons=merged.reasons(),
+        mended=merged.mended(),
         complete=merged.complete,
     )
     if report.complete and report.num_prepared == 0:

@@ -48,6 +48,17 @@ class VolumeFile:
         return os.path.dirname(self.path)
 
 
+class VolumeProblem(Exception):
+    """Why a volume cannot be used; the message becomes the reason in the report."""
+
+
+def unreadable(error: BaseException) -> str:
+    """The last line of a reader's error that tells something, without memory addresses, which differ in every run."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("Reason:")]
+    text = lines[-1].removeprefix("ITK ERROR: ") if lines else type(error).__name__
+    return f"unreadable: {re.sub(r'[(]0x[0-9a-f]+[)]', '', text)}"
+
+
 @dataclass(frozen=True)
 class LeftOut:
     """Something that will not be in the pool."""

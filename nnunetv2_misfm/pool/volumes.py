@@ -14,14 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import SimpleITK as sitk
 
-from nnunetv2_misfm.pool.dicom import Series, sort_series
+from nnunetv2_misfm.pool.dicom_series import Series, sort_series
+from nnunetv2_misfm.pool.grid import Grid
 from nnunetv2_misfm.pool.headers import Header, read_headers
 from nnunetv2_misfm.pool.volume_files import LeftOut, case_name, find_files, split_ending
 
-SPACING_LIMITS = (1e-3, 100.0)
-"""Voxel sizes in mm outside these limits are taken for damaged headers."""
 MOST_CHANNELS_OF_A_LONE_VOLUME = 4
 """`scan_0000` to `scan_0099` in a folder of their own are rather a hundred numbered scans than a hundred channels."""
 
@@ -37,12 +35,8 @@ class Volume:
     source: str
     """Where it comes from, for people; unique."""
     format: str
-    stored_shape: tuple[int, ...]
-    """Array shape as a reader without reorientation gives it, slowest stored axis first."""
-    stored_spacing: tuple[float, ...]
-    """mm, in the order of `stored_shape`."""
-    orientation: str
-    """Where the stored axes x, y, z point to, e.g. RAS."""
+    grid: Grid
+    """As the headers describe it, before anything is straightened."""
     dicom_modality: str | None
     num_bytes: int
     """Of all its files."""
@@ -54,18 +48,29 @@ class Volume:
         return len(self.channels)
 
     @property
+    def orientation(self) -> str:
+        """Where the stored axes x, y, z point to, e.g. RAS."""
+        return self.grid.orientation
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Array shape without reorientation, slowest stored axis first."""
+        return self.grid.size[::-1]
+
+    @property
+    def stored_spacing(self) -> tuple[float, ...]:
+        """mm, in the order of `stored_shape`."""
+        return self.grid.spacing[::-1]
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Voxels along the canonical axes (z, y, x)."""
-        return tuple(self.stored_shape[axis] for axis in self._canonical_axes())
+        return tuple(self.stored_shape[axis] for axis in self.grid.upright_axes)
 
     @property
     def spacing(self) -> tuple[float, ...]:
         """mm along the canonical axes (z, y, x)."""
-        return tuple(self.stored_spacing[axis] for axis in self._canonical_axes())
-
-    def _canonical_axes(self) -> list[int]:
-        stored = self.orientation[::-1]
-        return [next(axis for axis, letter in enumerate(stored) if letter in pair) for pair in ("SI", "AP", "RL")]
+        return tuple(self.stored_spacing[axis] for axis in self.grid.upright_axes)
 
 
 @dataclass
@@ -99,89 +104,41 @@ def find_volumes(folders: Sequence[Path], join_channels: bool = True, num_proces
     volumes: dict[str, Volume] = {}
     left_out = [*files.left_out, *unreadable, *broken_series, *without_partner]
     for one in [*(_from_series(one) for one in series), *(_from_images(group, stem) for stem, group in images)]:
-        if isinstance(one, LeftOut):
-            left_out.append(one)
-        elif one.case in volumes:
+        if one.case in volumes:
             left_out.append(LeftOut(one.source, f"the same place and series as {volumes[one.case].source}"))
         else:
             volumes[one.case] = one
     return FoundVolumes([volumes[case] for case in sorted(volumes)], left_out, files.passed_over)
 
 
-def _from_series(series: Series) -> Volume | LeftOut:
-    first = series.headers[0]
+def _from_series(series: Series) -> Volume:
+    first = min(series.headers, key=lambda header: header.file.key.rpartition("/")[0])  # mostly all lie in one folder
     stem = Path(first.file.folder).name if len(series.headers) > 1 else split_ending(first.file.path)[0]
     key_of_folder = first.file.key.rpartition("/")[0]
     key = f"{key_of_folder}/{series.uid}" if len(series.headers) > 1 else first.file.key
-    return _make_volume(
-        case=case_name(stem, key),
-        channels=[series.headers],
-        source=series.source,
-        size=series.size,
-        spacing=series.spacing,
-        direction=series.direction,
-        modality=series.modality,
-    )
+    return _make_volume(case_name(stem, key), [series.headers], series.source, series.grid, series.modality)
 
 
-def _from_images(group: Sequence[Header], stem: str) -> Volume | LeftOut:
+def _from_images(group: Sequence[Header], stem: str) -> Volume:
     first = group[0]
-    return _make_volume(
-        case=case_name(stem, first.file.key),
-        channels=[(header,) for header in group],
-        source="; ".join(header.file.path for header in group),
-        size=first.size,
-        spacing=first.spacing,
-        direction=first.direction,
-        modality=None,
-    )
+    source = "; ".join(header.file.path for header in group)
+    return _make_volume(case_name(stem, first.file.key), [(header,) for header in group], source, _grid(first), None)
 
 
 def _make_volume(
-    case: str,
-    channels: Sequence[Sequence[Header]],
-    source: str,
-    size: tuple[int, ...],
-    spacing: tuple[float, ...],
-    direction: tuple[float, ...],
-    modality: str | None,
-) -> Volume | LeftOut:
+    case: str, channels: Sequence[Sequence[Header]], source: str, grid: Grid, modality: str | None
+) -> Volume:
     headers = [header for channel in channels for header in channel]
-    problem = _problem(headers[0], size, spacing)
-    if problem is not None:
-        return LeftOut(source, problem)
-    orientation = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(direction)
-    if not all(any(letter in pair for letter in orientation) for pair in ("SI", "AP", "RL")):
-        return LeftOut(source, f"unreadable: its axes do not span space (direction {direction})")
     return Volume(
         case=case,
         channels=tuple(tuple(header.file.path for header in channel) for channel in channels),
         source=source,
         format=headers[0].file.format,
-        stored_shape=size[::-1],
-        stored_spacing=spacing[::-1],
-        orientation=orientation,
+        grid=grid,
         dicom_modality=modality,
         num_bytes=sum(header.num_bytes for header in headers),
         modified_ns=max(header.modified_ns for header in headers),
     )
-
-
-def _problem(header: Header, size: tuple[int, ...], spacing: tuple[float, ...]) -> str | None:
-    """Why this geometry or voxel type makes no volume; None if it does."""
-    shape = "x".join(str(n) for n in size)
-    if "complex" in header.pixel_type:
-        return "complex voxels"
-    if header.num_components > 1:
-        return f"RGB or vector voxels ({header.num_components} numbers each)"
-    if len(size) < 3 or min(size) == 1:
-        return f"2D ({shape})"
-    if len(size) > 3:
-        return f"{len(size)}D ({shape}); split it into 3D files first"
-    low, high = SPACING_LIMITS
-    if not all(low <= mm <= high for mm in spacing):
-        return f"spacing {spacing} mm is not plausible ({low:g} to {high:g} mm)"
-    return None
 
 
 def _join_channels(images: Sequence[Header], join: bool) -> tuple[list[tuple[str, list[Header]]], list[LeftOut]]:
@@ -238,14 +195,19 @@ def _usual_channels(names: dict[str, dict[int, Header]]) -> tuple[int, ...] | No
 
 
 def _same_geometry(group: Sequence[Header]) -> bool:
-    first = group[0]
+    first = _grid(group[0])
     return all(
-        header.size == first.size
-        and np.allclose(header.spacing, first.spacing)
-        and np.allclose(header.direction, first.direction, atol=1e-3)
-        and np.allclose(header.origin, first.origin, atol=max(first.spacing))
-        for header in group[1:]
+        grid.size == first.size
+        and np.allclose(grid.spacing, first.spacing)
+        and np.allclose(grid.direction, first.direction, atol=1e-3)
+        and np.allclose(grid.origin, first.origin, atol=max(first.spacing))
+        for grid in map(_grid, group[1:])
     )
+
+
+def _grid(header: Header) -> Grid:
+    assert header.grid is not None
+    return header.grid
 
 
 def _listed(channels: Sequence[int]) -> str:

@@ -1,32 +1,43 @@
-"""The voxels of one volume: reading them with nnU-Net's readers, judging them, and finding the body in a CT.
+"""The voxels of one volume: judging whether they are worth learning from, CT or MR, and finding the body in a CT.
 
-Arrays are (C, Z, Y, X) as nnU-Net's readers return them, float32; spacings are mm in the order (Z, Y, X).
+Arrays are (C, Z, Y, X), float32; spacings are mm in the order (Z, Y, X).
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import io
-from typing import Any, cast
+from collections.abc import Sequence
 
 import numpy as np
 import scipy.ndimage
-from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
-from nnunetv2_misfm.pool.headers import VolumeProblem, check_file, not_finite, quiet_itk, unreadable
-from nnunetv2_misfm.pool.volumes import Volume
+from nnunetv2_misfm.pool.volume_files import VolumeProblem
 
-CANONICAL_READER = "SimpleITKIOWithReorient"
 AIR_BELOW_HU = -500
+GAS_BELOW_HU = -700
+LEAST_SHARE_OF_GAS = 2e-3
+"""Air, lungs or bowel gas in a CT; the undershoot of interpolated MR reaches as low in fewer voxels."""
 SOFT_TISSUE_HU = (-200, 300)
 SOFT_TISSUE_SHARE_OF_CT = 0.3
-"""Least share of soft tissue among what is not air, above which values reaching below -500 are taken for HU. Phase
+"""Least share of soft tissue among what is neither air nor background, from which on values are taken for HU. Phase
 images and other signed MR values spread over their whole range instead."""
+ABOVE_BONE_HU = 3100
+MOST_SHARE_ABOVE_BONE = 0.01
+"""Scanners end at 3071 HU; only metal is above that."""
+OFFSETS_OF_CT = (1024.0, 8192.0, 32768.0)
+"""What is added to HU where they are stored as numbers from 0 on, as by DICOM without its rescale intercept."""
+LEAST_SHARE_WITH_OFFSET, MORE_WITH_OFFSET = 0.5, 1.5
+"""Share of air and soft tissue from which an offset is believed, and how many times as many as without it."""
+GREY_VALUES_UP_TO = 255
 LABEL_NEIGHBOURS_EQUAL = 0.85
-"""Share of equal neighbours from which integers are labels: measured .95 to 1 for label maps, .66 at most for images
+"""Share of equal neighbours from which values are labels: measured .95 to 1 for label maps, .66 at most for images
 of 16 grey levels and .4 for those of 64."""
 MOST_LABELS = 1024
+MOST_CLIPPED = 0.5
+LEAST_SPREAD = 0.02
+"""Of normalised values (CT from -1 to 1, MR with standard deviation 1) between their 0.5th and 99.5th percentile."""
+SAMPLE = 200_000
+"""Voxels from which shares and percentiles are found."""
 SMALL_STRUCTURE = 0.05
 """Structures below this share of the largest are no part of the body: specks, pillows, cables."""
 BODY_MARGIN_MM = 10.0
@@ -37,41 +48,6 @@ BoundingBox = tuple[tuple[int, int], ...]
 """Per axis (first, last + 1)."""
 
 
-def read_voxels(volume: Volume, reader_name: str = CANONICAL_READER) -> tuple[np.ndarray, dict[str, Any], str]:
-    """Read all channels of a volume with an nnU-Net reader.
-
-    A file the named reader cannot handle is read by its counterpart, SimpleITK's or nibabel's, in the same orientation.
-
-    Args:
-        volume: what to read.
-        reader_name: an nnU-Net reader class, as in a plan's `image_reader_writer`.
-
-    Returns:
-        voxels (C, Z, Y, X) float32, nnU-Net's properties (with `spacing` in mm, order Z, Y, X), the reader used.
-
-    Raises:
-        VolumeProblem: if a file is damaged or no reader can read it.
-    """
-    for files in volume.channels:
-        for path in files:
-            check_file(path)
-    # sitk.ReadImage, which nnU-Net's readers call on each channel's entry, takes a list of slices as well as one file.
-    entries = [files[0] if len(files) == 1 else list(files) for files in volume.channels]
-    first_error: Exception | None = None
-    for name in _readers(reader_name, volume.format):
-        reader = recursive_find_reader_writer_by_name(name)()
-        try:
-            # The readers print what they then raise without a message; one line per volume goes into the report.
-            with quiet_itk(), contextlib.redirect_stdout(io.StringIO()):
-                voxels, properties = reader.read_images(cast(list[str], entries))
-            return voxels, properties, name
-        except (MemoryError, KeyboardInterrupt):
-            raise
-        except Exception as error:  # readers raise whatever their library raises
-            first_error = first_error or error
-    raise VolumeProblem(unreadable(first_error or RuntimeError("no reader"))) from first_error
-
-
 def check_voxels(voxels: np.ndarray, skip_label_maps: bool) -> None:
     """Find out whether voxels (C, Z, Y, X) are worth learning from.
 
@@ -80,16 +56,70 @@ def check_voxels(voxels: np.ndarray, skip_label_maps: bool) -> None:
     """
     bad = voxels.size - int(np.count_nonzero(np.isfinite(voxels)))
     if bad:
-        raise VolumeProblem(not_finite(bad, voxels.size))
+        raise VolumeProblem(f"NaN or infinity in {bad} of {voxels.size} voxels")
     for number, channel in enumerate(voxels):
         of_channel = f" in channel {number}" if len(voxels) > 1 else ""
         if channel.min() == channel.max():
             raise VolumeProblem(f"constant: every voxel{of_channel} is {channel.flat[0]:g}")
         if skip_label_maps and (labels := _number_of_labels(channel)):
             raise VolumeProblem(
-                f"looks like a label map{of_channel}: {labels} different integers in even regions "
-                "(set skip_label_maps to false to use it)"
+                f"looks like a label map{of_channel}: {labels} different values in even regions "
+                "(--no_skip_label_maps uses it all the same)"
             )
+
+
+def check_hounsfield(voxels: np.ndarray) -> None:
+    """Find out whether voxels (C, Z, Y, X) that are to be normalised as CT can be in Hounsfield units.
+
+    Raises:
+        VolumeProblem: if far more of them are air and soft tissue once one of `OFFSETS_OF_CT` is taken away, or if
+            all are grey values from 0 to 255 at most.
+    """
+    sample = _sample(voxels[0])
+    low, high = float(voxels[0].min()), float(voxels[0].max())
+    offset = max(OFFSETS_OF_CT, key=lambda value: _share_of_patient(sample, value))
+    share = _share_of_patient(sample, offset)
+    if share > LEAST_SHARE_WITH_OFFSET and share > MORE_WITH_OFFSET * _share_of_patient(sample, 0):
+        remedy = f"look like HU + {offset:g}; subtract {offset:g}"
+    elif low >= 0 and high <= GREY_VALUES_UP_TO:
+        remedy = "look like grey values; use the original images"
+    else:
+        return
+    raise VolumeProblem(
+        f"CT that is not in Hounsfield units: its values ({low:g} to {high:g}, median {np.median(sample):g}) {remedy}, "
+        "or give -modality mr, which needs no units"
+    )
+
+
+def check_normalised(data: np.ndarray, voxels: np.ndarray, schemes: Sequence[str]) -> None:
+    """Find out whether a normalised array (C, X, Y, Z) can be learnt from.
+
+    Args:
+        data: what is to be stored.
+        voxels: what it was made of, for the message.
+        schemes: nnU-Net's normalisation scheme for each channel.
+
+    Raises:
+        VolumeProblem: not finite, hardly any spread, or a CT that is mostly clipped to the upper end of the window.
+    """
+    if not np.isfinite(data).all():
+        raise VolumeProblem("NaN or infinity after normalisation: the intensities are too large for float32")
+    for channel, before, scheme in zip(data, voxels, schemes, strict=True):
+        is_ct = scheme == "CTNormalization"
+        sample, high = _sample(channel), channel.max()
+        first, last = np.percentile(sample, (0.5, 99.5))
+        clipped = float(np.mean(sample == high)) if is_ct else 0.0
+        if channel.min() == high:
+            problem = "constant after normalisation"
+        elif last - first < LEAST_SPREAD:
+            problem = f"hardly any spread after normalisation ({first:.3g} to {last:.3g} for 99 % of the voxels)"
+        elif clipped > MOST_CLIPPED:
+            problem = f"{clipped:.0%} of the voxels are clipped to the upper end of the CT window"
+        else:
+            continue
+        advice = "; are these Hounsfield units? -modality mr needs no units" if is_ct else ""
+        was = f"from {before.min():g} to {before.max():g}, median {np.median(_sample(before)):g}"
+        raise VolumeProblem(f"{problem}: its values are {was}{advice}")
 
 
 def content_hash(voxels: np.ndarray) -> str:
@@ -102,21 +132,22 @@ def content_hash(voxels: np.ndarray) -> str:
 def guess_modality(voxels: np.ndarray, dicom_modality: str | None) -> tuple[str, str]:
     """`ct` or `mr`, and what that was decided from.
 
-    The DICOM tag decides where there is one. Otherwise a volume is CT if its values reach below -500 as Hounsfield
-    units of air or lung do, and at least 30 % of what is not air lies between -200 and 300 as soft tissue does.
+    The DICOM tag decides where there is one. Otherwise a volume is CT if its values are distributed like Hounsfield
+    units: some gas below -700, hardly anything above 3100, and soft tissue between -200 and 300 among the rest.
     Everything that is not CT is normalised like MR.
     """
     if dicom_modality is not None:
         return ("ct" if dicom_modality == "CT" else "mr"), f"DICOM modality {dicom_modality}"
-    lowest = float(voxels.min())
-    if lowest > AIR_BELOW_HU:
-        return "mr", f"intensities: lowest value {lowest:g}"
+    sample = _sample(voxels[0])
+    lowest = f"intensities: lowest value {float(voxels.min()):g}"
+    gas, above = float(np.mean(sample < GAS_BELOW_HU)), float(np.mean(sample > ABOVE_BONE_HU))
+    if gas < LEAST_SHARE_OF_GAS or above > MOST_SHARE_ABOVE_BONE:
+        return "mr", f"{lowest}, {gas:.1%} below {GAS_BELOW_HU}, {above:.1%} above {ABOVE_BONE_HU}"
+    not_air = sample[(sample > AIR_BELOW_HU) & (sample != _background(sample))]
     low, high = SOFT_TISSUE_HU
-    not_air = int(np.count_nonzero(voxels > AIR_BELOW_HU))
-    soft_tissue = int(np.count_nonzero((voxels > low) & (voxels < high)))
-    share = soft_tissue / max(not_air, 1)
+    share = np.count_nonzero((not_air > low) & (not_air < high)) / max(not_air.size, 1)
     modality = "ct" if share >= SOFT_TISSUE_SHARE_OF_CT else "mr"
-    return modality, f"intensities: lowest value {lowest:g}, {share:.0%} of what is above {AIR_BELOW_HU} is soft tissue"
+    return modality, f"{lowest}, {share:.0%} of what is above {AIR_BELOW_HU} is soft tissue"
 
 
 def body_box(voxels: np.ndarray, spacing: tuple[float, ...], min_size: int) -> BoundingBox | None:
@@ -177,23 +208,32 @@ def intensity_statistics(voxels: np.ndarray) -> list[dict[str, float]]:
     return statistics
 
 
-def _readers(named: str, file_format: str) -> list[str]:
-    suffix = "WithReorient" if named.endswith("WithReorient") else ""
-    if file_format != "NIfTI":
-        return [f"SimpleITKIO{suffix}"]
-    return list(dict.fromkeys([named, f"SimpleITKIO{suffix}", f"NibabelIO{suffix}"]))
+def _sample(channel: np.ndarray) -> np.ndarray:
+    """Some 200,000 voxels from all over a channel (Z, Y, X)."""
+    step = max(1, round((channel.size / SAMPLE) ** (1 / 3)))
+    return channel[::step, ::step, ::step].ravel()
+
+
+def _background(sample: np.ndarray) -> float:
+    """The most frequent value."""
+    values, counts = np.unique(sample, return_counts=True)
+    return float(values[counts.argmax()])
+
+
+def _share_of_patient(sample: np.ndarray, offset: float) -> float:
+    """The share of values that are, without the offset, Hounsfield units of soft tissue or of air."""
+    low, high = SOFT_TISSUE_HU
+    hu = sample - offset
+    return float(np.mean(((hu > low) & (hu < high)) | (np.abs(hu + 1000) < 100)))
 
 
 def _number_of_labels(channel: np.ndarray) -> int:
     """How many labels a label map (Z, Y, X) holds; 0 if these are intensities.
 
-    Labels are integers from 0 on that stay the same from voxel to neighbouring voxel. Voxels of 0 and of the highest
+    Labels are few, and stay the same from voxel to neighbouring voxel. Voxels of the most frequent and of the highest
     value are not compared, because an image's background and overexposed parts are even, too.
     """
-    highest = channel.max()
-    if channel.min() < 0 or not np.array_equal(channel, np.rint(channel)):
-        return 0
-    between = (channel != 0) & (channel != highest)
+    between = (channel != _background(_sample(channel))) & (channel != channel.max())
     compared = between[..., :-1] & between[..., 1:]
     equal = compared & (channel[..., :-1] == channel[..., 1:])
     if np.count_nonzero(equal) < LABEL_NEIGHBOURS_EQUAL * np.count_nonzero(compared):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from environments import REPOSITORY, Environment, build_wheel, copy_source
 
-from nnunetv2_misfm import doctor
+from nnunetv2_misfm.commands import doctor
 from nnunetv2_misfm.commands.doctor import Finding
 
 SOURCE = str(REPOSITORY)

@@ -30,7 +30,7 @@ from nnunetv2_misfm.files import LockedError
 from nnunetv2_misfm.plans.settings import SettingsError
 from nnunetv2_misfm.pool.inspection import PoolError
 from nnunetv2_misfm.pool.plan import adopt_plans, find_geometry
-from nnunetv2_misfm.pool.prepare import PoolReport, PoolSettings, inspect_volumes, plan_pool, prepare_pool
+from nnunetv2_misfm.pool.prepare import PoolReport, PoolSettings, check_usable, inspect_volumes, plan_pool, prepare_pool
 
 DATASET, PLANS, CONFIGURATION = "Dataset100_Pool", "MisFMPlans", "3d_fullres"
 ARCHITECTURE = {
@@ -65,6 +65,7 @@ def make_pool(
     wanted = PoolSettings(**settings)
     inspection = inspect_volumes(folders, wanted)
     names = (dataset, PLANS, CONFIGURATION)
+    check_usable(inspection, dataset, PLANS)
     geometry = find_geometry(inspection, wanted, *names)
     plans = plan_pool(inspection, wanted, geometry, *names, (16, 16, 16), 2, ARCHITECTURE, {"seed": 1})
     return prepare_pool(inspection, plans, CONFIGURATION, processes, *parts)
@@ -259,7 +260,7 @@ def test_bad_files_are_left_out_with_their_reason_and_stop_nothing(images: Path)
         "labels": "looks like a label map",
         "too small": "too small: 5x24x28",
         "spacing of metres": "not plausible",
-        "no directions": "No orthonormal definition found",
+        "no directions": "its axes do not span space",
         "thin.nrrd": "too small: 0x24x28",
         "large.nrrd": "too large",
         "same.nrrd": "duplicate: the same voxels as",
@@ -271,7 +272,10 @@ def test_bad_files_are_left_out_with_their_reason_and_stop_nothing(images: Path)
 def test_a_ct_outside_the_window_is_left_out(images: Path) -> None:
     phantoms.write(images / "a.nii.gz", phantoms.ct())
     phantoms.write(images / "b.nii.gz", phantoms.mr() + 2000)
-    assert "outside the CT window" in rows(make_pool([images], modality="ct"))["b.nii.gz"]["reason"]
+    assert (
+        "constant after normalisation: its values are from 2001"
+        in rows(make_pool([images], modality="ct"))["b.nii.gz"]["reason"]
+    )
 
 
 def test_what_was_found_is_told_before_the_work_starts(images: Path) -> None:
@@ -292,8 +296,13 @@ def test_one_volume_is_enough(images: Path) -> None:
 
 def test_no_volume_at_all_is_an_error_with_the_reasons(images: Path) -> None:
     (images / "x.nii.gz").write_bytes(b"")
-    with pytest.raises(PoolError, match=r"no usable volume in .*images[\s\S]*empty file"):
+    with pytest.raises(PoolError, match=r"no usable volume[\s\S]*empty file") as error:
         make_pool([images])
+    report = images.parent / "nnUNet_preprocessed" / DATASET / "report.csv"
+    assert str(report) in str(error.value)
+    assert "empty file (0 bytes)" in report.read_text()
+    phantoms.write(images / "a.nii.gz", phantoms.mr())
+    assert make_pool([images]).num_prepared == 1  # the report is in nobody's way
 
 
 def test_no_volume_left_after_reading_is_an_error_with_the_reasons(images: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 import SimpleITK as sitk
 
 from nnunetv2_misfm.errors import UserError
+from nnunetv2_misfm.pool.reading import read_volume
 from nnunetv2_misfm.pool.volumes import FoundVolumes, find_volumes
-from nnunetv2_misfm.pool.voxels import read_voxels
 
 
 def only_reason(found: FoundVolumes) -> str:
@@ -29,7 +29,7 @@ def test_every_file_format_is_found_and_read_alike(tmp_path: Path, ending: str) 
     reference = phantoms.write(tmp_path / "reference.nii.gz", voxels, (2, 1, 0.5))
     (expected,) = find_volumes([reference]).volumes
     assert volume.spacing == pytest.approx((2, 1, 0.5))
-    np.testing.assert_array_equal(read_voxels(volume)[0], read_voxels(expected)[0])
+    np.testing.assert_array_equal(read_volume(volume)[0], read_volume(expected)[0])
 
 
 def test_several_series_in_one_folder_are_told_apart(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_dicom_slices_are_put_in_order_whatever_their_names(tmp_path: Path) -> N
     (dicom,) = find_volumes([tmp_path / "dicom"]).volumes
     (nifti,) = find_volumes([tmp_path / "nifti"]).volumes
     assert dicom.spacing == pytest.approx((2, 1, 1))
-    np.testing.assert_array_equal(read_voxels(dicom)[0], read_voxels(nifti)[0])
+    np.testing.assert_array_equal(read_volume(dicom)[0], read_volume(nifti)[0])
 
 
 def test_dicom_without_a_file_ending_is_found(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_volume_stored_in_sagittal_order_is_the_same_as_the_axial_one(tmp_path
     assert first.orientation != second.orientation
     assert (first.shape, second.shape) == (phantoms.DEFAULT_SHAPE, phantoms.DEFAULT_SHAPE)
     assert first.spacing == second.spacing == pytest.approx((3, 1, 0.5))
-    np.testing.assert_array_equal(read_voxels(first)[0], read_voxels(second)[0])
+    np.testing.assert_array_equal(read_volume(first)[0], read_volume(second)[0])
 
 
 def test_files_with_nnunets_channel_endings_are_one_volume(tmp_path: Path) -> None:

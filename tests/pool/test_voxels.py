@@ -9,9 +9,10 @@ import numpy as np
 import phantoms
 import pytest
 
-from nnunetv2_misfm.pool.headers import VolumeProblem
+from nnunetv2_misfm.pool.reading import read_volume
+from nnunetv2_misfm.pool.volume_files import VolumeProblem
 from nnunetv2_misfm.pool.volumes import Volume, find_volumes
-from nnunetv2_misfm.pool.voxels import body_box, check_voxels, content_hash, guess_modality, read_voxels
+from nnunetv2_misfm.pool.voxels import body_box, check_voxels, content_hash, guess_modality
 
 SPACING = (2.0, 2.0, 2.0)
 
@@ -31,7 +32,7 @@ def test_a_file_that_is_cut_short_is_found_out(tmp_path: Path, ending: str) -> N
     voxel_file = path.with_suffix(".raw") if ending == ".mhd" else path
     phantoms.cut_short(voxel_file, voxel_file)
     with pytest.raises(VolumeProblem, match="cut short|unreadable"):
-        read_voxels(volume_at(path))
+        read_volume(volume_at(path))
 
 
 @pytest.mark.parametrize("ending", [".nii.gz", ".mha", ".nrrd"])
@@ -41,24 +42,26 @@ def test_a_file_with_a_damaged_part_is_found_out(tmp_path: Path, ending: str) ->
     content[len(content) // 2 :][:50] = bytes(50)
     path.write_bytes(content[: len(content) // 2] + bytes(50) + content[len(content) // 2 + 50 :])
     with pytest.raises(VolumeProblem, match="damaged|unreadable"):
-        read_voxels(volume_at(path))
+        read_volume(volume_at(path))
 
 
 def test_a_plain_nifti_with_the_ending_of_a_compressed_one_is_read(tmp_path: Path) -> None:
     plain = phantoms.write(tmp_path / "scan.nii", phantoms.mr())
-    voxels, _, _ = read_voxels(volume_at(plain))
+    voxels, _, _ = read_volume(volume_at(plain))
     misnamed = plain.rename(tmp_path / "scan.nii.gz")
-    np.testing.assert_array_equal(read_voxels(volume_at(misnamed))[0], voxels)
+    np.testing.assert_array_equal(read_volume(volume_at(misnamed))[0], voxels)
 
 
-def test_a_nifti_with_sheared_axes_is_read_by_nibabel_instead(tmp_path: Path) -> None:
+def test_a_nifti_with_sheared_axes_is_straightened(tmp_path: Path) -> None:
     affine = np.array([[1, 0.3, 0, 0], [0, 1, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1.0]])
     voxels = phantoms.mr()
     nibabel.save(nibabel.Nifti1Image(voxels.transpose(2, 1, 0), affine), tmp_path / "scan.nii.gz")
-    read, properties, reader = read_voxels(volume_at(tmp_path / "scan.nii.gz"))
-    assert reader == "NibabelIOWithReorient"
-    assert properties["spacing"][0] == pytest.approx(2)
-    np.testing.assert_array_equal(read[0], voxels)
+    read, spacing, mended = read_volume(volume_at(tmp_path / "scan.nii.gz"))
+    assert mended == "straightened tilted axes: they were off by 16.7°"
+    assert spacing == pytest.approx((2, 1, 1))
+    assert read.shape[1:] == (20, 24, 28 + 7)  # the row at the far end lies 0.3 * 23 = 6.9 mm further along x
+    np.testing.assert_allclose(read[0, :, 0, :28], voxels[:, 0], rtol=1e-4)
+    np.testing.assert_allclose(read[0, :, 20, 6:34], voxels[:, 20], rtol=1e-4)  # 0.3 * 20 = 6 whole voxels
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -77,7 +80,7 @@ def test_a_constant_channel_is_found(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("highest", [1, 3])
 def test_label_maps_are_found(highest: int) -> None:
-    with pytest.raises(VolumeProblem, match=f"label map: {highest + 1} different integers"):
+    with pytest.raises(VolumeProblem, match=f"label map: {highest + 1} different values"):
         check_voxels(channels(np.minimum(phantoms.labels(), highest)), skip_label_maps=True)
 
 
@@ -162,7 +165,7 @@ def test_the_content_hash_depends_on_voxels_and_shape_alone() -> None:
 def test_real_label_maps_are_told_from_real_images(real_data_folder: Path) -> None:
     for volume in find_volumes([real_data_folder]).volumes:
         is_label_map = "labelsTr" in volume.source or ".organs." in volume.source
-        voxels, _, _ = read_voxels(volume)
+        voxels, _, _ = read_volume(volume)
         try:
             check_voxels(voxels, skip_label_maps=True)
         except VolumeProblem as problem:
@@ -175,5 +178,5 @@ def test_real_label_maps_are_told_from_real_images(real_data_folder: Path) -> No
 def test_the_modality_of_real_volumes_is_found(real_data_folder: Path) -> None:
     for path in sorted((real_data_folder / "volumes").glob("*_*.nii.gz")):
         if ".organs." not in path.name:
-            voxels, _, _ = read_voxels(volume_at(path))
+            voxels, _, _ = read_volume(volume_at(path))
             assert f"_{guess_modality(voxels, None)[0]}_" in path.name

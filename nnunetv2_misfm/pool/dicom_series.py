@@ -1,0 +1,249 @@
+"""DICOM files put together into series, and series read as volumes: frames in order, on one regular grid."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nnunetv2_misfm.pool.dicom_frames import (
+    GEOMETRY_TAGS,
+    PIXEL_TAGS,
+    DicomHeader,
+    Frame,
+    dicom_header,
+    read_dataset,
+)
+from nnunetv2_misfm.pool.dicom_pixels import scaled_frames
+from nnunetv2_misfm.pool.grid import STRAIGHT_WITHIN_VOXELS, Grid, make_grid
+from nnunetv2_misfm.pool.headers import Header
+from nnunetv2_misfm.pool.volume_files import LeftOut, VolumeProblem
+
+SLICE_GAP_TOLERANCE = 0.1
+"""How far the distance of two neighbouring slices may be from the median distance, relative to it."""
+SAME_POSITION = 1e-3
+"""Slices closer than this, in mm, lie at the same place."""
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Frames that make one regular grid, in order along the normal of their planes."""
+
+    order: tuple[tuple[int, int], ...]
+    """Number of the file and of the frame in it."""
+    grid: Grid
+    mended: str
+    """What had to be done to the frames, for the report; empty if nothing."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """The files of one volume in order along the slice axis; a multi-frame file is a series of its own."""
+
+    headers: tuple[Header, ...]
+    grid: Grid
+    source: str
+
+    @property
+    def uid(self) -> str:
+        return _dicom(self.headers[0]).series
+
+    @property
+    def modality(self) -> str | None:
+        return _dicom(self.headers[0]).modality
+
+
+def sort_series(headers: Sequence[Header]) -> tuple[list[Series], list[LeftOut]]:
+    """Group DICOM files by SeriesInstanceUID and order their slices.
+
+    Files belong together that lie in one folder. Where archives keep one series in several folders, they are put
+    together if their identifiers leave no doubt and they make one regular grid.
+
+    Returns:
+        The series that make up a volume, and those that do not, with the reason.
+    """
+    series, left_out = [], []
+    for groups in _groups(headers):
+        whole = [header for group in groups for header in group]
+        together, problem = _try(whole, len(groups)) if len(groups) > 1 and _is_one_series(whole) else (None, "")
+        if together is not None:
+            series.append(together)
+            continue
+        for group in groups:
+            alone, problem_alone = _try(group, 1)
+            if alone is not None:
+                series.append(alone)
+                continue
+            if problem and len(group) == 1:
+                problem_alone = f"one of {_described(whole, len(groups))} that make no volume together: {problem}"
+            left_out.append(LeftOut(_source(group, 1), problem_alone))
+    return series, left_out
+
+
+def read_series(paths: Sequence[str]) -> tuple[np.ndarray, Grid, str]:
+    """Read the files of one series, each once.
+
+    Returns:
+        voxels (Z, Y, X) float32 along the normal of the planes, their grid, and what had to be mended.
+
+    Raises:
+        VolumeProblem: if they cannot be read or do not make one regular grid.
+    """
+    datasets = [read_dataset(path, [*GEOMETRY_TAGS, *PIXEL_TAGS]) for path in paths]
+    headers = [dicom_header(dataset) for dataset in datasets]
+    stack = stack_frames(headers)
+    place = {frame: number for number, frame in enumerate(stack.order)}
+    voxels = np.empty(stack.grid.size[::-1], np.float32)
+    for number, (dataset, header) in enumerate(zip(datasets, headers, strict=True)):
+        try:
+            for frame, plane in zip(header.frames, scaled_frames(dataset, header.frames), strict=True):
+                voxels[place[number, frame.number]] = plane
+        except VolumeProblem as problem:
+            name = os.path.basename(paths[number])
+            raise VolumeProblem(f"{problem}" if len(paths) == 1 else f"{problem} ({name})") from problem
+    return voxels, stack.grid, stack.mended
+
+
+def stack_frames(headers: Sequence[DicomHeader]) -> Stack:
+    """Order the frames of a series by position and find the grid they lie on.
+
+    Raises:
+        VolumeProblem: if they are no scan of a volume, or do not lie on one regular grid.
+    """
+    for header in headers:
+        if header.problem:
+            raise VolumeProblem(header.problem)
+    frames = [(number, frame) for number, header in enumerate(headers) for frame in header.frames]
+    first = frames[0][1]
+    if len(frames) == 1:
+        raise VolumeProblem("2D: a DICOM series of one slice")
+    _check_alike([frame for _, frame in frames])
+    row, column = np.array(first.orientation[:3]), np.array(first.orientation[3:])
+    normal = np.cross(row, column)
+    positions = np.array([frame.position for _, frame in frames])
+    along = positions @ normal
+    order = np.argsort(along, kind="stable")
+    gaps = np.diff(along[order])
+    if np.any(gaps < SAME_POSITION):
+        raise VolumeProblem("4D: several DICOM images at the same slice position; split them into one series each")
+    gap = float(gaps.mean())
+    if np.any(np.abs(gaps - np.median(gaps)) > SLICE_GAP_TOLERANCE * np.median(gaps)):
+        raise VolumeProblem(
+            f"DICOM slices missing or unevenly spaced: distances from {gaps.min():.4g} to {gaps.max():.4g} mm"
+        )
+    step = normal * gap + _drift(positions[order], along[order], normal, min(first.spacing)) * gap
+    length = float(np.linalg.norm(step))
+    is_straight = np.allclose(step, normal * gap)
+    grid = make_grid(
+        size=(*first.size, len(frames)),
+        spacing=(*first.spacing, gap if is_straight else length),
+        direction=np.stack([row, column, normal if is_straight else step / length], axis=1),
+        origin=positions[order[0]],
+    )
+    return Stack(tuple((frames[i][0], frames[i][1].number) for i in order), grid, _mended(headers, frames, order))
+
+
+def _drift(positions: np.ndarray, along: np.ndarray, normal: np.ndarray, pixel: float) -> np.ndarray:
+    """How far slices move within their plane for each mm along the normal, as with a tilted gantry; 0 if hardly.
+
+    Raises:
+        VolumeProblem: if they do not move steadily.
+    """
+    in_plane = positions - along[:, None] * normal
+    in_plane = in_plane - in_plane[0]
+    distance = along - along[0]
+    drift = distance @ in_plane / (distance @ distance)
+    if np.linalg.norm(in_plane - distance[:, None] * drift, axis=1).max() > STRAIGHT_WITHIN_VOXELS * pixel:
+        jump = float(np.linalg.norm(np.diff(in_plane, axis=0), axis=1).max())
+        raise VolumeProblem(
+            f"DICOM slices that do not lie on each other: from one to the next they move by up to {jump:.3g} mm in plane"
+        )
+    moved = float(np.linalg.norm(drift) * distance[-1])
+    return drift if moved > STRAIGHT_WITHIN_VOXELS * pixel else np.zeros(3)
+
+
+def _check_alike(frames: Sequence[Frame]) -> None:
+    first = frames[0]
+    if any(frame.size != first.size for frame in frames) or not np.allclose(
+        [frame.orientation for frame in frames], first.orientation, atol=1e-3
+    ):
+        raise VolumeProblem("DICOM slices of different sizes or orientations under one SeriesInstanceUID")
+    spacings = np.array([frame.spacing for frame in frames])
+    if not np.allclose(spacings, first.spacing, rtol=1e-3):
+        low, high = spacings.min(), spacings.max()
+        raise VolumeProblem(
+            f"DICOM slices of different pixel spacings under one SeriesInstanceUID, {low:g} to {high:g} mm"
+        )
+    if any(frame.slope == 0 for frame in frames):
+        raise VolumeProblem("DICOM RescaleSlope 0, which makes every value the same")
+
+
+def _mended(headers: Sequence[DicomHeader], frames: Sequence[tuple[int, Frame]], order: np.ndarray) -> str:
+    notes = []
+    if headers[0].num_frames > 1 and not np.array_equal(order, np.arange(len(order))):
+        notes.append("frames sorted by position")
+    scales = len({(frame.slope, frame.intercept) for _, frame in frames})
+    if scales > 1:
+        notes.append(f"slices scaled one by one ({scales} different slopes and intercepts)")
+    return "; ".join(notes)
+
+
+def _groups(headers: Sequence[Header]) -> list[list[list[Header]]]:
+    """Files by series, and those of one series by folder. A file of many frames is a series of its own."""
+    series: dict[tuple[str, ...], dict[str, list[Header]]] = defaultdict(lambda: defaultdict(list))
+    for header in headers:
+        dicom = _dicom(header)
+        key = (header.file.path,) if dicom.num_frames > 1 else (dicom.patient, dicom.series)
+        series[key][header.file.folder].append(header)
+    return [list(folders.values()) for folders in series.values()]
+
+
+def _is_one_series(group: Sequence[Header]) -> bool:
+    """Whether identifiers leave no doubt that files of several folders are one series: all given, none twice."""
+    instances = [_dicom(header).instance for header in group]
+    return bool(_dicom(group[0]).series) and all(instances) and len(set(instances)) == len(instances)
+
+
+def _try(group: Sequence[Header], num_folders: int) -> tuple[Series | None, str]:
+    slices = _without_copies(group)
+    try:
+        stack = stack_frames([_dicom(header) for header in slices])
+    except VolumeProblem as problem:
+        return None, str(problem)
+    ordered = tuple(slices[number] for number in dict.fromkeys(number for number, _ in stack.order))
+    return Series(ordered, stack.grid, _source(group, num_folders)), ""
+
+
+def _without_copies(group: Sequence[Header]) -> list[Header]:
+    """Without files of which the folder has another copy: the same SOPInstanceUID.
+
+    Anonymisers that give all files one UID, or none, make no copies of them: then files of one UID differ in position.
+    """
+    positions: dict[str, set[tuple[float, ...]]] = defaultdict(set)
+    for header in group:
+        positions[_dicom(header).instance].update(frame.position for frame in _dicom(header).frames)
+    if any(len(of_instance) > max(1, _dicom(group[0]).num_frames) for of_instance in positions.values()):
+        return list(group)
+    first: dict[str, Header] = {}
+    for header in group:
+        first.setdefault(_dicom(header).instance or header.file.path, header)
+    return list(first.values())
+
+
+def _source(group: Sequence[Header], num_folders: int) -> str:
+    if len(group) == 1:
+        return group[0].file.path
+    return f"{os.path.commonpath([header.file.folder for header in group])} [{_described(group, num_folders)}]"
+
+
+def _described(group: Sequence[Header], num_folders: int) -> str:
+    folders = f" in {num_folders} folders" if num_folders > 1 else ""
+    return f"series {_dicom(group[0]).series or 'without SeriesInstanceUID'}, {len(group)} files{folders}"
+
+
+def _dicom(header: Header) -> DicomHeader:
+    assert header.dicom is not None
+    return header.dicom

@@ -1,0 +1,72 @@
+"""One volume in a file whose header has been read and whose voxels have not."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from nnunetv2_misfm.pool.grid import Grid
+from nnunetv2_misfm.pool.volume_files import VolumeProblem
+
+GZIP_START = b"\x1f\x8b"
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """Where the voxels of a volume lie in its files, and how they are read: once, and only if all of them are there."""
+
+    grid: Grid
+    dtype: np.dtype[Any]
+    """As stored, byte order included."""
+    parts: tuple[tuple[str, int], ...]
+    """The files that hold the voxels, and the byte to start from; negative: the voxels end where the file does."""
+    decode: Callable[[bytes], bytes] = bytes
+    skip: int = 0
+    """Bytes before the first voxel after decoding; negative: the voxels end where the data does."""
+    slope: float = 1.0
+    intercept: float = 0.0
+
+    def read(self) -> np.ndarray:
+        """The voxels (Z, Y, X), scaled as the header says, float32.
+
+        Raises:
+            VolumeProblem: for a file that is damaged or holds fewer voxels than its header says.
+        """
+        count = int(np.prod(self.grid.size, dtype=np.int64))
+        wanted = count * self.dtype.itemsize
+        try:
+            content = b"".join(self.decode(_bytes(path, start, wanted)) for path, start in self.parts)
+        except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:
+            raise VolumeProblem(f"damaged or cut short: {error}") from error
+        except OSError as error:
+            raise VolumeProblem(f"unreadable: {error.strerror or error} ({error.filename})") from error
+        skip = self.skip if self.skip >= 0 else max(0, len(content) - wanted)
+        if len(content) - skip < wanted:
+            raise VolumeProblem(f"cut short: {len(content)} of {skip + wanted} bytes")
+        voxels = np.frombuffer(content, self.dtype, count, skip).reshape(self.grid.size[::-1])
+        if (self.slope, self.intercept) != (1.0, 0.0):
+            voxels = voxels.astype(np.float64) * self.slope + self.intercept
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity, which is found out later
+            return voxels.astype(np.float32)
+
+
+def check_scalars(num_components: int, kind: str) -> None:
+    """Raise VolumeProblem unless voxels are single real numbers; `kind` is that of a numpy dtype."""
+    if num_components > 1:
+        raise VolumeProblem(f"RGB or vector voxels ({num_components} numbers each)")
+    if kind == "c":
+        raise VolumeProblem("complex voxels")
+    if kind not in "iuf":
+        raise VolumeProblem("unreadable: its voxels are no numbers")
+
+
+def _bytes(path: str, start: int, wanted: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(start if start >= 0 else max(0, os.fstat(file.fileno()).st_size - wanted))
+        return file.read()

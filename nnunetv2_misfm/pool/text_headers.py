@@ -1,0 +1,186 @@
+"""MetaImage (.mha, .mhd) and NRRD (.nrrd, .nhdr): text headers that say where the voxels are.
+
+ITK reads their geometry. What it would make up is looked for in the header itself: a voxel size that is not given is
+1 mm to ITK, and voxels that are missing are zeros.
+"""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunetv2_misfm.pool.grid import Grid, make_grid
+from nnunetv2_misfm.pool.stored_image import StoredImage, check_scalars
+from nnunetv2_misfm.pool.volume_files import VolumeProblem, unreadable
+
+MM_PER_UNIT = {"mm": 1.0, "um": 1e-3, "µm": 1e-3, "micron": 1e-3, "cm": 10.0, "m": 1e3}
+MOST_HEADER_LINES = 10_000
+VOXEL_TYPES = {
+    sitk.sitkUInt8: "u1",
+    sitk.sitkInt8: "i1",
+    sitk.sitkUInt16: "u2",
+    sitk.sitkInt16: "i2",
+    sitk.sitkUInt32: "u4",
+    sitk.sitkInt32: "i4",
+    sitk.sitkUInt64: "u8",
+    sitk.sitkInt64: "i8",
+    sitk.sitkFloat32: "f4",
+    sitk.sitkFloat64: "f8",
+}
+
+
+def open_metaimage(path: str) -> StoredImage:
+    """Read the header of an .mha or .mhd file.
+
+    Raises:
+        VolumeProblem: if it is no volume of scalars, or does not say how large its voxels are.
+    """
+    with open(path, "rb") as file:
+        fields = _fields(file, b"=", last="elementdatafile")
+        data = fields.get("elementdatafile", "")
+        names = _file_names(data, file)
+        end_of_header = file.tell()
+    if "elementspacing" not in fields and "elementsize" not in fields:
+        raise VolumeProblem("the size of its voxels is not known: no ElementSpacing in its header")
+    grid, dtype = _itk_header(path, [_mm_per_unit(fields.get("distanceunits", "mm"))] * 3)
+    start = int(fields.get("headersize", "0"))
+    if data.upper() == "LOCAL":
+        parts = [(path, end_of_header if start >= 0 else start)]
+    else:
+        parts = [(os.path.join(os.path.dirname(path), name), start) for name in names]
+    decode: Callable[[bytes], bytes] = _inflate if _is_true(fields.get("compresseddata", "")) else bytes
+    if fields.get("binarydata", "true").lower() in ("false", "0"):
+        decode = _numbers_as(dtype)
+    big_endian = any(_is_true(fields.get(f"{name}byteordermsb", "")) for name in ("binarydata", "element"))
+    return StoredImage(grid, dtype.newbyteorder("big" if big_endian else "little"), tuple(parts), decode)
+
+
+def open_nrrd(path: str) -> StoredImage:
+    """Read the header of a .nrrd or .nhdr file.
+
+    Raises:
+        VolumeProblem: if it is no volume of scalars, or does not say how large its voxels are.
+    """
+    with open(path, "rb") as file:
+        if not file.readline().startswith(b"NRRD"):
+            raise VolumeProblem("unreadable: not a NRRD file (the magic number is missing)")
+        fields = _fields(file, b":", last="")
+        end_of_header = file.tell()
+        data = fields.get("datafile", "")
+        if data.upper().startswith(
+            "LIST"
+        ):  # file names follow to the end, perhaps after other lines that have no colon
+            file.seek(0)
+            _fields(file, b":", last="datafile")
+        names = _file_names(data, file)
+    if "spacedirections" not in fields and "nan" in fields.get("spacings", "nan").lower():
+        raise VolumeProblem("the size of its voxels is not known: no space directions and no spacings in its header")
+    units = re.findall(r'"([^"]*)"', fields.get("spaceunits", fields.get("units", "")))
+    grid, dtype = _itk_header(path, [_mm_per_unit(unit) for unit in units] if len(units) == 3 else [1.0] * 3)
+    decoders: dict[str, Callable[[bytes], bytes]] = {
+        "raw": bytes,
+        **dict.fromkeys(("gzip", "gz"), gzip.decompress),
+        **dict.fromkeys(("bzip2", "bz2"), bz2.decompress),
+        **dict.fromkeys(("txt", "text", "ascii"), _numbers_as(dtype)),
+        "hex": lambda content: bytes.fromhex(content.decode("ascii")),
+    }
+    encoding = fields.get("encoding", "raw").lower()
+    if encoding not in decoders:
+        raise VolumeProblem(f"unreadable: NRRD encoding {encoding!r} is not known")
+    lines_before = int(fields.get("lineskip", "0"))
+    return StoredImage(
+        grid=grid,
+        dtype=dtype.newbyteorder("big" if fields.get("endian", "little").lower() == "big" else "little"),
+        parts=tuple((os.path.join(os.path.dirname(path), name), 0) for name in names)
+        if data
+        else ((path, end_of_header),),
+        decode=lambda content: decoders[encoding](content.split(b"\n", lines_before)[-1] if lines_before else content),
+        skip=int(fields.get("byteskip", "0")),
+    )
+
+
+def _inflate(content: bytes) -> bytes:
+    """Decompress zlib or gzip data; unlike `zlib.decompress` it tolerates bytes after the end."""
+    decompressor = zlib.decompressobj(47)
+    inflated = decompressor.decompress(content)
+    if not decompressor.eof:
+        raise EOFError("the compressed data ends early")
+    return inflated
+
+
+def _fields(file: BinaryIO, separator: bytes, last: str) -> dict[str, str]:
+    """The `key = value` lines of a text header, keys in lower case without spaces, up to the one named `last`."""
+    fields: dict[str, str] = {}
+    for _ in range(MOST_HEADER_LINES):
+        line = file.readline()
+        key, _, value = line.partition(separator)
+        name = key.strip().lower().replace(b" ", b"").decode("ascii", "replace")
+        fields.setdefault(name, value.strip().decode("utf-8", "surrogateescape"))
+        if not line or name == last:
+            break
+    return fields
+
+
+def _file_names(data: str, file: BinaryIO) -> list[str]:
+    """The file that a header names, those of a pattern such as `slice%03d.raw 1 24 1`, or of the list that follows."""
+    if data.upper().startswith("LIST"):
+        lines = [line.decode("utf-8", "surrogateescape").strip() for line in file]
+        return [line for line in lines if line]
+    match = re.fullmatch(r"(.*%\d*d\S*)\s+(-?\d+)\s+(-?\d+)(?:\s+(-?\d+))?(?:\s+\d+)?", data)
+    if match is None:
+        return [data]
+    first, last, step = int(match[2]), int(match[3]), int(match[4] or 1) or 1
+    return [match[1] % number for number in range(first, last + (1 if step > 0 else -1), step)]
+
+
+def _itk_header(path: str, mm_per_unit: Sequence[float]) -> tuple[Grid, np.dtype[Any]]:
+    """Geometry and voxel type (of no byte order) as ITK reads them from the header."""
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(path)
+    try:
+        with quiet_itk():
+            reader.ReadImageInformation()
+    except Exception as error:  # SimpleITK raises RuntimeError, its SWIG layer others for names it cannot encode
+        raise VolumeProblem(unreadable(error)) from error
+    name = sitk.GetPixelIDValueAsString(reader.GetPixelID())
+    check_scalars(reader.GetNumberOfComponents(), "c" if "complex" in name else "f")
+    if reader.GetPixelID() not in VOXEL_TYPES:
+        raise VolumeProblem(f"unreadable: voxels of type {name}")
+    size = reader.GetSize()
+    direction = np.reshape(reader.GetDirection(), (len(size), len(size)))
+    spacing = [mm * factor for mm, factor in zip(reader.GetSpacing(), mm_per_unit, strict=False)]
+    return make_grid(size, spacing, direction, reader.GetOrigin()), np.dtype(VOXEL_TYPES[reader.GetPixelID()])
+
+
+@contextmanager
+def quiet_itk() -> Iterator[None]:
+    """Keeps ITK's C++ warnings about odd headers off the terminal; errors still raise."""
+    before = sitk.ProcessObject.GetGlobalWarningDisplay()
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)
+    try:
+        yield
+    finally:
+        sitk.ProcessObject.SetGlobalWarningDisplay(before)
+
+
+def _mm_per_unit(unit: str) -> float:
+    if unit.strip().lower() not in MM_PER_UNIT:
+        raise VolumeProblem(f"the size of its voxels is not known: it is given in {unit!r}")
+    return MM_PER_UNIT[unit.strip().lower()]
+
+
+def _numbers_as(dtype: np.dtype[Any]) -> Callable[[bytes], bytes]:
+    return lambda content: np.array(content.split()).astype(dtype.newbyteorder("<")).tobytes()
+
+
+def _is_true(text: str) -> bool:
+    return text.strip().lower() in ("true", "1")
