@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import imagecodecs
 import numpy as np
@@ -71,11 +70,12 @@ def _planes(dataset: pydicom.Dataset) -> Iterator[np.ndarray]:
 
 
 def _stored_values(dataset: pydicom.Dataset, plane: np.ndarray) -> np.ndarray:
-    """Values without what else may be in their bits: overlays above, or anything below, the bits that are stored."""
-    allocated, stored = plane.dtype.itemsize * 8, int(dataset.get("BitsStored") or 0)
-    if plane.dtype.kind == "f" or not 0 < stored < allocated:
+    """Values from the bits that are stored: without overlays above them, signed or not as the header says."""
+    allocated = plane.dtype.itemsize * 8
+    stored = int(dataset.get("BitsStored") or allocated)
+    is_signed = int(dataset.get("PixelRepresentation") or 0) == 1
+    if plane.dtype.kind == "f" or (stored >= allocated and is_signed == (plane.dtype.kind == "i")):
         return plane
     lowest = max(0, int(dataset.get("HighBit", stored - 1)) + 1 - stored)
-    is_signed = int(dataset.get("PixelRepresentation") or 0) == 1
-    values: Any = plane.view(f"u{plane.dtype.itemsize}").astype(np.int64) >> lowest & ((1 << stored) - 1)
+    values = plane.view(f"u{plane.dtype.itemsize}").astype(np.int64) >> lowest & ((1 << stored) - 1)
     return np.where(values >> (stored - 1), values - (1 << stored), values) if is_signed else values

@@ -159,7 +159,7 @@ def _drift(positions: np.ndarray, along: np.ndarray, normal: np.ndarray, pixel: 
     if np.linalg.norm(in_plane - distance[:, None] * drift, axis=1).max() > STRAIGHT_WITHIN_VOXELS * pixel:
         jump = float(np.linalg.norm(np.diff(in_plane, axis=0), axis=1).max())
         raise VolumeProblem(
-            f"DICOM slices that do not lie on each other: from one to the next they move by up to {jump:.3g} mm in plane"
+            f"DICOM slices that do not lie on each other: neighbours are up to {jump:.3g} mm apart in plane"
         )
     moved = float(np.linalg.norm(drift) * distance[-1])
     return drift if moved > STRAIGHT_WITHIN_VOXELS * pixel else np.zeros(3)

@@ -123,6 +123,7 @@ def straightened(voxels: np.ndarray, grid: Grid) -> tuple[np.ndarray, Grid, str]
     if np.max(np.abs(to_straight - np.eye(3)) @ last) < STRAIGHT_WITHIN_VOXELS:
         return voxels, grid, ""
     corners = np.stack(np.meshgrid(*[(0.0, n) for n in last], indexing="ij"), axis=-1).reshape(-1, 3) @ to_straight.T
+    corners = corners.round(6)  # what is whole but for rounding stays whole
     first = np.floor(corners.min(axis=0))
     size = (np.ceil(corners.max(axis=0)) - first + 1).astype(int)
     back = np.linalg.inv(to_straight)
@@ -136,11 +137,8 @@ def straightened(voxels: np.ndarray, grid: Grid) -> tuple[np.ndarray, Grid, str]
         cval=float(voxels.min()),
     )
     origin = np.array(grid.origin) + axes @ (first * steps)
-    return (
-        straight,
-        make_grid(size, steps, axes, origin),
-        f"straightened tilted axes: they were off by {tilt(columns):.3g}°",
-    )
+    mended = f"straightened tilted axes: they were off by {tilt(columns):.3g}°"
+    return straight, make_grid(size, steps, axes, origin), mended
 
 
 def upright(voxels: np.ndarray, grid: Grid) -> tuple[np.ndarray, tuple[float, ...]]:

@@ -49,6 +49,8 @@ def open_metaimage(path: str) -> StoredImage:
         data = fields.get("elementdatafile", "")
         names = _file_names(data, file)
         end_of_header = file.tell()
+    if not data:
+        raise VolumeProblem("unreadable: not a MetaImage header (ElementDataFile is missing)")
     if "elementspacing" not in fields and "elementsize" not in fields:
         raise VolumeProblem("the size of its voxels is not known: no ElementSpacing in its header")
     grid, dtype = _itk_header(path, [_mm_per_unit(fields.get("distanceunits", "mm"))] * 3)

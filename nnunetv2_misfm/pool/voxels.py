@@ -26,8 +26,16 @@ MOST_SHARE_ABOVE_BONE = 0.01
 """Scanners end at 3071 HU; only metal is above that."""
 OFFSETS_OF_CT = (1024.0, 8192.0, 32768.0)
 """What is added to HU where they are stored as numbers from 0 on, as by DICOM without its rescale intercept."""
-LEAST_SHARE_WITH_OFFSET, MORE_WITH_OFFSET = 0.5, 1.5
-"""Share of air and soft tissue from which an offset is believed, and how many times as many as without it."""
+WORTH_EXPLAINING, LEFT_UNEXPLAINED = 0.1, 0.3
+"""An offset is believed where more than this share of values lies outside air to soft tissue without it, and no more
+than this part of them is left with it."""
+AIR_AT_LEAST_HU = -1100
+FAT_HU = (-200, -40)
+LEAST_SHARE_OF_FAT = 0.01
+"""A patient in Hounsfield units has fat; air that is stored as 24 does not reach below -40."""
+LOWEST_HU = -1200
+MOST_SHARE_BELOW_AIR = 0.01
+"""Of values below -1200 that are not the lowest one, which may be padding."""
 GREY_VALUES_UP_TO = 255
 LABEL_NEIGHBOURS_EQUAL = 0.85
 """Share of equal neighbours from which values are labels: measured .95 to 1 for label maps, .66 at most for images
@@ -72,14 +80,17 @@ def check_hounsfield(voxels: np.ndarray) -> None:
     """Find out whether voxels (C, Z, Y, X) that are to be normalised as CT can be in Hounsfield units.
 
     Raises:
-        VolumeProblem: if far more of them are air and soft tissue once one of `OFFSETS_OF_CT` is taken away, or if
-            all are grey values from 0 to 255 at most.
+        VolumeProblem: if nearly all of them are air to soft tissue once one of `OFFSETS_OF_CT` is taken away, but
+            not before, or if all are grey values from 0 to 255.
     """
     sample = _sample(voxels[0])
     low, high = float(voxels[0].min()), float(voxels[0].max())
-    offset = max(OFFSETS_OF_CT, key=lambda value: _share_of_patient(sample, value))
-    share = _share_of_patient(sample, offset)
-    if share > LEAST_SHARE_WITH_OFFSET and share > MORE_WITH_OFFSET * _share_of_patient(sample, 0):
+    inside = sample[sample != _background(sample)] if _background(sample) == low else sample  # without padding
+    fat = float(np.mean((inside > FAT_HU[0]) & (inside < FAT_HU[1])))
+    unexplained = _share_unexplained(inside, 0)
+    offset = min(OFFSETS_OF_CT, key=lambda value: _share_unexplained(inside, value))
+    explains = _share_unexplained(inside, offset) < LEFT_UNEXPLAINED * unexplained
+    if explains and unexplained > WORTH_EXPLAINING and fat < LEAST_SHARE_OF_FAT:
         remedy = f"look like HU + {offset:g}; subtract {offset:g}"
     elif low >= 0 and high <= GREY_VALUES_UP_TO:
         remedy = "look like grey values; use the original images"
@@ -141,8 +152,10 @@ def guess_modality(voxels: np.ndarray, dicom_modality: str | None) -> tuple[str,
     sample = _sample(voxels[0])
     lowest = f"intensities: lowest value {float(voxels.min()):g}"
     gas, above = float(np.mean(sample < GAS_BELOW_HU)), float(np.mean(sample > ABOVE_BONE_HU))
-    if gas < LEAST_SHARE_OF_GAS or above > MOST_SHARE_ABOVE_BONE:
-        return "mr", f"{lowest}, {gas:.1%} below {GAS_BELOW_HU}, {above:.1%} above {ABOVE_BONE_HU}"
+    below = float(np.mean((sample < LOWEST_HU) & (sample > sample.min())))
+    if gas < LEAST_SHARE_OF_GAS or above > MOST_SHARE_ABOVE_BONE or below > MOST_SHARE_BELOW_AIR:
+        shares = f"{gas:.1%} below {GAS_BELOW_HU}, {below:.1%} below {LOWEST_HU}, {above:.1%} above {ABOVE_BONE_HU}"
+        return "mr", f"{lowest}, {shares}"
     not_air = sample[(sample > AIR_BELOW_HU) & (sample != _background(sample))]
     low, high = SOFT_TISSUE_HU
     share = np.count_nonzero((not_air > low) & (not_air < high)) / max(not_air.size, 1)
@@ -220,11 +233,10 @@ def _background(sample: np.ndarray) -> float:
     return float(values[counts.argmax()])
 
 
-def _share_of_patient(sample: np.ndarray, offset: float) -> float:
-    """The share of values that are, without the offset, Hounsfield units of soft tissue or of air."""
-    low, high = SOFT_TISSUE_HU
+def _share_unexplained(sample: np.ndarray, offset: float) -> float:
+    """The share of values that are, without the offset, no Hounsfield units from air to soft tissue."""
     hu = sample - offset
-    return float(np.mean(((hu > low) & (hu < high)) | (np.abs(hu + 1000) < 100)))
+    return 1 - float(np.mean((hu > AIR_AT_LEAST_HU) & (hu < SOFT_TISSUE_HU[1])))
 
 
 def _number_of_labels(channel: np.ndarray) -> int:
