@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pydicom
+from pydicom.tag import BaseTag, Tag
 from pydicom.uid import ImplicitVRLittleEndian
 
 from nnunetv2_misfm.pool.volume_files import VolumeProblem, unreadable
@@ -23,16 +24,22 @@ VOLUME_MODALITIES = ("CT", "MR", "PT", "NM", "OT")
 """Modalities whose series are scans of a volume; others are planar, films over time, labels, doses or documents."""
 MODALITIES_WITH_UNITS = ("CT", "PT")
 """Their stored values become Hounsfield units or activities by slope and intercept, however they are to be shown."""
-GEOMETRY_TAGS = (
+
+
+def _tags(names: str) -> list[BaseTag]:
+    return [Tag(name) for name in names.split()]
+
+
+GEOMETRY_TAGS = _tags(
     "ImageType Modality PatientID SeriesInstanceUID SOPInstanceUID NumberOfFrames Rows Columns SamplesPerPixel "
     "PhotometricInterpretation PixelSpacing ImagePositionPatient ImageOrientationPatient SpacingBetweenSlices "
     "SliceVector DetectorInformationSequence RescaleSlope RescaleIntercept SharedFunctionalGroupsSequence "
     "PerFrameFunctionalGroupsSequence"
-).split()
-PIXEL_TAGS = (
+)
+PIXEL_TAGS = _tags(
     "BitsAllocated BitsStored HighBit PixelRepresentation PlanarConfiguration PixelData FloatPixelData "
     "DoubleFloatPixelData ExtendedOffsetTable ExtendedOffsetTableLengths ModalityLUTSequence"
-).split()
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ def read_dicom_header(path: str) -> DicomHeader:
     return dicom_header(read_dataset(path, GEOMETRY_TAGS, stop_before_pixels=True))
 
 
-def read_dataset(path: str, tags: Sequence[str], stop_before_pixels: bool = False) -> pydicom.Dataset:
+def read_dataset(path: str, tags: Sequence[BaseTag], stop_before_pixels: bool = False) -> pydicom.Dataset:
     """The named elements of a DICOM file, also of one without preamble.
 
     Raises:
