@@ -35,9 +35,10 @@ from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 from provenance import device_name, provenance
 from scipy.ndimage import gaussian_filter
 
-from nnunetv2_misfm.pretrain.augment import AugmentSettings, apply_augmentation, sample_pair_augmentations
+from nnunetv2_misfm.pretrain.augment import apply_augmentation, sample_pair_augmentations
 from nnunetv2_misfm.pretrain.crops import CropPairs
-from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings, fuse, sample_fusion
+from nnunetv2_misfm.pretrain.settings import AugmentSettings, FusionSettings
+from nnunetv2_misfm.pretrain.volume_fusion import fuse, sample_fusion
 
 PATCH = (64, 128, 128)
 VOLUME = (160, 256, 256)

@@ -75,9 +75,8 @@ def in_a_process(task: Callable[[Any, str], None], folder: str) -> dict[str, flo
 def open_ours(pipe: Any, folder: str) -> None:
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
-    from nnunetv2_misfm.pretrain.augment import AugmentSettings
     from nnunetv2_misfm.pretrain.crops import CropPairs
-    from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings
+    from nnunetv2_misfm.pretrain.settings import AugmentSettings, FusionSettings
     from nnunetv2_misfm.trainers.pretext_data import hold_out
 
     before, started = memory("VmRSS"), time.perf_counter()

@@ -96,8 +96,8 @@ def inspect(options: argparse.Namespace) -> None:
     Raises:
         UserError: if the checkpoint or the dataset cannot be used.
     """
+    from nnunetv2_misfm.commands.setting_options import given
     from nnunetv2_misfm.plans.files import preprocessed_dataset, read_dataset_json, read_plans
-    from nnunetv2_misfm.plans.run_options import given
     from nnunetv2_misfm.plans.run_settings import FinetuningSettings
     from nnunetv2_misfm.plans.settings import read_settings
     from nnunetv2_misfm.transfer.inspection import describe

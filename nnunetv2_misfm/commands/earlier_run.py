@@ -12,6 +12,7 @@ from nnunetv2_misfm.files import TRAINING_LOCK, locked, read_json
 from nnunetv2_misfm.plans.compare import what_a_run_must_keep
 from nnunetv2_misfm.plans.files import nnunet_folder
 from nnunetv2_misfm.plans.run_settings import BLOCK
+from nnunetv2_misfm.pretrain.settings import GROUPS
 
 
 def run_folder(dataset_name: str, plans_name: str, configuration: str) -> Path:
@@ -64,7 +65,7 @@ class EarlierRun:
         if not self.exists or not path.is_file():
             return
         before = read_json(path, "Start the run anew with --overwrite.")
-        differing = what_a_run_must_keep(before, plans, configuration)
+        differing = what_a_run_must_keep(before, plans, configuration, **GROUPS)
         if differing:
             lines = "\n  ".join(differing)
             raise PlanError(

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import argparse
 
+from nnunetv2_misfm.commands.setting_options import add_setting_options, given
 from nnunetv2_misfm.errors import PlanError, exit_with_message
 from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.plans.checks import check_replaceable
 from nnunetv2_misfm.plans.files import preprocessed_dataset, read_dataset_json, read_plans
 from nnunetv2_misfm.plans.network_entry import NETWORKS
-from nnunetv2_misfm.plans.run_options import add_run_options, given
 from nnunetv2_misfm.plans.run_settings import DEFAULT_BASELINE_PLANS, DEFAULT_FINETUNING_PLANS, FinetuningSettings
 from nnunetv2_misfm.plans.settings import read_settings
 
 _FEW_ITERATIONS = 1000
-_SCHEDULES = (
-    "learning rate: sawtooth, the decoder's rises while the encoder stays as it is, then that of the whole network "
-    "rises and falls (default with weights); warmup, that of the whole network rises and falls; default and scratch, "
-    "it falls from the start (default without weights); decoder_only, the encoder stays as it is"
-)
 
 
 def plan_main(arguments: list[str] | None = None) -> None:
@@ -144,22 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-patch_size", nargs=3, type=int, metavar="N", help="patch size in plans axis order (default: the plan's)")
     add("-batch_size", type=int, metavar="N", help="batch size (default: the plan's)")
     add("-gpu_memory_target", type=float, metavar="GB", help="choose patch and batch size for this much memory")
-    add_run_options(parser, FinetuningSettings, _SCHEDULES)
-    add(
-        "-layer_decay",
-        type=float,
-        metavar="F",
-        help="learning rate of each encoder stage as a share of the next (default: 1)",
-    )
-    add(
-        "-seg_layers_lr_factor",
-        type=float,
-        metavar="F",
-        help="learning rate of the segmentation layers as a multiple of the decoder's (default: 1)",
-    )
-    add("-min_coverage", type=float, help="share of the network that the weights must cover (default: 1)")
-    add("--encoder_only", action="store_const", const=True, help="leave the decoder fresh")
-    add("--mix_input_channels", action="store_const", const=True, help="mix the weights' input channels to fit others")
     add("-np", type=int, default=2, help="processes for preprocessing, if that is needed (default: 2)")
     add("--no_pp", action="store_true", help="write the plans only, preprocess later with nnUNetv2_preprocess")
+    add_setting_options(parser, "the run", FinetuningSettings)
     return parser

@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2_misfm.architectures.resolution import DEGREES_OF_ANISOTROPY
 from nnunetv2_misfm.commands.earlier_run import EarlierRun, check_device, run_folder
 from nnunetv2_misfm.commands.processes import Processes
+from nnunetv2_misfm.commands.setting_options import add_setting_options, flag_of, given
 from nnunetv2_misfm.cpu_threads import keep_cores_free
 from nnunetv2_misfm.errors import PlanError, exit_with_message
 from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.plans.checks import build_on_meta, check_plans_name, check_replaceable
 from nnunetv2_misfm.plans.files import nnunet_folder, preprocessed_dataset, read_dataset_json, read_plans
 from nnunetv2_misfm.plans.network_entry import NETWORKS
-from nnunetv2_misfm.plans.run_options import add_run_options, given
 from nnunetv2_misfm.plans.run_settings import BLOCK, PretrainingSettings, without_groups
 from nnunetv2_misfm.plans.settings import read_settings
+from nnunetv2_misfm.pool.settings import PoolSettings
+from nnunetv2_misfm.pretrain.settings import AugmentSettings, FusionSettings
 
 if TYPE_CHECKING:
     from nnunetv2_misfm.pretrain.planning import RunRequest
 
 DEFAULT_PLANS_NAME = "nnUNetPlans"
 DERIVED_PLANS_NAME = "nnUNetMisFMPretrainPlans"
-SWITCHES_OFF = {
-    "body_crop": "keep the air around the body",
-    "skip_label_maps": "use volumes whose voxels look like labels",
-    "join_channels": "take files ending in _0000, _0001, ... for volumes of their own, not for channels of one",
-}
-VOLUME_OPTIONS = {
-    **{f"-{name}": name for name in ("modality", "spacing", "n", "ct_window", "min_size")},
-    **{f"--no_{name}": name for name in SWITCHES_OFF},
-}
 BOX_OPTIONS = ("num_boxes", "box_size_min", "box_size_max")
 
 
@@ -102,7 +95,6 @@ def prepare(options: argparse.Namespace) -> tuple[str, str] | None:
 
 def _from_volumes(options: argparse.Namespace) -> dict[str, Any] | None:
     """Prepare the pool; None if there is nothing to train yet because other parts are still to be prepared."""
-    from nnunetv2_misfm.pool.inspection import PoolSettings
     from nnunetv2_misfm.pool.plan import adopt_plans, existing_plans, find_geometry
     from nnunetv2_misfm.pool.prepare import check_usable, inspect_volumes, plan_pool, prepare_pool
     from nnunetv2_misfm.pretrain.planning import new_pool_entry, run_plans
@@ -119,7 +111,6 @@ def _from_volumes(options: argparse.Namespace) -> dict[str, Any] | None:
     run = _earlier_run(dataset_name, plans_name, options)
     before = existing_plans(dataset_name, plans_name)
     request = _request(options, before)
-    options.spacing = _spacing(options.spacing)
     settings = read_settings(PoolSettings, given(options, PoolSettings), "The pool's settings")
     inspection = inspect_volumes(options.i, settings, options.np)
     check_usable(inspection, dataset_name, plans_name)
@@ -154,15 +145,6 @@ def _pool_dataset_name(options: argparse.Namespace) -> str:
     if not options.d.isdecimal() or not 0 < int(options.d) < 1000:
         raise PlanError(f"-d {options.d} is not a dataset ID; use a number from 1 to 999.")
     return f"Dataset{int(options.d):03d}_{options.n}" if options.n else preprocessed_dataset(options.d).name
-
-
-def _spacing(given: Sequence[str] | None) -> str | list[float] | None:
-    if given is None or given in (["median"], ["none"]):
-        return given[0] if given else None
-    try:
-        return [float(value) for value in given]
-    except ValueError:
-        raise PlanError(f"-spacing {' '.join(given)} is neither median, none nor three numbers in mm.") from None
 
 
 def _from_preprocessed(options: argparse.Namespace) -> dict[str, Any]:
@@ -205,19 +187,16 @@ def _from_preprocessed(options: argparse.Namespace) -> dict[str, Any]:
 
 def _request(options: argparse.Namespace, base: Mapping[str, Any] | None) -> RunRequest:
     """What the options ask for; what they leave open comes from the pool's own plans, then from the defaults."""
-    from nnunetv2_misfm.pretrain.augment import AugmentSettings
     from nnunetv2_misfm.pretrain.planning import RunRequest
-    from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings
 
     block = (base or {}).get(BLOCK, {})
     before = block if block.get("task") == PretrainingSettings.TASK else {}
     run = {**without_groups(before), **given(options, PretrainingSettings)}
     fusion = {**before.get("fusion", {}), **given(options, FusionSettings)}
+    augmentation = {**before.get("augmentation", {}), **given(options, AugmentSettings)}
     boxes = [f"-{name}" for name in BOX_OPTIONS if getattr(options, name) is not None]
     if boxes and fusion.get("geometry") == "blocks":
         raise PlanError(f"{' and '.join(boxes)}: blocks are no boxes. Leave out, or choose -geometry boxes.")
-    if options.box_size_min or options.box_size_max:
-        fusion["box_size_unit"] = "fraction"
     arguments: dict[str, Any] = {}
     if options.features_per_stage:
         arguments["features_per_stage"] = options.features_per_stage
@@ -229,7 +208,7 @@ def _request(options: argparse.Namespace, base: Mapping[str, Any] | None) -> Run
         network=options.network,
         settings=read_settings(PretrainingSettings, run, "The run settings"),
         fusion=read_settings(FusionSettings, fusion, "The Volume Fusion settings"),
-        augmentation=read_settings(AugmentSettings, before.get("augmentation", {}), "The augmentation settings"),
+        augmentation=read_settings(AugmentSettings, augmentation, "The augmentation settings"),
         arch_kwargs=arguments,
         patch_size=tuple(options.patch_size) if options.patch_size else None,
         batch_size=options.batch_size,
@@ -258,7 +237,8 @@ def _check(options: argparse.Namespace, processes: Processes) -> None:
         problems.append("-plans_from needs volumes (-i)")
     if options.plans_from and (options.modality or options.spacing):
         problems.append("-plans_from takes modality and spacing from those plans; leave -modality and -spacing out")
-    of_volumes = [flag for flag, name in VOLUME_OPTIONS.items() if getattr(options, name) is not None]
+    of_volumes = [flag_of(PoolSettings, name) for name in given(options, PoolSettings)]
+    of_volumes += ["-n"] if options.n is not None else []
     if not options.i and of_volumes:
         problems.append(f"{', '.join(of_volumes)}: these describe volumes; they need -i")
     if (options.num_parts is None) != (options.part_id is None):
@@ -289,7 +269,6 @@ def _check(options: argparse.Namespace, processes: Processes) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    defaults = PretrainingSettings()
     parser = argparse.ArgumentParser(
         prog="misfm_pretrain",
         description="Pretrain a network with Volume Fusion on bare volumes (-i), or on a dataset that nnU-Net has "
@@ -299,39 +278,15 @@ def _parser() -> argparse.ArgumentParser:
     add("-d", required=True, metavar="ID", help="dataset ID; with -i, of the pool that is made")
     add("-i", action="append", metavar="FOLDER", help="folder of volumes; may be given several times")
     add("-n", metavar="NAME", help="name of the pool's dataset (with -i)")
-    add("-modality", choices=("auto", "ct", "mr"), help="of the volumes (default: auto, decided for each volume)")
-    add("-spacing", nargs="+", metavar="MM", help="median (default), none, or three numbers in mm, slice axis first")
-    add(
-        "-ct_window",
-        nargs=2,
-        type=float,
-        metavar="HU",
-        help="Hounsfield units that become -1 and 1 (default: -1000 1000)",
-    )
-    add("-min_size", type=int, metavar="N", help="leave volumes out with fewer voxels along an axis (default: 8)")
-    for name, help in SWITCHES_OFF.items():
-        add(f"--no_{name}", dest=name, action="store_const", const=False, help=help)
     add("-plans_from", metavar="ID", help="spacing, normalisation and patch (our plans: also network) of this dataset")
     add("-p", metavar="PLANS", help=f"plans to start from (default: {DEFAULT_PLANS_NAME})")
     add("-c", default="3d_fullres", metavar="CONFIG", help="configuration (default: 3d_fullres)")
     add("-overwrite_plans_name", metavar="NAME", help="name of the plans that are written")
-    add("-geometry", choices=("boxes", "blocks"), help="Volume Fusion geometry (default: boxes, as in the paper)")
-    add("-num_boxes", nargs=2, type=int, metavar="N", help="fewest and most boxes of a sample (default: 10 40)")
-    shares = "box size along each axis, as a share of the patch; plans axis order (default: the paper's)"
-    add("-box_size_min", nargs=3, type=float, metavar="F", help=f"smallest {shares}")
-    add("-box_size_max", nargs=3, type=float, metavar="F", help=f"largest {shares}")
-    add("-num_fusion_classes", type=int, metavar="N", help="fusion coefficients, 0 included (default: 5)")
     add("-network", choices=[*NETWORKS, "plan"], help="network (default: the one of plans of ours, else pctnet)")
     add("-features_per_stage", nargs=5, type=int, metavar="N", help="channels of the five stages")
     add("-stems", choices=("all", "plan"), help="PCT-Net's stems: all three in turn, or the plan's alone (default)")
     add("-patch_size", nargs=3, type=int, metavar="N", help="patch size in plans axis order")
     add("-batch_size", type=int, metavar="N", help="batch size (default: 4, or the plan's; more for small patches)")
-    add_run_options(
-        parser,
-        PretrainingSettings,
-        "learning rate: halved after each fifth of the run (default), or nnU-Net's poly decay",
-    )
-    add("-picture_every", type=int, metavar="N", help=f"epochs between pictures (default: {defaults.picture_every})")
     add("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="default: cuda")
     add("-num_gpus", type=int, default=1, help="GPUs of this machine (default: 1)")
     add("-np", type=int, default=2, help="processes that prepare volumes (default: 2)")
@@ -340,4 +295,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--only_prepare", action="store_true", help="prepare the pool and stop")
     add("--c", dest="continue_training", action="store_true", help="continue from the latest checkpoint")
     add("--overwrite", action="store_true", help="delete what an earlier run left and start anew")
+    add_setting_options(parser, "how volumes become a pool (with -i)", PoolSettings)
+    add_setting_options(parser, "the run", PretrainingSettings)
+    add_setting_options(parser, "Volume Fusion; sizes in plans axis order", FusionSettings)
+    add_setting_options(parser, "augmentation of the crops; ranges are lowest and highest", AugmentSettings)
     return parser

@@ -6,139 +6,93 @@ A plans file with this block is one of ours. The results folder keeps plans.json
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from nnunetv2_misfm.plans.settings import SettingsError, is_number, is_whole, read_settings
+from nnunetv2_misfm.plans.settings import Settings, SettingsError, read_settings, setting
 
 BLOCK = "misfm"
 PRETRAIN_INFO = "pretrain_info"  # beside the block, as in nnU-Net: the weights that a fine-tuning starts from
 DEFAULT_FINETUNING_PLANS = "nnUNetMisFMPlans"
 DEFAULT_BASELINE_PLANS = "nnUNetMisFMScratchPlans"
 TASKS = ("segmentation", "volume_fusion")
-OPTIMIZERS = ("adam", "adamw", "sgd")
-FINETUNING_SCHEDULES = ("scratch", "default", "warmup", "sawtooth", "decoder_only")
-PRETRAINING_SCHEDULES = ("halving", "poly")
 # Groups of settings that stand inside the block and are read beside the code they steer.
 NESTED_GROUPS = ("fusion", "augmentation", "pool", "network")
 
 
-@dataclass(frozen=True)
-class RunSettings:
+class RunSettings(Settings):
     """What both kinds of run have in common.
 
-    Attributes:
-        num_epochs, num_iterations_per_epoch, num_val_iterations_per_epoch: as in nnU-Net.
-        optimizer: "adamw", "sgd" (nnU-Net's, with Nesterov momentum 0.99) or "adam" (published recipe, whose weight
-            decay shrinks weights with hardly any gradient to nothing, see `transfer/shrunk_weights.py`).
-        initial_lr: learning rate the schedule starts from or rises to.
-        weight_decay: of the optimiser.
-        schedule: learning-rate schedule, see `trainers/schedules.py`.
-        checkpointing: "auto" (only when memory is short), "on" or "off".
-        seed: of everything random in the run that this package draws.
+    "adam" is the published optimiser, whose weight decay shrinks weights with hardly any gradient to nothing (see
+    `transfer/shrunk_weights.py`); "sgd" is nnU-Net's, with Nesterov momentum 0.99. Schedules: `trainers/schedules.py`.
     """
 
     TASK: ClassVar[str] = ""
-    SCHEDULES: ClassVar[tuple[str, ...]] = ()
 
-    num_epochs: int = 1000
-    num_iterations_per_epoch: int = 250
-    num_val_iterations_per_epoch: int = 50
-    optimizer: str = "adamw"
-    initial_lr: float = 1e-3
-    weight_decay: float = 1e-5
-    schedule: str = ""
-    checkpointing: str = "auto"
-    seed: int = 12345
-
-    def problems(self) -> list[str]:
-        """One sentence per value that cannot be used."""
-        found = [
-            f"{name} = {getattr(self, name)!r} must be a whole number of at least 1"
-            for name in ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
-            if not is_whole(getattr(self, name)) or getattr(self, name) < 1
-        ]
-        if self.optimizer not in OPTIMIZERS:
-            found.append(f"optimizer = {self.optimizer!r} must be one of {', '.join(OPTIMIZERS)}")
-        if not is_number(self.initial_lr) or not 0 < self.initial_lr < 10:
-            found.append(f"initial_lr = {self.initial_lr!r} must be a number above 0")
-        if not is_number(self.weight_decay) or not 0 <= self.weight_decay < 1:
-            found.append(f"weight_decay = {self.weight_decay!r} must be a number from 0 up to 1")
-        if self.schedule not in self.SCHEDULES:
-            found.append(f"schedule = {self.schedule!r} must be one of {', '.join(self.SCHEDULES)}")
-        if self.checkpointing not in ("auto", "on", "off"):
-            found.append(f"checkpointing = {self.checkpointing!r} must be auto, on or off")
-        if not is_whole(self.seed) or not 0 <= self.seed < 2**63:
-            found.append(f"seed = {self.seed!r} must be a whole number from 0 up to 2**63")
-        return found
+    num_epochs: int = setting(1000, "epochs, as in nnU-Net", low=1, may_change=True)
+    num_iterations_per_epoch: int = setting(250, "training steps of an epoch", low=1)
+    num_val_iterations_per_epoch: int = setting(50, "validation batches of an epoch", low=1, may_change=True)
+    schedule: str = setting("", "learning-rate schedule")
+    optimizer: Literal["adam", "adamw", "sgd"] = setting("adamw", "optimiser")
+    initial_lr: float = setting(
+        1e-3, "learning rate the schedule starts from or rises to", above=0, high=10, may_change=True
+    )
+    weight_decay: float = setting(1e-5, "weight decay of the optimiser", low=0, high=1)
+    checkpointing: Literal["auto", "on", "off"] = setting(
+        "auto", "activation checkpointing; auto: only when memory is short", may_change=True
+    )
+    seed: int = setting(12345, "seed of everything random that this package draws", low=0, high=2**63 - 1)
 
 
-@dataclass(frozen=True)
 class FinetuningSettings(RunSettings):
-    """A segmentation run.
-
-    Attributes:
-        min_coverage: share of the network outside the segmentation layers that pretrained weights must cover.
-        encoder_only: leave the decoder fresh.
-        mix_input_channels: mix the input channels of pretrained weights to fit another number of channels.
-        layer_decay: learning rate of each stage of the encoder as a share of the next deeper one's; the decoder's is
-            the full one.
-        seg_layers_lr_factor: learning rate of the segmentation layers as a multiple of the decoder's. They start from
-            random weights whatever was pretrained; at a rate that is right for the rest they hold it back.
-    """
+    """A segmentation run."""
 
     TASK = "segmentation"
-    SCHEDULES = FINETUNING_SCHEDULES
 
-    schedule: str = "scratch"
-    min_coverage: float = 1.0
-    encoder_only: bool = False
-    mix_input_channels: bool = False
-    layer_decay: float = 1.0
-    seg_layers_lr_factor: float = 1.0
+    schedule: Literal["scratch", "default", "warmup", "sawtooth", "decoder_only"] = setting(
+        "scratch",
+        "learning rate: sawtooth, the decoder's rises while the encoder stays as it is, then that of the whole network "
+        "rises and falls (default with weights); warmup, that of the whole network rises and falls; default and "
+        "scratch, it falls from the start; decoder_only, the encoder stays as it is",
+    )
+    min_coverage: float = setting(
+        1.0,
+        "share of the network outside the segmentation layers that the weights must cover",
+        low=0,
+        high=1,
+        may_change=True,
+    )
+    encoder_only: bool = setting(False, "leave the decoder fresh")
+    mix_input_channels: bool = setting(False, "mix the weights' input channels to fit another number of them")
+    layer_decay: float = setting(
+        1.0, "learning rate of each stage of the encoder as a share of the next deeper one's", above=0, high=1
+    )
+    seg_layers_lr_factor: float = setting(
+        # They start from random weights whatever was pretrained; at a rate right for the rest they hold it back.
+        1.0,
+        "learning rate of the segmentation layers as a multiple of the decoder's",
+        above=0,
+        high=1000,
+    )
 
-    def problems(self) -> list[str]:
-        """One sentence per value that cannot be used."""
-        found = super().problems()
-        if not is_number(self.min_coverage) or not 0 <= self.min_coverage <= 1:
-            found.append(f"min_coverage = {self.min_coverage!r} must be a share from 0 to 1")
-        for name in ("encoder_only", "mix_input_channels"):
-            if not isinstance(getattr(self, name), bool):
-                found.append(f"{name} = {getattr(self, name)!r} must be true or false")
-        if not is_number(self.layer_decay) or not 0 < self.layer_decay <= 1:
-            found.append(f"layer_decay = {self.layer_decay!r} must be a factor above 0 and up to 1")
-        if not is_number(self.seg_layers_lr_factor) or not 0 < self.seg_layers_lr_factor <= 1000:
-            found.append(
-                f"seg_layers_lr_factor = {self.seg_layers_lr_factor!r} must be a factor above 0 and up to 1000"
-            )
-        return found
 
-
-@dataclass(frozen=True)
 class PretrainingSettings(RunSettings):
     """A Volume Fusion run.
 
     The defaults are the published recipe for about 1,000 volumes (100,000 iterations at 1e-3, halved every 20,000) but
-    for the optimiser, see `RunSettings.optimizer`.
-
-    Attributes:
-        picture_every: epochs between two pictures of fused samples, labels and predictions.
+    for the optimiser.
     """
 
     TASK = "volume_fusion"
-    SCHEDULES = PRETRAINING_SCHEDULES
 
-    num_epochs: int = 400
-    num_val_iterations_per_epoch: int = 25
-    schedule: str = "halving"
-    picture_every: int = 50
+    num_epochs: int = setting(400, "epochs, as in nnU-Net", low=1, may_change=True)
+    num_val_iterations_per_epoch: int = setting(25, "validation batches of an epoch", low=1, may_change=True)
+    schedule: Literal["halving", "poly"] = setting(
+        "halving", "learning rate: halved after each fifth of the run, or nnU-Net's poly decay"
+    )
+    picture_every: int = setting(50, "epochs between pictures of samples and predictions", low=1, may_change=True)
 
-    def problems(self) -> list[str]:
-        """One sentence per value that cannot be used."""
-        found = super().problems()
-        if not is_whole(self.picture_every) or self.picture_every < 1:
-            found.append(f"picture_every = {self.picture_every!r} must be a whole number of at least 1")
-        return found
+
+RUNS = (FinetuningSettings, PretrainingSettings)
 
 
 def is_ours(plans: Mapping[str, Any]) -> bool:

@@ -1,30 +1,68 @@
-"""Reading groups of settings from JSON, with every problem reported in one error.
+"""Settings: each declared once, with its type, limits, help and whether a run that goes on may change it.
 
-Each group of settings (fusion, augmentation, a run) is a frozen dataclass that lives beside the code it steers. Its
-field values are plain JSON types, so the same object can be written into a plans file and read back. A group checks
-itself in `problems()`; nothing else in the package validates settings.
+A group of settings (a run, fusion, augmentation, a pool) is a class of `setting(...)` fields that lives beside the code
+it steers. Its values are plain JSON types, so the same object can be written into a plans file and read back. Checks,
+the options of the commands, the JSON in the plans and the comparison of runs all come from the declaration.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import math
 from collections.abc import Iterable, Mapping
-from numbers import Integral, Real
-from typing import Any, ClassVar, Protocol, TypeVar
+from numbers import Real
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from nnunetv2_misfm.errors import UserError
 
 
-class Settings(Protocol):
-    """What `read_settings` needs: a dataclass that lists what is wrong with its own values."""
+def setting(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    may_change: bool = False,
+) -> Any:
+    """Declare a setting as a field of a `Settings` class.
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
+    Args:
+        default: its value where none is given; plans of older versions, which lack it, are read with it.
+        help: what it does, with its unit, as one phrase; the help text of its option too.
+        low, high, above: limits of a number, or of each of several numbers; `above` is not reached itself.
+        may_change: whether a run that goes on may have another value.
+    """
+    limits: dict[str, Any] = {"low": low, "high": high, "above": above}
+    return Field(default, description=help, json_schema_extra={"limits": limits, "may_change": may_change})
 
-    def problems(self) -> list[str]:
-        """One sentence per bad value, each naming the field, its value and what would be accepted."""
-        ...
+
+class Settings(BaseModel):
+    """A group of settings. Fields are declared by `setting`; two numbers of one setting are a range, lowest first."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+
+    @field_validator("*")
+    @classmethod
+    def _within_limits(cls, value: Any, info: ValidationInfo) -> Any:
+        numbers = value if isinstance(value, tuple) else (value,)
+        if value is None or any(isinstance(number, (str, bool)) for number in numbers):
+            return value
+        limits = declared(cls, str(info.field_name), "limits")
+        low, high, above = limits["low"], limits["high"], limits["above"]
+        good = all(
+            (low is None or number >= low) and (high is None or number <= high) and (above is None or number > above)
+            for number in numbers
+        )
+        if not good:
+            words = {"low": "at least {:g}", "above": "above {:g}", "high": "at most {:g}"}
+            wanted = " and ".join(words[name].format(limits[name]) for name in words if limits[name] is not None)
+            raise ValueError(f"must be {wanted}")
+        if len(numbers) == 2 and numbers[0] > numbers[1]:
+            raise ValueError("must be two numbers, the lower one first")
+        return value
 
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
@@ -39,51 +77,44 @@ class SettingsError(UserError, ValueError):
         super().__init__(f"{where} cannot be used:\n{lines}")
 
 
+def declared(cls: type[Settings], name: str, what: str) -> Any:
+    """What `setting` was told about a field: its `limits` or `may_change`."""
+    extra = cls.model_fields[name].json_schema_extra
+    assert isinstance(extra, dict)
+    return extra[what]
+
+
 def read_settings(cls: type[SettingsT], values: Mapping[str, Any], where: str) -> SettingsT:
     """Build `cls` from a JSON mapping; unknown names, wrong types and bad values are reported together.
 
     Args:
-        cls: a frozen dataclass with defaults for every field and a `problems()` method.
+        cls: the group of settings.
         values: the mapping as read from JSON; lists become tuples.
         where: what the values are and where they come from, for the error message.
 
     Raises:
-        SettingsError: with one line per problem.
+        SettingsError: with one line per setting that cannot be used.
     """
     if not isinstance(values, Mapping):
         raise SettingsError(where, [f"it must be an object with named settings, not {values!r}"])
-    names = [field.name for field in dataclasses.fields(cls)]
-    found, known = [], {}
-    for name, value in values.items():
-        if name in names:
-            known[name] = as_tuples(value)
-            continue
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known names are {', '.join(names)}"
-        found.append(f"{name!r} is not a setting; {hint}")
-    settings = cls(**known)
     try:
-        found += settings.problems()
-    except TypeError as error:
-        # A check such as `0 < value` meets a string or null: say which values were given rather than show a traceback.
-        found.append(f"a value has the wrong type ({error}); given: {dict(values)}")
-    if found:
-        raise SettingsError(where, found)
-    return settings
+        return cls(**{str(name): as_tuples(value) for name, value in values.items()})
+    except ValidationError as error:
+        problems: dict[str, str] = {}
+        for detail in error.errors():
+            name = str(detail["loc"][0])
+            problems.setdefault(name, _problem(cls, name, values.get(name), detail["type"], detail["msg"]))
+        raise SettingsError(where, problems.values()) from error
 
 
 def write_settings(settings: Settings) -> dict[str, Any]:
     """The settings as a JSON mapping that `read_settings` turns back into an equal object."""
-    return {field.name: _as_lists(getattr(settings, field.name)) for field in dataclasses.fields(settings)}
-
-
-def is_whole(value: Any) -> bool:
-    """Whether a setting is a whole number; true and false are not numbers here."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    written: dict[str, Any] = settings.model_dump(mode="json")
+    return written
 
 
 def is_number(value: Any) -> bool:
-    """Whether a setting is a finite number; true and false are not numbers here."""
+    """Whether a value of a plans file is a finite number; true and false are not numbers here."""
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -92,5 +123,10 @@ def as_tuples(value: Any) -> Any:
     return tuple(as_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
-def _as_lists(value: Any) -> Any:
-    return [_as_lists(v) for v in value] if isinstance(value, (list, tuple)) else value
+def _problem(cls: type[Settings], name: str, value: Any, kind: str, message: str) -> str:
+    """One line about a setting, from what pydantic says of it."""
+    if kind != "extra_forbidden":
+        return f"{name} = {value!r} {message.removeprefix('Value error, ').replace('Input should be', 'must be')}"
+    close = difflib.get_close_matches(name, cls.model_fields, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known names are {', '.join(cls.model_fields)}"
+    return f"{name!r} is not a setting; {hint}"

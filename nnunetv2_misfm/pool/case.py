@@ -173,7 +173,8 @@ def _prepare(task: CaseTask) -> CaseRecord:
         return dataclasses.replace(task.earlier, num_bytes=volume.num_bytes, modified_ns=volume.modified_ns)
 
     plans_from = pool_block(task.plans)["plans_from"]
-    modality, modality_from, box = None, f"plans of {plans_from}", None
+    modality: str | None = None
+    modality_from, box = f"plans of {plans_from}", None
     if plans_from is None:
         modality, modality_from = settings.modality, "settings"
         if settings.modality == "auto":

@@ -11,55 +11,13 @@ import numpy as np
 
 from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.files import format_bytes
-from nnunetv2_misfm.plans.settings import is_number
+from nnunetv2_misfm.pool.settings import PoolSettings
 from nnunetv2_misfm.pool.volume_files import LeftOut
 from nnunetv2_misfm.pool.volumes import Volume, find_volumes
-
-MODALITIES = ("auto", "ct", "mr")
 
 
 class PoolError(UserError):
     """A pool cannot be made or continued; the message says why and what to do."""
-
-
-@dataclass(frozen=True)
-class PoolSettings:
-    """How bare volumes become cases. All of it is fixed for the life of a pool.
-
-    Axes are canonical: (z, y, x) = (inferior to superior, posterior to anterior, left to right).
-    """
-
-    modality: str = "auto"
-    """`ct`: `ct_window` to [-1, 1]. `mr`: z-score. `auto`: decided for each volume."""
-    ct_window: tuple[float, float] = (-1000.0, 1000.0)
-    """Hounsfield units that become -1 and 1; values outside are clipped."""
-    spacing: str | tuple[float, float, float] = "median"
-    """`median` of the volumes, `none` (no resampling), or mm along (z, y, x)."""
-    body_crop: bool = True
-    """Cut the air around the patient away in CT. nnU-Net's own crop to nonzero voxels is part of its preprocessing."""
-    min_size: int = 8
-    """Volumes with fewer voxels than this along any axis after cropping and resampling are left out."""
-    skip_label_maps: bool = True
-    """Leave volumes out whose voxels look like labels."""
-    join_channels: bool = True
-    """Files ending in `_0000`, `_0001`, ... are channels of one volume, as in nnU-Net; else each is a volume."""
-
-    def problems(self) -> list[str]:
-        found = []
-        if self.modality not in MODALITIES:
-            found.append(f"modality is {self.modality!r}; use one of {', '.join(MODALITIES)}")
-        window = self.ct_window
-        if not (_numbers(window, 2) and window[0] < window[1]):
-            found.append(f"ct_window is {window!r}; give two numbers, the lower one first, such as (-1000, 1000)")
-        if self.spacing not in ("median", "none"):
-            if not (_numbers(self.spacing, 3) and all(float(mm) > 0 for mm in self.spacing)):
-                found.append(f"spacing is {self.spacing!r}; use 'median', 'none' or three mm above 0 along (z, y, x)")
-        for name in ("body_crop", "skip_label_maps", "join_channels"):
-            if not isinstance(getattr(self, name), bool):
-                found.append(f"{name} is {getattr(self, name)!r}; use true or false")
-        if isinstance(self.min_size, bool) or not isinstance(self.min_size, int) or self.min_size < 1:
-            found.append(f"min_size is {self.min_size!r}; use a whole number from 1 on")
-        return found
 
 
 @dataclass(frozen=True)
@@ -117,10 +75,6 @@ def inspect_volumes(folders: Sequence[Path], settings: PoolSettings, num_process
     """
     found = find_volumes([Path(folder) for folder in folders], settings.join_channels, num_processes)
     return PoolInspection(tuple(found.volumes), tuple(found.left_out), found.passed_over)
-
-
-def _numbers(values: object, count: int) -> bool:
-    return isinstance(values, (tuple, list)) and len(values) == count and all(map(is_number, values))
 
 
 def _counts(values: Iterable[object]) -> str:

@@ -27,7 +27,8 @@ from nnunetv2_misfm.plans.checks import check_complete, configuration_3d
 from nnunetv2_misfm.plans.files import nnunet_folder
 from nnunetv2_misfm.plans.run_settings import BLOCK
 from nnunetv2_misfm.plans.settings import SettingsError, read_settings, write_settings
-from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection, PoolSettings
+from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection
+from nnunetv2_misfm.pool.settings import PoolSettings
 from nnunetv2_misfm.pool.volumes import Volume
 
 SCHEMES = {"ct": "CTNormalization", "mr": "ZScoreNormalization"}
@@ -78,10 +79,8 @@ def find_geometry(
     planner, the axis of the largest spacing comes first.
 
     Raises:
-        SettingsError: naming every bad setting.
         PoolError: if the names cannot be used.
     """
-    _check(settings)
     check_names(dataset_name, plans_name, configuration)
     median_spacing = np.array(inspection.median_spacing)
     target = median_spacing if isinstance(settings.spacing, str) else np.array(settings.spacing, dtype=float)
@@ -191,13 +190,15 @@ def adopt_plans(
     (`min_size`, `skip_label_maps`, `join_channels`).
 
     Raises:
-        SettingsError: naming bad settings, and those the source plan decides but that were set all the same.
+        SettingsError: naming the settings that the source plan decides but that were set all the same.
         PoolError: if the names cannot be used.
         PlanError: if the source has no such 3D configuration.
     """
     origin = f"{source_plans['dataset_name']}/{source_plans['plans_name']}/{source_configuration}"
     decided = [name for name in NOT_USED_WITH_PLANS_FROM if getattr(settings, name) != getattr(PoolSettings(), name)]
-    _check(settings, [f"{name} is given by the plans of {origin}; leave it out" for name in decided])
+    if decided:
+        problems = [f"{name} is given by the plans of {origin}; leave it out" for name in decided]
+        raise SettingsError("The pool's settings", problems)
     check_names(dataset_name, plans_name, configuration)
     source = configuration_3d(source_plans, source_configuration)
     plan = {name: value for name, value in source.items() if name not in ("previous_stage", "next_stage")}
@@ -335,12 +336,6 @@ def check_names(dataset_name: str, plans_name: str, configuration: str) -> None:
         raise PoolError(f"dataset ID {dataset_id} belongs to {', '.join(others)}; choose another ID")
     if nnUNet_raw.is_set() and (Path(nnUNet_raw.require()) / dataset_name).exists():
         raise PoolError(f"{dataset_name} is a dataset in {nnUNet_raw.require()}; choose another ID and name")
-
-
-def _check(settings: PoolSettings, more: Sequence[str] = ()) -> None:
-    problems = [*settings.problems(), *more]
-    if problems:
-        raise SettingsError("The pool's settings", problems)
 
 
 def _modality_of_tags(inspection: PoolInspection) -> str:

@@ -38,7 +38,6 @@ from nnunetv2_misfm.pool.folder import PoolFolder, check_is_pool, write_report
 from nnunetv2_misfm.pool.inspection import (
     PoolError,
     PoolInspection,
-    PoolSettings,
     inspect_volumes,
 )
 from nnunetv2_misfm.pool.merge import merge_pool
@@ -53,6 +52,7 @@ from nnunetv2_misfm.pool.plan import (
     pool_block,
     pool_dataset_json,
 )
+from nnunetv2_misfm.pool.settings import PoolSettings
 from nnunetv2_misfm.pool.volumes import Volume
 from nnunetv2_misfm.pool.workers import Killed, run_jobs
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nnunetv2_misfm.plans.settings import is_number
+from nnunetv2_misfm.pretrain.settings import AugmentSettings
 
 Size3 = tuple[int, int, int]
 
@@ -29,75 +29,6 @@ Size3 = tuple[int, int, int]
 INTENSITY_RANGE_PERCENTILES = (0.1, 99.9)
 # Percentiles are read off about this many voxels of a channel; sorting all of them would cost more than the rest.
 PERCENTILE_SAMPLE = 16384
-
-
-@dataclass(frozen=True)
-class AugmentSettings:
-    """How strongly crops are augmented; ranges are (lowest, highest), probabilities are per crop.
-
-    Attributes:
-        scale: crops are read at patch size times this, drawn per axis, and resized to the patch size.
-        flip_probability: for each axis on its own.
-        contrast_probability, low_percentiles, high_percentiles: intensities are clipped to a random low and high
-            percentile of the crop and stretched back to its range.
-        gamma_probability, gamma: exponent on intensities scaled to 0..1 within the crop's range.
-        inversion_probability: of turning bright into dark within the crop's range, in both crops of a pair.
-        brightness_probability, brightness: a constant added, as a share of the crop's range.
-        blur_probability, blur_sigma: standard deviation of a Gaussian filter, in voxels of the patch.
-        noise_probability, noise_std: standard deviation of Gaussian noise, as a share of the crop's range.
-    """
-
-    scale: tuple[float, float] = (0.7, 1.5)
-    flip_probability: float = 0.5
-    contrast_probability: float = 1.0
-    low_percentiles: tuple[float, float] = (0.1, 2.0)
-    high_percentiles: tuple[float, float] = (98.0, 99.9)
-    gamma_probability: float = 1.0
-    gamma: tuple[float, float] = (0.7, 1.5)
-    inversion_probability: float = 0.25
-    brightness_probability: float = 0.0
-    brightness: tuple[float, float] = (-0.1, 0.1)
-    blur_probability: float = 0.1
-    blur_sigma: tuple[float, float] = (0.5, 1.0)
-    noise_probability: float = 0.1
-    noise_std: tuple[float, float] = (0.0, 0.05)
-
-    @classmethod
-    def off(cls) -> AugmentSettings:
-        """Crops are used as they are read."""
-        names = [field.name for field in dataclasses.fields(cls) if field.name.endswith("_probability")]
-        return cls(scale=(1.0, 1.0), **dict.fromkeys(names, 0.0))  # type: ignore[arg-type]
-
-    def problems(self) -> list[str]:
-        """One sentence per value that cannot be used."""
-        limits = {
-            "scale": (0.1, 10.0),
-            "low_percentiles": (0.0, 50.0),
-            "high_percentiles": (50.0, 100.0),
-            "gamma": (0.01, 100.0),
-            "brightness": (-10.0, 10.0),
-            "blur_sigma": (0.05, 20.0),
-            "noise_std": (0.0, 10.0),
-        }
-        found = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name.endswith("_probability"):
-                if not is_number(value) or not 0 <= value <= 1:
-                    found.append(f"{field.name} is {value!r}; use a number from 0 to 1")
-                continue
-            lowest, highest = limits[field.name]
-            good = isinstance(value, tuple) and len(value) == 2 and all(map(is_number, value))
-            if not good or not lowest <= value[0] <= value[1] <= highest:
-                found.append(
-                    f"{field.name} is {value!r}; use two numbers, lowest first, from {lowest:g} to {highest:g}"
-                )
-        if not found and self.low_percentiles[1] >= self.high_percentiles[0]:
-            found.append(
-                f"low_percentiles {self.low_percentiles} must end below where high_percentiles "
-                f"{self.high_percentiles} start"
-            )
-        return found
 
 
 @dataclass(frozen=True)

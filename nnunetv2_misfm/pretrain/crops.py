@@ -26,13 +26,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.pretrain.augment import (
-    AugmentSettings,
     CropAugmentation,
     apply_augmentation,
     sample_pair_augmentations,
 )
 from nnunetv2_misfm.pretrain.crop_reading import Crop, open_case, read_crop
-from nnunetv2_misfm.pretrain.volume_fusion import Fusion, FusionSettings, fuse, sample_fusion
+from nnunetv2_misfm.pretrain.settings import AugmentSettings, FusionSettings
+from nnunetv2_misfm.pretrain.volume_fusion import Fusion, fuse, sample_fusion
 
 Index = tuple[int, int, int]  # epoch, sample within the epoch, degree of anisotropy
 

@@ -26,8 +26,7 @@ from nnunetv2_misfm.plans.network_entry import (
 )
 from nnunetv2_misfm.plans.run_settings import BLOCK, PretrainingSettings
 from nnunetv2_misfm.plans.settings import write_settings
-from nnunetv2_misfm.pretrain.augment import AugmentSettings
-from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings
+from nnunetv2_misfm.pretrain.settings import AugmentSettings, FusionSettings
 
 # Patch and batch of the paper.
 PUBLISHED_PATCH_SIZE = (64, 128, 128)

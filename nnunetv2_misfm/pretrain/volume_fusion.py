@@ -11,77 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nnunetv2_misfm.plans.settings import is_number, is_whole
-
-GEOMETRIES = ("boxes", "blocks")
-PAIRS = ("two_volumes", "same_volume")
-SIZE_UNITS = ("fraction", "voxels")
-
-
-@dataclass(frozen=True)
-class FusionSettings:
-    """How fused samples are made; every range includes both ends, and sizes are per axis (X, Y, Z).
-
-    Attributes:
-        geometry: `boxes`: cuboids of random size and place, later ones on top. `blocks`: cuboids of one random size per
-            sample on a regular grid with a random offset.
-        num_fusion_classes: number of fusion coefficients, 0 included.
-        num_boxes: fewest and most boxes of a sample.
-        box_size_min, box_size_max: range of the box sizes. The defaults are the paper's 8..40, 8..80 and 8..80 voxels
-            at its patch size of 64x128x128.
-        box_size_unit: `fraction` of the patch size or `voxels`. Either way a box has at least one voxel and at most
-            the size of the patch.
-        background_boxes: whether a box may have coefficient 0, hiding the boxes below it.
-        block_size_min, block_size_max: range of the block sizes.
-        block_size_unit: `fraction` of the patch size or `voxels`. Blocks longer than half the patch are cut to half of
-            it, so that even a small patch holds foreground and background.
-        foreground_ratio: the share of blocks whose coefficient is not 0.
-        pairs: foreground and background come from `two_volumes` or the `same_volume`; unset means two volumes for
-            boxes and the same volume for blocks, as published.
-    """
-
-    geometry: str = "boxes"
-    num_fusion_classes: int = 5
-    num_boxes: tuple[int, int] = (10, 40)
-    box_size_min: tuple[float, float, float] = (0.125, 0.0625, 0.0625)
-    box_size_max: tuple[float, float, float] = (0.625, 0.625, 0.625)
-    box_size_unit: str = "fraction"
-    background_boxes: bool = False
-    block_size_min: tuple[float, float, float] = (8, 8, 8)
-    block_size_max: tuple[float, float, float] = (32, 32, 32)
-    block_size_unit: str = "voxels"
-    foreground_ratio: float = 0.7
-    pairs: str | None = None
-
-    @property
-    def two_volumes(self) -> bool:
-        """Whether the two sub-volumes of a sample come from different volumes."""
-        return (self.pairs or ("two_volumes" if self.geometry == "boxes" else "same_volume")) == "two_volumes"
-
-    def problems(self) -> list[str]:
-        """One sentence per value that cannot be used."""
-        found = []
-        if self.geometry not in GEOMETRIES:
-            found.append(f"geometry is {self.geometry!r}; use one of {', '.join(GEOMETRIES)}")
-        if not is_whole(self.num_fusion_classes) or not 2 <= self.num_fusion_classes <= 1000:
-            found.append(f"num_fusion_classes is {self.num_fusion_classes!r}; use a whole number from 2 to 1000")
-        if not _is_range(self.num_boxes, is_whole) or self.num_boxes[0] < 1:
-            found.append(f"num_boxes is {self.num_boxes!r}; use two whole numbers of at least 1, fewest first")
-        for kind in ("box", "block"):
-            found += _size_problems(kind, *(getattr(self, f"{kind}_size_{part}") for part in ("min", "max", "unit")))
-        if not isinstance(self.background_boxes, bool):
-            found.append(f"background_boxes is {self.background_boxes!r}; use true or false")
-        if not is_number(self.foreground_ratio) or not 0 < self.foreground_ratio <= 1:
-            found.append(f"foreground_ratio is {self.foreground_ratio!r}; use a number above 0 and up to 1")
-        if self.pairs is not None and self.pairs not in PAIRS:
-            found.append(f"pairs is {self.pairs!r}; use one of {', '.join(PAIRS)}, or null for the geometry's own")
-        return found
+from nnunetv2_misfm.pretrain.settings import FusionSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,22 +117,3 @@ def _voxel_range(
         bounds = bounds * patch
     smallest, largest = np.clip(np.rint(bounds).astype(int), 1, limit)
     return smallest, largest
-
-
-def _size_problems(kind: str, size_min: Any, size_max: Any, unit: Any) -> list[str]:
-    if unit not in SIZE_UNITS:
-        return [f"{kind}_size_unit is {unit!r}; use one of {', '.join(SIZE_UNITS)}"]
-    is_allowed = is_whole if unit == "voxels" else is_number
-    wanted = "whole numbers of at least 1" if unit == "voxels" else "numbers above 0 and up to 1"
-    found = []
-    for name, sizes in (("min", size_min), ("max", size_max)):
-        good = isinstance(sizes, tuple) and len(sizes) == 3 and all(is_allowed(s) and s > 0 for s in sizes)
-        if not good or (unit == "fraction" and max(sizes) > 1):
-            found.append(f"{kind}_size_{name} is {sizes!r}; in {unit} it must be three {wanted}")
-    if not found and any(low > high for low, high in zip(size_min, size_max, strict=True)):
-        found.append(f"{kind}_size_min {size_min} is above {kind}_size_max {size_max} on an axis")
-    return found
-
-
-def _is_range(value: Any, is_allowed: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and all(map(is_allowed, value)) and value[0] <= value[1]

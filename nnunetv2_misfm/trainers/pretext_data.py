@@ -11,7 +11,7 @@ from typing import Any
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnunetv2_misfm.errors import UserError, first_line
-from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings
+from nnunetv2_misfm.pretrain.settings import FusionSettings
 
 _HELD_OUT_SHARE = 0.05
 _MOST_HELD_OUT = 50

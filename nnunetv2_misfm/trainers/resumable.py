@@ -17,6 +17,7 @@ from nnunetv2_misfm.errors import PlanError, UserError, first_line
 from nnunetv2_misfm.files import TRAINING_LOCK, format_bytes, locked
 from nnunetv2_misfm.plans.compare import what_a_run_must_keep
 from nnunetv2_misfm.plans.run_settings import BLOCK, RunSettings
+from nnunetv2_misfm.plans.settings import Settings
 from nnunetv2_misfm.trainers.checkpoint_files import (
     LATEST,
     PREVIOUS,
@@ -46,6 +47,7 @@ class ResumableTrainer(nnUNetTrainer):
     """
 
     SETTINGS: ClassVar[type[RunSettings]]
+    GROUPS: ClassVar[dict[str, type[Settings]]] = {}  # nested in the block, by name
     settings: RunSettings
     _continues = False
 
@@ -95,7 +97,7 @@ class ResumableTrainer(nnUNetTrainer):
             )
 
     def _changes_since(self, plans: Mapping[str, Any]) -> str:
-        changes = what_a_run_must_keep(plans, self.plans_manager.plans, self.configuration_name)
+        changes = what_a_run_must_keep(plans, self.plans_manager.plans, self.configuration_name, **self.GROUPS)
         return "".join(f"\n  {line}" for line in changes)
 
     def _clear_results_folder(self) -> None:

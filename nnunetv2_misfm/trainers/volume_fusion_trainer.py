@@ -28,10 +28,9 @@ from nnunetv2_misfm.architectures.resolution import strides_of, total_strides
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.run_settings import BLOCK, PretrainingSettings
 from nnunetv2_misfm.plans.settings import read_settings
-from nnunetv2_misfm.pretrain.augment import AugmentSettings
 from nnunetv2_misfm.pretrain.crops import CropPairs, fuse_batch, pair_loader, validation_pairs
 from nnunetv2_misfm.pretrain.picture import write_fusion_picture
-from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings
+from nnunetv2_misfm.pretrain.settings import GROUPS, AugmentSettings, FusionSettings
 from nnunetv2_misfm.trainers.alarms import alarms
 from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
 from nnunetv2_misfm.trainers.checkpoint_files import LATEST
@@ -58,6 +57,7 @@ class VolumeFusionTrainer(BaseTrainer):
     """
 
     SETTINGS = PretrainingSettings
+    GROUPS = GROUPS
 
     def __init__(
         self,

@@ -126,7 +126,7 @@ def test_continuing_keeps_the_run_what_it_was(nnunet: Path, capsys: pytest.Captu
     folder = run_folder(nnunet, "Dataset004_Small", "nnUNetMisFMPretrainPlans")
     before = (folder / "checkpoint_final.pth").read_bytes()
     message = refused(capsys, "-d", "4", "--c", "-geometry", "boxes", "-batch_size", "3")
-    assert "fusion:" in message and "batch_size: 2 then, 3 now" in message
+    assert "fusion.geometry: blocks then, boxes now" in message and "batch_size: 2 then, 3 now" in message
     main(["-d", "4", "--c", "-device", "cpu"])
     assert "is finished" in capsys.readouterr().out
     assert (folder / "checkpoint_final.pth").read_bytes() == before

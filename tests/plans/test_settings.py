@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 
+from nnunetv2_misfm.commands.setting_options import add_setting_options, flag_of, given
+from nnunetv2_misfm.plans.compare import what_a_run_must_keep
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings, PretrainingSettings, run_settings
-from nnunetv2_misfm.plans.settings import SettingsError, read_settings, write_settings
+from nnunetv2_misfm.plans.settings import Settings, SettingsError, read_settings, setting, write_settings
+from nnunetv2_misfm.pool.settings import PoolSettings
+from nnunetv2_misfm.pretrain.settings import GROUPS, AugmentSettings, FusionSettings
 
 
 def test_all_problems_are_reported_together() -> None:
@@ -32,3 +38,67 @@ def test_a_block_made_for_the_other_kind_of_run_is_not_used() -> None:
 def test_nested_groups_are_left_to_their_own_readers() -> None:
     plans = {"plans_name": "p", "misfm": {"task": "volume_fusion", "fusion": {"geometry": "boxes"}, "pool": {}}}
     assert run_settings(plans, PretrainingSettings) == PretrainingSettings()
+
+
+def test_limits_and_order_are_those_of_the_declaration() -> None:
+    class Strange(Settings):
+        share: float = setting(0.5, "a share", low=0, high=1)
+        span: tuple[float, float] = setting((1, 2), "a range", above=0)
+
+    for name, value, problem in (
+        ("share", 1.5, "share = 1.5 must be at least 0 and at most 1"),
+        ("share", True, "share = True must be a valid number"),
+        ("span", [2, 1], "span = [2, 1] must be two numbers, the lower one first"),
+        ("span", [0, 1], "span = [0, 1] must be above 0"),
+        ("span", [1], "span = [1] "),
+    ):
+        with pytest.raises(SettingsError) as error:
+            read_settings(Strange, {name: value}, "The plans")
+        assert error.value.problems[0].startswith(problem)
+
+
+def plans(**block: object) -> dict[str, object]:
+    architecture = {"network_class_name": "a.Net", "arch_kwargs": {}, "_kw_requires_import": []}
+    configuration = {"architecture": architecture, "patch_size": [8, 8, 8], "batch_size": 2, "spacing": [1, 1, 1]}
+    return {
+        "dataset_name": "Dataset001_A",
+        "plans_name": "P",
+        "configurations": {"3d_fullres": configuration},
+        "misfm": {"task": "volume_fusion", **block},
+    }
+
+
+def test_a_setting_that_older_plans_lack_has_its_default() -> None:
+    now = plans(**write_settings(PretrainingSettings()), fusion=write_settings(FusionSettings()))
+    older = plans(num_epochs=400, fusion={"geometry": "boxes"})
+    assert what_a_run_must_keep(older, now, "3d_fullres", **GROUPS) == []
+    other = plans(num_epochs=400, optimizer="sgd", fusion={"geometry": "boxes", "num_boxes": [1, 2]})
+    assert what_a_run_must_keep(other, now, "3d_fullres", **GROUPS) == [
+        "fusion.num_boxes: [1, 2] then, [10, 40] now",
+        "optimizer: sgd then, adamw now",
+    ]
+
+
+def test_a_run_that_goes_on_may_change_what_its_declaration_says() -> None:
+    before = plans(num_epochs=1, picture_every=3, seed=1)
+    now = plans(num_epochs=2, picture_every=4, seed=2)
+    assert what_a_run_must_keep(before, now, "3d_fullres") == ["seed: 1 then, 2 now"]
+
+
+@pytest.mark.parametrize(
+    "kind", [PretrainingSettings, FinetuningSettings, PoolSettings, FusionSettings, AugmentSettings]
+)
+def test_every_setting_has_an_option(kind: type[Settings]) -> None:
+    """Given with its default, or as a switch, every option gives the setting of its name, in its type."""
+    parser = argparse.ArgumentParser()
+    add_setting_options(parser, "x", kind)
+    words: list[str] = []
+    for name, field in kind.model_fields.items():
+        if isinstance(field.default, bool):
+            words.append(flag_of(kind, name))
+        elif field.default is not None:
+            values = field.default if isinstance(field.default, tuple) else (field.default,)
+            words += [flag_of(kind, name), *map(str, values)]
+    read = read_settings(kind, given(parser.parse_args(words), kind), "The options")
+    for name, field in kind.model_fields.items():
+        assert getattr(read, name) == (not field.default if isinstance(field.default, bool) else field.default)

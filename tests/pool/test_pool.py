@@ -27,10 +27,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.files import LockedError
-from nnunetv2_misfm.plans.settings import SettingsError
+from nnunetv2_misfm.plans.settings import SettingsError, read_settings
 from nnunetv2_misfm.pool.inspection import PoolError
 from nnunetv2_misfm.pool.plan import adopt_plans, find_geometry
-from nnunetv2_misfm.pool.prepare import PoolReport, PoolSettings, check_usable, inspect_volumes, plan_pool, prepare_pool
+from nnunetv2_misfm.pool.prepare import PoolReport, check_usable, inspect_volumes, plan_pool, prepare_pool
+from nnunetv2_misfm.pool.settings import PoolSettings
 
 DATASET, PLANS, CONFIGURATION = "Dataset100_Pool", "MisFMPlans", "3d_fullres"
 ARCHITECTURE = {
@@ -62,7 +63,7 @@ def make_pool(
     processes: int = 1,
     **settings: Any,
 ) -> PoolReport:
-    wanted = PoolSettings(**settings)
+    wanted = read_settings(PoolSettings, settings, "The pool's settings")
     inspection = inspect_volumes(folders, wanted)
     names = (dataset, PLANS, CONFIGURATION)
     check_usable(inspection, dataset, PLANS)
@@ -373,7 +374,7 @@ def test_other_settings_on_an_existing_pool_are_an_error_that_names_them(images:
     make_pool([images], spacing="none")
     with pytest.raises(PoolError) as error:
         make_pool([images], spacing=(1, 1, 1), min_size=4)
-    assert "spacing: none there, [1, 1, 1] now" in str(error.value)
+    assert "spacing: none there, [1.0, 1.0, 1.0] now" in str(error.value)
     assert "min_size: 8 there, 4 now" in str(error.value)
     assert "another plans name" in str(error.value)
 

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from nnunetv2_misfm.pretrain.augment import AugmentSettings
 from nnunetv2_misfm.pretrain.crops import (
     CropPairs,
     CropReadError,
@@ -22,7 +21,7 @@ from nnunetv2_misfm.pretrain.crops import (
     pair_loader,
     validation_pairs,
 )
-from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings
+from nnunetv2_misfm.pretrain.settings import AugmentSettings, FusionSettings
 
 PATCH = (8, 12, 10)
 BLOCKS = FusionSettings(geometry="blocks", block_size_min=(2, 2, 2), block_size_max=(4, 4, 4))

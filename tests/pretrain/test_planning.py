@@ -10,9 +10,8 @@ from phantoms import ct, write
 
 from nnunetv2_misfm.commands.pretrain import main
 from nnunetv2_misfm.plans.run_settings import PretrainingSettings
-from nnunetv2_misfm.pretrain.augment import AugmentSettings
 from nnunetv2_misfm.pretrain.planning import RunRequest, enough_samples, new_pool_entry, run_plans
-from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings
+from nnunetv2_misfm.pretrain.settings import AugmentSettings, FusionSettings
 from nnunetv2_misfm.start_up import add_plugin_folder
 
 ISOTROPIC = (1.0, 1.0, 1.0)

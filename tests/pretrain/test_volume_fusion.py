@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunetv2_misfm.plans.settings import SettingsError, read_settings, write_settings
-from nnunetv2_misfm.pretrain.volume_fusion import Fusion, FusionSettings, fuse, fusion_labels, sample_fusion
+from nnunetv2_misfm.pretrain.settings import FusionSettings
+from nnunetv2_misfm.pretrain.volume_fusion import Fusion, fuse, fusion_labels, sample_fusion
 
 PAPER_PATCH = (64, 128, 128)
 BOXES = FusionSettings()
@@ -162,11 +163,8 @@ def test_all_bad_settings_are_reported_together():
 
 
 def test_a_size_range_the_wrong_way_round_is_an_error():
-    assert any("block_size_min" in p for p in FusionSettings(block_size_min=(33, 8, 8)).problems())
-
-
-def test_default_settings_have_no_problems():
-    assert FusionSettings().problems() == []
+    with pytest.raises(SettingsError, match=r"block_size_max = .* is below block_size_min = \(33.0, 8.0, 8.0\)"):
+        read_settings(FusionSettings, {"block_size_min": [33, 8, 8]}, "fusion")
 
 
 def test_batches_that_do_not_fit_together_are_an_error():

@@ -1,0 +1,37 @@
+"""Settings of a pool: group `pool.settings` of the `misfm` block of plans."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import field_validator
+
+from nnunetv2_misfm.plans.settings import Settings, setting
+
+
+class PoolSettings(Settings):
+    """How bare volumes become cases. All of it is fixed for the life of a pool.
+
+    Axes are canonical: (z, y, x) = (inferior to superior, posterior to anterior, left to right).
+    """
+
+    modality: Literal["auto", "ct", "mr"] = setting(
+        "auto", "ct: the CT window becomes -1 to 1; mr: z-score; auto: decided for each volume"
+    )
+    ct_window: tuple[float, float] = setting((-1000.0, 1000.0), "Hounsfield units that become -1 and 1")
+    spacing: Literal["median", "none"] | tuple[float, float, float] = setting(
+        "median", "median of the volumes, none (no resampling), or three mm along (z, y, x), slice axis first", above=0
+    )
+    body_crop: bool = setting(True, "cut the air around the patient away in CT")
+    min_size: int = setting(8, "volumes with fewer voxels along an axis after resampling are left out", low=1)
+    skip_label_maps: bool = setting(True, "leave volumes out whose voxels look like labels")
+    join_channels: bool = setting(
+        True, "files ending in _0000, _0001, ... are channels of one volume, as in nnU-Net; else each is a volume"
+    )
+
+    @field_validator("ct_window")
+    @classmethod
+    def _holds_something(cls, window: tuple[float, float]) -> tuple[float, float]:
+        if window[0] == window[1]:
+            raise ValueError("must be two numbers, the lower one first")
+        return window
