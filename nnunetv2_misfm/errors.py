@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from types import TracebackType
 
+TRACEBACK = "MISFM_TRACEBACK"
+"""The environment variable that, set to 1, shows where in the code an error was raised."""
 _FULL_OR_FORBIDDEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -34,7 +36,7 @@ def exit_with_message(command: str, run: Callable[[], None]) -> None:
         raise SystemExit(1) from None
     except (UserError, OSError, KeyboardInterrupt) as error:
         line = in_one_line(error)
-        if line is None:
+        if line is None or os.environ.get(TRACEBACK) == "1":
             raise
         print(f"{command}: {line}", file=sys.stderr)
         raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from None
@@ -56,7 +58,7 @@ def tell_uncaught_errors_in_one_line() -> None:
 
     def tell(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         line = in_one_line(error, interrupted="Interrupted. Continue from the latest checkpoint with --c.")
-        if line is None:
+        if line is None or os.environ.get(TRACEBACK) == "1":
             before(kind, error, traceback)
         else:
             print(line, file=sys.stderr)

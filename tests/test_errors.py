@@ -52,3 +52,16 @@ def test_a_command_of_ours_names_itself(capsys: pytest.CaptureFixture[str], erro
         exit_with_message("misfm_plan", fail)
     assert ended.value.code == status
     assert capsys.readouterr().err.startswith("misfm_plan: ")
+
+
+def test_a_traceback_is_shown_to_who_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise UserError("-d 9: no such dataset")
+
+    monkeypatch.setenv("MISFM_TRACEBACK", "1")
+    with pytest.raises(UserError):
+        exit_with_message("misfm_plan", fail)
+    program = PROGRAM.format(error="UserError('-d 9: no such dataset')")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and done.stderr.rstrip().endswith("UserError: -d 9: no such dataset")

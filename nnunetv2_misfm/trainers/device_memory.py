@@ -5,21 +5,44 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
+# As a container sees its own limit, in versions 2 and 1.
+_CONTROL_GROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+
 
 def available_memory(device: torch.device) -> float:
-    """Bytes a training step may use: what is free on a GPU, nine tenths of the machine's memory otherwise.
+    """Bytes a training step may use: what is free on a GPU, otherwise nine tenths of what this process may have.
 
     Infinite where the system does not tell.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
-    if not hasattr(os, "sysconf"):
-        return float("inf")
-    return 0.9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return 0.9 * min(_memory_limits(), default=float("inf"))
+
+
+def _memory_limits() -> Iterator[float]:
+    """Bytes of the machine, and of the container or job in it: control groups of both versions, SLURM."""
+    if hasattr(os, "sysconf"):
+        yield os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for path in _CONTROL_GROUPS:
+        try:
+            limit = path.read_text().strip()
+        except OSError:
+            continue
+        if limit.isdecimal():  # version 2 writes `max` for no limit, version 1 a number larger than any memory
+            yield float(limit)
+    of_node, of_cpu, cpus = (
+        os.environ.get(f"SLURM_{name}", "") for name in ("MEM_PER_NODE", "MEM_PER_CPU", "CPUS_ON_NODE")
+    )
+    if of_node.isdecimal() and int(of_node):  # 0 asks for all there is
+        yield int(of_node) * 2.0**20
+    if of_cpu.isdecimal() and cpus.isdecimal():
+        yield int(of_cpu) * int(cpus) * 2.0**20
 
 
 def peak_memory_gb(device: torch.device) -> float | None:
