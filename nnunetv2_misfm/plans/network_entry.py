@@ -13,6 +13,8 @@ from nnunetv2_misfm.architectures.resolution import strides_of, total_strides
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.checks import check_sizes
 
+# nnU-Net blurs with a sigma of up to 1 voxel, and mirrors 3 voxels at the border for it.
+_FEWEST_VOXELS_TO_BLUR = 4
 NETWORKS = {
     "pctnet": "nnunetv2_misfm.architectures.PCTNet",
     "fmunet": "nnunetv2_misfm.architectures.FMUNet",
@@ -53,6 +55,17 @@ def own_network_name(architecture: Mapping[str, Any]) -> str | None:
 def patch_divisor(architecture: Mapping[str, Any]) -> tuple[int, int, int]:
     """What each axis of the patch must be a multiple of; networks of this package take any size."""
     return (1, 1, 1) if is_own_network(architecture) else total_strides(architecture["arch_kwargs"]["strides"])[-1]
+
+
+def enlarge_for_augmentation(configuration: dict[str, Any]) -> bool:
+    """Give the patch of a plan for a segmentation as many voxels along each axis as nnU-Net's augmentation can blur.
+
+    Returns:
+        Whether that changed anything.
+    """
+    before = list(configuration["patch_size"])
+    configuration["patch_size"] = [max(n, _FEWEST_VOXELS_TO_BLUR) for n in before]
+    return bool(configuration["patch_size"] != before)
 
 
 def set_sizes(configuration: dict[str, Any], patch_size: Sequence[int] | None, batch_size: int | None) -> None:

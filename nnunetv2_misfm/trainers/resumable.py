@@ -47,7 +47,13 @@ class ResumableTrainer(nnUNetTrainer):
 
     SETTINGS: ClassVar[type[RunSettings]]
     settings: RunSettings
-    _continues = False
+    network: Any  # within DDP and what torch.compile returns
+    _was_loaded = False
+
+    @property
+    def _continues(self) -> bool:
+        """Whether this run goes on from a checkpoint, also one that a derived trainer's `load_checkpoint` has read."""
+        return self._was_loaded or self.current_epoch > 0
 
     @property
     def bare_network(self) -> nn.Module:
@@ -149,10 +155,15 @@ class ResumableTrainer(nnUNetTrainer):
 
     def _describe(self) -> CheckpointInfo:
         manager: ConfigurationManager = self.configuration_manager
+        built = type(self.bare_network)
+        as_planned = manager.network_arch_class_name.rpartition(".")[2] == built.__name__
         return CheckpointInfo(
             task=self.SETTINGS.TASK,
-            network_class_name=manager.network_arch_class_name,
-            arch_kwargs=dict(manager.network_arch_init_kwargs),
+            # A derived trainer may build a network of its own, whose arguments the plans do not tell.
+            network_class_name=manager.network_arch_class_name
+            if as_planned
+            else f"{built.__module__}.{built.__name__}",
+            arch_kwargs=dict(manager.network_arch_init_kwargs) if as_planned else {},
             input_channels=self.num_input_channels,
             num_classes=self.label_manager.num_segmentation_heads,
             preprocessing=preprocessing_of(self.plans_manager.plans, manager.configuration),
@@ -193,7 +204,7 @@ class ResumableTrainer(nnUNetTrainer):
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
         self._load_more(checkpoint)
-        self._continues = True
+        self._was_loaded = True
 
     def _load_more(self, checkpoint: Mapping[str, Any]) -> None:
         """Take back what `_more_to_save` gave."""
