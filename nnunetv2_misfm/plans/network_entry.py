@@ -58,14 +58,20 @@ def patch_divisor(architecture: Mapping[str, Any]) -> tuple[int, int, int]:
 
 
 def enlarge_for_augmentation(configuration: dict[str, Any]) -> bool:
-    """Give the patch of a plan for a segmentation as many voxels along each axis as nnU-Net's augmentation can blur.
+    """Give the patch of a plan for a segmentation as many voxels along each axis as nnU-Net's augmentation needs.
 
     Returns:
         Whether that changed anything.
     """
     before = list(configuration["patch_size"])
-    configuration["patch_size"] = [max(n, _FEWEST_VOXELS_TO_BLUR) for n in before]
+    fewest = [max(_FEWEST_VOXELS_TO_BLUR, stride) for stride in _coarsest_output(configuration["architecture"])]
+    configuration["patch_size"] = [max(n, least) for n, least in zip(before, fewest, strict=True)]
     return bool(configuration["patch_size"] != before)
+
+
+def _coarsest_output(architecture: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Stride of the coarsest output of deep supervision, for which segmentations are scaled down."""
+    return total_strides(architecture["arch_kwargs"]["strides"])[-2]
 
 
 def set_sizes(configuration: dict[str, Any], patch_size: Sequence[int] | None, batch_size: int | None) -> None:
@@ -80,6 +86,10 @@ def set_sizes(configuration: dict[str, Any], patch_size: Sequence[int] | None, b
         configuration["batch_size"] = batch_size
     architecture, patch, batch = (configuration[key] for key in ("architecture", "patch_size", "batch_size"))
     check_sizes(patch, batch, patch_divisor(architecture))
+    coarsest = _coarsest_output(architecture)
+    if any(n < stride for n, stride in zip(patch, coarsest, strict=True)):
+        enough = " ".join(str(max(n, stride)) for n, stride in zip(patch, coarsest, strict=True))
+        raise PlanError(f"patch size {list(patch)} leaves nothing of the coarsest output. Use -patch_size {enough}.")
     if leaves_a_single_value(architecture, patch, batch):
         larger_batch = " or -batch_size" if normalises_over_batch(architecture) else ""
         raise PlanError(

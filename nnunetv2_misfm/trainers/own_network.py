@@ -28,7 +28,8 @@ def with_own_network(plans: dict[str, Any], configuration: str, kind: type[RunSe
             if "architecture" in planned:
                 planned["architecture"] = without_trainer(planned["architecture"])
     else:
-        entry["architecture"] = architecture_entry("pctnet", degree_of_anisotropy(resolved))
+        resolved["architecture"] = architecture_entry("pctnet", degree_of_anisotropy(resolved))
+        entry["architecture"] = resolved["architecture"]
         if enlarge_for_augmentation(resolved):
             entry["patch_size"] = resolved["patch_size"]
         plans[BLOCK] = {"task": kind.TASK, **write_settings(kind())}

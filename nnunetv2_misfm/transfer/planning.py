@@ -211,10 +211,16 @@ def _configuration(
     configuration["architecture"] = _architecture(configuration, degree, name, request, source, remarks)
     if request.patch_size is None and enlarge_for_augmentation(configuration):
         remarks.append(
-            f"{name}: patch size {configuration['patch_size']}, because nnU-Net's augmentation cannot blur fewer "
-            f"voxels along an axis; smaller images are padded."
+            f"{name}: patch size {configuration['patch_size']}, because nnU-Net's augmentation cannot blur or scale "
+            f"fewer voxels along an axis; smaller images are padded."
         )
     set_sizes(configuration, request.patch_size, request.batch_size)
+    needed = dict(configuration)
+    if enlarge_for_augmentation(needed):
+        raise PlanError(
+            f"-patch_size {' '.join(map(str, configuration['patch_size']))}: nnU-Net's augmentation cannot blur so few "
+            f"voxels along an axis. Use -patch_size {' '.join(map(str, needed['patch_size']))}."
+        )
     return configuration
 
 
