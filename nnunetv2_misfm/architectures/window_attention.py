@@ -146,8 +146,9 @@ def _cached(function: Callable[..., Tensor], *arguments: Hashable) -> Tensor:
 
 
 def _once_per_shape(function: Callable[..., Tensor], *arguments: Hashable) -> Tensor:
-    # The compiler traces through and folds the result itself; a cache would only be a side effect to it.
-    return function(*arguments) if torch.compiler.is_compiling() else _cached(function, *arguments)
+    # The compiler traces through and folds the result itself; a cache would only be a side effect to it. TorchScript
+    # would record the tensors as results the first time and as constants later, and compares the two.
+    return function(*arguments) if torch.compiler.is_compiling() or is_traced() else _cached(function, *arguments)
 
 
 class WindowAttention(nn.Module):

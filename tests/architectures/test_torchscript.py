@@ -12,7 +12,7 @@ from nnunetv2_misfm.architectures.resolution import strides_of
 
 
 @pytest.mark.parametrize("grad", [True, False], ids=["with gradients", "without"])
-@pytest.mark.parametrize("size", [(16, 32, 32), (64, 64, 64)], ids=["small windows", "shifted windows"])
+@pytest.mark.parametrize("size", [(16, 16, 32), (32, 32, 32)], ids=["small windows", "shifted windows"])
 @pytest.mark.parametrize("network_class", [PCTNet, FMUNet])
 def test_a_traced_network_can_be_saved_and_is_the_same(
     network_class: type[PCTNet | FMUNet], size: tuple[int, int, int], grad: bool

@@ -118,10 +118,11 @@ def test_the_weights_of_the_plans_arrive_once(planned: Path, tmp_path: Path) -> 
     write_checkpoint({"network_weights": weights}, info, tmp_path / "c.pth")
     misfm_plan(["-d", "4", *SHORT, "-pretrained_weights", str(tmp_path / "c.pth")])
     for name in ("nnUNetTrainerAdam", "nnUNetTrainer_warmup"):
-        first = derived(VARIANTS[name], planned, epochs=1)
-        first.on_train_start()
+        started = derived(VARIANTS[name], planned, epochs=1)
+        started.on_train_start()
         key = "encoder.stems.0.project.weight"
-        assert torch.equal(first.bare_network.state_dict()[key], weights[key])
+        assert torch.equal(started.bare_network.state_dict()[key], weights[key])
+        first = derived(VARIANTS[name], planned, epochs=1)
         first.run_training()
         second = derived(VARIANTS[name], planned, epochs=2, resume=True)
         second.load_checkpoint(str(Path(first.output_folder) / "checkpoint_final.pth"))
