@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from nnunetv2.training.logging.nnunet_logger import MetaLogger, WandbLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
@@ -54,6 +56,19 @@ class ResumableTrainer(nnUNetTrainer):
     def _continues(self) -> bool:
         """Whether this run goes on from a checkpoint, also one that a derived trainer's `load_checkpoint` has read."""
         return self._was_loaded or self.current_epoch > 0
+
+    @property
+    def logger(self) -> MetaLogger:
+        """nnU-Net's, which its base class makes."""
+        return self._logger
+
+    @logger.setter
+    def logger(self, logger: MetaLogger) -> None:
+        # A run that goes on may be longer than it was; W&B refuses other settings than before unless told to take them.
+        for one in logger.loggers:
+            if isinstance(one, WandbLogger):
+                one.update_config = partial(one.run.config.update, allow_val_change=True)
+        self._logger = logger
 
     @property
     def bare_network(self) -> nn.Module:
