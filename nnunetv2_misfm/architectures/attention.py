@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from nnunetv2_misfm.architectures.dropout import keep_mask
 from nnunetv2_misfm.architectures.pieces import ELEMENTS_AT_A_TIME
+from nnunetv2_misfm.architectures.precision import is_traced
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
@@ -38,6 +39,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor
         query.device.type in ("cpu", "meta")
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_compiling()
+        and not is_traced()
     ):
         attended: Tensor = _WindowsInTurn.apply(query, key, value, bias, mask, dropout)
         return attended

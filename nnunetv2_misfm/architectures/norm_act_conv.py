@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nnunetv2_misfm.architectures.checkpointing import recompute
 from nnunetv2_misfm.architectures.dropout import Dropout, drop_, keep_mask
 from nnunetv2_misfm.architectures.pieces import channels_last, pieces
-from nnunetv2_misfm.architectures.precision import autocast_dtype, without_autocast
+from nnunetv2_misfm.architectures.precision import autocast_dtype, is_traced, without_autocast
 
 Conv = nn.Conv3d | nn.ConvTranspose3d
 
@@ -83,7 +83,7 @@ def norm_act_conv(
     with_statistics = norm.track_running_stats and norm.running_mean is not None
     known = isinstance(norm, nn.BatchNorm3d) and with_statistics and x.numel() > x.shape[1]
     on_cpu = known and _suits_cpu_kernels(x)
-    if not torch.is_grad_enabled():
+    if is_traced() or not torch.is_grad_enabled():
         return _predict(x, norm, act, conv, overwrite) if on_cpu and not norm.training else drop_conv(norm_act(x))
     if not (known and norm.training and norm.momentum is not None):
         return recompute(lambda x: drop_conv(norm_act(x)), x, norms=norm)
@@ -103,8 +103,7 @@ def norm_act_conv(
 def _suits_cpu_kernels(x: Tensor) -> bool:
     """Whether a tensor is on the CPU, dense, as the kernels there trust it to be, and neither cast nor traced."""
     dense = x.is_contiguous() or channels_last(x)
-    traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
-    plain = not (torch.is_autocast_enabled("cpu") or traced)
+    plain = not (torch.is_autocast_enabled("cpu") or is_traced())
     return dense and x.device.type == "cpu" and plain
 
 

@@ -1,4 +1,4 @@
-"""Steps that choose their own precision under automatic mixed precision (autocast)."""
+"""How a step is run: in which precision under automatic mixed precision (autocast), and whether it is traced."""
 
 from __future__ import annotations
 
@@ -18,3 +18,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Operations inside take tensors as they come. The meta device, where memory is estimated, knows no autocast."""
     return nullcontext() if x.device.type == "meta" else torch.autocast(x.device.type, enabled=False)
+
+
+def is_traced() -> bool:
+    """Whether TorchScript records a network, which can only be saved if it consists of PyTorch's own operations."""
+    traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return traced

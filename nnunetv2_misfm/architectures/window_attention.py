@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nnunetv2_misfm.architectures.attention import attend
 from nnunetv2_misfm.architectures.dropout import Dropout
-from nnunetv2_misfm.architectures.precision import without_autocast
+from nnunetv2_misfm.architectures.precision import is_traced, without_autocast
 
 Size3 = tuple[int, int, int]
 
@@ -51,15 +51,23 @@ def partition_windows(x: Tensor, window: int, shift: int) -> tuple[Tensor, Size3
         x = F.pad(x, (0, 0, 0, pads[2], 0, pads[1], 0, pads[0]))
     padded = (size[0] + pads[0], size[1] + pads[1], size[2] + pads[2])
     order, places = _orders(padded, window, shift, x.device)
-    return _Rearranged.apply(x.reshape(batch, -1, channels), order, places).view(batch, -1, window**3, channels), padded
+    return _rearrange(x.reshape(batch, -1, channels), order, places).view(batch, -1, window**3, channels), padded
 
 
 def merge_windows(windows: Tensor, window: int, shift: int, padded: Size3, size: Size3) -> Tensor:
     """Undo `partition_windows`: (B, number of windows, window**3, C) to (B, X, Y, Z, C) of `size`."""
     batch, _, _, channels = windows.shape
     order, places = _orders(padded, window, shift, windows.device)
-    x = _Rearranged.apply(windows.reshape(batch, -1, channels), places, order).view(batch, *padded, channels)
+    x = _rearrange(windows.reshape(batch, -1, channels), places, order).view(batch, *padded, channels)
     return x[:, : size[0], : size[1], : size[2]]
+
+
+def _rearrange(tokens: Tensor, order: Tensor, places: Tensor) -> Tensor:
+    """(B, T, C) tokens in another order; `places` is its inverse."""
+    if is_traced():
+        return tokens.index_select(1, order)
+    rearranged: Tensor = _Rearranged.apply(tokens, order, places)
+    return rearranged
 
 
 class _Rearranged(torch.autograd.Function):
@@ -138,8 +146,9 @@ def _cached(function: Callable[..., Tensor], *arguments: Hashable) -> Tensor:
 
 
 def _once_per_shape(function: Callable[..., Tensor], *arguments: Hashable) -> Tensor:
-    # The compiler traces through and folds the result itself; a cache would only be a side effect to it.
-    return function(*arguments) if torch.compiler.is_compiling() else _cached(function, *arguments)
+    # The compiler traces through and folds the result itself; a cache would only be a side effect to it. TorchScript
+    # would record the tensors as results the first time and as constants later, and compares the two.
+    return function(*arguments) if torch.compiler.is_compiling() or is_traced() else _cached(function, *arguments)
 
 
 class WindowAttention(nn.Module):

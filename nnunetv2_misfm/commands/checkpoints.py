@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from nnunetv2_misfm.errors import PlanError, exit_with_message
@@ -67,8 +68,9 @@ def export_checkpoint(options: argparse.Namespace) -> None:
 
     folder = _new_path(options.o)
     export(options.i, folder, options.license)
-    print(f"{folder} holds model.safetensors and README.md. Upload it with: hf upload OWNER/NAME {folder}")
-    print(f"Use it with: misfm_plan -d DATASET_ID -c 3d_fullres -pretrained_weights {folder / 'model.safetensors'}")
+    print(f"{folder} holds model.safetensors and README.md. Upload it with: hf upload OWNER/NAME {quote(str(folder))}")
+    weights = quote(str(folder / "model.safetensors"))
+    print(f"Use it with: misfm_plan -d DATASET_ID -c 3d_fullres -pretrained_weights {weights}")
 
 
 def inspect_main(arguments: list[str] | None = None) -> None:
@@ -109,7 +111,7 @@ def inspect(options: argparse.Namespace) -> None:
     if options.d is None:
         return
     folder = preprocessed_dataset(options.d)
-    base = read_plans(folder, options.p)
+    base = read_plans(folder, options.p, [options.c])
     request = PlanRequest(
         plans_name="misfm_inspect",
         configurations=_with_earlier_stages(base, options.c),

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 import nnunetv2_misfm
+from nnunetv2_misfm.environment import without_quotes
 from nnunetv2_misfm.errors import discard_output
 from nnunetv2_misfm.start_up import OFF_SWITCH, SEARCH_PATH, is_switched_off
 
@@ -42,6 +43,10 @@ SHOWN_PACKAGES = (
     "SimpleITK",
 )
 LITTLE_SPACE_GIB = 5.0
+_READ_ONLY = {
+    "nnUNet_raw": "it can stay so; to make datasets in it, change its permissions",
+    "nnUNet_preprocessed": "to train on splits that are there it can stay so; to plan, change its permissions",
+}
 REINSTALL = "install nnunetv2_misfm again"
 
 NOTES = f"""\
@@ -126,6 +131,9 @@ def _check_folder(variable: str) -> Finding:
     if not value:
         return Finding("FAIL", variable, "not set", _set_variable(variable, f"/path/to/{variable}"))
     folder = Path(value)
+    if (meant := without_quotes(value)) != value:
+        detail = f"{value} has quotes in it, which are taken for a part of the folder's name"
+        return Finding("FAIL", variable, detail, _set_variable(variable, meant))
     if not folder.is_dir():
         return Finding("FAIL", variable, f"{folder} is not a folder", f"mkdir -p {shlex.quote(str(folder))}")
     free = shutil.disk_usage(folder).free / 2**30
@@ -134,9 +142,11 @@ def _check_folder(variable: str) -> Finding:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        # Raw data on a read-only share is common, and training only reads what was preprocessed from it.
-        status: Literal["warn", "FAIL"] = "warn" if variable == "nnUNet_raw" else "FAIL"
-        return Finding(status, variable, f"{folder} cannot be written to ({error.strerror})", "change its permissions")
+        # Data on a read-only share is common: training only reads what was preprocessed.
+        detail = f"{folder} cannot be written to ({error.strerror})"
+        if variable == "nnUNet_results":
+            return Finding("FAIL", variable, detail, "change its permissions")
+        return Finding("warn", variable, detail, _READ_ONLY[variable])
     if free < LITTLE_SPACE_GIB:
         return Finding("warn", variable, detail, f"free some space: less than {LITTLE_SPACE_GIB:.0f} GiB are left")
     return Finding("ok", variable, detail)

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 from nnunetv2_misfm.commands.setting_options import add_setting_options, given
 from nnunetv2_misfm.errors import PlanError, exit_with_message
 from nnunetv2_misfm.files import write_json
-from nnunetv2_misfm.plans.checks import check_replaceable
-from nnunetv2_misfm.plans.files import preprocessed_dataset, read_dataset_json, read_plans
+from nnunetv2_misfm.plans.checks import check_labels, check_replaceable, with_trainer
+from nnunetv2_misfm.plans.files import folds, preprocessed_dataset, read_dataset_json, read_plans
 from nnunetv2_misfm.plans.network_entry import NETWORKS
-from nnunetv2_misfm.plans.run_settings import DEFAULT_BASELINE_PLANS, DEFAULT_FINETUNING_PLANS, FinetuningSettings
+from nnunetv2_misfm.plans.run_settings import (
+    DEFAULT_BASELINE_PLANS,
+    DEFAULT_FINETUNING_PLANS,
+    PRETRAIN_INFO,
+    FinetuningSettings,
+)
 from nnunetv2_misfm.plans.settings import read_settings
 
 _FEW_ITERATIONS = 1000
@@ -31,7 +39,7 @@ def plan(options: argparse.Namespace) -> None:
     # nnU-Net and torch take seconds to import; --help and wrong flags should not wait for them.
     from nnunetv2_misfm.transfer.arrays import provide_data
     from nnunetv2_misfm.transfer.memory_target import fit_to_memory
-    from nnunetv2_misfm.transfer.planning import PlanRequest, check_fit, finetuning_plans
+    from nnunetv2_misfm.transfer.planning import PlanRequest, check_fit, check_name, finetuning_plans
     from nnunetv2_misfm.transfer.pretrained import read_source
     from nnunetv2_misfm.transfer.replaced_plans import what_changes
     from nnunetv2_misfm.transfer.shrunk_weights import shrunk_weights
@@ -41,14 +49,19 @@ def plan(options: argparse.Namespace) -> None:
     if options.gpu_memory_target is not None and (options.patch_size or options.batch_size):
         raise PlanError("-gpu_memory_target chooses patch and batch size; leave -patch_size and -batch_size out.")
     dataset_folder = preprocessed_dataset(options.d)
-    base = read_plans(dataset_folder, options.p)
+    base = read_plans(dataset_folder, options.p, options.c)
     dataset = read_dataset_json(dataset_folder)
+    check_labels(dataset, dataset_folder / "dataset.json")
     source = read_source(options.pretrained_weights) if options.pretrained_weights else None
     scratch = options.from_scratch or source is None
     # A name of its own: under one name the baseline would train in the results folder of the fine-tuned run.
     default_name = DEFAULT_BASELINE_PLANS if options.from_scratch else DEFAULT_FINETUNING_PLANS
+    plans_name = options.overwrite_plans_name or default_name
+    check_name(plans_name, base)
+    path = dataset_folder / f"{plans_name}.json"
+    replaced = check_replaceable(path, FinetuningSettings.TASK, options.c)
     request = PlanRequest(
-        plans_name=options.overwrite_plans_name or default_name,
+        plans_name=plans_name,
         configurations=tuple(options.c),
         network=options.network,
         settings=_settings(options, scratch),
@@ -57,6 +70,7 @@ def plan(options: argparse.Namespace) -> None:
         patch_size=tuple(options.patch_size) if options.patch_size else None,
         batch_size=options.batch_size,
         from_scratch=scratch,
+        kept=_kept(path, replaced, options.c, base),
     )
     plans, remarks = finetuning_plans(base, request, source)
     if source is not None and not scratch and (shrunk := shrunk_weights(source.weights)) is not None:
@@ -72,10 +86,12 @@ def plan(options: argparse.Namespace) -> None:
             remarks.append(fit_to_memory(plans, name, dataset, options.gpu_memory_target))
     for name in request.configurations:
         check_fit(plans, name, dataset, source)
-    path = dataset_folder / f"{request.plans_name}.json"
-    replaced = check_replaceable(path, FinetuningSettings.TASK)
     if replaced is not None:
-        remarks += what_changes(path, replaced, plans)
+        remarks += what_changes(path, replaced, plans, options.c)
+    if plans[PRETRAIN_INFO]["checkpoint_path"] is not None:
+        for entry in plans["configurations"].values():
+            if "architecture" in entry:
+                entry["architecture"] = with_trainer(entry["architecture"])
     write_json(plans, path)
     for remark in remarks:
         print(f"Note: {remark}")
@@ -84,8 +100,28 @@ def plan(options: argparse.Namespace) -> None:
         for name in request.configurations:
             print(provide_data(dataset_folder, plans, base, name, options.np))
     print("Train with:")
+    known = options.d if options.d.isdecimal() else dataset_folder.name
+    there = folds(dataset_folder, dataset["numTraining"])
     for name in request.configurations:
-        print(f"  nnUNetv2_train {options.d} {name} 0 -tr MisFMTrainer -p {request.plans_name}")
+        # The next stage of a cascade needs predictions of all cases.
+        for fold in there if plans["configurations"][name].get("next_stage") else there[:1]:
+            print(f"  nnUNetv2_train {known} {name} {fold} -tr MisFMTrainer -p {plans_name}")
+
+
+def _kept(
+    path: Path, replaced: Mapping[str, Any] | None, planned: Sequence[str], base: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Configurations of the plans that are replaced which stay: planned before, or added to the file by its owner."""
+    if replaced is None:
+        return {}
+    there = replaced["configurations"]
+    own = [name for name in planned if name in there and name not in base["configurations"]]
+    if own:
+        raise PlanError(
+            f"{', '.join(own)} cannot be planned from {base['plans_name']}, which has no such configuration. It was "
+            f"added to {path} and stays there whatever is planned: leave it out of -c."
+        )
+    return {name: entry for name, entry in there.items() if name not in planned}
 
 
 def _spacing(given: list[str]) -> str | tuple[float, float, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2_misfm.architectures.resolution import DEGREES_OF_ANISOTROPY
@@ -14,7 +15,13 @@ from nnunetv2_misfm.cpu_threads import keep_cores_free
 from nnunetv2_misfm.errors import PlanError, exit_with_message
 from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.plans.checks import build_on_meta, check_plans_name, check_replaceable
-from nnunetv2_misfm.plans.files import nnunet_folder, preprocessed_dataset, read_dataset_json, read_plans
+from nnunetv2_misfm.plans.files import (
+    nnunet_folder,
+    preprocessed_cases,
+    preprocessed_dataset,
+    read_dataset_json,
+    read_plans,
+)
 from nnunetv2_misfm.plans.network_entry import NETWORKS
 from nnunetv2_misfm.plans.run_settings import BLOCK, PretrainingSettings, without_groups
 from nnunetv2_misfm.plans.settings import read_settings
@@ -60,7 +67,8 @@ def pretrain(options: argparse.Namespace) -> None:
     if processes.rank == 0:
         checkpoint = run_folder(dataset_name, plans_name, options.c) / "checkpoint_final.pth"
         print(f"Pretrained weights: {checkpoint}")
-        print(f"Plan a fine-tuning with: misfm_plan -d DATASET_ID -c 3d_fullres -pretrained_weights {checkpoint}")
+        weights = quote(str(checkpoint))
+        print(f"Plan a fine-tuning with: misfm_plan -d DATASET_ID -c 3d_fullres -pretrained_weights {weights}")
 
 
 def prepare(options: argparse.Namespace) -> tuple[str, str] | None:
@@ -100,7 +108,7 @@ def _from_volumes(options: argparse.Namespace) -> dict[str, Any] | None:
     from nnunetv2_misfm.pretrain.planning import new_pool_entry, run_plans
 
     source = (
-        read_plans(preprocessed_dataset(options.plans_from), options.p or DEFAULT_PLANS_NAME)
+        read_plans(preprocessed_dataset(options.plans_from), options.p or DEFAULT_PLANS_NAME, [options.c])
         if options.plans_from
         else None
     )
@@ -152,7 +160,7 @@ def _from_preprocessed(options: argparse.Namespace) -> dict[str, Any]:
     from nnunetv2_misfm.pretrain.planning import run_plans
 
     dataset_folder = preprocessed_dataset(options.d)
-    base = read_plans(dataset_folder, options.p or DEFAULT_PLANS_NAME)
+    base = read_plans(dataset_folder, options.p or DEFAULT_PLANS_NAME, [options.c])
     if base.get(BLOCK, {}).get("task") == PretrainingSettings.TASK:
         plans_name = options.overwrite_plans_name or base["plans_name"]
     else:
@@ -166,7 +174,7 @@ def _from_preprocessed(options: argparse.Namespace) -> dict[str, Any]:
         )
     run = _earlier_run(dataset_folder.name, plans_name, options)
     path = dataset_folder / f"{plans_name}.json"
-    existing = check_replaceable(path, PretrainingSettings.TASK)
+    existing = check_replaceable(path, PretrainingSettings.TASK, [options.c])
     if options.continue_training and existing is not None and options.c in existing["configurations"]:
         base = existing
     plans = run_plans(base, options.c, plans_name, dataset_folder.name, _request(options, base))
@@ -176,7 +184,7 @@ def _from_preprocessed(options: argparse.Namespace) -> dict[str, Any]:
         # Runs of other configurations under the same name need their entries to be continued.
         plans["configurations"] = {**existing["configurations"], **plans["configurations"]}
     data = dataset_folder / plans["configurations"][options.c]["data_identifier"]
-    if all(file.stem.endswith("_seg") for file in data.glob("*.b2nd")):
+    if not preprocessed_cases(data):
         raise PlanError(
             f"{data} holds no preprocessed cases. Run nnUNetv2_preprocess -d {options.d} -plans_name "
             f"{base['plans_name']} -c {options.c} first, or give volumes with -i."

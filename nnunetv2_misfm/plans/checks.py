@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,16 @@ from nnunetv2_misfm.files import read_json
 from nnunetv2_misfm.plans.run_settings import BLOCK
 from nnunetv2_misfm.plans.settings import is_number
 
+NEEDS_TRAINER = "these plans start from pretrained weights: train them with -tr MisFMTrainer"
+_OLD_INTENSITIES = "foreground_intensity_properties_by_modality"
+INTENSITIES = "foreground_intensity_properties_per_channel"
 _PLANS_KEYS = (
     "dataset_name",
     "plans_name",
     "transpose_forward",
     "transpose_backward",
     "image_reader_writer",
-    "foreground_intensity_properties_per_channel",
+    INTENSITIES,
 )
 _CONFIGURATION_KEYS = (
     "data_identifier",
@@ -28,7 +31,17 @@ _CONFIGURATION_KEYS = (
     "spacing",
     "normalization_schemes",
     "use_mask_for_norm",
-    "architecture",
+)
+# How plans of before nnU-Net 2.4 describe a network in place of `architecture`; nnU-Net translates them.
+_OLD_ARCHITECTURE = "UNet_class_name"
+_OLD_ARCHITECTURE_KEYS = (
+    "UNet_base_num_features",
+    "unet_max_num_features",
+    "n_conv_per_stage_encoder",
+    "n_conv_per_stage_decoder",
+    "num_pool_per_axis",
+    "pool_op_kernel_sizes",
+    "conv_kernel_sizes",
 )
 
 
@@ -41,8 +54,13 @@ def check_plans_name(name: str) -> None:
         )
 
 
-def check_replaceable(path: Path, task: str) -> dict[str, Any] | None:
+def check_replaceable(path: Path, task: str, configurations: Collection[str] | None = None) -> dict[str, Any] | None:
     """The plans at `path` if they are ours for this task, None if there is no file.
+
+    Args:
+        path: of the plans.
+        task: of the run settings that they must have.
+        configurations: those that are replaced and have to be complete; None for all. Others may be the user's own.
 
     Raises:
         PlanError: if the file is anything else, which must not be overwritten.
@@ -54,22 +72,30 @@ def check_replaceable(path: Path, task: str) -> dict[str, Any] | None:
     block = content.get(BLOCK)
     if not isinstance(block, Mapping) or block.get("task") != task:
         raise PlanError(f"{path} exists and was not written by this command. Choose another -overwrite_plans_name.")
-    check_complete(content, path, remedy)
+    check_complete(content, path, remedy, configurations)
     return content
 
 
-def check_complete(plans: Mapping[str, Any], path: Path, remedy: str) -> None:
-    """Raise one PlanError naming everything that a plans file lacks."""
+def check_complete(plans: Mapping[str, Any], path: Path, remedy: str, wanted: Collection[str] | None = None) -> None:
+    """Raise one PlanError naming everything that a plans file lacks.
+
+    Args:
+        plans: what the file holds.
+        path: of the file.
+        remedy: the end of the message.
+        wanted: the configurations that will be used; those that they inherit from count too. None for all.
+    """
     missing = [key for key in _PLANS_KEYS if key not in plans]
     configurations = plans.get("configurations")
     if not isinstance(configurations, Mapping):
         missing.append("configurations")
         configurations = {}
-    for name, configuration in configurations.items():
+    for name in _with_ancestors(configurations, wanted):
+        configuration = configurations[name]
         if not isinstance(configuration, Mapping):
             missing.append(f"configurations.{name}")
         elif "inherits_from" not in configuration:
-            missing += [f"configurations.{name}.{key}" for key in _CONFIGURATION_KEYS if key not in configuration]
+            missing += [f"configurations.{name}.{key}" for key in _keys(configuration) if key not in configuration]
             missing += [f"configurations.{name}.{entry}" for entry in _unusable_entries(configuration)]
         elif not _has_ancestor(configurations, name):
             missing.append(f"configurations.{name}.inherits_from that names another configuration")
@@ -77,6 +103,24 @@ def check_complete(plans: Mapping[str, Any], path: Path, remedy: str) -> None:
         missing.append(f"an object under {BLOCK}")
     if missing:
         raise PlanError(f"{path} is not a complete plans file; it lacks: {', '.join(missing)}. {remedy}")
+
+
+def _with_ancestors(configurations: Mapping[str, Any], wanted: Collection[str] | None) -> list[str]:
+    """Names of the configurations that are wanted, as far as they are there, and of those that they build on."""
+    found: list[str] = []
+    waiting = list(configurations if wanted is None else wanted)
+    while waiting:
+        name = waiting.pop(0)
+        if isinstance(name, str) and name in configurations and name not in found:
+            found.append(name)
+            if isinstance(configurations[name], Mapping):
+                waiting += [configurations[name].get(link) for link in ("inherits_from", "previous_stage")]
+    return found
+
+
+def _keys(configuration: Mapping[str, Any]) -> tuple[str, ...]:
+    is_old = _OLD_ARCHITECTURE in configuration and "architecture" not in configuration
+    return (*_CONFIGURATION_KEYS, *(_OLD_ARCHITECTURE_KEYS if is_old else ("architecture",)))
 
 
 def _unusable_entries(configuration: Mapping[str, Any]) -> list[str]:
@@ -90,8 +134,9 @@ def _unusable_entries(configuration: Mapping[str, Any]) -> list[str]:
         spacing = configuration["spacing"]
         if len(spacing) != len(configuration["patch_size"]) or not all(is_number(mm) and mm > 0 for mm in spacing):
             found.append("spacing (as many mm above 0 as the patch has axes)")
-    if "architecture" in configuration:
-        architecture = configuration["architecture"]
+    if "architecture" in configuration or "pool_op_kernel_sizes" in configuration:
+        of_old_plans = {"arch_kwargs": {"strides": configuration.get("pool_op_kernel_sizes")}}
+        architecture = configuration.get("architecture", of_old_plans)
         arguments = architecture.get("arch_kwargs") if isinstance(architecture, Mapping) else None
         strides = arguments.get("strides") if isinstance(arguments, Mapping) else None
         if not isinstance(strides, (list, tuple)) or not all(isinstance(stride, (list, tuple)) for stride in strides):
@@ -122,14 +167,45 @@ def configuration_3d(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
     if name not in plans["configurations"]:
         known = ", ".join(plans["configurations"])
         raise PlanError(f"There is no configuration {name!r} {of_plans}. Choose one with -c: {known}.")
-    resolved: dict[str, Any] = deepcopy(PlansManager(dict(plans)).get_configuration(name).configuration)
+    try:
+        resolved: dict[str, Any] = deepcopy(PlansManager(dict(plans)).get_configuration(name).configuration)
+    except RuntimeError as error:  # a network of before nnU-Net 2.4 that nnU-Net cannot translate
+        raise PlanError(
+            f"The configuration {name!r} {of_plans}: {error}. Plan the dataset with nnU-Net again."
+        ) from None
     resolved.pop("inherits_from", None)
+    resolved["architecture"] = without_trainer(resolved["architecture"])
     if len(resolved["patch_size"]) != 3:
         raise PlanError(
             f"The configuration {name!r} {of_plans} is 2D (patch size {list(resolved['patch_size'])}); Volume Fusion "
             f"and the networks here are 3D. Use a 3D configuration such as 3d_fullres, or nnU-Net's own trainer for 2d."
         )
     return resolved
+
+
+def with_present_names(plans: dict[str, Any]) -> dict[str, Any]:
+    """The plans, in which an entry that the first releases of nnU-Net v2 named otherwise has its present name too."""
+    if _OLD_INTENSITIES in plans:
+        plans.setdefault(INTENSITIES, plans[_OLD_INTENSITIES])
+    return plans
+
+
+def with_trainer(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """An `architecture` entry that nnU-Net's own trainers refuse with an error that names ours.
+
+    nnU-Net looks for the names in `_kw_requires_import` among the network's arguments when it builds it. Plans with
+    pretrained weights would train from scratch, with success, where -tr was forgotten: only our trainers load weights.
+    """
+    return {
+        **architecture,
+        "_kw_requires_import": [*without_trainer(architecture)["_kw_requires_import"], NEEDS_TRAINER],
+    }
+
+
+def without_trainer(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """An `architecture` entry without what `with_trainer` adds, as all but nnU-Net's own trainers need it."""
+    names = [name for name in architecture.get("_kw_requires_import", ()) if name != NEEDS_TRAINER]
+    return {**architecture, "_kw_requires_import": names}
 
 
 def check_dataset(dataset_json: Mapping[str, Any], path: Path) -> None:
@@ -141,6 +217,28 @@ def check_dataset(dataset_json: Mapping[str, Any], path: Path) -> None:
         missing.append("numTraining (the number of training cases)")
     if missing:
         raise PlanError(f"{path} lacks: {', '.join(missing)}. Complete it as nnU-Net's documentation describes.")
+
+
+def check_labels(dataset_json: Mapping[str, Any], path: Path) -> None:
+    """Raise a PlanError unless a dataset.json has labels that a segmentation can be trained on."""
+    labels: Mapping[str, Any] = dataset_json["labels"]
+    regions = any(isinstance(label, (list, tuple)) and len(label) > 1 for label in labels.values())
+    listed = [label if isinstance(label, (list, tuple)) else [label] for label in labels.values()]
+    try:
+        values = sorted({int(value) for label in listed for value in label})
+    except (TypeError, ValueError):
+        raise PlanError(f"{path}: the labels {dict(labels)} must be whole numbers, or lists of them.") from None
+    if not set(labels) - {"background", "ignore"}:
+        raise PlanError(
+            f"{path} names no label besides the background: a segmentation cannot be trained on it. Give a labelled "
+            f"dataset with -d; volumes without labels are for misfm_pretrain."
+        )
+    # Networks with a sigmoid for each region take any numbers; the others have one output for each number from 0.
+    if not regions and values != list(range(len(values))):
+        raise PlanError(
+            f"{path}: the labels {values} are not consecutive numbers from 0, as nnU-Net needs them. Number them 0 to "
+            f"{len(values) - 1} in dataset.json and in the label files, and preprocess the dataset again."
+        )
 
 
 def check_sizes(patch_size: object, batch_size: object, divisor: Sequence[int] = (1, 1, 1)) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_misfm.environment import without_quotes
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import read_json
-from nnunetv2_misfm.plans.checks import check_complete, check_dataset
+from nnunetv2_misfm.plans.checks import check_complete, check_dataset, with_present_names
 from nnunetv2_misfm.plans.run_settings import PRETRAIN_INFO
 
+_FOLDS = 5  # of nnU-Net's cross-validation
 _OF_A_POOL = "for a pool, remove it and run misfm_pretrain with the -i and the options that made the pool"
 
 
@@ -23,6 +27,8 @@ def nnunet_folder(variable: str) -> Path:
     value = os.environ.get(variable)
     if not value:
         raise PlanError(f"{variable} is not set. Set nnU-Net's three folders first; misfm_doctor shows them.")
+    if (meant := without_quotes(value)) != value:
+        raise PlanError(f"{variable} has quotes in its value, {value}. Set it to {meant}")
     return Path(value)
 
 
@@ -48,6 +54,31 @@ def preprocessed_dataset(dataset_name_or_id: str) -> Path:
     return found[0]
 
 
+def folds(dataset_folder: Path, num_cases: int) -> list[int | str]:
+    """The folds that nnU-Net can train: those of its splits file, of the split it would write, or for few cases all.
+
+    Raises:
+        PlanError: if the splits file is damaged.
+    """
+    path = dataset_folder / "splits_final.json"
+    try:
+        return list(range(len(json.loads(path.read_text(encoding="utf-8")))))
+    except FileNotFoundError:
+        return list(range(_FOLDS)) if num_cases >= _FOLDS else ["all"]
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"{path} is not readable JSON ({error}). Remove it; nnU-Net writes it anew.") from None
+
+
+def preprocessed_cases(folder: Path) -> list[str]:
+    """The cases in a folder of nnU-Net's arrays, in .b2nd files or, of before nnU-Net 2.6, in .npz files."""
+    if not folder.is_dir():
+        return []
+    names = {path.name for path in folder.iterdir()}
+    blosc = {name.removesuffix(".b2nd") for name in names if name.endswith(".b2nd")}
+    segmentations = {f"{case}_seg" for case in blosc}
+    return sorted((blosc - segmentations) | {name.removesuffix(".npz") for name in names if name.endswith(".npz")})
+
+
 def read_dataset_json(dataset_folder: Path) -> dict[str, Any]:
     """The dataset.json of a preprocessed dataset.
 
@@ -60,8 +91,13 @@ def read_dataset_json(dataset_folder: Path) -> dict[str, Any]:
     return content
 
 
-def read_plans(dataset_folder: Path, plans_name: str) -> dict[str, Any]:
-    """A plans file of a dataset.
+def read_plans(dataset_folder: Path, plans_name: str, configurations: Collection[str] | None = None) -> dict[str, Any]:
+    """A plans file of a dataset, as plans of that dataset: one that was copied from another dataset is told of.
+
+    Args:
+        dataset_folder: in nnUNet_preprocessed.
+        plans_name: of the file.
+        configurations: that will be used and have to be complete; None for all.
 
     Raises:
         PlanError: if it is missing or damaged; the message lists the plans there are.
@@ -74,9 +110,42 @@ def read_plans(dataset_folder: Path, plans_name: str) -> dict[str, Any]:
     path = dataset_folder / f"{plans_name}.json"
     choice = f"Choose others with -p ({', '.join(others)}), or plan" if others else "Plan"
     remedy = f"{choice} the dataset with nnU-Net{' again' if path.exists() else ''}; {_OF_A_POOL}."
-    plans = read_json(path, remedy)
-    check_complete(plans, path, remedy)
+    plans = with_present_names(read_json(path, remedy))
+    check_complete(plans, path, remedy, configurations)
+    named = plans["dataset_name"]
+    if named != dataset_folder.name:
+        print(f"Note: {path} names another dataset, {named}; {dataset_folder.name} is used, as asked for.")
+        plans["dataset_name"] = dataset_folder.name
     return plans
+
+
+def check_dataset_of_plans(plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> None:
+    """Raise a PlanError if plans may have been read from another dataset's folder than the one they name.
+
+    nnU-Net gives a trainer the plans and the dataset.json of the dataset that was asked for, but not its name, and then
+    trains on the one that the plans name.
+    """
+    root, name = os.environ.get("nnUNet_preprocessed"), plans["dataset_name"]
+    if not root:
+        return
+    for path in sorted(Path(root).glob(f"Dataset*/{plans['plans_name']}.json")):
+        if path.parent.name == name or _read(path).get("dataset_name") != name:
+            continue
+        if _read(path.parent / "dataset.json") == dataset_json:
+            raise PlanError(
+                f"{path} names another dataset, {name}, and nnU-Net would train on its data. Plan "
+                f"{path.parent.name} itself: misfm_plan -d {path.parent.name} -p {plans['plans_name']} writes plans to "
+                f"train with; nnUNetv2_plan_experiment -d {path.parent.name} writes nnU-Net's anew."
+            )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object, empty if it cannot be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _is_to_plan_from(text: str) -> bool:

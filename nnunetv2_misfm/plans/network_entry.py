@@ -13,6 +13,8 @@ from nnunetv2_misfm.architectures.resolution import strides_of, total_strides
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.checks import check_sizes
 
+# nnU-Net blurs with a sigma of up to 1 voxel, and mirrors 3 voxels at the border for it.
+_FEWEST_VOXELS_TO_BLUR = 4
 NETWORKS = {
     "pctnet": "nnunetv2_misfm.architectures.PCTNet",
     "fmunet": "nnunetv2_misfm.architectures.FMUNet",
@@ -55,6 +57,23 @@ def patch_divisor(architecture: Mapping[str, Any]) -> tuple[int, int, int]:
     return (1, 1, 1) if is_own_network(architecture) else total_strides(architecture["arch_kwargs"]["strides"])[-1]
 
 
+def enlarge_for_augmentation(configuration: dict[str, Any]) -> bool:
+    """Give the patch of a plan for a segmentation as many voxels along each axis as nnU-Net's augmentation needs.
+
+    Returns:
+        Whether that changed anything.
+    """
+    before = list(configuration["patch_size"])
+    fewest = [max(_FEWEST_VOXELS_TO_BLUR, stride) for stride in _coarsest_output(configuration["architecture"])]
+    configuration["patch_size"] = [max(n, least) for n, least in zip(before, fewest, strict=True)]
+    return bool(configuration["patch_size"] != before)
+
+
+def _coarsest_output(architecture: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Stride of the coarsest output of deep supervision, for which segmentations are scaled down."""
+    return total_strides(architecture["arch_kwargs"]["strides"])[-2]
+
+
 def set_sizes(configuration: dict[str, Any], patch_size: Sequence[int] | None, batch_size: int | None) -> None:
     """Put the sizes that were asked for, if any, into a configuration of a plans file, and check what it then has.
 
@@ -67,6 +86,10 @@ def set_sizes(configuration: dict[str, Any], patch_size: Sequence[int] | None, b
         configuration["batch_size"] = batch_size
     architecture, patch, batch = (configuration[key] for key in ("architecture", "patch_size", "batch_size"))
     check_sizes(patch, batch, patch_divisor(architecture))
+    coarsest = _coarsest_output(architecture)
+    if any(n < stride for n, stride in zip(patch, coarsest, strict=True)):
+        enough = " ".join(str(max(n, stride)) for n, stride in zip(patch, coarsest, strict=True))
+        raise PlanError(f"patch size {list(patch)} leaves nothing of the coarsest output. Use -patch_size {enough}.")
     if leaves_a_single_value(architecture, patch, batch):
         larger_batch = " or -batch_size" if normalises_over_batch(architecture) else ""
         raise PlanError(

@@ -31,8 +31,14 @@ class Crop:
     augmentation: CropAugmentation
 
 
-def open_case(path: Path, num_channels: int) -> blosc2.NDArray:
-    """Open a `.b2nd` file of shape (C, X, Y, Z) without reading voxels.
+def case_file(folder: Path, identifier: str) -> Path:
+    """The file that holds a case: nnU-Net's `.b2nd`, or before 2.6 `.npz`, which its training unpacks to `.npy`."""
+    files = [folder / f"{identifier}{ending}" for ending in (".b2nd", ".npy", ".npz")]
+    return next((file for file in files if file.exists()), files[0])
+
+
+def open_case(path: Path, num_channels: int) -> blosc2.NDArray | np.ndarray:
+    """Open a file of shape (C, X, Y, Z), without reading voxels unless it is a `.npz`.
 
     Raises:
         ValueError: if it holds something else or has another number of channels.
@@ -40,8 +46,12 @@ def open_case(path: Path, num_channels: int) -> blosc2.NDArray:
     """
     # Memory mapping halves the time of a read, but does not work on Windows; nnU-Net decides the same way.
     mapping = {} if os.name == "nt" else {"mmap_mode": "r"}
-    volume = blosc2.open(str(path), mode="r", dparams={"nthreads": 1}, **mapping)
-    if not isinstance(volume, blosc2.NDArray) or volume.ndim != 4:
+    if path.suffix == ".b2nd":
+        volume = blosc2.open(str(path), mode="r", dparams={"nthreads": 1}, **mapping)
+    else:
+        volume = np.load(path, mmap_mode="r")
+        volume = volume if isinstance(volume, np.ndarray) else volume["data"]
+    if not isinstance(volume, (blosc2.NDArray, np.ndarray)) or volume.ndim != 4:
         raise ValueError("it does not hold an array of four axes (C, X, Y, Z)")
     if volume.shape[0] != num_channels:
         raise ValueError(f"it has {volume.shape[0]} channels, not {num_channels}")
@@ -49,7 +59,10 @@ def open_case(path: Path, num_channels: int) -> blosc2.NDArray:
 
 
 def read_crop(
-    volume: blosc2.NDArray, augmentation: CropAugmentation, patch_size: Sequence[int], generator: np.random.Generator
+    volume: blosc2.NDArray | np.ndarray,
+    augmentation: CropAugmentation,
+    patch_size: Sequence[int],
+    generator: np.random.Generator,
 ) -> Crop:
     """Read a crop at a random place; other places are tried while it is mostly of one value.
 
@@ -68,7 +81,8 @@ def read_crop(
     for _ in range(MAX_READS_PER_CROP if (room > 0).any() else 1):
         start = generator.integers(np.minimum(room, 0), np.maximum(room, 0), endpoint=True)
         first, stop = np.maximum(start, 0), np.minimum(start + size, shape)
-        crop = volume[(slice(None), *map(slice, first.tolist(), stop.tolist()))].astype(np.float32, copy=False)
+        crop = volume[(slice(None), *map(slice, first.tolist(), stop.tolist()))]
+        crop = np.require(crop, np.float32, ["OWNDATA"])  # a memory-mapped one is read now, not later
         with np.errstate(over="ignore", invalid="ignore"):
             if not np.isfinite(crop.sum()):
                 raise ValueError("it has voxels that are not finite numbers")

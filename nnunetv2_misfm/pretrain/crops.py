@@ -30,7 +30,7 @@ from nnunetv2_misfm.pretrain.augment import (
     apply_augmentation,
     sample_pair_augmentations,
 )
-from nnunetv2_misfm.pretrain.crop_reading import Crop, open_case, read_crop
+from nnunetv2_misfm.pretrain.crop_reading import Crop, case_file, open_case, read_crop
 from nnunetv2_misfm.pretrain.settings import AugmentSettings, FusionSettings
 from nnunetv2_misfm.pretrain.volume_fusion import Fusion, fuse, sample_fusion
 
@@ -100,8 +100,8 @@ class CropPairs(Dataset[PairSample]):
     """Map-style dataset of endless pairs; an item is asked for by (epoch, sample, degree of anisotropy).
 
     Args:
-        folder: a configuration's folder of preprocessed cases, `<identifier>.b2nd` of shape (C, X, Y, Z). Nothing else
-            in it is opened, and it is not listed.
+        folder: a configuration's folder of preprocessed cases of shape (C, X, Y, Z), see `case_file`. Nothing else in
+            it is opened, and it is not listed.
         identifiers: the cases to draw from, all equally often.
         patch_size: (X, Y, Z) in voxels.
         fusion, augment: how samples are made.
@@ -148,7 +148,7 @@ class CropPairs(Dataset[PairSample]):
 
     def file_of(self, case: int) -> Path:
         """The file of the case at a position in the list of identifiers."""
-        return self.folder / f"{self._identifiers[case]}.b2nd"
+        return case_file(self.folder, self._identifiers[case])
 
     def __getitem__(self, index: Index) -> PairSample:
         """Draw and read one pair.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from typing import Any
 
@@ -9,7 +10,6 @@ import numpy as np
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
-from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
@@ -26,6 +26,17 @@ from nnunetv2_misfm.trainers.schedules import StagedSchedule, parameter_groups
 from nnunetv2_misfm.transfer.transfer import part_of
 
 _FIRST_LOSSES = 5
+# What nnU-Net tells its loggers about a run.
+_LOGGED_PARAMETERS = (
+    "initial_lr",
+    "weight_decay",
+    "oversample_foreground_percent",
+    "probabilistic_oversampling",
+    "num_iterations_per_epoch",
+    "num_val_iterations_per_epoch",
+    "num_epochs",
+    "enable_deep_supervision",
+)
 CUDA = torch.device("cuda")  # nnU-Net's default device
 
 
@@ -79,13 +90,7 @@ class BaseTrainer(ResumableTrainer):
         self.num_input_channels = determine_num_input_channels(
             self.plans_manager, self.configuration_manager, self.dataset_json
         )
-        self.network = self.build_network_architecture(
-            self.plans_manager,
-            self.configuration_manager,
-            self.num_input_channels,
-            self.label_manager.num_segmentation_heads,
-            self.enable_deep_supervision,
-        ).to(self.device)
+        self.network = self._same_network().to(self.device)
         if self._do_i_compile():
             self.print_to_log_file("Using torch.compile...")
             self.network = torch.compile(self.network)
@@ -95,10 +100,23 @@ class BaseTrainer(ResumableTrainer):
         self.loss = self._build_loss()
         self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
         self.was_initialized = True
-        names = ("initial_lr", "weight_decay", "num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
-        parameters = {name: getattr(self, name) for name in (*names, "enable_deep_supervision")}
+        parameters = {name: getattr(self, name) for name in _LOGGED_PARAMETERS}
         parameters["batch_size"] = self.configuration_manager.batch_size
         self.logger.update_config({"hparas": parameters})
+
+    def _same_network(self) -> nn.Module:
+        """A network as `build_network_architecture` makes it; its older signature is taken too, as in nnU-Net."""
+        manager: ConfigurationManager = self.configuration_manager
+        described: tuple[Any, ...] = (self.plans_manager, manager)
+        if "plans_manager" not in inspect.signature(self.build_network_architecture).parameters:
+            described = (
+                manager.network_arch_class_name,
+                manager.network_arch_init_kwargs,
+                manager.network_arch_init_kwargs_req_import,
+            )
+        sizes = (self.num_input_channels, self.label_manager.num_segmentation_heads, self.enable_deep_supervision)
+        network: nn.Module = self.build_network_architecture(*described, *sizes)
+        return network
 
     def _some_parameters_unused(self) -> bool:
         """Whether parameters go without a gradient in some iterations."""
@@ -139,7 +157,7 @@ class BaseTrainer(ResumableTrainer):
 
     # ---------------------------------------------------------------- optimiser and schedule
 
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, StagedSchedule]:
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         """The optimiser of the settings, and the schedule that steers its groups."""
         named = parameter_groups(self.bare_network, **self._group_options())
         common: dict[str, Any] = {"lr": self.initial_lr, "weight_decay": self.weight_decay}
@@ -158,6 +176,8 @@ class BaseTrainer(ResumableTrainer):
     def on_train_epoch_start(self) -> None:
         """As in nnU-Net; a frozen encoder keeps its BatchNorm statistics too."""
         super().on_train_epoch_start()
+        if not isinstance(self.lr_scheduler, StagedSchedule):
+            return  # a trainer derived from this one has a schedule of its own
         stage = self.lr_scheduler.stage
         self.print_to_log_file(f"Stage: {stage.name}")
         if stage.encoder_frozen:
@@ -186,12 +206,16 @@ class BaseTrainer(ResumableTrainer):
             self.initialize()
         if self._continues:
             self._check_same_run()
+        self._check_data()
         self._check_disk()
         self._fit_into_memory()
         self._load_pretrained_weights()
         if self.local_rank == 0:
             self._clear_results_folder()
         super().on_train_start()
+
+    def _check_data(self) -> None:
+        """Raise a UserError if the preprocessed data are not those that the plans are for."""
 
     def _load_pretrained_weights(self) -> None:
         """What a trainer that starts from weights of others does before its first epoch."""
@@ -207,18 +231,6 @@ class BaseTrainer(ResumableTrainer):
         shape = (self.batch_size, self.num_input_channels, *self.configuration_manager.patch_size)
         fit_into_memory(
             self.bare_network, self._same_network, shape, self.device, self._memory_remedy, self.print_to_log_file
-        )
-
-    def _same_network(self) -> nn.Module:
-        manager: ConfigurationManager = self.configuration_manager
-        return get_network_from_plans(
-            manager.network_arch_class_name,
-            manager.network_arch_init_kwargs,
-            manager.network_arch_init_kwargs_req_import,
-            self.num_input_channels,
-            self.label_manager.num_segmentation_heads,
-            allow_init=False,
-            deep_supervision=True,
         )
 
     def _memory_remedy(self, gigabytes: float) -> str:

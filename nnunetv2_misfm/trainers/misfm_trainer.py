@@ -9,8 +9,12 @@ import torch
 import torch.distributed as dist
 from batchgenerators.utilities.file_and_folder_operations import join, save_json
 
+from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.plans.checks import check_labels
+from nnunetv2_misfm.plans.files import check_dataset_of_plans
 from nnunetv2_misfm.plans.run_settings import DEFAULT_FINETUNING_PLANS, PRETRAIN_INFO, FinetuningSettings
 from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
+from nnunetv2_misfm.transfer.array_record import check_labels_unchanged
 from nnunetv2_misfm.transfer.planning import num_images
 from nnunetv2_misfm.transfer.pretrained import load_source
 from nnunetv2_misfm.transfer.transfer import TransferError, transfer
@@ -33,7 +37,19 @@ class MisFMTrainer(BaseTrainer):
         dataset_json: dict,
         device: torch.device = CUDA,
     ):
+        check_dataset_of_plans(plans, dataset_json)
+        check_labels(dataset_json, Path(plans["dataset_name"], "dataset.json"))
         super().__init__(plans, configuration, fold, dataset_json, device)
+
+    def _check_data(self) -> None:
+        try:
+            check_labels_unchanged(
+                Path(self.preprocessed_dataset_folder), self.plans_manager.plans_name, self.configuration_name
+            )
+        except PlanError as error:
+            if not self._continues:
+                raise
+            self.print_to_log_file(f"This run goes on with the labels it began with. {error}")
 
     def initialize(self) -> None:
         """As in the base class; remembers the initial weights, to notice weights that were loaded from outside."""
@@ -56,7 +72,7 @@ class MisFMTrainer(BaseTrainer):
             )
         return (
             f"Plan for this memory with: misfm_plan -d {self.plans_manager.dataset_name} -c {self.configuration_name} "
-            f"{target}, then train with -p {DEFAULT_FINETUNING_PLANS}."
+            f"-p {self.plans_manager.plans_name} {target}, then train with -p {DEFAULT_FINETUNING_PLANS}."
         )
 
     def _load_pretrained_weights(self) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any
 
-from nnunetv2_misfm.plans.checks import configuration_3d
-from nnunetv2_misfm.plans.network_entry import architecture_entry, degree_of_anisotropy
+from nnunetv2_misfm.plans.checks import configuration_3d, with_present_names, without_trainer
+from nnunetv2_misfm.plans.network_entry import architecture_entry, degree_of_anisotropy, enlarge_for_augmentation
 from nnunetv2_misfm.plans.run_settings import BLOCK, RunSettings, is_ours
 from nnunetv2_misfm.plans.settings import write_settings
 
@@ -20,10 +20,17 @@ def with_own_network(plans: dict[str, Any], configuration: str, kind: type[RunSe
     Raises:
         PlanError: for a configuration that is missing or not 3D.
     """
-    plans = deepcopy(plans)
+    plans = with_present_names(deepcopy(plans))
     resolved = configuration_3d(plans, configuration)
-    if not is_ours(plans):
-        entry = architecture_entry("pctnet", degree_of_anisotropy(resolved))
-        plans["configurations"][configuration]["architecture"] = entry
+    entry = plans["configurations"][configuration]
+    if is_ours(plans):
+        for planned in plans["configurations"].values():
+            if "architecture" in planned:
+                planned["architecture"] = without_trainer(planned["architecture"])
+    else:
+        resolved["architecture"] = architecture_entry("pctnet", degree_of_anisotropy(resolved))
+        entry["architecture"] = resolved["architecture"]
+        if enlarge_for_augmentation(resolved):
+            entry["patch_size"] = resolved["patch_size"]
         plans[BLOCK] = {"task": kind.TASK, **write_settings(kind())}
     return plans

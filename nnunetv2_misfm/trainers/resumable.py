@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+from nnunetv2.training.logging.nnunet_logger import MetaLogger, WandbLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
@@ -49,7 +51,26 @@ class ResumableTrainer(nnUNetTrainer):
     SETTINGS: ClassVar[type[RunSettings]]
     GROUPS: ClassVar[dict[str, type[Settings]]] = {}  # nested in the block, by name
     settings: RunSettings
-    _continues = False
+    network: Any  # within DDP and what torch.compile returns
+    _was_loaded = False
+
+    @property
+    def _continues(self) -> bool:
+        """Whether this run goes on from a checkpoint, also one that a derived trainer's `load_checkpoint` has read."""
+        return self._was_loaded or self.current_epoch > 0
+
+    @property
+    def logger(self) -> MetaLogger:
+        """nnU-Net's, which its base class makes."""
+        return self._logger
+
+    @logger.setter
+    def logger(self, logger: MetaLogger) -> None:
+        # A run that goes on may be longer than it was; W&B refuses other settings than before unless told to take them.
+        for one in logger.loggers:
+            if isinstance(one, WandbLogger):
+                one.update_config = partial(one.run.config.update, allow_val_change=True)
+        self._logger = logger
 
     @property
     def bare_network(self) -> nn.Module:
@@ -151,10 +172,15 @@ class ResumableTrainer(nnUNetTrainer):
 
     def _describe(self) -> CheckpointInfo:
         manager: ConfigurationManager = self.configuration_manager
+        built = type(self.bare_network)
+        as_planned = manager.network_arch_class_name.rpartition(".")[2] == built.__name__
         return CheckpointInfo(
             task=self.SETTINGS.TASK,
-            network_class_name=manager.network_arch_class_name,
-            arch_kwargs=dict(manager.network_arch_init_kwargs),
+            # A derived trainer may build a network of its own, whose arguments the plans do not tell.
+            network_class_name=manager.network_arch_class_name
+            if as_planned
+            else f"{built.__module__}.{built.__name__}",
+            arch_kwargs=dict(manager.network_arch_init_kwargs) if as_planned else {},
             input_channels=self.num_input_channels,
             num_classes=self.label_manager.num_segmentation_heads,
             preprocessing=preprocessing_of(self.plans_manager.plans, manager.configuration),
@@ -195,7 +221,7 @@ class ResumableTrainer(nnUNetTrainer):
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
         self._load_more(checkpoint)
-        self._continues = True
+        self._was_loaded = True
 
     def _load_more(self, checkpoint: Mapping[str, Any]) -> None:
         """Take back what `_more_to_save` gave."""

@@ -26,6 +26,8 @@ from torch import Tensor, autocast, nn
 from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of, total_strides
 from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.plans.checks import configuration_3d
+from nnunetv2_misfm.plans.files import check_dataset_of_plans
 from nnunetv2_misfm.plans.run_settings import BLOCK, PretrainingSettings
 from nnunetv2_misfm.plans.settings import read_settings
 from nnunetv2_misfm.pretrain.crops import CropPairs, fuse_batch, pair_loader, validation_pairs
@@ -76,9 +78,10 @@ class VolumeFusionTrainer(BaseTrainer):
         self.augmentation = read_settings(
             AugmentSettings, groups.get("augmentation", {}), f"{where}, group 'augmentation',"
         )
-        super().__init__(plans, configuration, fold, fusion_dataset_json(dataset_json, self.fusion), device)
-        if self.is_cascaded:
+        check_dataset_of_plans(plans, dataset_json)
+        if configuration_3d(plans, configuration).get("previous_stage") is not None:
             raise PlanError(f"{configuration} takes label channels, which pretraining has not. Use 3d_fullres.")
+        super().__init__(plans, configuration, fold, fusion_dataset_json(dataset_json, self.fusion), device)
         self.pretraining = cast(PretrainingSettings, self.settings)
         self.metrics = MetricsFile(Path(self.output_folder) / "metrics.csv") if self.output_folder else None
         self._scores: dict[str, Any] = {}

@@ -24,6 +24,7 @@ from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import locked, write_json
 from nnunetv2_misfm.plans.checks import configuration_3d
 from nnunetv2_misfm.plans.files import nnunet_folder, read_dataset_json
+from nnunetv2_misfm.transfer.array_record import changed_labels, label_files, listing, read_record, record_of
 from nnunetv2_misfm.transfer.planning import preprocessing_key, same_preprocessing
 
 
@@ -57,11 +58,12 @@ def _provide(
     dataset_folder = folder.parent
     stock = dataset_folder / configuration_3d(base, configuration)["data_identifier"]
     shared = same_preprocessing(plans, base, configuration) and _looks_complete(stock, dataset_folder)
-    record = dataset_folder / f"{folder.name}.preprocessing.json"
+    record = record_of(folder)
     wanted = json.loads(json.dumps(preprocessing_key(plans, configuration)))
-    known = _read_record(record)
-    files = _listing(folder)
-    if known == {"preprocessing": wanted, "files": files} and (not shared or files == _listing(stock)):
+    known = read_record(record)
+    files = listing(folder)
+    same = known is not None and known.get("preprocessing") == wanted and known.get("files") == files
+    if same and (not shared or files == listing(stock)) and not changed_labels(folder):
         return f"{folder} is up to date."
     record.unlink(missing_ok=True)
     if shared:
@@ -73,29 +75,16 @@ def _provide(
             raise PlanError(f"{folder} has to be preprocessed, but {raw} is not there. Put the raw dataset back.")
         _preprocess(folder, plans, configuration, num_processes)
         done = f"{folder} was preprocessed."
-    write_json({"preprocessing": wanted, "files": _listing(folder)}, record)
+    write_json({"preprocessing": wanted, "files": listing(folder), "labels": label_files(dataset_folder)}, record)
     return done
 
 
 def _looks_complete(folder: Path, dataset_folder: Path) -> bool:
-    names = set(_listing(folder))
+    names = set(listing(folder))
     cases = [name.removesuffix(".pkl") for name in names if name.endswith(".pkl")]
-    whole = all({f"{case}.b2nd", f"{case}_seg.b2nd"} <= names for case in cases)
+    forms = (".b2nd", "_seg.b2nd"), (".npz",)  # nnU-Net's today, and of before 2.6
+    whole = any(all({f"{case}{ending}" for ending in form} <= names for case in cases) for form in forms)
     return whole and len(cases) >= read_dataset_json(dataset_folder)["numTraining"]
-
-
-def _listing(folder: Path) -> dict[str, list[int]]:
-    """Size and time of last change of each file."""
-    if not folder.is_dir():
-        return {}
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.iterdir())}
-
-
-def _read_record(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
 
 
 def _preprocess(folder: Path, plans: Mapping[str, Any], configuration: str, num_processes: int) -> None:

@@ -23,6 +23,7 @@ from nnunetv2_misfm.plans.network_entry import (
     architecture_entry,
     degree_for_spacing,
     degree_of_anisotropy,
+    enlarge_for_augmentation,
     is_own_network,
     set_sizes,
 )
@@ -59,6 +60,7 @@ class PlanRequest:
         spacing: "dataset" keeps the plan's, "pretrained" takes the checkpoint's; or mm in plans axis order.
         patch_size, batch_size: instead of the plan's; None keeps them.
         from_scratch: plan for a source but do not load it: the fair baseline.
+        kept: other configurations of the plans that are replaced, which stay as they are.
     """
 
     plans_name: str
@@ -70,6 +72,16 @@ class PlanRequest:
     patch_size: tuple[int, int, int] | None = None
     batch_size: int | None = None
     from_scratch: bool = False
+    kept: Mapping[str, Any] = field(default_factory=dict)
+
+
+def check_name(plans_name: str, base: Mapping[str, Any]) -> None:
+    """Raise a PlanError unless new plans can have this name beside those they are made from."""
+    check_plans_name(plans_name)
+    if plans_name == base["plans_name"]:
+        raise PlanError(
+            f"-p and -overwrite_plans_name are both {plans_name!r}; the new plans need a name of their own."
+        )
 
 
 def finetuning_plans(
@@ -85,10 +97,10 @@ def finetuning_plans(
     Raises:
         PlanError: if a configuration is missing, not 3D, or the checkpoint has no network to take over.
     """
-    check_plans_name(request.plans_name)
-    if request.plans_name == base["plans_name"]:
+    if request.spacing != "dataset" and len(request.configurations) > 1:
         raise PlanError(
-            f"-p and -overwrite_plans_name are both {request.plans_name!r}; the new plans need a name of their own."
+            f"-spacing would give {' and '.join(request.configurations)} the same spacing. Plan them one after the "
+            f"other, each with its own -c and -spacing; what is planned under the name stays."
         )
     plans = deepcopy(dict(base))
     plans["plans_name"] = request.plans_name
@@ -99,7 +111,20 @@ def finetuning_plans(
     _keep_normalisation(plans, source, remarks)
     plans[BLOCK] = {"task": FinetuningSettings.TASK, **write_settings(request.settings)}
     plans[PRETRAIN_INFO] = _pretrain_info(source, request, plans)
+    plans["configurations"] |= deepcopy(dict(request.kept))
+    _link_stages(plans["configurations"])
     return plans, remarks
+
+
+def _link_stages(configurations: Mapping[str, Any]) -> None:
+    """Let each first stage of a cascade name the stages that need its predictions, which nnU-Net then makes."""
+    for name, configuration in configurations.items():
+        first = configurations.get(configuration.get("previous_stage"))
+        if first is not None:
+            named = first.get("next_stage") or []
+            named = [named] if isinstance(named, str) else named
+            if name not in named:
+                first["next_stage"] = [*named, name]
 
 
 def check_fit(
@@ -172,7 +197,7 @@ def _configuration(
     for link in ("previous_stage", "next_stage"):
         linked = configuration.get(link)
         linked = [linked] if isinstance(linked, str) else linked or []
-        if linked and not set(linked) & set(request.configurations):
+        if linked and not set(linked) & {*request.configurations, *request.kept}:
             if link == "previous_stage":
                 raise PlanError(
                     f"{name} needs the predictions of {configuration[link]}. Plan both: -c {configuration[link]} {name}"
@@ -181,10 +206,21 @@ def _configuration(
     configuration["data_identifier"] = f"{request.plans_name}_{name}"
     degree = degree_of_anisotropy(configuration)
     if request.spacing != "dataset":
-        _change_spacing(configuration, _wanted_spacing(request, source), remarks)
+        remarks.append(f"{name}: {_change_spacing(configuration, _wanted_spacing(request, source))}")
         degree = degree_for_spacing(configuration["spacing"])
     configuration["architecture"] = _architecture(configuration, degree, name, request, source, remarks)
+    if request.patch_size is None and enlarge_for_augmentation(configuration):
+        remarks.append(
+            f"{name}: patch size {configuration['patch_size']}, because nnU-Net's augmentation cannot blur or scale "
+            f"fewer voxels along an axis; smaller images are padded."
+        )
     set_sizes(configuration, request.patch_size, request.batch_size)
+    needed = dict(configuration)
+    if enlarge_for_augmentation(needed):
+        raise PlanError(
+            f"-patch_size {' '.join(map(str, configuration['patch_size']))}: nnU-Net's augmentation cannot blur so few "
+            f"voxels along an axis. Use -patch_size {' '.join(map(str, needed['patch_size']))}."
+        )
     return configuration
 
 
@@ -232,8 +268,8 @@ def _wanted_spacing(request: PlanRequest, source: Source | None) -> list[float]:
     return [float(mm) for mm in spacing]
 
 
-def _change_spacing(configuration: dict[str, Any], spacing: list[float], remarks: list[str]) -> None:
-    """Another spacing, with the median image's size at it, and a patch that is no larger than that."""
+def _change_spacing(configuration: dict[str, Any], spacing: list[float]) -> str:
+    """Another spacing, with the median image's size at it, and a patch that is no larger than that; says so."""
     if not all(0 < mm < math.inf for mm in spacing):
         raise PlanError(f"-spacing {spacing} must be three numbers above 0, in mm.")
     before = configuration["spacing"]
@@ -247,7 +283,7 @@ def _change_spacing(configuration: dict[str, Any], spacing: list[float], remarks
         configuration["patch_size"] = [
             int(min(n, most)) for n, most in zip(configuration["patch_size"], largest, strict=True)
         ]
-    remarks.append(
+    return (
         f"spacing {[round(mm, 3) for mm in before]} becomes {[round(mm, 3) for mm in spacing]} mm; "
         f"patch size {configuration['patch_size']}"
     )
@@ -280,6 +316,13 @@ def _keep_normalisation(plans: dict[str, Any], source: Source | None, remarks: l
         return
     pretrained = source.info.preprocessing
     before: Sequence[str] = pretrained["normalization_schemes"]
+    order, theirs_order = list(plans["transpose_forward"]), pretrained.get("transpose_forward")
+    if theirs_order is not None and list(theirs_order) != order:
+        remarks.append(
+            f"the axes are in the order {order} (transpose_forward), in pretraining {list(theirs_order)}: the network "
+            f"meets the body in another orientation. Weights in this one: misfm_pretrain -plans_from "
+            f"{plans['dataset_name']}."
+        )
     for configuration in plans["configurations"].values():
         for channel, scheme in enumerate(configuration["normalization_schemes"]):
             theirs = before[channel] if channel < len(before) else before[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,16 @@ from nnunetv2_misfm.plans.compare import run_changes
 from nnunetv2_misfm.plans.run_settings import PRETRAIN_INFO
 
 
-def what_changes(path: Path, replaced: Mapping[str, Any], plans: Mapping[str, Any]) -> list[str]:
+def what_changes(
+    path: Path, replaced: Mapping[str, Any], plans: Mapping[str, Any], configurations: Collection[str]
+) -> list[str]:
     """What a training with the new plans does otherwise, one line each.
 
     Args:
         path: of the plans file.
         replaced: what it holds.
         plans: what it will hold.
+        configurations: that are planned anew; others stay.
 
     Raises:
         PlanError: if the old ones start from weights and the new ones from none.
@@ -32,11 +35,14 @@ def what_changes(path: Path, replaced: Mapping[str, Any], plans: Mapping[str, An
     changed = [f"weights: {weights[0]} becomes {weights[1]}"] if weights[0] != weights[1] else []
     if weights[0] == weights[1] and before.get("sha256") != now.get("sha256"):
         changed.append(f"weights: {weights[1]} has been written anew")
-    common = [name for name in plans["configurations"] if name in replaced["configurations"]]
-    for name in common:
+    kept = [name for name in replaced["configurations"] if name not in configurations]
+    if kept:
+        changed.append(f"the plans that are replaced also had {', '.join(kept)}, which stay as they are")
+    for name in configurations:
+        if name not in replaced["configurations"]:
+            continue
         changes = run_changes(replaced, plans, name).items()
         changed += [f"{name}: {key} {old} becomes {new}" for key, (old, new) in changes]
-    gone = sorted(set(replaced["configurations"]) - set(plans["configurations"]))
-    if gone:
-        changed.append(f"the plans that are replaced also had {', '.join(gone)}; name them with -c to keep them")
+    if replaced["dataset_name"] != plans["dataset_name"]:
+        changed.append(f"dataset: {replaced['dataset_name']} becomes {plans['dataset_name']}")
     return changed

@@ -14,6 +14,8 @@ from environments import REPOSITORY, Environment, build_wheel, copy_source
 
 from nnunetv2_misfm.commands import doctor
 from nnunetv2_misfm.commands.doctor import Finding
+from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.plans.files import nnunet_folder
 
 SOURCE = str(REPOSITORY)
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -67,8 +69,22 @@ def test_a_folder_that_does_not_exist_is_wrong(folders: Path, monkeypatch: pytes
     assert (finding.status, finding.remedy) == ("FAIL", f"mkdir -p {shlex.quote(str(folders / 'no such folder'))}")
 
 
+@pytest.mark.parametrize("quote", ['"', "'"])
+def test_quotes_in_a_variable_are_named(folders: Path, monkeypatch: pytest.MonkeyPatch, quote: str) -> None:
+    """As `set nnUNet_raw="C:\\data"` on Windows leaves them, or quotes in a file of variables."""
+    monkeypatch.setenv("nnUNet_preprocessed", f"{quote}{folders / 'nnUNet_preprocessed'}{quote}")
+    finding = only(doctor.run_check(doctor.check_folders), "nnUNet_preprocessed")
+    assert (finding.status, "has quotes in it" in finding.detail) == ("FAIL", True)
+    assert finding.remedy == f"export nnUNet_preprocessed={folders / 'nnUNet_preprocessed'}"
+    with pytest.raises(PlanError, match="nnUNet_preprocessed has quotes in its value"):
+        nnunet_folder("nnUNet_preprocessed")
+
+
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="/proc stands for a folder that not even root may write to")
-@pytest.mark.parametrize(("variable", "status"), [("nnUNet_raw", "warn"), ("nnUNet_results", "FAIL")])
+@pytest.mark.parametrize(
+    ("variable", "status"),
+    [("nnUNet_raw", "warn"), ("nnUNet_preprocessed", "warn"), ("nnUNet_results", "FAIL")],
+)
 def test_a_folder_that_cannot_be_written_to_is_reported(folders: Path, monkeypatch, variable: str, status: str) -> None:
     monkeypatch.setenv(variable, "/proc")
     assert only(doctor.run_check(doctor.check_folders), variable).status == status

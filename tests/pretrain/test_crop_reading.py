@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import blosc2
 import numpy as np
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunetv2_misfm.pretrain.augment import CropAugmentation
-from nnunetv2_misfm.pretrain.crop_reading import read_crop
+from nnunetv2_misfm.pretrain.crop_reading import case_file, open_case, read_crop
 
 sizes = st.tuples(*[st.integers(1, 24)] * 3)
 
@@ -44,3 +48,21 @@ def test_slices_are_averaged_in_whole_groups(shape, read_size, seed):
     augmentation = CropAugmentation(deep, slices_averaged=4)
     crop = read_crop(blosc2.asarray(numbered(shape)), augmentation, read_size, np.random.default_rng(seed))
     assert crop.voxels.shape[1] % 4 == 0
+
+
+@pytest.mark.parametrize("unpacked", [False, True])
+def test_older_arrays_of_nnunet_give_the_same_crops(tmp_path: Path, unpacked: bool) -> None:
+    volume = numbered((20, 22, 24))
+    np.savez(tmp_path / "case.npz", data=volume, seg=np.zeros_like(volume))
+    if unpacked:  # as nnU-Net's training leaves them
+        np.save(tmp_path / "case.npy", volume)
+    path = case_file(tmp_path, "case")
+    assert path.suffix == (".npy" if unpacked else ".npz")
+    augmentation = CropAugmentation((8, 8, 8))
+    now, before = (
+        read_crop(opened, augmentation, (8, 8, 8), np.random.default_rng(3)).voxels
+        for opened in (blosc2.asarray(volume), open_case(path, 2))
+    )
+    assert torch.equal(now, before)
+    with pytest.raises(ValueError, match="2 channels, not 1"):
+        open_case(path, 1)

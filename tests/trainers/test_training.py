@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -313,6 +314,27 @@ def test_a_run_does_not_go_on_under_plans_that_make_it_another_one(nnunet: Path)
     plan(*NETWORK, num_epochs=2)
     trainer("MisFMTrainer", "nnUNetMisFMPlans", continue_training=True).run_training()
     assert read_checkpoint(final)["current_epoch"] == 2
+
+
+class WandbConfig(dict):
+    """W&B's settings of a run, which are kept and do not change unless told to."""
+
+    def update(self, changes: dict[str, Any], allow_val_change: bool = False) -> None:  # type: ignore[override]
+        for key, value in json.loads(json.dumps(changes, default=str)).items():
+            if not allow_val_change and self.get(key, value) != value:
+                raise ValueError(f"Attempted to change value of key {key}")
+            self[key] = value
+
+
+def test_a_longer_run_goes_on_under_wandb(nnunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb_run = SimpleNamespace(config=WandbConfig(), summary={}, step=0, log=lambda *_, **__: None)
+    wandb = SimpleNamespace(init=lambda **_: wandb_run)
+    monkeypatch.setattr("nnunetv2.training.logging.nnunet_logger.wandb", wandb)
+    monkeypatch.setenv("nnUNet_wandb_enabled", "1")
+    for epochs in (1, 2):
+        plan(*NETWORK, num_epochs=epochs)
+        trainer("MisFMTrainer", "nnUNetMisFMPlans", continue_training=epochs > 1).run_training()
+        assert wandb_run.config["hparas"]["num_epochs"] == wandb_run.config["plans"]["misfm"]["num_epochs"] == epochs
 
 
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before_it(nnunet: Path) -> None:
