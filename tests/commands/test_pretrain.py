@@ -8,7 +8,7 @@ from pathlib import Path
 import blosc2
 import numpy as np
 import pytest
-from phantoms import ct, mr, write
+from phantoms import ct, labels, mr, write
 
 from nnunetv2_misfm.commands.pretrain import main
 from nnunetv2_misfm.start_up import add_plugin_folder
@@ -149,3 +149,27 @@ def test_without_nnunets_folders_the_remedy_is_named(
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.delenv(name, raising=False)
     assert "nnUNet_results is not set" in refused(capsys, "-d", "4")
+
+
+def test_a_name_that_would_be_ignored_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "-i", str(tmp_path), "-d", "Dataset900_A", "-n", "B")
+    assert "-d Dataset900_A is the whole name of the dataset; leave -n B out" in message
+
+
+def test_what_was_given_and_what_was_kept_is_said(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One rule for pools and datasets: what is left open stays as the plans of that name have it."""
+    run("-d", "4", "-patch_size", "32", "32", "32", "-gamma", "0.9", "1.1")
+    assert "Given: num_epochs 1" in capsys.readouterr().out
+    run("-d", "4", "--overwrite")
+    said = capsys.readouterr().out
+    assert "patch size [32, 32, 32]" in said and "Kept from earlier plans: gamma [0.9, 1.1]" in said
+    plans = json.loads((nnunet / "nnUNet_preprocessed/Dataset004_Small/nnUNetMisFMPretrainPlans.json").read_text())
+    assert plans["misfm"]["augmentation"]["gamma"] == [0.9, 1.1]
+
+
+def test_what_volumes_are_left_out_for_can_be_changed_by_options(tmp_path: Path, nnunet: Path) -> None:
+    write(tmp_path / "scans" / "labels.nii.gz", labels())
+    write(tmp_path / "scans" / "small.nii.gz", mr(1, (5, 24, 28)))
+    data = ["-i", str(tmp_path / "scans"), "-d", "900", "-n", "All", "-np", "1", "--only_prepare"]
+    main([*data, "--no_skip_label_maps", "-min_size", "4"])
+    assert "left out" not in (nnunet / "nnUNet_preprocessed/Dataset900_All/report.csv").read_text()

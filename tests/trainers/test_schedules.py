@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
 from nnunetv2_misfm.architectures import FMUNet, PCTNet
-from nnunetv2_misfm.plans.run_settings import FINETUNING_SCHEDULES, PRETRAINING_SCHEDULES
+from nnunetv2_misfm.plans.run_settings import RUNS
 from nnunetv2_misfm.trainers.schedules import StagedSchedule, parameter_groups, stage_at
 
 
@@ -32,7 +34,10 @@ def test_poly_is_nnunets() -> None:
     assert stage_at("scratch", 250, 1000).decoder_factor == pytest.approx(0.75**0.9)
 
 
-@pytest.mark.parametrize("schedule", [*FINETUNING_SCHEDULES, *PRETRAINING_SCHEDULES])
+SCHEDULES = [name for run in RUNS for name in get_args(run.model_fields["schedule"].annotation)]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("num_epochs", [1, 2, 3, 5, 20, 1000])
 def test_the_decoder_always_trains(schedule: str, num_epochs: int) -> None:
     for epoch in range(num_epochs):

@@ -1,0 +1,185 @@
+"""What misfm_pretrain is asked for: its options, read and checked together."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_misfm.architectures.resolution import DEGREES_OF_ANISOTROPY
+from nnunetv2_misfm.commands.setting_options import add_setting_options, flag_of, given
+from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.plans.network_entry import NETWORKS
+from nnunetv2_misfm.plans.run_settings import PretrainingSettings
+from nnunetv2_misfm.pool.settings import PoolSettings
+from nnunetv2_misfm.pretrain.settings import GROUPS, AugmentSettings, FusionSettings
+
+DEFAULT_PLANS_NAME = "nnUNetPlans"
+_OF_BOXES = ("num_boxes", "box_size_unit", "box_size_min", "box_size_max", "background_boxes")
+_OF_BLOCKS = ("block_size_unit", "block_size_min", "block_size_max", "foreground_ratio")
+
+
+@dataclass(frozen=True)
+class PretrainOptions:
+    """The request of a user. What is None or missing from the mappings was left open.
+
+    Attributes:
+        dataset: ID or name, of the pool that is made or of the dataset whose arrays are used.
+        folders: of bare volumes; empty to use what is preprocessed.
+        pool_name: the name in DatasetXXX_NAME.
+        plans_from: ID or name of the dataset whose plans a pool is made by.
+        base_plans: name of the plans to start from.
+        plans_name: of the plans that are written.
+        network: a name of `NETWORKS`, or "plan".
+        arch_kwargs: constructor arguments of the network; None takes an earlier plan's one back.
+        pool, run, groups: settings by name; of the volumes, the run, and the groups nested in it.
+    """
+
+    dataset: str
+    configuration: str
+    folders: tuple[Path, ...]
+    pool_name: str | None
+    plans_from: str | None
+    base_plans: str | None
+    plans_name: str | None
+    network: str | None
+    arch_kwargs: Mapping[str, Any]
+    patch_size: tuple[int, int, int] | None
+    batch_size: int | None
+    pool: Mapping[str, Any]
+    run: Mapping[str, Any]
+    groups: Mapping[str, Mapping[str, Any]]
+    device: str
+    num_gpus: int
+    num_processes: int
+    num_parts: int
+    part_id: int
+    only_prepare: bool
+    continue_training: bool
+    overwrite: bool
+
+
+def read_options(arguments: list[str] | None, under_torchrun: bool) -> PretrainOptions:
+    """Read the command line.
+
+    Args:
+        arguments: instead of the program's own.
+        under_torchrun: whether this is one of several processes that train together.
+
+    Raises:
+        PlanError: naming all combinations of options that make no sense.
+    """
+    options = _parser().parse_args(arguments)
+    problems = [*_problems_of_data(options), *_problems_of_run(options, under_torchrun)]
+    if problems:
+        raise PlanError("; ".join(problems) + ".")
+    network = {"features_per_stage": options.features_per_stage} if options.features_per_stage else {}
+    if options.stems is not None:
+        network["stems"] = list(DEGREES_OF_ANISOTROPY) if options.stems == "all" else None
+    return PretrainOptions(
+        dataset=options.d,
+        configuration=options.c,
+        folders=tuple(Path(folder) for folder in options.i or ()),
+        pool_name=options.n,
+        plans_from=options.plans_from,
+        base_plans=options.p,
+        plans_name=options.overwrite_plans_name,
+        network=options.network,
+        arch_kwargs=network,
+        patch_size=tuple(options.patch_size) if options.patch_size else None,
+        batch_size=options.batch_size,
+        pool=given(options, PoolSettings),
+        run=given(options, PretrainingSettings),
+        groups={name: given(options, group) for name, group in GROUPS.items()},
+        device=options.device,
+        num_gpus=options.num_gpus,
+        num_processes=options.np,
+        num_parts=options.num_parts or 1,
+        part_id=options.part_id or 0,
+        only_prepare=options.only_prepare or options.num_parts is not None,
+        continue_training=options.continue_training,
+        overwrite=options.overwrite,
+    )
+
+
+def _problems_of_data(options: argparse.Namespace) -> Iterator[str]:
+    of_volumes = [flag_of(PoolSettings, name) for name in given(options, PoolSettings)]
+    if not options.i:
+        if named := [*of_volumes, *(["-n"] if options.n else [])]:
+            yield f"{', '.join(named)}: these describe volumes; they need -i"
+        if options.plans_from:
+            yield "-plans_from needs volumes (-i)"
+        if options.num_parts is not None:
+            yield "-num_parts shares the preparation of volumes; it needs -i"
+    elif options.d.startswith("Dataset"):
+        if options.n:
+            yield f"-d {options.d} is the whole name of the dataset; leave -n {options.n} out, or give its number only"
+    elif options.n is None and not options.continue_training:
+        yield "-i needs -n NAME, the name of the pool's dataset"
+    if options.plans_from and (options.modality or options.spacing):
+        yield "-plans_from takes modality and spacing from those plans; leave -modality and -spacing out"
+    if (options.num_parts is None) != (options.part_id is None):
+        yield "-num_parts (how many) and -part_id (which one, from 0) belong together; give both"
+    elif options.num_parts is not None and not 0 <= options.part_id < options.num_parts:
+        yield (
+            f"-num_parts {options.num_parts} -part_id {options.part_id}: there is at least one part, and -part_id "
+            f"counts from 0 to one less than -num_parts"
+        )
+    if options.np < 1:
+        yield f"-np {options.np} must be at least 1"
+
+
+def _problems_of_run(options: argparse.Namespace, under_torchrun: bool) -> Iterator[str]:
+    if options.continue_training and options.overwrite:
+        yield "--c continues a run and --overwrite deletes it; choose one"
+    if options.stems == "all" and options.network not in (None, "pctnet"):
+        yield f"-stems all is for PCT-Net, not for -network {options.network}"
+    other = _OF_BOXES if options.geometry == "blocks" else _OF_BLOCKS if options.geometry == "boxes" else ()
+    if wrong := [flag_of(FusionSettings, name) for name in other if getattr(options, name) is not None]:
+        yield f"{' and '.join(wrong)}: not for -geometry {options.geometry}; leave out, or choose the other geometry"
+    if options.num_gpus < 1:
+        yield f"-num_gpus {options.num_gpus} must be at least 1"
+    if options.num_gpus > 1 and options.device != "cuda":
+        yield f"-num_gpus {options.num_gpus} needs -device cuda"
+    if under_torchrun and options.num_gpus > 1:
+        yield "-num_gpus starts processes itself; leave it out under torchrun (--nproc_per_node)"
+    if under_torchrun and (options.only_prepare or options.num_parts is not None):
+        yield "--only_prepare and -num_parts need no torchrun; run them as misfm_pretrain"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="misfm_pretrain",
+        description="Pretrain a network with Volume Fusion on bare volumes (-i), or on a dataset that nnU-Net has "
+        "preprocessed (no -i). Labels are never used.",
+        epilog="An option that is not given stays as the plans of that name have it, if there are any; otherwise it "
+        "has its default. The log says which.",
+    )
+    add = parser.add_argument
+    add("-d", required=True, metavar="ID", help="dataset ID or name; with -i, of the pool that is made")
+    add("-i", action="append", metavar="FOLDER", help="folder of volumes; may be given several times")
+    add("-n", metavar="NAME", help="name of the pool's dataset (with -i)")
+    add("-plans_from", metavar="ID", help="spacing, normalisation and patch (our plans: also network) of this dataset")
+    add("-p", metavar="PLANS", help=f"plans to start from (default: {DEFAULT_PLANS_NAME})")
+    add("-c", default="3d_fullres", metavar="CONFIG", help="configuration (default: 3d_fullres)")
+    add("-overwrite_plans_name", metavar="NAME", help="name of the plans that are written")
+    add("-network", choices=[*NETWORKS, "plan"], help="network (default: the one of plans of ours, else pctnet)")
+    add("-features_per_stage", nargs=5, type=int, metavar="N", help="channels of the five stages")
+    add("-stems", choices=("all", "plan"), help="PCT-Net's stems: all three in turn, or the plan's alone (default)")
+    add("-patch_size", nargs=3, type=int, metavar="N", help="patch size in plans axis order")
+    add("-batch_size", type=int, metavar="N", help="batch size (default: 4, or the plan's; more for small patches)")
+    add("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="default: cuda")
+    add("-num_gpus", type=int, default=1, metavar="N", help="GPUs of this machine (default: 1)")
+    add("-np", type=int, default=2, metavar="N", help="processes that prepare volumes (default: 2)")
+    add("-num_parts", type=int, metavar="N", help="prepare only one of so many parts of the volumes, then stop")
+    add("-part_id", type=int, metavar="N", help="which part, from 0 (with -num_parts)")
+    add("--only_prepare", action="store_true", help="prepare the pool and stop")
+    add("--c", dest="continue_training", action="store_true", help="continue from the latest checkpoint")
+    add("--overwrite", action="store_true", help="delete what an earlier run left and start anew")
+    add_setting_options(parser, "how volumes become a pool (with -i)", PoolSettings)
+    add_setting_options(parser, "the run", PretrainingSettings)
+    add_setting_options(parser, "Volume Fusion; sizes in plans axis order", FusionSettings)
+    add_setting_options(parser, "augmentation of the crops; ranges are lowest and highest", AugmentSettings)
+    return parser

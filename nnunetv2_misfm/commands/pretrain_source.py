@@ -1,0 +1,157 @@
+"""Where a pretraining run's data comes from: bare volumes that become a pool, or what is preprocessed already.
+
+Both kinds plan a run and then provide its data, and have `dataset_name`, `plans_name` and `earlier`: the plans of that
+name, whose choices stay where the user leaves them open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nnunetv2_misfm.commands.pretrain_options import DEFAULT_PLANS_NAME, PretrainOptions
+from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.files import write_json
+from nnunetv2_misfm.plans.checks import check_plans_name, check_replaceable
+from nnunetv2_misfm.plans.files import preprocessed_cases, preprocessed_dataset, read_dataset_json, read_plans
+from nnunetv2_misfm.plans.run_settings import BLOCK, PretrainingSettings, without_groups
+from nnunetv2_misfm.plans.settings import read_settings
+from nnunetv2_misfm.pool.plan import adopt_plans, existing_plans, find_geometry, plan_pool
+from nnunetv2_misfm.pool.prepare import check_usable, inspect_volumes, prepare_pool
+from nnunetv2_misfm.pool.settings import PoolSettings
+from nnunetv2_misfm.pretrain.planning import RunRequest, new_pool_entry, run_plans
+from nnunetv2_misfm.pretrain.settings import AugmentSettings, FusionSettings
+
+DERIVED_PLANS_NAME = "nnUNetMisFMPretrainPlans"
+
+
+class BareVolumes:
+    """Volumes in folders, which are prepared into a pool."""
+
+    def __init__(self, options: PretrainOptions):
+        self.options = options
+        self.dataset_name = _pool_dataset_name(options)
+        self.plans_name = options.plans_name or options.base_plans or DEFAULT_PLANS_NAME
+        check_plans_name(self.plans_name)
+        self.adopted: dict[str, Any] | None = None
+        if options.plans_from:
+            name = options.base_plans or DEFAULT_PLANS_NAME
+            self.adopted = read_plans(preprocessed_dataset(options.plans_from), name, [options.configuration])
+        self.earlier = existing_plans(self.dataset_name, self.plans_name)
+
+    def plan(self, request: RunRequest) -> dict[str, Any]:
+        """Look at the headers of the volumes, and plan the pool and the run."""
+        options = self.options
+        names = (self.dataset_name, self.plans_name, options.configuration)
+        settings = read_settings(PoolSettings, options.pool, "The pool's settings")
+        self.inspection = inspect_volumes(options.folders, settings, options.num_processes)
+        check_usable(self.inspection, self.dataset_name, self.plans_name)
+        print(self.inspection.summary())
+        if self.adopted is not None:
+            adopted = adopt_plans(self.adopted, options.configuration, *names, settings, self.adopted.get(BLOCK, {}))
+            plans = run_plans(adopted, options.configuration, self.plans_name, self.dataset_name, request)
+        else:
+            geometry = find_geometry(self.inspection, settings, *names)
+            entry, patch_size, batch_size = new_pool_entry(geometry.spacing, geometry.median_shape, request)
+            block = request.block()
+            plans = plan_pool(self.inspection, settings, geometry, *names, patch_size, batch_size, entry, block)
+        return _with_what_was_left_open(plans, self.earlier, options.configuration, request)
+
+    def provide(self, plans: dict[str, Any]) -> dict[str, Any] | None:
+        """Prepare the volumes; the plans with what was found in them, or None while other parts are still to do."""
+        options = self.options
+        shares = (options.num_processes, options.num_parts, options.part_id)
+        report = prepare_pool(self.inspection, plans, options.configuration, *shares)
+        print(report.summary())
+        return report.plans if report.complete else None
+
+
+class PreprocessedDataset:
+    """A pool that is prepared already, or a dataset that nnU-Net has preprocessed, whose arrays are shared."""
+
+    def __init__(self, options: PretrainOptions):
+        self.options = options
+        self.folder = preprocessed_dataset(options.dataset)
+        self.dataset_name = self.folder.name
+        self.base = read_plans(self.folder, options.base_plans or DEFAULT_PLANS_NAME, [options.configuration])
+        of_pretraining = self.base.get(BLOCK, {}).get("task") == PretrainingSettings.TASK
+        self.plans_name = options.plans_name or (self.base["plans_name"] if of_pretraining else DERIVED_PLANS_NAME)
+        check_plans_name(self.plans_name)
+        is_pool = read_dataset_json(self.folder).get("misfm_pool", False)
+        if is_pool and not (self.folder / "dataset_fingerprint.json").is_file():
+            raise PlanError(
+                f"The pool {self.folder} is not complete: volumes are still to be prepared. Give their folders with -i "
+                f"again; what is prepared already is kept."
+            )
+        self.path = self.folder / f"{self.plans_name}.json"
+        self.replaced = check_replaceable(self.path, PretrainingSettings.TASK, [options.configuration])
+        planned_before = self.replaced is not None and options.configuration in self.replaced["configurations"]
+        of_run = self.replaced if planned_before else self.base if of_pretraining else None
+        self.earlier: Mapping[str, Any] | None = of_run
+
+    def plan(self, request: RunRequest) -> dict[str, Any]:
+        """Plan a run on what is preprocessed."""
+        plans = run_plans(self.base, self.options.configuration, self.plans_name, self.dataset_name, request)
+        return _with_what_was_left_open(plans, self.earlier, self.options.configuration, request)
+
+    def provide(self, plans: dict[str, Any]) -> dict[str, Any]:
+        """Write the plans."""
+        if self.replaced is not None:
+            # Runs of other configurations under the same name need their entries to be continued.
+            plans["configurations"] = {**self.replaced["configurations"], **plans["configurations"]}
+        data = self.folder / plans["configurations"][self.options.configuration]["data_identifier"]
+        if not preprocessed_cases(data):
+            raise PlanError(
+                f"{data} holds no preprocessed cases. Run nnUNetv2_preprocess -d {self.options.dataset} -plans_name "
+                f"{self.base['plans_name']} -c {self.options.configuration} first, or give volumes with -i."
+            )
+        write_json(plans, self.path)
+        return plans
+
+
+def source_of(options: PretrainOptions) -> BareVolumes | PreprocessedDataset:
+    """The data that the options name."""
+    return BareVolumes(options) if options.folders else PreprocessedDataset(options)
+
+
+def _pool_dataset_name(options: PretrainOptions) -> str:
+    if options.dataset.startswith("Dataset"):
+        return options.dataset
+    if not options.dataset.isdecimal() or not 0 < int(options.dataset) < 1000:
+        raise PlanError(f"-d {options.dataset} is not a dataset ID; use a number from 1 to 999.")
+    if options.pool_name is None:
+        return preprocessed_dataset(options.dataset).name
+    return f"Dataset{int(options.dataset):03d}_{options.pool_name}"
+
+
+def _with_what_was_left_open(
+    plans: dict[str, Any], earlier: Mapping[str, Any] | None, configuration: str, request: RunRequest
+) -> dict[str, Any]:
+    """Plans with the network and sizes of earlier ones for the same data, as far as the request leaves them open."""
+    before = (earlier or {}).get("configurations", {}).get(configuration)
+    now = plans["configurations"][configuration]
+    if before is None or any(before.get(name) != now.get(name) for name in ("spacing", "data_identifier")):
+        return plans
+    left_open = {
+        "architecture": request.network is None and not request.arch_kwargs,
+        "patch_size": request.patch_size is None,
+        "batch_size": request.batch_size is None,
+    }
+    now.update({key: before[key] for key, is_open in left_open.items() if is_open})
+    return plans
+
+
+def run_request(options: PretrainOptions, earlier: Mapping[str, Any] | None) -> RunRequest:
+    """What is asked for; what the options leave open comes from earlier pretraining plans, then from the defaults."""
+    block = (earlier or {}).get(BLOCK, {})
+    before = block if block.get("task") == PretrainingSettings.TASK else {}
+    groups = {name: {**before.get(name, {}), **values} for name, values in options.groups.items()}
+    return RunRequest(
+        network=options.network,
+        settings=read_settings(PretrainingSettings, {**without_groups(before), **options.run}, "The run settings"),
+        fusion=read_settings(FusionSettings, groups["fusion"], "The Volume Fusion settings"),
+        augmentation=read_settings(AugmentSettings, groups["augmentation"], "The augmentation settings"),
+        arch_kwargs=options.arch_kwargs,
+        patch_size=options.patch_size,
+        batch_size=options.batch_size,
+    )
