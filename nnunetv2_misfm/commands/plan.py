@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from nnunetv2_misfm.commands.setting_options import add_setting_options, given
 from nnunetv2_misfm.errors import PlanError, exit_with_message
 from nnunetv2_misfm.files import write_json
-from nnunetv2_misfm.plans.checks import check_labels, check_replaceable, with_trainer
+from nnunetv2_misfm.plans.checks import check_labels, check_replaceable
 from nnunetv2_misfm.plans.files import folds, preprocessed_dataset, read_dataset_json, read_plans
 from nnunetv2_misfm.plans.network_entry import NETWORKS
 from nnunetv2_misfm.plans.run_settings import (
     DEFAULT_BASELINE_PLANS,
     DEFAULT_FINETUNING_PLANS,
-    PRETRAIN_INFO,
     FinetuningSettings,
 )
 from nnunetv2_misfm.plans.settings import read_settings
+
+if TYPE_CHECKING:
+    from nnunetv2_misfm.transfer.planning import PlanRequest
+    from nnunetv2_misfm.transfer.pretrained import Source
 
 _FEW_ITERATIONS = 1000
 
@@ -37,91 +39,124 @@ def plan(options: argparse.Namespace) -> None:
         UserError: for everything in the options, the dataset or the checkpoint that cannot be used.
     """
     # nnU-Net and torch take seconds to import; --help and wrong flags should not wait for them.
-    from nnunetv2_misfm.transfer.arrays import provide_data
     from nnunetv2_misfm.transfer.memory_target import fit_to_memory
-    from nnunetv2_misfm.transfer.planning import PlanRequest, check_fit, check_name, finetuning_plans
+    from nnunetv2_misfm.transfer.planning import check_fit, finetuning_plans, require_trainer
     from nnunetv2_misfm.transfer.pretrained import read_source
     from nnunetv2_misfm.transfer.replaced_plans import what_changes
+
+    _check(options)
+    target = Target(options)
+    source = read_source(options.pretrained_weights) if options.pretrained_weights else None
+    request = target.request(options, source)
+    plans, remarks = finetuning_plans(target.base, request, source)
+    remarks += _about_the_weights(options, request, source)
+    for name in request.configurations if options.gpu_memory_target is not None else ():
+        remarks.append(fit_to_memory(plans, name, target.dataset_json, options.gpu_memory_target))
+    for name in request.configurations:
+        check_fit(plans, name, target.dataset_json, source)
+    if target.replaced is not None:
+        remarks += what_changes(target.path, target.replaced, plans, options.c)
+    require_trainer(plans)
+    write_json(plans, target.path)
+    for remark in remarks:
+        print(f"Note: {remark}")
+    print(f"Plans {'written' if target.replaced is None else 'replaced'}: {target.path}")
+    if not options.no_pp:
+        target.provide_data(plans, options.np)
+    print("Train with:")
+    for command in target.training_commands(plans):
+        print(f"  {command}")
+
+
+class Target:
+    """The labelled dataset, its plans, and those that are to be written beside them."""
+
+    def __init__(self, options: argparse.Namespace):
+        from nnunetv2_misfm.transfer.planning import check_name
+
+        self.configurations: list[str] = options.c
+        self.folder = preprocessed_dataset(options.d)
+        self.base = read_plans(self.folder, options.p, options.c)
+        self.dataset_json = read_dataset_json(self.folder)
+        check_labels(self.dataset_json, self.folder / "dataset.json")
+        # A name of its own: under one name the baseline would train in the results folder of the fine-tuned run.
+        default_name = DEFAULT_BASELINE_PLANS if options.from_scratch else DEFAULT_FINETUNING_PLANS
+        self.plans_name = options.overwrite_plans_name or default_name
+        check_name(self.plans_name, self.base)
+        self.path = self.folder / f"{self.plans_name}.json"
+        self.replaced = check_replaceable(self.path, FinetuningSettings.TASK, options.c)
+
+    def request(self, options: argparse.Namespace, source: Source | None) -> PlanRequest:
+        """What the options ask for."""
+        from nnunetv2_misfm.transfer.planning import PlanRequest
+
+        scratch = options.from_scratch or source is None
+        settings = {"schedule": "scratch" if scratch else "sawtooth", **given(options, FinetuningSettings)}
+        return PlanRequest(
+            plans_name=self.plans_name,
+            configurations=tuple(options.c),
+            network=options.network,
+            settings=read_settings(FinetuningSettings, settings, "The run settings"),
+            arch_kwargs={"features_per_stage": options.features_per_stage} if options.features_per_stage else {},
+            spacing=_spacing(options.spacing),
+            ct_intensities=options.ct_intensities,
+            patch_size=tuple(options.patch_size) if options.patch_size else None,
+            batch_size=options.batch_size,
+            from_scratch=scratch,
+            kept=self._kept(),
+        )
+
+    def _kept(self) -> dict[str, Any]:
+        """Configurations of the plans that are replaced which stay: planned before, or added by their owner."""
+        there = {} if self.replaced is None else self.replaced["configurations"]
+        own = [name for name in self.configurations if name in there and name not in self.base["configurations"]]
+        if own:
+            raise PlanError(
+                f"{', '.join(own)} cannot be planned from {self.base['plans_name']}, which has no such configuration. "
+                f"It was added to {self.path} and stays there whatever is planned: leave it out of -c."
+            )
+        return {name: entry for name, entry in there.items() if name not in self.configurations}
+
+    def provide_data(self, plans: Mapping[str, Any], num_processes: int) -> None:
+        """Link or preprocess the arrays of the new plans, and say which."""
+        from nnunetv2_misfm.transfer.arrays import provide_data
+
+        for name in self.configurations:
+            print(provide_data(self.folder, plans, self.base, name, num_processes))
+
+    def training_commands(self, plans: Mapping[str, Any]) -> Iterator[str]:
+        """One for each configuration; the next stage of a cascade needs predictions of all cases, so of all folds."""
+        there = folds(self.folder, self.dataset_json["numTraining"])
+        number = self.folder.name.removeprefix("Dataset").partition("_")[0]
+        for name in self.configurations:
+            for fold in there if plans["configurations"][name].get("next_stage") else there[:1]:
+                yield f"nnUNetv2_train {int(number)} {name} {fold} -tr MisFMTrainer -p {self.plans_name}"
+
+
+def _check(options: argparse.Namespace) -> None:
+    problems = []
+    if options.np < 1:
+        problems.append(f"-np {options.np} must be at least 1")
+    if options.gpu_memory_target is not None and (options.patch_size or options.batch_size):
+        problems.append("-gpu_memory_target chooses patch and batch size; leave -patch_size and -batch_size out")
+    if problems:
+        raise PlanError("; ".join(problems) + ".")
+
+
+def _about_the_weights(options: argparse.Namespace, request: PlanRequest, source: Source | None) -> Iterator[str]:
+    """Remarks on what the weights can be expected to do in a run of this length."""
     from nnunetv2_misfm.transfer.shrunk_weights import shrunk_weights
 
-    if options.np < 1:
-        raise PlanError(f"-np {options.np} must be at least 1.")
-    if options.gpu_memory_target is not None and (options.patch_size or options.batch_size):
-        raise PlanError("-gpu_memory_target chooses patch and batch size; leave -patch_size and -batch_size out.")
-    dataset_folder = preprocessed_dataset(options.d)
-    base = read_plans(dataset_folder, options.p, options.c)
-    dataset = read_dataset_json(dataset_folder)
-    check_labels(dataset, dataset_folder / "dataset.json")
-    source = read_source(options.pretrained_weights) if options.pretrained_weights else None
-    scratch = options.from_scratch or source is None
-    # A name of its own: under one name the baseline would train in the results folder of the fine-tuned run.
-    default_name = DEFAULT_BASELINE_PLANS if options.from_scratch else DEFAULT_FINETUNING_PLANS
-    plans_name = options.overwrite_plans_name or default_name
-    check_name(plans_name, base)
-    path = dataset_folder / f"{plans_name}.json"
-    replaced = check_replaceable(path, FinetuningSettings.TASK, options.c)
-    request = PlanRequest(
-        plans_name=plans_name,
-        configurations=tuple(options.c),
-        network=options.network,
-        settings=_settings(options, scratch),
-        arch_kwargs={"features_per_stage": options.features_per_stage} if options.features_per_stage else {},
-        spacing=_spacing(options.spacing),
-        patch_size=tuple(options.patch_size) if options.patch_size else None,
-        batch_size=options.batch_size,
-        from_scratch=scratch,
-        kept=_kept(path, replaced, options.c, base),
-    )
-    plans, remarks = finetuning_plans(base, request, source)
-    if source is not None and not scratch and (shrunk := shrunk_weights(source.weights)) is not None:
-        remarks.append(f"{source.path} starts from zero in {shrunk}: weight decay has shrunk its weights to nothing.")
+    if source is None or request.from_scratch:
+        return
+    if (shrunk := shrunk_weights(source.weights)) is not None:
+        yield f"{source.path} starts from zero in {shrunk}: weight decay has shrunk its weights to nothing."
     iterations = request.settings.num_epochs * request.settings.num_iterations_per_epoch
-    if not scratch and iterations <= _FEW_ITERATIONS and options.initial_lr is None:
-        remarks.append(
+    if iterations <= _FEW_ITERATIONS and options.initial_lr is None:
+        yield (
             f"{iterations} iterations are few for the default learning rate, which is for 250,000; in a study "
             f"with 300 iterations -schedule default -initial_lr 5e-3 did best."
         )
-    if options.gpu_memory_target is not None:
-        for name in request.configurations:
-            remarks.append(fit_to_memory(plans, name, dataset, options.gpu_memory_target))
-    for name in request.configurations:
-        check_fit(plans, name, dataset, source)
-    if replaced is not None:
-        remarks += what_changes(path, replaced, plans, options.c)
-    if plans[PRETRAIN_INFO]["checkpoint_path"] is not None:
-        for entry in plans["configurations"].values():
-            if "architecture" in entry:
-                entry["architecture"] = with_trainer(entry["architecture"])
-    write_json(plans, path)
-    for remark in remarks:
-        print(f"Note: {remark}")
-    print(f"Plans {'written' if replaced is None else 'replaced'}: {path}")
-    if not options.no_pp:
-        for name in request.configurations:
-            print(provide_data(dataset_folder, plans, base, name, options.np))
-    print("Train with:")
-    known = options.d if options.d.isdecimal() else dataset_folder.name
-    there = folds(dataset_folder, dataset["numTraining"])
-    for name in request.configurations:
-        # The next stage of a cascade needs predictions of all cases.
-        for fold in there if plans["configurations"][name].get("next_stage") else there[:1]:
-            print(f"  nnUNetv2_train {known} {name} {fold} -tr MisFMTrainer -p {plans_name}")
-
-
-def _kept(
-    path: Path, replaced: Mapping[str, Any] | None, planned: Sequence[str], base: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Configurations of the plans that are replaced which stay: planned before, or added to the file by its owner."""
-    if replaced is None:
-        return {}
-    there = replaced["configurations"]
-    own = [name for name in planned if name in there and name not in base["configurations"]]
-    if own:
-        raise PlanError(
-            f"{', '.join(own)} cannot be planned from {base['plans_name']}, which has no such configuration. It was "
-            f"added to {path} and stays there whatever is planned: leave it out of -c."
-        )
-    return {name: entry for name, entry in there.items() if name not in planned}
 
 
 def _spacing(given: list[str]) -> str | tuple[float, float, float]:
@@ -132,11 +167,6 @@ def _spacing(given: list[str]) -> str | tuple[float, float, float]:
     except ValueError:
         raise PlanError(f"-spacing {' '.join(given)} is neither dataset, pretrained nor three numbers in mm.") from None
     return x, y, z
-
-
-def _settings(options: argparse.Namespace, scratch: bool) -> FinetuningSettings:
-    values = {"schedule": "scratch" if scratch else "sawtooth", **given(options, FinetuningSettings)}
-    return read_settings(FinetuningSettings, values, "The run settings")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -170,7 +200,14 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["dataset"],
         metavar="MM",
-        help="dataset (default), pretrained (the checkpoint's), or three numbers in mm, in plans axis order",
+        help="dataset (default), pretrained (the checkpoint's), or three numbers in mm, in the order of the images' "
+        "axes (slice axis first), as in misfm_pretrain and nnU-Net's -overwrite_target_spacing",
+    )
+    add(
+        "-ct_intensities",
+        choices=("pretrained", "dataset"),
+        default="pretrained",
+        help="clip and scale CT as in pretraining (default), or as the dataset's plans do",
     )
     add("-patch_size", nargs=3, type=int, metavar="N", help="patch size in plans axis order (default: the plan's)")
     add("-batch_size", type=int, metavar="N", help="batch size (default: the plan's)")

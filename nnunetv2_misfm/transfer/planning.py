@@ -17,7 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_misfm.architectures.resolution import total_strides
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.plans.checks import build_on_meta, check_plans_name, configuration_3d
+from nnunetv2_misfm.plans.checks import build_on_meta, check_plans_name, configuration_3d, with_trainer
 from nnunetv2_misfm.plans.network_entry import (
     NETWORKS,
     architecture_entry,
@@ -57,7 +57,9 @@ class PlanRequest:
             checkpoint's, PCT-Net without one.
         settings: of the run.
         arch_kwargs: constructor arguments of the network that the user chose.
-        spacing: "dataset" keeps the plan's, "pretrained" takes the checkpoint's; or mm in plans axis order.
+        spacing: "dataset" keeps the plan's, "pretrained" takes the checkpoint's; or mm in the order of the images'
+            axes, before the plans transpose them.
+        ct_intensities: "pretrained" clips and scales CT as in pretraining, "dataset" as the dataset's plans do.
         patch_size, batch_size: instead of the plan's; None keeps them.
         from_scratch: plan for a source but do not load it: the fair baseline.
         kept: other configurations of the plans that are replaced, which stay as they are.
@@ -69,6 +71,7 @@ class PlanRequest:
     settings: FinetuningSettings
     arch_kwargs: Mapping[str, Any] = field(default_factory=dict)
     spacing: str | tuple[float, float, float] = "dataset"
+    ct_intensities: str = "pretrained"
     patch_size: tuple[int, int, int] | None = None
     batch_size: int | None = None
     from_scratch: bool = False
@@ -108,7 +111,7 @@ def finetuning_plans(
     plans["configurations"] = {
         name: _configuration(base, name, request, source, remarks) for name in request.configurations
     }
-    _keep_normalisation(plans, source, remarks)
+    _keep_normalisation(plans, source, request.ct_intensities, remarks)
     plans[BLOCK] = {"task": FinetuningSettings.TASK, **write_settings(request.settings)}
     plans[PRETRAIN_INFO] = _pretrain_info(source, request, plans)
     plans["configurations"] |= deepcopy(dict(request.kept))
@@ -206,7 +209,8 @@ def _configuration(
     configuration["data_identifier"] = f"{request.plans_name}_{name}"
     degree = degree_of_anisotropy(configuration)
     if request.spacing != "dataset":
-        remarks.append(f"{name}: {_change_spacing(configuration, _wanted_spacing(request, source))}")
+        wanted = _wanted_spacing(request, source, base["transpose_forward"])
+        remarks.append(f"{name}: {_change_spacing(configuration, wanted)}")
         degree = degree_for_spacing(configuration["spacing"])
     configuration["architecture"] = _architecture(configuration, degree, name, request, source, remarks)
     if request.patch_size is None and enlarge_for_augmentation(configuration):
@@ -258,9 +262,10 @@ def _architecture(
     return architecture_entry(network, degree, **{**taken_over, **request.arch_kwargs})
 
 
-def _wanted_spacing(request: PlanRequest, source: Source | None) -> list[float]:
+def _wanted_spacing(request: PlanRequest, source: Source | None, transpose: Sequence[int]) -> list[float]:
+    """In mm, plans axis order."""
     if request.spacing != "pretrained":
-        return [float(mm) for mm in request.spacing]
+        return [float(request.spacing[axis]) for axis in transpose]
     spacing = source.info.preprocessing.get("spacing") if source is not None and source.info is not None else None
     if spacing is None:
         whose = "there are no pretrained weights" if source is None else f"{source.path} does not say what it was"
@@ -310,8 +315,8 @@ def _network_of(source: Source | None) -> str | None:
     return names.get(source.info.network_class_name)
 
 
-def _keep_normalisation(plans: dict[str, Any], source: Source | None, remarks: list[str]) -> None:
-    """Normalise as in pretraining where both are CT; say so where the two cannot agree."""
+def _keep_normalisation(plans: dict[str, Any], source: Source | None, ct_intensities: str, remarks: list[str]) -> None:
+    """Normalise CT as in pretraining if that is wanted; say what changes, and where the two cannot agree."""
     if source is None or source.info is None:
         return
     pretrained = source.info.preprocessing
@@ -334,8 +339,36 @@ def _keep_normalisation(plans: dict[str, Any], source: Source | None, remarks: l
             elif scheme == "CTNormalization":
                 window = pretrained["foreground_intensity_properties_per_channel"]
                 properties = plans["foreground_intensity_properties_per_channel"][str(channel)]
-                properties.update(window.get(str(channel), window["0"]))
-    remarks[:] = list(dict.fromkeys(remarks))
+                remarks.append(_take_window(properties, window.get(str(channel), window["0"]), ct_intensities))
+    remarks[:] = [remark for remark in dict.fromkeys(remarks) if remark]
+
+
+def _take_window(own: dict[str, float], pretrained: Mapping[str, float], ct_intensities: str) -> str:
+    """Let a CT channel be clipped and scaled as in pretraining, if wanted; says how, empty if nothing differs."""
+    of_window = ("percentile_00_5", "percentile_99_5", "mean", "std")
+    if all(math.isclose(own[name], pretrained[name], rel_tol=1e-6) for name in of_window):
+        return ""
+    ours, theirs = (
+        f"{values['percentile_00_5']:.5g} to {values['percentile_99_5']:.5g} HU" for values in (own, pretrained)
+    )
+    if ct_intensities == "dataset":
+        return (
+            f"CT is clipped to {ours}, as the dataset's plans do; pretraining used {theirs}, so the weights meet other "
+            f"values than they were made for."
+        )
+    own.update(pretrained)
+    return (
+        f"CT is clipped to {theirs} and scaled as in pretraining, instead of {ours} as in the dataset's plans; "
+        f"-ct_intensities dataset keeps those."
+    )
+
+
+def require_trainer(plans: dict[str, Any]) -> None:
+    """Let the networks of plans that start from weights be built by our trainer only: others would not load them."""
+    if plans[PRETRAIN_INFO]["checkpoint_path"] is not None:
+        for entry in plans["configurations"].values():
+            if "architecture" in entry:
+                entry["architecture"] = with_trainer(entry["architecture"])
 
 
 def _pretrain_info(source: Source | None, request: PlanRequest, plans: Mapping[str, Any]) -> dict[str, Any]:
