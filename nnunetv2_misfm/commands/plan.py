@@ -16,7 +16,6 @@ from nnunetv2_misfm.plans.run_options import add_run_options, given
 from nnunetv2_misfm.plans.run_settings import (
     DEFAULT_BASELINE_PLANS,
     DEFAULT_FINETUNING_PLANS,
-    PRETRAIN_INFO,
     FinetuningSettings,
 )
 from nnunetv2_misfm.plans.settings import read_settings
@@ -93,10 +92,9 @@ def plan(options: argparse.Namespace) -> None:
         check_fit(plans, name, dataset, source)
     if replaced is not None:
         remarks += what_changes(path, replaced, plans, options.c)
-    if plans[PRETRAIN_INFO]["checkpoint_path"] is not None:
-        for entry in plans["configurations"].values():
-            if "architecture" in entry:
-                entry["architecture"] = with_trainer(entry["architecture"])
+    for entry in plans["configurations"].values():
+        if "architecture" in entry:
+            entry["architecture"] = with_trainer(entry["architecture"])
     write_json(plans, path)
     for remark in remarks:
         print(f"Note: {remark}")
