@@ -13,7 +13,7 @@ from nnunetv2_misfm.files import read_json
 from nnunetv2_misfm.plans.run_settings import BLOCK
 from nnunetv2_misfm.plans.settings import is_number
 
-NEEDS_TRAINER = "these plans start from pretrained weights: train them with -tr MisFMTrainer"
+NEEDS_TRAINER = "these plans are not for this trainer: use -tr MisFMTrainer"
 _OLD_INTENSITIES = "foreground_intensity_properties_by_modality"
 INTENSITIES = "foreground_intensity_properties_per_channel"
 _PLANS_KEYS = (
@@ -193,8 +193,8 @@ def with_present_names(plans: dict[str, Any]) -> dict[str, Any]:
 def with_trainer(architecture: Mapping[str, Any]) -> dict[str, Any]:
     """An `architecture` entry that nnU-Net's own trainers refuse with an error that names ours.
 
-    nnU-Net looks for the names in `_kw_requires_import` among the network's arguments when it builds it. Plans with
-    pretrained weights would train from scratch, with success, where -tr was forgotten: only our trainers load weights.
+    nnU-Net looks for the names in `_kw_requires_import` among the network's arguments when it builds it. Where -tr was
+    forgotten, its trainer would train without the pretrained weights and the run's settings, and end with success.
     """
     return {
         **architecture,

@@ -33,11 +33,11 @@ def _tags(names: str) -> list[BaseTag]:
 GEOMETRY_TAGS = _tags(
     "ImageType Modality PatientID SeriesInstanceUID SOPInstanceUID NumberOfFrames Rows Columns SamplesPerPixel "
     "PhotometricInterpretation PixelSpacing ImagePositionPatient ImageOrientationPatient SpacingBetweenSlices "
-    "SliceVector DetectorInformationSequence RescaleSlope RescaleIntercept SharedFunctionalGroupsSequence "
+    "BitsStored HighBit SliceVector DetectorInformationSequence RescaleSlope RescaleIntercept SharedFunctionalGroupsSequence "
     "PerFrameFunctionalGroupsSequence"
 )
 PIXEL_TAGS = _tags(
-    "BitsAllocated BitsStored HighBit PixelRepresentation PlanarConfiguration PixelData FloatPixelData "
+    "BitsAllocated PixelRepresentation PlanarConfiguration PixelData FloatPixelData "
     "DoubleFloatPixelData ExtendedOffsetTable ExtendedOffsetTableLengths ModalityLUTSequence"
 )
 
@@ -158,6 +158,11 @@ def _check_pixels(dataset: pydicom.Dataset, modality: str | None) -> None:
     meaning = _text(dataset, "PhotometricInterpretation") or "MONOCHROME2"
     if meaning == "MONOCHROME1" and modality not in MODALITIES_WITH_UNITS:
         raise VolumeProblem("DICOM MONOCHROME1: low values are shown bright, and no unit says what they mean")
+    stored, high_bit = int(dataset.get("BitsStored") or 0), dataset.get("HighBit")
+    if stored and high_bit is not None and int(high_bit) != stored - 1:
+        raise VolumeProblem(
+            f"DICOM values that do not begin at the lowest bit (BitsStored {stored}, HighBit {high_bit})"
+        )
     if not meaning.startswith("MONOCHROME"):
         raise VolumeProblem(f"DICOM {meaning}: its pixels are colours")
 

@@ -14,6 +14,7 @@ from pydicom.pixels.utils import iter_pixels
 from nnunetv2_misfm.pool.dicom_frames import Frame, tolerant
 from nnunetv2_misfm.pool.volume_files import VolumeProblem, unreadable
 
+_END_OF_IMAGE = b"\xff\xd9"  # of JPEG, JPEG-LS and JPEG 2000 alike
 _COMPRESSED = "1.2.840.10008.1.2.4."
 # What pydicom decodes itself (uncompressed, deflated, run lengths) is left to it; the rest needs one of its plugins,
 # where imagecodecs, which nnU-Net brings along, serves as well.
@@ -66,6 +67,8 @@ def _planes(dataset: pydicom.Dataset) -> Iterator[np.ndarray]:
     offsets = dataset.get("ExtendedOffsetTable")
     extended = (offsets, dataset.ExtendedOffsetTableLengths) if offsets else None
     for code in generate_frames(dataset.PixelData, number_of_frames=count, extended_offsets=extended):
+        if not code.rstrip(b"\x00").endswith(_END_OF_IMAGE):  # some decoders fill up what is missing without a word
+            raise VolumeProblem("cut short: a compressed frame without its end")
         yield decode(code)
 
 
@@ -76,6 +79,5 @@ def _stored_values(dataset: pydicom.Dataset, plane: np.ndarray) -> np.ndarray:
     is_signed = int(dataset.get("PixelRepresentation") or 0) == 1
     if plane.dtype.kind == "f" or (stored >= allocated and is_signed == (plane.dtype.kind == "i")):
         return plane
-    lowest = max(0, int(dataset.get("HighBit", stored - 1)) + 1 - stored)
-    values = plane.view(f"u{plane.dtype.itemsize}").astype(np.int64) >> lowest & ((1 << stored) - 1)
+    values = plane.view(f"u{plane.dtype.itemsize}").astype(np.int64) & ((1 << stored) - 1)
     return np.where(values >> (stored - 1), values - (1 << stored), values) if is_signed else values

@@ -122,6 +122,10 @@ def stack_frames(headers: Sequence[DicomHeader]) -> Stack:
         raise VolumeProblem("2D: a DICOM series of one slice")
     _check_alike([frame for _, frame in frames])
     row, column = np.array(first.orientation[:3]), np.array(first.orientation[3:])
+    if not np.allclose([row @ row, column @ column, row @ column], (1, 1, 0), atol=0.02):
+        raise VolumeProblem(
+            f"DICOM orientation (0020,0037) is no pair of directions at right angles: {first.orientation}"
+        )
     normal = np.cross(row, column)
     positions = np.array([frame.position for _, frame in frames])
     along = positions @ normal

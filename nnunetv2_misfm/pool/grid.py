@@ -67,13 +67,18 @@ def make_grid(
         VolumeProblem: 2D, more than 3D, a voxel size that is not plausible, or axes that do not span space.
     """
     shape = "x".join(str(int(n)) for n in size)
-    if min(size) < 1:
+    while len(size) > 3 and size[-1] == 1:
+        size = size[:-1]
+    if min(size, default=0) < 1:
         raise VolumeProblem(f"unreadable: size {shape} in its header")
-    if len(size) < 3 or min(size) == 1:
-        raise VolumeProblem(f"2D ({shape})")
     if len(size) > 3:
         raise VolumeProblem(f"{len(size)}D ({shape}); split it into 3D files first")
+    if len(size) < 3 or min(size) == 1:
+        raise VolumeProblem(f"2D ({shape})")
+    spacing, direction, origin = spacing[:3], direction[:3, :3], origin[:3]
     check_spacing(spacing)
+    if not np.isfinite(direction).all() or np.linalg.matrix_rank(direction) < 3:
+        raise VolumeProblem(f"unreadable: its axes do not span space (direction {direction.tolist()})")
     grid = Grid(
         size=tuple(int(n) for n in size),
         spacing=tuple(float(mm) for mm in spacing),

@@ -14,7 +14,7 @@ from nnunetv2_misfm.pool.grid import Grid
 from nnunetv2_misfm.pool.nifti import open_nifti
 from nnunetv2_misfm.pool.stored_image import StoredImage
 from nnunetv2_misfm.pool.text_headers import open_metaimage, open_nrrd
-from nnunetv2_misfm.pool.volume_files import LeftOut, VolumeFile, VolumeProblem
+from nnunetv2_misfm.pool.volume_files import LeftOut, VolumeFile, VolumeProblem, unreadable
 
 HEADERS_WORTH_A_PROCESS = 2000
 
@@ -74,3 +74,5 @@ def _header_or_reason(file: VolumeFile) -> Header | LeftOut:
         return LeftOut(file.path, f"unreadable: {error.strerror or error}")
     except VolumeProblem as problem:
         return LeftOut(file.path, str(problem))
+    except Exception as error:  # numbers that are none, in headers of any format: one file never stops the rest
+        return LeftOut(file.path, unreadable(error))

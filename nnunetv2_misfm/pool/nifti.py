@@ -7,6 +7,7 @@ The voxels are taken from the very file that is named. ITK looks for another one
 from __future__ import annotations
 
 import gzip
+import math
 from typing import Any
 
 import nibabel
@@ -21,6 +22,8 @@ MM_PER_UNIT = {1: 1e3, 2: 1.0, 3: 1e-3}
 """By the first three bits of xyzt_units: metres, millimetres, micrometres."""
 SAME_SIZE = 0.01
 """By which share two statements of one voxel size in a header may differ."""
+QUATERNION_ROUNDING = 0.05
+"""By how much the squared length of a quaternion may be above 1."""
 RIGHT_ANGLES = 0.1
 """Axes that are no further than this from right angles, in degrees, differ from them by rounding only."""
 
@@ -39,8 +42,8 @@ def open_nifti(path: str) -> StoredImage:
         raise VolumeProblem("unreadable: not a NIfTI file of its own (the magic number is missing)")
     dims = header["dim"].astype(int)
     size = [int(n) for n in dims[1 : 1 + dims[0]]] if 1 <= dims[0] <= 7 else []
-    while len(size) > 3 and size[-1] == 1:
-        size.pop()
+    if len(size) == 5 and size[3] == 1 and size[4] > 1:
+        raise VolumeProblem(f"RGB or vector voxels ({size[4]} numbers each)")
     try:
         dtype = header.get_data_dtype()
         slope, intercept = header.get_slope_inter()
@@ -99,10 +102,27 @@ def _axes(header: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _qform(header: Any) -> np.ndarray | None:
+    """The affine of the quaternion, as NIfTI-1 defines it (method 2); None if the header has none.
+
+    nibabel refuses quaternions that rounding has made longer than 1, and a qfac of 0, which stands for 1.
+    """
     if header["qform_code"] <= 0:
         return None
-    try:
-        qform: np.ndarray = header.get_qform()
-    except Exception:  # quaternions of no rotation
-        return None
-    return qform
+    b, c, d = (float(header[f"quatern_{name}"]) for name in "bcd")
+    rest = 1 - (b * b + c * c + d * d)
+    if not np.isfinite(rest) or rest < -QUATERNION_ROUNDING:
+        raise VolumeProblem(f"unreadable: the quaternion ({b:g}, {c:g}, {d:g}) in its header is no rotation")
+    a, length = (math.sqrt(rest), 1.0) if rest > 1e-7 else (0.0, math.sqrt(b * b + c * c + d * d))
+    b, c, d = b / length, c / length, d / length
+    rotation = np.array(
+        [
+            [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
+            [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
+            [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
+        ]
+    )
+    qfac = -1.0 if header["pixdim"][0] < 0 else 1.0
+    affine = np.eye(4)
+    affine[:3, :3] = rotation * np.abs(header["pixdim"][1:4].astype(float)) * (1.0, 1.0, qfac)
+    affine[:3, 3] = [float(header[f"qoffset_{name}"]) for name in "xyz"]
+    return affine

@@ -28,7 +28,7 @@ class StoredImage:
     """The files that hold the voxels, and the byte to start from; negative: the voxels end where the file does."""
     decode: Callable[[bytes], bytes] = bytes
     skip: int = 0
-    """Bytes before the first voxel after decoding; negative: the voxels end where the data does."""
+    """Bytes before the first voxel of each file after decoding; negative: the voxels end where the data does."""
     slope: float = 1.0
     intercept: float = 0.0
 
@@ -40,20 +40,36 @@ class StoredImage:
         """
         count = int(np.prod(self.grid.size, dtype=np.int64))
         wanted = count * self.dtype.itemsize
+        share, rest = divmod(wanted, len(self.parts))
+        if rest:
+            raise VolumeProblem(
+                f"unreadable: its {wanted} bytes of voxels do not share out over {len(self.parts)} files"
+            )
         try:
-            content = b"".join(self.decode(_bytes(path, start, wanted)) for path, start in self.parts)
+            content = b"".join(self._part(path, start, share) for path, start in self.parts)
         except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:
             raise VolumeProblem(f"damaged or cut short: {error}") from error
         except OSError as error:
             raise VolumeProblem(f"unreadable: {error.strerror or error} ({error.filename})") from error
-        skip = self.skip if self.skip >= 0 else max(0, len(content) - wanted)
-        if len(content) - skip < wanted:
-            raise VolumeProblem(f"cut short: {len(content)} of {skip + wanted} bytes")
-        voxels = np.frombuffer(content, self.dtype, count, skip).reshape(self.grid.size[::-1])
+        if len(content) < wanted:
+            raise VolumeProblem(f"cut short: {len(content)} of {wanted} bytes of voxels")
+        voxels = np.frombuffer(content, self.dtype, count).reshape(self.grid.size[::-1])
         if (self.slope, self.intercept) != (1.0, 0.0):
             voxels = voxels.astype(np.float64) * self.slope + self.intercept
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity, which is found out later
             return voxels.astype(np.float32)
+
+    def _part(self, path: str, start: int, share: int) -> bytes:
+        """The voxels in one of the files."""
+        content = self.decode(_bytes_of_file(path, start, share))
+        skip = self.skip if self.skip >= 0 else max(0, len(content) - share)
+        return content[skip : skip + share]
+
+
+def _bytes_of_file(path: str, start: int, wanted: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(start if start >= 0 else max(0, os.fstat(file.fileno()).st_size - wanted))
+        return file.read()
 
 
 def check_scalars(num_components: int, kind: str) -> None:
@@ -64,9 +80,3 @@ def check_scalars(num_components: int, kind: str) -> None:
         raise VolumeProblem("complex voxels")
     if kind not in "iuf":
         raise VolumeProblem("unreadable: its voxels are no numbers")
-
-
-def _bytes(path: str, start: int, wanted: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(start if start >= 0 else max(0, os.fstat(file.fileno()).st_size - wanted))
-        return file.read()

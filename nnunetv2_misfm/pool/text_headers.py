@@ -22,7 +22,12 @@ from nnunetv2_misfm.pool.grid import Grid, make_grid
 from nnunetv2_misfm.pool.stored_image import StoredImage, check_scalars
 from nnunetv2_misfm.pool.volume_files import VolumeProblem, unreadable
 
-MM_PER_UNIT = {"mm": 1.0, "um": 1e-3, "µm": 1e-3, "micron": 1e-3, "cm": 10.0, "m": 1e3}
+MM_PER_UNIT = {
+    **dict.fromkeys(("mm", "millimeter", "millimeters", "millimetre", "", "?"), 1.0),
+    **dict.fromkeys(("um", "µm", "micron", "micrometer", "micrometers"), 1e-3),
+    "cm": 10.0,
+    "m": 1e3,
+}
 MOST_HEADER_LINES = 10_000
 VOXEL_TYPES = {
     sitk.sitkUInt8: "u1",
@@ -84,7 +89,7 @@ def open_nrrd(path: str) -> StoredImage:
             file.seek(0)
             _fields(file, b":", last="datafile")
         names = _file_names(data, file)
-    if "spacedirections" not in fields and "nan" in fields.get("spacings", "nan").lower():
+    if "nan" in fields.get("spacedirections", fields.get("spacings", "nan")).lower():
         raise VolumeProblem("the size of its voxels is not known: no space directions and no spacings in its header")
     units = re.findall(r'"([^"]*)"', fields.get("spaceunits", fields.get("units", "")))
     grid, dtype = _itk_header(path, [_mm_per_unit(unit) for unit in units] if len(units) == 3 else [1.0] * 3)
@@ -126,6 +131,8 @@ def _fields(file: BinaryIO, separator: bytes, last: str) -> dict[str, str]:
         line = file.readline()
         key, _, value = line.partition(separator)
         name = key.strip().lower().replace(b" ", b"").decode("ascii", "replace")
+        if value.startswith(b"="):  # NRRD's `key:=value` is somebody's remark
+            continue
         fields.setdefault(name, value.strip().decode("utf-8", "surrogateescape"))
         if not line or name == last:
             break
@@ -146,7 +153,10 @@ def _file_names(data: str, file: BinaryIO) -> list[str]:
 
 def _itk_header(path: str, mm_per_unit: Sequence[float]) -> tuple[Grid, np.dtype[Any]]:
     """Geometry and voxel type (of no byte order) as ITK reads them from the header."""
+    if not _is_utf8(path):  # SimpleITK ends the program
+        raise VolumeProblem("unreadable: the name of its file is not UTF-8; rename it")
     reader = sitk.ImageFileReader()
+    reader.SetImageIO("NrrdImageIO" if path.lower().endswith((".nrrd", ".nhdr")) else "MetaImageIO")
     reader.SetFileName(path)
     try:
         with quiet_itk():
@@ -182,6 +192,14 @@ def _mm_per_unit(unit: str) -> float:
 
 def _numbers_as(dtype: np.dtype[Any]) -> Callable[[bytes], bytes]:
     return lambda content: np.array(content.split()).astype(dtype.newbyteorder("<")).tobytes()
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_true(text: str) -> bool:

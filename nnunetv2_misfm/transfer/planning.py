@@ -364,11 +364,10 @@ def _take_window(own: dict[str, float], pretrained: Mapping[str, float], ct_inte
 
 
 def require_trainer(plans: dict[str, Any]) -> None:
-    """Let the networks of plans that start from weights be built by our trainer only: others would not load them."""
-    if plans[PRETRAIN_INFO]["checkpoint_path"] is not None:
-        for entry in plans["configurations"].values():
-            if "architecture" in entry:
-                entry["architecture"] = with_trainer(entry["architecture"])
+    """Let the networks of plans be built by our trainer only: others would train without weights and settings."""
+    for entry in plans["configurations"].values():
+        if "architecture" in entry:
+            entry["architecture"] = with_trainer(entry["architecture"])
 
 
 def _pretrain_info(source: Source | None, request: PlanRequest, plans: Mapping[str, Any]) -> dict[str, Any]:

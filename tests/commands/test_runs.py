@@ -337,21 +337,21 @@ def test_arrays_with_labels_that_were_corrected_since_are_not_trained(
 # ---------------------------------------------------------------- what used to pass in silence
 
 
-def test_plans_with_weights_are_not_trained_by_nnunets_own_trainer(folder: Path, tmp_path: Path) -> None:
+def test_our_plans_are_not_trained_by_nnunets_own_trainer(folder: Path, tmp_path: Path) -> None:
+    """It would leave out weights and settings without a word; the baseline's too."""
     checkpoint = save_pctnet(tmp_path / "c.pth")
     misfm_plan(["-d", "4", *SHORT, "-pretrained_weights", checkpoint])
-    forgotten = get_trainer_from_args("4", "3d_fullres", 0, "nnUNetTrainer", "nnUNetMisFMPlans", False, CPU)
-    with pytest.raises(KeyError, match="-tr MisFMTrainer"):
-        forgotten.initialize()
+    misfm_plan(["-d", "4", *SHORT, "-pretrained_weights", checkpoint, "--from_scratch"])
+    # Plans are made from them as from any others.
+    misfm_plan(["-d", "4", *SHORT, "-p", "nnUNetMisFMPlans", "-overwrite_plans_name", "Again"])
+    for name in ("nnUNetMisFMPlans", "nnUNetMisFMScratchPlans", "Again"):
+        forgotten = get_trainer_from_args("4", "3d_fullres", 0, "nnUNetTrainer", name, False, CPU)
+        with pytest.raises(KeyError, match="-tr MisFMTrainer"):
+            forgotten.initialize()
     run = trainer("4")
     run.run_training()
     kept = read(Path(run.output_folder).parent / "plans.json")
     assert kept["configurations"]["3d_fullres"]["architecture"]["_kw_requires_import"] == []
-    # Plans are made from them as from any others, and the baseline is for any trainer.
-    misfm_plan(["-d", "4", *SHORT, "-p", "nnUNetMisFMPlans", "-overwrite_plans_name", "Again"])
-    misfm_plan(["-d", "4", *SHORT, "-pretrained_weights", checkpoint, "--from_scratch"])
-    for name in ("Again", "nnUNetMisFMScratchPlans"):
-        get_trainer_from_args("4", "3d_fullres", 0, "nnUNetTrainer", name, False, CPU).initialize()
 
 
 def test_another_order_of_the_axes_in_pretraining_is_named(
