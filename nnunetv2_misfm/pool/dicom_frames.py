@@ -33,8 +33,8 @@ def _tags(names: str) -> list[BaseTag]:
 GEOMETRY_TAGS = _tags(
     "ImageType Modality PatientID SeriesInstanceUID SOPInstanceUID NumberOfFrames Rows Columns SamplesPerPixel "
     "PhotometricInterpretation PixelSpacing ImagePositionPatient ImageOrientationPatient SpacingBetweenSlices "
-    "BitsStored HighBit SliceVector DetectorInformationSequence RescaleSlope RescaleIntercept SharedFunctionalGroupsSequence "
-    "PerFrameFunctionalGroupsSequence"
+    "ConvolutionKernel BitsStored HighBit SliceVector DetectorInformationSequence RescaleSlope RescaleIntercept "
+    "SharedFunctionalGroupsSequence PerFrameFunctionalGroupsSequence"
 )
 PIXEL_TAGS = _tags(
     "BitsAllocated PixelRepresentation PlanarConfiguration PixelData FloatPixelData "
@@ -69,6 +69,8 @@ class DicomHeader:
     series: str
     """SeriesInstanceUID; this and the others are empty if there is none."""
     instance: str
+    kernel: str
+    """Of the reconstruction of a CT."""
     num_frames: int
     frames: tuple[Frame, ...]
     problem: str = ""
@@ -125,6 +127,7 @@ def dicom_header(dataset: pydicom.Dataset) -> DicomHeader:
             patient=_text(dataset, "PatientID"),
             series=_text(dataset, "SeriesInstanceUID"),
             instance=_text(dataset, "SOPInstanceUID"),
+            kernel=_text(dataset, "ConvolutionKernel"),
             num_frames=num_frames,
             frames=frames,
             problem=problem,

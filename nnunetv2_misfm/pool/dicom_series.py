@@ -116,6 +116,9 @@ def stack_frames(headers: Sequence[DicomHeader]) -> Stack:
     for header in headers:
         if header.problem:
             raise VolumeProblem(header.problem)
+    kernels = sorted({header.kernel for header in headers})
+    if len(kernels) > 1:
+        raise VolumeProblem(f"several reconstructions under one SeriesInstanceUID ({', '.join(kernels)})")
     frames = [(number, frame) for number, header in enumerate(headers) for frame in header.frames]
     first = frames[0][1]
     if len(frames) == 1:

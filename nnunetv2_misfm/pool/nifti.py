@@ -14,7 +14,7 @@ import nibabel
 import numpy as np
 
 from nnunetv2_misfm.pool.grid import check_spacing, make_grid, tilt
-from nnunetv2_misfm.pool.stored_image import GZIP_START, StoredImage, check_scalars
+from nnunetv2_misfm.pool.stored_image import GZIP_START, StoredImage, check_scalars, inflate
 from nnunetv2_misfm.pool.volume_files import VolumeProblem, unreadable
 
 LPS_OF_RAS = np.diag([-1.0, -1.0, 1.0])
@@ -55,7 +55,7 @@ def open_nifti(path: str) -> StoredImage:
         grid=make_grid(size, spacing, LPS_OF_RAS @ direction, LPS_OF_RAS @ origin),
         dtype=dtype,
         parts=((path, 0),),
-        decode=gzip.decompress if compressed else bytes,
+        decode=inflate if compressed else bytes,
         skip=max(int(header["vox_offset"]), int(header.sizeof_hdr) + 4),
         # A slope of 0 means that nothing is scaled, neither by the slope nor by the intercept; nibabel gives None.
         slope=1.0 if slope is None else float(slope),

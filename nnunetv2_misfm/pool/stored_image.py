@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 import zlib
 from collections.abc import Callable
@@ -47,7 +46,7 @@ class StoredImage:
             )
         try:
             content = b"".join(self._part(path, start, share) for path, start in self.parts)
-        except (gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:
+        except (EOFError, zlib.error, ValueError) as error:
             raise VolumeProblem(f"damaged or cut short: {error}") from error
         except OSError as error:
             raise VolumeProblem(f"unreadable: {error.strerror or error} ({error.filename})") from error
@@ -70,6 +69,22 @@ def _bytes_of_file(path: str, start: int, wanted: int) -> bytes:
     with open(path, "rb") as file:
         file.seek(start if start >= 0 else max(0, os.fstat(file.fileno()).st_size - wanted))
         return file.read()
+
+
+def inflate(content: bytes) -> bytes:
+    """Decompress gzip data, of one member or several, or zlib data; bytes after the end are ignored.
+
+    Raises:
+        EOFError, zlib.error: if the data is cut short or damaged; checksums are checked.
+    """
+    members: list[bytes] = []
+    while not members or content.startswith(GZIP_START):
+        decompressor = zlib.decompressobj(47)
+        members.append(decompressor.decompress(content))
+        if not decompressor.eof:
+            raise EOFError("the compressed data ends early")
+        content = decompressor.unused_data
+    return b"".join(members)
 
 
 def check_scalars(num_components: int, kind: str) -> None:

@@ -7,10 +7,8 @@ ITK reads their geometry. What it would make up is looked for in the header itse
 from __future__ import annotations
 
 import bz2
-import gzip
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO
@@ -19,7 +17,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunetv2_misfm.pool.grid import Grid, make_grid
-from nnunetv2_misfm.pool.stored_image import StoredImage, check_scalars
+from nnunetv2_misfm.pool.stored_image import StoredImage, check_scalars, inflate
 from nnunetv2_misfm.pool.volume_files import VolumeProblem, unreadable
 
 MM_PER_UNIT = {
@@ -64,7 +62,7 @@ def open_metaimage(path: str) -> StoredImage:
         parts = [(path, end_of_header if start >= 0 else start)]
     else:
         parts = [(os.path.join(os.path.dirname(path), name), start) for name in names]
-    decode: Callable[[bytes], bytes] = _inflate if _is_true(fields.get("compresseddata", "")) else bytes
+    decode: Callable[[bytes], bytes] = inflate if _is_true(fields.get("compresseddata", "")) else bytes
     if fields.get("binarydata", "true").lower() in ("false", "0"):
         decode = _numbers_as(dtype)
     big_endian = any(_is_true(fields.get(f"{name}byteordermsb", "")) for name in ("binarydata", "element"))
@@ -95,7 +93,7 @@ def open_nrrd(path: str) -> StoredImage:
     grid, dtype = _itk_header(path, [_mm_per_unit(unit) for unit in units] if len(units) == 3 else [1.0] * 3)
     decoders: dict[str, Callable[[bytes], bytes]] = {
         "raw": bytes,
-        **dict.fromkeys(("gzip", "gz"), gzip.decompress),
+        **dict.fromkeys(("gzip", "gz"), inflate),
         **dict.fromkeys(("bzip2", "bz2"), bz2.decompress),
         **dict.fromkeys(("txt", "text", "ascii"), _numbers_as(dtype)),
         "hex": lambda content: bytes.fromhex(content.decode("ascii")),
@@ -113,15 +111,6 @@ def open_nrrd(path: str) -> StoredImage:
         decode=lambda content: decoders[encoding](content.split(b"\n", lines_before)[-1] if lines_before else content),
         skip=int(fields.get("byteskip", "0")),
     )
-
-
-def _inflate(content: bytes) -> bytes:
-    """Decompress zlib or gzip data; unlike `zlib.decompress` it tolerates bytes after the end."""
-    decompressor = zlib.decompressobj(47)
-    inflated = decompressor.decompress(content)
-    if not decompressor.eof:
-        raise EOFError("the compressed data ends early")
-    return inflated
 
 
 def _fields(file: BinaryIO, separator: bytes, last: str) -> dict[str, str]:

@@ -29,6 +29,7 @@ COMPANION_ENDINGS = tuple(
 )
 COMPANION_NAMES = {"dicomdir", "license", "licence", "readme", "changes", "thumbs.db", "version", "lockfile"}
 DICOM_PREAMBLE = 128
+DICOM_GROUP_8 = b"\x08\0"  # how files without preamble begin
 CASE_HASH_LENGTH = 12
 
 
@@ -165,8 +166,9 @@ def _format_of(path: str, found: FoundFiles) -> str | None:
         return None
     try:
         with open(path, "rb") as file:
-            if file.read(DICOM_PREAMBLE + 4)[DICOM_PREAMBLE:] == b"DICM":
-                return "DICOM"
+            head = file.read(DICOM_PREAMBLE + 4)
+        if head[DICOM_PREAMBLE:] == b"DICM" or (head.startswith(DICOM_GROUP_8) and head[3:4] == b"\0"):
+            return "DICOM"
     except OSError as error:
         found.left_out.append(LeftOut(path, f"unreadable: {error.strerror or error}"))
         return None

@@ -7,6 +7,7 @@ So axis 0 is the axial slice axis, however a volume was stored.
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -104,10 +105,9 @@ def find_volumes(folders: Sequence[Path], join_channels: bool = True, num_proces
     volumes: dict[str, Volume] = {}
     left_out = [*files.left_out, *unreadable, *broken_series, *without_partner]
     for one in [*(_from_series(one) for one in series), *(_from_images(group, stem) for stem, group in images)]:
-        if one.case in volumes:
-            left_out.append(LeftOut(one.source, f"the same place and series as {volumes[one.case].source}"))
-        else:
-            volumes[one.case] = one
+        if one.case in volumes:  # two patients in one folder, to whom an anonymiser gave one series
+            one = dataclasses.replace(one, case=case_name(one.case.rpartition("-")[0], one.channels[0][0]))
+        volumes[one.case] = one
     return FoundVolumes([volumes[case] for case in sorted(volumes)], left_out, files.passed_over)
 
 

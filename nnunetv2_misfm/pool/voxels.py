@@ -24,8 +24,9 @@ images and other signed MR values spread over their whole range instead."""
 ABOVE_BONE_HU = 3100
 MOST_SHARE_ABOVE_BONE = 0.01
 """Scanners end at 3071 HU; only metal is above that."""
-OFFSETS_OF_CT = (1024.0, 8192.0, 32768.0)
-"""What is added to HU where they are stored as numbers from 0 on, as by DICOM without its rescale intercept."""
+OFFSETS_OF_CT = (1024.0, 8192.0, 32768.0, -1024.0)
+"""What is added to HU where they are stored as numbers from 0 on, as by DICOM without its rescale intercept; or where
+the intercept was applied twice."""
 WORTH_EXPLAINING, LEFT_UNEXPLAINED = 0.1, 0.3
 """An offset is believed where more than this share of values lies outside air to soft tissue without it, and no more
 than this part of them is left with it."""
@@ -89,9 +90,11 @@ def check_hounsfield(voxels: np.ndarray) -> None:
     fat = float(np.mean((inside > FAT_HU[0]) & (inside < FAT_HU[1])))
     unexplained = _share_unexplained(inside, 0)
     offset = min(OFFSETS_OF_CT, key=lambda value: _share_unexplained(inside, value))
-    explains = _share_unexplained(inside, offset) < LEFT_UNEXPLAINED * unexplained
+    has_air = float(np.mean(np.abs(inside + 1000) < 100)) > LEAST_SHARE_OF_FAT
+    explains = not (has_air and offset > 0) and _share_unexplained(inside, offset) < LEFT_UNEXPLAINED * unexplained
     if explains and unexplained > WORTH_EXPLAINING and fat < LEAST_SHARE_OF_FAT:
-        remedy = f"look like HU + {offset:g}; subtract {offset:g}"
+        operation = f"+ {offset:g}; subtract {offset:g}" if offset > 0 else f"- {-offset:g}; add {-offset:g}"
+        remedy = f"look like HU {operation}"
     elif low >= 0 and high <= GREY_VALUES_UP_TO:
         remedy = "look like grey values; use the original images"
     else:
@@ -242,13 +245,20 @@ def _share_unexplained(sample: np.ndarray, offset: float) -> float:
 def _number_of_labels(channel: np.ndarray) -> int:
     """How many labels a label map (Z, Y, X) holds; 0 if these are intensities.
 
-    Labels are few, and stay the same from voxel to neighbouring voxel. Voxels of the most frequent and of the highest
-    value are not compared, because an image's background and overexposed parts are even, too.
+    Labels are few, or whole numbers, and stay the same from voxel to neighbouring voxel along one axis at least. Voxels
+    of the most frequent and of the highest value are not compared: an image's background and overexposed parts are
+    even, too.
     """
     between = (channel != _background(_sample(channel))) & (channel != channel.max())
-    compared = between[..., :-1] & between[..., 1:]
-    equal = compared & (channel[..., :-1] == channel[..., 1:])
-    if np.count_nonzero(equal) < LABEL_NEIGHBOURS_EQUAL * np.count_nonzero(compared):
+    if not any(_is_even(channel, between, axis) for axis in (2, 1, 0)):
         return 0
     different = len(np.unique(channel))
-    return different if different <= MOST_LABELS else 0
+    return different if different <= MOST_LABELS or np.array_equal(channel, np.rint(channel)) else 0
+
+
+def _is_even(channel: np.ndarray, between: np.ndarray, axis: int) -> bool:
+    """Whether most neighbours along an axis are equal."""
+    first, second = ((slice(None),) * axis + (part,) for part in (slice(None, -1), slice(1, None)))
+    compared = between[first] & between[second]
+    equal = compared & (channel[first] == channel[second])
+    return bool(np.count_nonzero(equal) >= LABEL_NEIGHBOURS_EQUAL * np.count_nonzero(compared))
