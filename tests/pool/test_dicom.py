@@ -326,3 +326,58 @@ def test_pixels_that_are_cut_short_are_found_out(tmp_path: Path, make: Callable[
     dataset.save_as(path)
     with pytest.raises(VolumeProblem, match="its pixels cannot be read|cut short"):
         only_volume(tmp_path)
+
+
+@pytest.mark.parametrize("bits", [8, 12])
+@pytest.mark.parametrize("share", [0.5, 0.97])
+def test_lossy_frames_that_are_cut_short_are_found_out(tmp_path: Path, bits: int, share: float) -> None:
+    """libjpeg fills up what is missing with grey and only warns."""
+    grey = np.clip((HU + 1000) / 8, 0, 250)
+    for number, plane in enumerate(grey):
+        path = tmp_path / f"{number:04d}.dcm"
+        dicom_files.one_file(path, plane.astype(int), Modality="MR", ImagePositionPatient=POSITIONS[number])
+
+        def encode(pixels: np.ndarray) -> bytes:
+            pixels = pixels.astype(np.uint8 if bits == 8 else np.uint16)
+            code: bytes = imagecodecs.jpeg8_encode(pixels, level=95, bitspersample=bits)
+            return code
+
+        syntax = "1.2.840.10008.1.2.4.50" if bits == 8 else "1.2.840.10008.1.2.4.51"
+        dicom_files.compress(path, syntax, encode, share if number == 7 else 1)
+    with pytest.raises(VolumeProblem, match=r"cut short: a compressed frame without its end.*0007"):
+        only_volume(tmp_path)
+
+
+def test_values_that_do_not_begin_at_bit_0_are_left_out(tmp_path: Path) -> None:
+    dicom_files.series(tmp_path, HU, BitsStored=12, HighBit=15)
+    assert "BitsStored 12, HighBit 15" in only_reason(tmp_path)
+
+
+@pytest.mark.parametrize("orientation", [[0.5, 0, 0, 0, 0.5, 0], [1, 0, 0, 0.5, 0.87, 0], [0] * 6])
+def test_orientations_that_are_no_directions_are_left_out(tmp_path: Path, orientation: list[float]) -> None:
+    dicom_files.series(tmp_path, HU, ImageOrientationPatient=orientation)
+    assert "is no pair of directions" in only_reason(tmp_path)
+
+
+def test_two_reconstructions_are_not_interleaved(tmp_path: Path) -> None:
+    dicom_files.series(tmp_path, HU, ConvolutionKernel="B30")
+    between = lambda n: {"ImagePositionPatient": [0, 0, 2.5 * n + 1.25]}  # noqa: E731
+    dicom_files.series(tmp_path, HU + 300, between, name="other{}.dcm".format, ConvolutionKernel="B70")
+    assert "several reconstructions under one SeriesInstanceUID (B30, B70)" in only_reason(tmp_path)
+
+
+def test_two_patients_in_one_folder_with_one_series_uid_are_two_volumes(tmp_path: Path) -> None:
+    for number, patient in enumerate("ab"):
+        dicom_files.series(tmp_path, HU + number, name=f"{patient}{{}}.dcm".format, PatientID=patient)
+    found = find_volumes([tmp_path])
+    assert (len({volume.case for volume in found.volumes}), found.left_out) == (2, [])
+
+
+def test_a_file_without_preamble_and_ending_is_found(tmp_path: Path) -> None:
+    dicom_files.series(tmp_path, HU)
+    for path in sorted(tmp_path.iterdir()):
+        dataset = pydicom.dcmread(path)
+        plain = pydicom.Dataset({element.tag: element for element in dataset})
+        plain.save_as(path.with_suffix(""), implicit_vr=True, little_endian=True, enforce_file_format=False)
+        path.unlink()
+    np.testing.assert_array_equal(only_volume(tmp_path)[0], upright(HU))

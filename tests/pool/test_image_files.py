@@ -318,3 +318,52 @@ def test_every_type_of_voxel_is_read_as_itk_reads_it(tmp_path: Path, dtype: str,
     path = phantoms.write(tmp_path / f"a{ending}", voxels, SPACING)
     expected = sitk.GetArrayFromImage(sitk.ReadImage(str(path))).astype(np.float32)
     np.testing.assert_array_equal(read(path)[0], expected)
+
+
+@pytest.mark.parametrize(("offset", "value"), [(76, 0.0), (264, 1.00001), (80, -0.7)])
+def test_a_quaternion_is_read_as_nifti_defines_it(tmp_path: Path, offset: int, value: float) -> None:
+    """A qfac of 0, a quaternion that rounding made longer than 1, a negative voxel size: all by the standard."""
+    path = patched(tmp_path / "a.nii", 254, "<h", 0)  # the qform alone; it turns x and y, as LPS
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<f", content, offset, value)
+    path.write_bytes(content)
+    (volume,) = find_volumes([path]).volumes
+    assert volume.orientation == "LPS"
+
+
+@pytest.mark.parametrize("before", [b"", b"12345"])
+@pytest.mark.parametrize("after", [b"", b"tail"])
+@pytest.mark.parametrize("kind", ["MHD", "NRRD"])
+def test_bytes_around_the_slices_of_several_files_are_no_voxels(
+    tmp_path: Path, kind: str, before: bytes, after: bytes
+) -> None:
+    for n in range(Z):
+        (tmp_path / f"{n}.raw").write_bytes(before + RAW[n * X * Y * 2 :][: X * Y * 2] + after)
+    if kind == "MHD":
+        more = f"HeaderSize = {len(before)}\n"
+        path = text_file(tmp_path / "a.mhd", MHD.format(more=more, data="%d.raw 0 19 1"))
+    else:
+        more = f"byte skip: {len(before)}\ndata file: %d.raw 0 19 1"
+        path = text_file(tmp_path / "a.nhdr", NRRD.format(encoding="raw", more=more))
+    np.testing.assert_array_equal(read(path)[0], VOXELS)
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".nrrd"])
+def test_bytes_after_compressed_voxels_are_ignored(tmp_path: Path, ending: str) -> None:
+    path = phantoms.write(tmp_path / f"a{ending}", VOXELS, SPACING)
+    path.write_bytes(path.read_bytes() + b"and more")
+    np.testing.assert_array_equal(read(path)[0], VOXELS)
+
+
+def test_one_damaged_header_stops_nothing(tmp_path: Path) -> None:
+    phantoms.write(tmp_path / "good.nii", VOXELS, SPACING)
+    patched(tmp_path / "offset nan.nii", 108, "<f", np.nan)
+    patched(tmp_path / "offset inf.nii", 108, "<f", np.inf)
+    patched(tmp_path / "no axes.nii", 40, "<h", 0)
+    text_file(tmp_path / "percent.mhd", MHD.format(more="", data="50%_s%02d.raw 0 23 1"))
+    text_file(tmp_path / "skip.nrrd", NRRD.format(encoding="raw", more="line skip: 1.5\n"))
+    text_file(tmp_path / "nan.nrrd", NRRD.format(encoding="raw", more="").replace("(0,0,2.5)", "(nan,nan,nan)"), RAW)
+    Path(f"{tmp_path}/caf\udce9.nrrd").write_bytes(NRRD.format(encoding="raw", more="").encode() + RAW)
+    found = find_volumes([tmp_path])
+    assert [Path(volume.source).name for volume in found.volumes] == ["good.nii"]
+    assert len(found.left_out) == 7 and all(left_out.reason for left_out in found.left_out)

@@ -62,6 +62,7 @@ NO_HU: dict[str, tuple[Callable[[], np.ndarray], str]] = {
     "0 to 65535": (lambda: CT + 32768, r"look like HU \+ 32768; subtract 32768"),
     "with an offset of 8192": (lambda: CT + 8192, r"look like HU \+ 8192"),
     "a body without air, offset": (lambda: CT[15:25, 18:30, 20:36] + 1024, r"look like HU \+ 1024"),
+    "the intercept twice": (lambda: CT - 1024, "look like HU - 1024; add 1024"),
     "0 to 1": (lambda: (np.clip(CT, -160, 240) + 160) / 400, "look like grey values"),
     "0 to 255": (lambda: np.rint((np.clip(CT, -160, 240) + 160) / 400 * 255), "look like grey values"),
 }
@@ -108,6 +109,12 @@ LABELS_IN_DISGUISE: dict[str, np.ndarray] = {
     "two values far apart": np.where(LABELS > 1, 1000, -1000),
     "of an atlas": np.where(LABELS > 0, LABELS * 700 + np.arange(SHAPE[2])[None, None, :] // 14, 0),
     "no background": LABELS + 1,
+    "thousands of instances": np.arange(2240.0)
+    .reshape(14, 16, 10)
+    .repeat(3, 0)[:40]
+    .repeat(3, 1)
+    .repeat(6, 2)[..., :56],
+    "changing along one axis": LABELS + 5 * np.arange(SHAPE[2])[None, None, :],
     "one structure of 10.92": (LABELS > 0) * 10.921457,
 }
 
