@@ -109,11 +109,7 @@ LABELS_IN_DISGUISE: dict[str, np.ndarray] = {
     "two values far apart": np.where(LABELS > 1, 1000, -1000),
     "of an atlas": np.where(LABELS > 0, LABELS * 700 + np.arange(SHAPE[2])[None, None, :] // 14, 0),
     "no background": LABELS + 1,
-    "thousands of instances": np.arange(2240.0)
-    .reshape(14, 16, 10)
-    .repeat(3, 0)[:40]
-    .repeat(3, 1)
-    .repeat(6, 2)[..., :56],
+    "thousands of instances": np.arange(1568.0).reshape(14, 16, 7).repeat(3, 0)[:40].repeat(3, 1).repeat(8, 2),
     "changing along one axis": LABELS + 5 * np.arange(SHAPE[2])[None, None, :],
     "one structure of 10.92": (LABELS > 0) * 10.921457,
 }
