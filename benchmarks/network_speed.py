@@ -1,11 +1,15 @@
 """PCT-Net here against the published implementation: time and peak memory of a training step and of inference.
 
     python benchmarks/network_speed.py --reference <checkout of openmedlab/MIS-FM>
+    python benchmarks/network_speed.py --ablation
 
 The checkout is imported from where it is; it needs einops and timm. Both networks have the same weights, input, dropout
 and drop path, and all four outputs; that they compute the same is checked first. Each variant lives in a process of its
 own, so that its memory can be told from the others'; the processes take turns, one step each, and ratios are taken
 within a round. A training step is forward pass, cross entropy of the four outputs, backward pass and an Adam step.
+
+With `--ablation` our network is compared with itself without one hand-written kernel at a time, which says what each is
+worth; that needs no checkout.
 
 Peak memory is what the device's allocator held on a GPU, and on a CPU the process' largest resident size, less what it
 had before the network was built.
@@ -29,7 +33,7 @@ import torch.nn.functional as F
 from provenance import device_name, provenance
 from torch import Tensor, nn
 
-from nnunetv2_misfm.architectures import PCTNet
+from nnunetv2_misfm.architectures import PCTNet, kernels
 from nnunetv2_misfm.architectures.resolution import strides_of
 from nnunetv2_misfm.transfer.published_weights import convert_pctnet
 
@@ -51,6 +55,7 @@ class Variant:
     amp: bool = False
     checkpointing: bool = False
     compiled: bool = False
+    without: str = ""  # a kernel that is switched off
 
 
 CPU_VARIANTS = (
@@ -68,11 +73,18 @@ CUDA_VARIANTS = (
 )
 
 
+def ablation_variants(device: str) -> tuple[Variant, ...]:
+    """All kernels, then all but one."""
+    amp = device == "cuda"
+    without = (Variant(f"without {kernel}", True, amp, without=kernel) for kernel in kernels.KERNELS)
+    return (Variant("all kernels", True, amp), *without)
+
+
 @dataclass(frozen=True)
 class Job:
     """What all variants are given."""
 
-    reference: Path
+    reference: Path | None
     device: str
     batch_size: int
     patch_size: tuple[int, int, int]
@@ -80,30 +92,38 @@ class Job:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--reference", type=Path, required=True, help="checkout of openmedlab/MIS-FM")
+    parser.add_argument("--reference", type=Path, help="checkout of openmedlab/MIS-FM")
+    parser.add_argument("--ablation", action="store_true", help="what each hand-written kernel is worth")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch_size", type=int, help="default: 1 on a CPU, 2 on a GPU")
     parser.add_argument("--patch_size", type=int, nargs=3, default=(64, 128, 128))
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
     parser.add_argument("--variants", nargs="+", help="names of those to measure (default: all of the device)")
-    parser.add_argument("--output", type=Path, help="where the table goes (default: results/network_speed_DEVICE.md)")
+    parser.add_argument("--output", type=Path, help="where the table goes (default: results/NAME_DEVICE.md)")
     options = parser.parse_args()
+    if not (options.ablation or options.reference):
+        parser.error("--reference is needed to compare with the published implementation")
     batch_size = options.batch_size or (1 if options.device == "cpu" else 2)
-    job = Job(options.reference.resolve(), options.device, batch_size, tuple(options.patch_size))
+    reference = None if options.ablation else options.reference.resolve()
+    job = Job(reference, options.device, batch_size, tuple(options.patch_size))
     variants: tuple[Variant, ...] = CPU_VARIANTS if job.device == "cpu" else CUDA_VARIANTS
+    if options.ablation:
+        variants = ablation_variants(job.device)
     if options.variants:
         names = [variant.name for variant in variants]
         if unknown := set(options.variants) - set(names):
             parser.error(f"no variants of {job.device}: {', '.join(sorted(unknown))}; there are: {', '.join(names)}")
         variants = tuple(variant for variant in variants if variant.name in options.variants)
 
-    error = largest_difference(job)
+    error = 0.0 if options.ablation else largest_difference(job)
     print(f"Largest relative difference of an output: {error:.1e}", flush=True)
     if error > 1e-4:
         sys.exit("The two networks do not compute the same; there is nothing to compare.")
     tables = measure(job, variants, options.rounds)
     report = make_report(job, variants, tables, error, options.rounds)
-    output = options.output or RESULTS / f"network_speed_{job.device}.md"
+    output = (
+        options.output or RESULTS / f"{'network_ablation' if options.ablation else 'network_speed'}_{job.device}.md"
+    )
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(report)
     print(report)
@@ -112,6 +132,8 @@ def main() -> None:
 def build(job: Job, variant: Variant) -> nn.Module:
     """The variant's network; both implementations have the weights of the original drawn from one seed."""
     torch.manual_seed(0)
+    if job.reference is None:
+        return PCTNet(1, NUM_CLASSES, strides_of(ANISOTROPY), FEATURES).to(job.device)
     original = original_network(job)
     if not variant.ours:
         return original.to(job.device)
@@ -186,6 +208,7 @@ def serve(pipe: Any, job: Job, variant: Variant) -> None:
     """What each process does: build, then run a step of the kind it is asked for."""
     torch.set_num_threads(torch.get_num_threads())  # starts the threads before memory is read off
     torch.backends.cudnn.benchmark = True  # as nnU-Net trains
+    kernels.switched_off.update({variant.without} if variant.without else ())
     memory = CudaMemory() if job.device == "cuda" else ResidentMemory()
     network = build(job, variant)
     batch = make_batch(job)
@@ -268,7 +291,7 @@ def make_report(
     error: float,
     rounds: int,
 ) -> str:
-    originals = [variant.name for variant in variants if not variant.ours]
+    originals = [variant.name for variant in variants if not variant.ours] or [variants[0].name]
     header = ["", "s", "GB", *(f"{what} / {name}" for name in originals for what in ("time", "memory"))]
     lines = []
     for kind, results in tables.items():
@@ -282,18 +305,25 @@ def make_report(
             lines.append(f"| {' | '.join(cells)} |")
     kind = "CPU" if job.device == "cpu" else "GPU"
     threads = f", {torch.get_num_threads()} threads" if job.device == "cpu" else ""
-    command = "python benchmarks/network_speed.py --reference MIS-FM"
+    option = "--reference MIS-FM" if job.reference else f"--ablation --patch_size {' '.join(map(str, job.patch_size))}"
+    command = f"python benchmarks/network_speed.py {option} --rounds {rounds}"
+    title, agree = "time and memory without one hand-written kernel at a time", ""
+    if job.reference:
+        title = "time and memory against the published implementation"
+        agree = f" The outputs of the two agree to {error:.0e} (relative)."
+    packages = ("torch", "timm") if job.reference else ("torch",)
+    checkouts = {"MIS-FM": job.reference} if job.reference else {}
     patch = "x".join(map(str, job.patch_size))
     return "\n".join(
         [
-            f"# PCT-Net on a {kind}: time and memory against the published implementation",
+            f"# PCT-Net on a {kind}: {title}",
             "",
             f"Features {'/'.join(map(str, FEATURES))}, patch {patch}, batch {job.batch_size}, degree of anisotropy "
             f"{ANISOTROPY}; float32 where AMP (float16) is not named. Medians of {rounds} alternating rounds, ratios "
-            f"with their range. The outputs of the two agree to {error:.0e} (relative).",
+            f"with their range.{agree}",
             *lines,
             "",
-            *provenance(command, ("torch", "timm"), {"MIS-FM": job.reference}, device_name(job.device) + threads),
+            *provenance(command, packages, checkouts, device_name(job.device) + threads),
             "",
         ]
     )

@@ -147,6 +147,9 @@ class FMUNet(AnySizeNetwork):
         ValueError: naming every argument that does not fit.
     """
 
+    key_to_stem = "encoder.stem"
+    keys_to_in_proj = (key_to_stem,)
+
     def __init__(
         self,
         input_channels: int,

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nnunetv2_misfm.architectures.checkpointing import run_module
 from nnunetv2_misfm.architectures.dropout import Dropout
-from nnunetv2_misfm.architectures.norm_act_conv import NormActConvSequential, norm_act_conv
+from nnunetv2_misfm.architectures.norm_act_conv import NormActConvSequential, is_plain, run_in_a_row
 from nnunetv2_misfm.architectures.resolution import (
     DEGREES_OF_ANISOTROPY,
     NUM_STAGES,
@@ -39,10 +39,10 @@ def _norm_act(channels: int) -> list[nn.Module]:
     return [nn.BatchNorm3d(channels), nn.PReLU()]
 
 
-def _segment(pre_seg: nn.Sequential, seg_layer: nn.Module, x: Tensor) -> Tensor:
+def _segment(pre_seg: nn.Module, seg_layer: nn.Module, x: Tensor) -> Tensor:
     """Logits (B, num_classes, X, Y, Z) of (B, C, X, Y, Z)."""
-    norm, act = pre_seg
-    return norm_act_conv(x, cast(nn.BatchNorm3d, norm), cast(nn.PReLU, act), None, cast(nn.Conv3d, seg_layer))
+    modules = list(pre_seg.children()) if is_plain(pre_seg) else [pre_seg]
+    return run_in_a_row([*modules, seg_layer], x)
 
 
 class ConvBlock(NormActConvSequential):
@@ -119,11 +119,9 @@ class ParallelBlock(nn.Module):
         super().__init__()
         self.conv = ConvBlock(channels, flat=False, dropout=dropout)
         self.token_dropout = Dropout(dropout)
-        self.swin = nn.Sequential(
-            *(
-                SwinBlock(channels, num_heads, window_size, i % 2 == 1, dropout, drop_path, mlp_ratio)
-                for i in range(num_swin_blocks)
-            )
+        self.swin = nn.ModuleList(
+            SwinBlock(channels, num_heads, window_size, i % 2 == 1, dropout, drop_path, mlp_ratio)
+            for i in range(num_swin_blocks)
         )
 
     def forward(self, x: Tensor, checkpointed: bool) -> Tensor:
@@ -259,6 +257,8 @@ class PCTNet(AnySizeNetwork):
         ValueError: naming every argument that does not fit.
     """
 
+    key_to_stem = "encoder.stems"
+
     def __init__(
         self,
         input_channels: int,
@@ -312,6 +312,11 @@ class PCTNet(AnySizeNetwork):
         if next(self.parameters()).device.type not in ("cpu", "cuda", "meta"):
             super()._apply(lambda t: t.contiguous() if t.ndim == 5 else t, recurse)
         return self
+
+    @property
+    def keys_to_in_proj(self) -> Sequence[str]:
+        """See `AnySizeNetwork`; one for each stem that was built."""
+        return [f"{self.key_to_stem}.{degree}.project" for degree in self.encoder.stems]
 
     def use_anisotropy(self, anisotropy: int) -> None:
         """Choose which of the built stems and heads the next forward passes go through."""

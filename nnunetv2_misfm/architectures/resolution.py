@@ -77,14 +77,36 @@ class AnySizeNetwork(nn.Module):
     Attributes:
         anisotropy: degree of anisotropy, which fixes the strides.
         checkpointing: recompute activations in the backward pass (less memory, more time).
+        key_to_encoder, key_to_stem, key_to_lpe: names of modules, as nnU-Net's networks declare them: the encoder, its
+            first part, which takes the image in, and a learned embedding of positions.
+        key_to_seg_layers: name of the segmentation layers, which belong to the labels of one dataset.
     """
 
     decoder: nn.Module
+    key_to_encoder = "encoder"
+    key_to_stem: str
+    key_to_lpe: str | None = None
+    key_to_seg_layers = "decoder.seg_layers"
 
     def __init__(self, strides: Sequence[Sequence[int]], checkpointing: bool):
         super().__init__()
         self.anisotropy = anisotropy_of(strides)
         self.checkpointing = checkpointing
+
+    @property
+    def keys_to_in_proj(self) -> Sequence[str]:
+        """Names of the convolutions of the image, whose weights have its number of channels."""
+        raise TypeError(f"{type(self).__name__} has to define keys_to_in_proj")
+
+    @property
+    def output_strides(self) -> list[tuple[int, int, int]]:
+        """Stride of each output with deep supervision relative to the input, finest first."""
+        return total_strides(strides_of(self.anisotropy))[:-1]
+
+    @property
+    def size_divisor(self) -> tuple[int, int, int]:
+        """What inputs are padded to a multiple of, along each axis."""
+        return total_strides(strides_of(self.anisotropy))[-1]
 
     def logits(self, x: Tensor, checkpointed: bool) -> list[Tensor]:
         """The outputs for (B, C, X, Y, Z) whose size all strides divide, finest first; one without deep supervision."""
@@ -96,7 +118,7 @@ class AnySizeNetwork(nn.Module):
         With `decoder.deep_supervision`, a list of four, finest first, each round(n / stride) along each axis.
         """
         size = x.shape[2:]
-        strides = total_strides(strides_of(self.anisotropy))
-        outputs = self.logits(pad_to_multiple(x, strides[-1]), self.checkpointing and self.training)
-        outputs = [crop_to_scaled(output, size, strides[level]) for level, output in enumerate(outputs)]
+        outputs = self.logits(pad_to_multiple(x, self.size_divisor), self.checkpointing and self.training)
+        # Without deep supervision there is one output, the finest.
+        outputs = [crop_to_scaled(o, size, s) for o, s in zip(outputs, self.output_strides, strict=False)]
         return outputs if self.decoder.deep_supervision else outputs[0]

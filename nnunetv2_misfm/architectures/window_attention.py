@@ -11,15 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nnunetv2_misfm.architectures.attention import attend
+from nnunetv2_misfm.architectures import kernels
 from nnunetv2_misfm.architectures.dropout import Dropout
-from nnunetv2_misfm.architectures.precision import is_traced, without_autocast
 
 Size3 = tuple[int, int, int]
 
@@ -64,25 +62,10 @@ def merge_windows(windows: Tensor, window: int, shift: int, padded: Size3, size:
 
 def _rearrange(tokens: Tensor, order: Tensor, places: Tensor) -> Tensor:
     """(B, T, C) tokens in another order; `places` is its inverse."""
-    if is_traced():
+    if not kernels.chosen(kernels.ONE_PASS_WINDOWS, tokens):
         return tokens.index_select(1, order)
-    rearranged: Tensor = _Rearranged.apply(tokens, order, places)
+    rearranged: Tensor = kernels.Rearranged.apply(tokens, order, places)
     return rearranged
-
-
-class _Rearranged(torch.autograd.Function):
-    """(B, T, C) tokens in another order. One pass over memory, where a shift and a partition take four."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, order: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        return tokens.index_select(1, order)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (places,) = ctx.saved_tensors
-        # Both orders hold each token once, so the gradient is gathered, not added up in a random order.
-        return grad.index_select(1, places), None, None
 
 
 def _orders(padded: Size3, window: int, shift: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -148,7 +131,33 @@ def _cached(function: Callable[..., Tensor], *arguments: Hashable) -> Tensor:
 def _once_per_shape(function: Callable[..., Tensor], *arguments: Hashable) -> Tensor:
     # The compiler traces through and folds the result itself; a cache would only be a side effect to it. TorchScript
     # would record the tensors as results the first time and as constants later, and compares the two.
-    return function(*arguments) if torch.compiler.is_compiling() or is_traced() else _cached(function, *arguments)
+    return (
+        function(*arguments) if torch.compiler.is_compiling() or kernels.is_traced() else _cached(function, *arguments)
+    )
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """softmax(query · key / sqrt(d) + bias + mask) · value, within each window.
+
+    Args:
+        query, key, value: (B · W, heads, N, d), the windows of a sample one after the other.
+        bias: (heads, N, N), added to the logits of all windows.
+        mask: (W, N, N), added to the logits of each window of a sample, or None.
+        dropout: probability for attention weights.
+
+    Returns:
+        (B · W, heads, N, d)
+    """
+    if kernels.chosen(kernels.WINDOWS_IN_TURN, query):
+        attended: Tensor = kernels.WindowsInTurn.apply(query, key, value, bias, mask, dropout)
+        return attended
+    if mask is None:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias[None], dropout_p=dropout)
+    # One sample at a time: for all at once bias plus mask, as large as attention weights, would be repeated for each.
+    windows = mask.shape[0]
+    bias = bias + mask[:, None]
+    samples = zip(query.split(windows), key.split(windows), value.split(windows), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*qkv, attn_mask=bias, dropout_p=dropout) for qkv in samples])
 
 
 class WindowAttention(nn.Module):
@@ -187,10 +196,13 @@ class WindowAttention(nn.Module):
         return self.proj_dropout(self.proj(attended))
 
 
-def _normalise(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """LayerNorm in the precision of `x`; its kernels sum up in float32. Autocast would make and keep float32 copies."""
-    with without_autocast(x):
-        return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm in the precision of its input; its kernels sum up in float32. Autocast would keep float32 copies."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) to the same shape."""
+        with kernels.without_autocast(x):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
 class SwinBlock(nn.Module):
@@ -218,9 +230,9 @@ class SwinBlock(nn.Module):
         self.window_size = window_size
         self.shifted = shifted
         self.drop_path = drop_path
-        self.norm1 = nn.LayerNorm(channels)
+        self.norm1 = LayerNorm(channels)
         self.attention = WindowAttention(channels, num_heads, window_size, dropout)
-        self.norm2 = nn.LayerNorm(channels)
+        self.norm2 = LayerNorm(channels)
         hidden = int(channels * mlp_ratio)
         self.mlp = nn.Sequential(
             nn.Linear(channels, hidden),
@@ -232,8 +244,8 @@ class SwinBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, X, Y, Z, C) to the same shape."""
-        x = self._add(x, self._attend(_normalise(self.norm1, x)))
-        return self._add(x, self.mlp(_normalise(self.norm2, x)))
+        x = self._add(x, self._attend(self.norm1(x)))
+        return self._add(x, self.mlp(self.norm2(x)))
 
     def _attend(self, x: Tensor) -> Tensor:
         size = (x.shape[1], x.shape[2], x.shape[3])

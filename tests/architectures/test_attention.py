@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from nnunetv2_misfm.architectures import attention
-from nnunetv2_misfm.architectures.attention import attend
+from nnunetv2_misfm.architectures import kernels
+from nnunetv2_misfm.architectures.window_attention import attend
 
 BATCH, WINDOWS, HEADS, TOKENS, CHANNELS = 2, 3, 2, 5, 4
 
 
 @pytest.fixture(autouse=True, params=[1, 120, 10**6], ids=["one window at a time", "some", "all at once"])
 def at_a_time(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "ELEMENTS_AT_A_TIME", request.param)
+    monkeypatch.setattr(kernels, "ELEMENTS_AT_A_TIME", request.param)
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> list[Tensor]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nnunetv2_misfm.architectures.dropout import Dropout, keep_mask
+from nnunetv2_misfm.architectures.dropout import Dropout
+from nnunetv2_misfm.architectures.kernels import keep_mask
 
 
 @pytest.mark.parametrize("p", [0.1, 0.2, 0.5])

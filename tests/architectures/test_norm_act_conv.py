@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnunetv2_misfm.architectures import norm_act_conv
+from nnunetv2_misfm.architectures import kernels
 from nnunetv2_misfm.architectures.dropout import Dropout
 from nnunetv2_misfm.architectures.norm_act_conv import NormActConvSequential
 
@@ -26,9 +26,9 @@ CONVS += [nn.Conv3d(4, 3, 1, bias=False)]
 
 
 @pytest.fixture(params=[True, False], ids=["kernels for the CPU", "kernels for any device"], autouse=True)
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if not request.param:
-        monkeypatch.setattr(norm_act_conv, "_suits_cpu_kernels", lambda x: False)
+        monkeypatch.setattr(kernels, "switched_off", {kernels.ONE_KEPT_MAP_CPU, kernels.PREDICTION})
 
 
 @pytest.mark.parametrize("conv", CONVS)

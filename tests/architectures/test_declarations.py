@@ -1,0 +1,42 @@
+"""What networks declare about themselves, in the words of nnU-Net's networks, is true of them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nnunetv2_misfm.architectures import FMUNet, PCTNet
+from nnunetv2_misfm.architectures.resolution import strides_of
+
+NETWORKS = [
+    lambda degree, channels: FMUNet(channels, 3, strides_of(degree), (4, 4, 8, 16, 32)),
+    lambda degree, channels: PCTNet(channels, 3, strides_of(degree), (4, 4, 8, 16, 32)),
+    lambda degree, channels: PCTNet(channels, 3, strides_of(degree), (4, 4, 8, 16, 32), stems=(0, 1, 2)),
+]
+IDS = ["FMUNet", "PCT-Net", "PCT-Net, all stems"]
+
+
+@pytest.mark.parametrize("build", NETWORKS, ids=IDS)
+def test_keys_name_what_they_say(build) -> None:
+    network = build(1, 2)
+    state, others = network.state_dict(), build(1, 3).state_dict()
+    changed = {name.rpartition(".")[0] for name, tensor in state.items() if tensor.shape != others[name].shape}
+    assert changed == set(network.keys_to_in_proj)
+    assert all(name.startswith(f"{network.key_to_stem}") for name in network.keys_to_in_proj)
+    assert network.key_to_stem.startswith(f"{network.key_to_encoder}.")
+    for name in (network.key_to_encoder, network.key_to_stem, *network.keys_to_in_proj):
+        assert list(network.get_submodule(name).parameters())
+    assert network.get_submodule(network.key_to_seg_layers) is network.decoder.seg_layers
+    assert network.key_to_lpe is None
+
+
+@pytest.mark.parametrize("degree", [0, 1, 2])
+@pytest.mark.parametrize("build", NETWORKS, ids=IDS)
+def test_strides_and_divisor_are_those_of_the_outputs(build, degree: int) -> None:
+    network = build(degree, 1).eval()
+    size = [2 * divisor for divisor in network.size_divisor]
+    with torch.no_grad():
+        outputs = network(torch.zeros(1, 1, *size))
+    assert [tuple(n // s for n, s in zip(size, stride, strict=True)) for stride in network.output_strides] == [
+        tuple(output.shape[2:]) for output in outputs
+    ]
