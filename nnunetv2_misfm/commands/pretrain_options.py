@@ -17,8 +17,6 @@ from nnunetv2_misfm.pool.settings import PoolSettings
 from nnunetv2_misfm.pretrain.settings import GROUPS, AugmentSettings, FusionSettings
 
 DEFAULT_PLANS_NAME = "nnUNetPlans"
-_OF_BOXES = ("num_boxes", "box_size_unit", "box_size_min", "box_size_max", "background_boxes")
-_OF_BLOCKS = ("block_size_unit", "block_size_min", "block_size_max", "foreground_ratio")
 
 
 @dataclass(frozen=True)
@@ -136,9 +134,6 @@ def _problems_of_run(options: argparse.Namespace, under_torchrun: bool) -> Itera
         yield "--c continues a run and --overwrite deletes it; choose one"
     if options.stems == "all" and options.network not in (None, "pctnet"):
         yield f"-stems all is for PCT-Net, not for -network {options.network}"
-    other = _OF_BOXES if options.geometry == "blocks" else _OF_BLOCKS if options.geometry == "boxes" else ()
-    if wrong := [flag_of(FusionSettings, name) for name in other if getattr(options, name) is not None]:
-        yield f"{' and '.join(wrong)}: not for -geometry {options.geometry}; leave out, or choose the other geometry"
     if options.num_gpus < 1:
         yield f"-num_gpus {options.num_gpus} must be at least 1"
     if options.num_gpus > 1 and options.device != "cuda":

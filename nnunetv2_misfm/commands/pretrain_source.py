@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nnunetv2_misfm.commands.pretrain_options import DEFAULT_PLANS_NAME, PretrainOptions
+from nnunetv2_misfm.commands.setting_options import flag_of
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.plans.checks import check_plans_name, check_replaceable
@@ -23,6 +24,10 @@ from nnunetv2_misfm.pretrain.planning import RunRequest, new_pool_entry, run_pla
 from nnunetv2_misfm.pretrain.settings import AugmentSettings, FusionSettings
 
 DERIVED_PLANS_NAME = "nnUNetMisFMPretrainPlans"
+_OF_THE_OTHER_GEOMETRY = {
+    "blocks": ("num_boxes", "box_size_unit", "box_size_min", "box_size_max", "background_boxes"),
+    "boxes": ("block_size_unit", "block_size_min", "block_size_max", "foreground_ratio"),
+}
 
 
 class BareVolumes:
@@ -146,12 +151,23 @@ def run_request(options: PretrainOptions, earlier: Mapping[str, Any] | None) -> 
     block = (earlier or {}).get(BLOCK, {})
     before = block if block.get("task") == PretrainingSettings.TASK else {}
     groups = {name: {**before.get(name, {}), **values} for name, values in options.groups.items()}
+    fusion = read_settings(FusionSettings, groups["fusion"], "The Volume Fusion settings")
+    _check_geometry(fusion.geometry, options.groups["fusion"])
     return RunRequest(
         network=options.network,
         settings=read_settings(PretrainingSettings, {**without_groups(before), **options.run}, "The run settings"),
-        fusion=read_settings(FusionSettings, groups["fusion"], "The Volume Fusion settings"),
+        fusion=fusion,
         augmentation=read_settings(AugmentSettings, groups["augmentation"], "The augmentation settings"),
         arch_kwargs=options.arch_kwargs,
         patch_size=options.patch_size,
         batch_size=options.batch_size,
     )
+
+
+def _check_geometry(geometry: str, given: Mapping[str, Any]) -> None:
+    """Refuse settings that the geometry of the run, given or kept from earlier plans, would ignore."""
+    wrong = [flag_of(FusionSettings, name) for name in _OF_THE_OTHER_GEOMETRY[geometry] if name in given]
+    if wrong:
+        raise PlanError(
+            f"{' and '.join(wrong)}: not for -geometry {geometry}; leave out, or choose the other geometry."
+        )

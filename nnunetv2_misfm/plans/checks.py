@@ -255,6 +255,21 @@ def check_sizes(patch_size: object, batch_size: object, divisor: Sequence[int] =
         )
 
 
+def build_network(architecture: Mapping[str, Any], input_channels: int, num_classes: int) -> Any:
+    """The network of a plan's `architecture` entry, with deep supervision; raises whatever its class raises."""
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans  # takes seconds
+
+    return get_network_from_plans(
+        architecture["network_class_name"],
+        architecture["arch_kwargs"],
+        architecture["_kw_requires_import"],
+        input_channels,
+        num_classes,
+        allow_init=False,
+        deep_supervision=True,
+    )
+
+
 def build_on_meta(architecture: Mapping[str, Any], input_channels: int, num_classes: int) -> Any:
     """The network of a plan's `architecture` entry without memory for its weights.
 
@@ -262,22 +277,13 @@ def build_on_meta(architecture: Mapping[str, Any], input_channels: int, num_clas
         PlanError: if it cannot be built.
     """
     import torch
-    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
     features = architecture["arch_kwargs"].get("features_per_stage")
     if isinstance(features, (list, tuple)) and any(not isinstance(n, int) or n < 1 for n in features):
         raise PlanError(f"-features_per_stage {features}: each stage needs at least one channel.")
     try:
         with torch.device("meta"):
-            return get_network_from_plans(
-                architecture["network_class_name"],
-                architecture["arch_kwargs"],
-                architecture["_kw_requires_import"],
-                input_channels,
-                num_classes,
-                allow_init=False,
-                deep_supervision=True,
-            )
+            return build_network(architecture, input_channels, num_classes)
     except (TypeError, ValueError, KeyError, ImportError, RuntimeError, AssertionError, ZeroDivisionError) as error:
         name = str(architecture.get("network_class_name")).rpartition(".")[2]
         raise PlanError(f"The network {name} of these plans cannot be built: {error}") from None

@@ -95,14 +95,12 @@ def read_dataset(path: str, tags: Sequence[BaseTag], stop_before_pixels: bool = 
     try:
         with tolerant():
             dataset = pydicom.dcmread(path, force=True, stop_before_pixels=stop_before_pixels, specific_tags=list(tags))
-            if "Rows" not in dataset or "Columns" not in dataset:
-                raise VolumeProblem("unreadable: a DICOM file without an image, or no DICOM file")
     except OSError as error:
         raise VolumeProblem(f"unreadable: {error.strerror or error}") from error
-    except VolumeProblem:
-        raise
     except Exception as error:  # pydicom's errors for damaged files have no common base class
         raise VolumeProblem(unreadable(error)) from error
+    if "Rows" not in dataset or "Columns" not in dataset:
+        raise VolumeProblem("unreadable: a DICOM file without an image, or no DICOM file")
     if "TransferSyntaxUID" not in dataset.file_meta:
         dataset.file_meta.TransferSyntaxUID = ImplicitVRLittleEndian
     return dataset

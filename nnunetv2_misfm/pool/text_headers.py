@@ -50,7 +50,7 @@ def open_metaimage(path: str) -> StoredImage:
     with open(path, "rb") as file:
         fields = _fields(file, b"=", last="elementdatafile")
         data = fields.get("elementdatafile", "")
-        names = _file_names(data, file)
+        paths = _voxel_files(path, data, file)
         end_of_header = file.tell()
     if not data:
         raise VolumeProblem("unreadable: not a MetaImage header (ElementDataFile is missing)")
@@ -61,7 +61,7 @@ def open_metaimage(path: str) -> StoredImage:
     if data.upper() == "LOCAL":
         parts = [(path, end_of_header if start >= 0 else start)]
     else:
-        parts = [(os.path.join(os.path.dirname(path), name), start) for name in names]
+        parts = [(voxel_file, start) for voxel_file in paths]
     decode: Callable[[bytes], bytes] = inflate if _is_true(fields.get("compresseddata", "")) else bytes
     if fields.get("binarydata", "true").lower() in ("false", "0"):
         decode = _numbers_as(dtype)
@@ -81,12 +81,10 @@ def open_nrrd(path: str) -> StoredImage:
         fields = _fields(file, b":", last="")
         end_of_header = file.tell()
         data = fields.get("datafile", "")
-        if data.upper().startswith(
-            "LIST"
-        ):  # file names follow to the end, perhaps after other lines that have no colon
+        if data.upper().startswith("LIST"):  # the names of files follow that line, to the end
             file.seek(0)
             _fields(file, b":", last="datafile")
-        names = _file_names(data, file)
+        paths = _voxel_files(path, data, file)
     if "nan" in fields.get("spacedirections", fields.get("spacings", "nan")).lower():
         raise VolumeProblem("the size of its voxels is not known: no space directions and no spacings in its header")
     units = re.findall(r'"([^"]*)"', fields.get("spaceunits", fields.get("units", "")))
@@ -105,9 +103,7 @@ def open_nrrd(path: str) -> StoredImage:
     return StoredImage(
         grid=grid,
         dtype=dtype.newbyteorder("big" if fields.get("endian", "little").lower() == "big" else "little"),
-        parts=tuple((os.path.join(os.path.dirname(path), name), 0) for name in names)
-        if data
-        else ((path, end_of_header),),
+        parts=tuple((voxel_file, 0) for voxel_file in paths) if data else ((path, end_of_header),),
         decode=lambda content: decoders[encoding](content.split(b"\n", lines_before)[-1] if lines_before else content),
         skip=int(fields.get("byteskip", "0")),
     )
@@ -128,16 +124,24 @@ def _fields(file: BinaryIO, separator: bytes, last: str) -> dict[str, str]:
     return fields
 
 
-def _file_names(data: str, file: BinaryIO) -> list[str]:
-    """The file that a header names, those of a pattern such as `slice%03d.raw 1 24 1`, or of the list that follows."""
+def _voxel_files(path: str, data: str, file: BinaryIO) -> list[str]:
+    """The files of voxels, found beside the header.
+
+    Args:
+        path: of the header.
+        data: a file's name, a pattern such as `slice%03d.raw 1 24 1`, or LIST.
+        file: the header, at the line after LIST.
+    """
+    match = re.fullmatch(r"(.*%\d*d\S*)\s+(-?\d+)\s+(-?\d+)(?:\s+(-?\d+))?(?:\s+\d+)?", data)
     if data.upper().startswith("LIST"):
         lines = [line.decode("utf-8", "surrogateescape").strip() for line in file]
-        return [line for line in lines if line]
-    match = re.fullmatch(r"(.*%\d*d\S*)\s+(-?\d+)\s+(-?\d+)(?:\s+(-?\d+))?(?:\s+\d+)?", data)
-    if match is None:
-        return [data]
-    first, last, step = int(match[2]), int(match[3]), int(match[4] or 1) or 1
-    return [match[1] % number for number in range(first, last + (1 if step > 0 else -1), step)]
+        names = [line for line in lines if line]
+    elif match is not None:
+        first, last, step = int(match[2]), int(match[3]), int(match[4] or 1) or 1
+        names = [match[1] % number for number in range(first, last + (1 if step > 0 else -1), step)]
+    else:
+        names = [data]
+    return [os.path.join(os.path.dirname(path), name) for name in names]
 
 
 def _itk_header(path: str, mm_per_unit: Sequence[float]) -> tuple[Grid, np.dtype[Any]]:

@@ -17,6 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_misfm.architectures.memory import estimate_training_memory
 from nnunetv2_misfm.architectures.resolution import total_strides
 from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.plans.checks import build_network
 from nnunetv2_misfm.plans.files import nnunet_folder
 from nnunetv2_misfm.plans.network_entry import is_own_network, leaves_a_single_value
 from nnunetv2_misfm.plans.run_settings import BLOCK
@@ -94,16 +95,7 @@ class MemoryBudget:
         self.strides = total_strides(architecture["arch_kwargs"]["strides"])[-1]
         self._channels = input_channels
         self._can_checkpoint = is_own_network(architecture)
-        self._build = partial(
-            get_network_from_plans,
-            architecture["network_class_name"],
-            architecture["arch_kwargs"],
-            architecture["_kw_requires_import"],
-            input_channels,
-            num_classes,
-            allow_init=False,
-            deep_supervision=True,
-        )
+        self._build = partial(build_network, architecture, input_channels, num_classes)
 
     def needed(self, entry: Mapping[str, Any]) -> float:
         """GB of a training step with the patch and batch size of a configuration."""

@@ -125,6 +125,8 @@ def test_continuing_keeps_the_run_what_it_was(nnunet: Path, capsys: pytest.Captu
     main(["-d", "4", "-network", "plan", "-geometry", "blocks", "-batch_size", "2", "-device", "cpu", *SHORT])
     folder = run_folder(nnunet, "Dataset004_Small", "nnUNetMisFMPretrainPlans")
     before = (folder / "checkpoint_final.pth").read_bytes()
+    ignored = refused(capsys, "-d", "4", "--c", "-num_boxes", "5", "9", "-box_size_min", "0.1", "0.1", "0.1")
+    assert "-num_boxes and -box_size_min: not for -geometry blocks" in ignored  # which the earlier plans chose
     message = refused(capsys, "-d", "4", "--c", "-geometry", "boxes", "-batch_size", "3")
     assert "fusion.geometry: blocks then, boxes now" in message and "batch_size: 2 then, 3 now" in message
     main(["-d", "4", "--c", "-device", "cpu"])
