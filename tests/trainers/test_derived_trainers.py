@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,16 @@ def test_hooks_of_nnunets_variants_can_be_mixed_in(planned: Path, name: str) -> 
     assert (run._get_deep_supervision_scales() is None) == (name == "nnUNetTrainerNoDeepSupervision")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(VARIANTS) - {*NOT_ON_THEIR_OWN, *NEEDS_A_GPU, *NEEDS_ADAN}))
+def marked(name: str) -> Any:
+    """Primus of sizes B, M and L overrides what that of size S does, with networks that take gigabytes."""
+    is_large = re.search(r"Primus(V\d|_)[BML]_", name) is not None
+    return pytest.param(name, marks=pytest.mark.large if is_large else pytest.mark.slow)
+
+
+ON_THEIR_OWN = sorted(set(VARIANTS) - {*NOT_ON_THEIR_OWN, *NEEDS_A_GPU, *NEEDS_ADAN})
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in ON_THEIR_OWN])
 def test_every_variant_can_be_mixed_in(planned: Path, name: str) -> None:
     plans_name = "nnUNetMisFMPlans"
     if name == "nnUNetTrainerBN":  # changes the norm of nnU-Net's own networks alone
