@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import SimpleITK as sitk
@@ -123,3 +124,4 @@ def use_folders(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     monkeypatch.setenv("nnUNet_compile", "0")
     monkeypatch.setattr("multiprocessing.get_context", threads_for_processes)
+    monkeypatch.setitem(matplotlib.rcParams, "savefig.dpi", 10)  # nnU-Net draws its progress after every epoch

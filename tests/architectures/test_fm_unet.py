@@ -29,7 +29,7 @@ def test_segmentation_layers_run_from_coarse_to_fine_as_in_nnunet() -> None:
     assert [layer.in_channels for layer in network(1).decoder.seg_layers] == [8, 8, 4, 4]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_every_parameter_gets_the_same_gradient_with_checkpointing(compiled: bool) -> None:
     gradients = []
     for checkpointing in (False, True):

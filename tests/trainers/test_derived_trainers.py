@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,10 +34,10 @@ NOT_ON_THEIR_OWN = {"AbstractPrimus": "is abstract"}
 NEEDS_A_GPU = ("nnUNetTrainerBenchmark_5epochs", "nnUNetTrainerBenchmark_5epochs_noDataLoading")
 NEEDS_ADAN = tuple(f"nnUNetTrainerAdan{name}" for name in ("", "1en3", "3en4", "1en1", "CosAnneal"))
 ONE_OF_EACH_HOOK = (
-    "nnUNetTrainerAdam",
+    pytest.param("nnUNetTrainerAdam", marks=pytest.mark.slow),
     "nnUNetTrainer_warmup",
     "nnUNetTrainerNoDeepSupervision",
-    "nnUNetTrainerCELoss",
+    pytest.param("nnUNetTrainerCELoss", marks=pytest.mark.slow),
 )
 
 
@@ -100,13 +99,14 @@ def test_hooks_of_nnunets_variants_can_be_mixed_in(planned: Path, name: str) -> 
     assert (run._get_deep_supervision_scales() is None) == (name == "nnUNetTrainerNoDeepSupervision")
 
 
-def marked(name: str) -> Any:
-    """Primus of sizes B, M and L overrides what that of size S does, with networks that take gigabytes."""
-    is_large = re.search(r"Primus(V\d|_)[BML]_", name) is not None
-    return pytest.param(name, marks=pytest.mark.large if is_large else pytest.mark.slow)
-
-
 ON_THEIR_OWN = sorted(set(VARIANTS) - {*NOT_ON_THEIR_OWN, *NEEDS_A_GPU, *NEEDS_ADAN})
+FIRST_OF_ITS_FILE = {VARIANTS[name].__module__: name for name in reversed(ON_THEIR_OWN)}
+
+
+def marked(name: str) -> Any:
+    """Variants of one file override the same hooks, and some are networks that take gigabytes."""
+    first = FIRST_OF_ITS_FILE[VARIANTS[name].__module__] == name
+    return pytest.param(name, marks=pytest.mark.slow if first and "Primus" not in name else pytest.mark.variants)
 
 
 @pytest.mark.parametrize("name", [marked(name) for name in ON_THEIR_OWN])

@@ -26,7 +26,22 @@ from nnunetv2_misfm.trainers.alarms import alarms
 from nnunetv2_misfm.trainers.step_guard import MOST_IN_A_ROW, StepGuard, TrainingDivergedError
 from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
 
-SMALL = ["-features_per_stage", "4", "4", "8", "16", "32", "-device", "cpu"]
+SMALL = [
+    "-patch_size",
+    "16",
+    "16",
+    "16",
+    "-batch_size",
+    "2",
+    "-features_per_stage",
+    "4",
+    "4",
+    "8",
+    "16",
+    "32",
+    "-device",
+    "cpu",
+]
 SHORT = ["-num_iterations_per_epoch", "3", "-num_val_iterations_per_epoch", "1", "-num_epochs", "2"]
 
 

@@ -25,7 +25,8 @@ from nnunetv2_misfm.transfer.checkpoint import CheckpointError, read_checkpoint
 from nnunetv2_misfm.transfer.transfer import TransferError
 
 CPU = torch.device("cpu")
-NETWORK = ["-features_per_stage", "4", "4", "8", "16", "32"]
+PATCH = ["-patch_size", "16", "16", "16", "-batch_size", "2"]
+NETWORK = [*PATCH, "-features_per_stage", "4", "4", "8", "16", "32"]
 SHORT = ["-num_iterations_per_epoch", "2", "-num_val_iterations_per_epoch", "1"]
 
 
@@ -57,7 +58,7 @@ def pretrained() -> Path:
 
 
 def plan(*more: str, num_epochs: int = 2) -> None:
-    misfm_plan(["-d", "4", "-num_epochs", str(num_epochs), *SHORT, *more])
+    misfm_plan(["-d", "4", "-num_epochs", str(num_epochs), *SHORT, *PATCH, *more])
 
 
 def run_folder(trainer_name: str, plans: str) -> Path:
