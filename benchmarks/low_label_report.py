@@ -1,6 +1,6 @@
 """Table and figure of what low_label.py has run so far: python benchmarks/low_label_report.py SETTING.
 
-They go to benchmarks/results/low_label_SETTING.md and .png; the README shows those of the setting that runs on a CPU.
+They go to benchmarks/results/low_label_SETTING.md and .png.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ import numpy as np
 from low_label_study import ARMS, RECORDS, RESULTS
 from scipy import stats
 
-README = Path(__file__).parent.parent / "README.md"
-IN_README = "small"
-BEGIN, END = "<!-- written by benchmarks/low_label_report.py -->", "<!-- end -->"
 BASELINE = "scratch"
 CONFIDENCE = 0.95
 
@@ -30,7 +27,7 @@ Runs = dict[tuple[str, int], dict[int, dict[str, Any]]]  # (arm, labelled cases)
 
 
 def write_report(setting: str) -> str:
-    """Write the page and the figure of a setting, and what the README shows of them; returns the page."""
+    """Write the page and the figure of a setting; returns the page."""
     runs = read_runs(RECORDS / setting)
     if not runs:
         return "No runs yet."
@@ -72,11 +69,6 @@ def write_report(setting: str) -> str:
     page = f"# Fine-tuning with few labels, {setting}\n\n{summary}{figure.format(picture)}\n" + "\n".join(footer)
     (RESULTS / f"low_label_{setting}.md").write_text(page)
     draw(runs, RESULTS / picture)
-    if setting == IN_README:
-        before, _, rest = README.read_text().partition(BEGIN)
-        after = rest.partition(END)[2]
-        shown = summary + figure.format(f"benchmarks/results/{picture}")
-        README.write_text(f"{before}{BEGIN}\n\n{shown}\n{END}{after}")
     return page
 
 
