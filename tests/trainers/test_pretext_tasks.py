@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 import torch
 from nnunet_dataset import NAME
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import get_trainer_from_args
 from torch import nn
 
+from nnunetv2_misfm.commands.plan import plan_main as misfm_plan
 from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS
@@ -183,3 +186,30 @@ def test_a_trainer_says_which_plans_it_cannot_use(nnunet: Path) -> None:
         made_trainer("VolumeFusionTrainer", "nnUNetMisFMPretrainMaskedAutoencoderPlans")
     with pytest.raises(PlanError, match="name no pretext task.*-pretext NAME"):
         made_trainer("PretrainingTrainer", "nnUNetPlans")
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("network", ["pctnet", "plan"])
+@pytest.mark.parametrize("name", PRETEXT_TASKS)
+def test_from_volumes_to_a_segmentation(nnunet: Path, tmp_path: Path, name: str, network: str) -> None:
+    sizes = SMALL if network == "pctnet" else ["-patch_size", "16", "16", "16"]
+    add_plugin_folder()
+    misfm_pretrain(["-d", "4", "-pretext", name, "-network", network, *sizes, *SHORT, "-overwrite_plans_name", "Task"])
+    checkpoint = run_folder(name, "Task") / "checkpoint_final.pth"
+    content = read_checkpoint(checkpoint)
+    if network == "plan":
+        assert content["nnssl_adaptation_plan"]["key_to_encoder"] == "encoder.stages"
+        stock = get_trainer_from_args(NAME, "3d_fullres", 0, "nnUNetTrainer", "nnUNetPlans", False, torch.device("cpu"))
+        stock.initialize()
+        load_pretrained_weights(stock.network, str(checkpoint))
+        key = "encoder.stages.1.0.convs.0.conv.weight"
+        assert torch.equal(stock.network.state_dict()[key], content["network_weights"][key])
+    misfm_plan(["-d", "4", *SHORT[:-2], "-pretrained_weights", str(checkpoint), "-overwrite_plans_name", "Tuned"])
+    run = get_trainer_from_args(NAME, "3d_fullres", 0, "MisFMTrainer", "Tuned", False, torch.device("cpu"))
+    run.run_training()
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False, perform_everything_on_device=False)
+    predictor.initialize_from_trained_model_folder(str(Path(run.output_folder).parent), (0,))
+    (tmp_path / "out").mkdir()
+    image = nnunet / "nnUNet_raw" / NAME / "imagesTr" / "case_0_0000.nii.gz"
+    predictor.predict_from_files_sequential([[str(image)]], str(tmp_path / "out"), overwrite=True)
+    assert (tmp_path / "out" / "case_0.nii.gz").is_file()
