@@ -23,7 +23,7 @@ from nnunetv2_misfm.trainers.memory_fit import fit_into_memory
 from nnunetv2_misfm.trainers.own_network import with_own_network
 from nnunetv2_misfm.trainers.resumable import ResumableTrainer
 from nnunetv2_misfm.trainers.schedules import StagedSchedule, parameter_groups
-from nnunetv2_misfm.transfer.transfer import part_of
+from nnunetv2_misfm.transfer.names import ENCODER, STEM, names_of
 
 _FIRST_LOSSES = 5
 # What nnU-Net tells its loggers about a run.
@@ -104,7 +104,7 @@ class BaseTrainer(ResumableTrainer):
         parameters["batch_size"] = self.configuration_manager.batch_size
         self.logger.update_config({"hparas": parameters})
 
-    def _same_network(self) -> nn.Module:
+    def _same_network(self, more_channels: int = 0, more_classes: int = 0) -> nn.Module:
         """A network as `build_network_architecture` makes it; its older signature is taken too, as in nnU-Net."""
         manager: ConfigurationManager = self.configuration_manager
         described: tuple[Any, ...] = (self.plans_manager, manager)
@@ -114,8 +114,11 @@ class BaseTrainer(ResumableTrainer):
                 manager.network_arch_init_kwargs,
                 manager.network_arch_init_kwargs_req_import,
             )
-        sizes = (self.num_input_channels, self.label_manager.num_segmentation_heads, self.enable_deep_supervision)
-        network: nn.Module = self.build_network_architecture(*described, *sizes)
+        channels = self.num_input_channels + more_channels
+        classes = self.label_manager.num_segmentation_heads + more_classes
+        network: nn.Module = self.build_network_architecture(
+            *described, channels, classes, self.enable_deep_supervision
+        )
         return network
 
     def _some_parameters_unused(self) -> bool:
@@ -181,8 +184,10 @@ class BaseTrainer(ResumableTrainer):
         stage = self.lr_scheduler.stage
         self.print_to_log_file(f"Stage: {stage.name}")
         if stage.encoder_frozen:
+            names = names_of(self.bare_network)
             for name, module in self.bare_network.named_modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm) and part_of(name + ".") in ("stem", "encoder"):
+                is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+                if is_norm and names.part_in_network(name) in (STEM, ENCODER):
                     module.eval()
 
     def train_step(self, batch: Any) -> dict:

@@ -20,8 +20,7 @@ from nnunetv2_misfm.commands.checkpoints import export_main, inspect_main
 from nnunetv2_misfm.commands.plan import plan_main
 from nnunetv2_misfm.plans.network_entry import NETWORKS
 from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint
-from nnunetv2_misfm.transfer.networks import load_network
-from nnunetv2_misfm.transfer.pretrained import load_source, read_source
+from nnunetv2_misfm.transfer.pretrained import load_network, load_source, read_source
 
 FEATURES = [4, 4, 8, 16, 32]
 COMMIT = "a" * 40
@@ -114,7 +113,11 @@ def test_weights_that_decay_has_shrunk_are_named(
 def test_inspect_foretells_the_transfer(nnunet: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inspect_main([str(checkpoint), "-d", "4"])
     printed = capsys.readouterr().out
-    assert "segmentation layers" in printed and "100.00%" in printed and "misfm_plan would accept it." in printed
+    assert (
+        "segmentation layers" in printed
+        and "100.00%" in printed
+        and "misfm_plan -d 4 -c 3d_fullres -pretrained_weights" in printed
+    )
     with pytest.raises(SystemExit):
         inspect_main([str(checkpoint), "-d", "4", "-network", "plan"])
     assert not list((nnunet / "nnUNet_preprocessed" / NAME).glob("nnUNetMisFMPlans*"))
