@@ -309,6 +309,8 @@ def _require(report: TransferReport, facts: SourceFacts, options: TransferOption
     if len(wrong) > _MOST_MISMATCHES:
         lines.append(f"  ... and {len(wrong) - _MOST_MISMATCHES} more")
     remedy = "Use a checkpoint of the same network, or allow this with misfm_plan -min_coverage or --encoder_only."
+    if used > 0 and "n_stages" in facts.arguments:
+        remedy += " -network pretrained trains the checkpoint's own network."
     if used == 0:
         remedy = (
             "Nothing of it can be used, which would be training from scratch. Use a checkpoint of the same network, or "

@@ -62,10 +62,11 @@ def each_once(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
             largest = max(largest, difference)
     if not differing:
         return once, ""
+    used = differing[0][-1].removeprefix("decoder.")
     return once, (
-        f"{len(differing)} of its {len(once)} parameters have several names with different values (by up to "
-        f"{100 * min(largest, 9.99):.0f} %). Those that PyTorch would load last are used, such as {differing[0][-1]} "
-        f"in place of {differing[0][0]}."
+        f"{len(differing)} of its {len(once)} parameters stand in the file more than once with different values (by up "
+        f"to {100 * min(largest, 9.99):.0f} %). Those that PyTorch would load last are used, such as {used} in place of "
+        f"{differing[0][0]}."
     )
 
 
