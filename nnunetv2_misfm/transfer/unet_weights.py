@@ -64,9 +64,9 @@ def each_once(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
         return once, ""
     used = differing[0][-1].removeprefix("decoder.")
     return once, (
-        f"{len(differing)} of its {len(once)} parameters stand in the file more than once with different values (by up "
-        f"to {100 * min(largest, 9.99):.0f} %). Those that PyTorch would load last are used, such as {used} in place of "
-        f"{differing[0][0]}."
+        f"{len(differing)} of its {len(once)} parameters stand in the file more than once, with values that differ by "
+        f"up to {100 * min(largest, 9.99):.0f} %. Those that PyTorch would load last are used, such as {used} in place "
+        f"of {differing[0][0]}."
     )
 
 
