@@ -72,9 +72,10 @@ def download(name: str) -> HubFile:
     else:
         file, path = repository.checkpoint()
     commit = path.parts[-1 - len(Path(file).parts)]
-    pinned = _Repository(repository.name, commit)
-    beside = None if file == EXPORTED else pinned.fetch_optional(str(Path(file).with_name(ADAPTATION_PLAN)))
-    return HubFile(path, f"hf:{repository.name}@{commit}:{file}", beside)
+    beside = path.with_name(ADAPTATION_PLAN)
+    if file != EXPORTED and repository.is_reached and not beside.is_file():
+        _Repository(repository.name, commit).fetch_optional(str(Path(file).with_name(ADAPTATION_PLAN)))
+    return HubFile(path, f"hf:{repository.name}@{commit}:{file}", beside if beside.is_file() else None)
 
 
 class _Repository:
@@ -83,6 +84,7 @@ class _Repository:
     def __init__(self, name: str, revision: str | None):
         self.name = name
         self.revision = revision
+        self.is_reached = True  # until it is found not to be
 
     def fetch(self, file: str) -> Path | None:
         """A file, from the cache or the Hub; None if the repository has no such file.
@@ -96,7 +98,8 @@ class _Repository:
         try:
             return Path(hf_hub_download(self.name, file, revision=self.revision, endpoint=_endpoint()))
         except LocalEntryNotFoundError as error:
-            raise NotCached(
+            self.is_reached = False
+            raise CheckpointError(
                 f"hf:{self.name}:{file} is not in the cache and the Hub cannot be reached ({first_line(error)}). "
                 f"Connect to the network once, or give the path of a file."
             ) from None
@@ -117,27 +120,29 @@ class _Repository:
 
     def checkpoint(self) -> tuple[str, Path]:
         """The checkpoint of the repository, under whatever name."""
-        not_cached: CheckpointError | None = None
+        not_there: CheckpointError | None = None
         for file in _USUAL_FILES:
             try:
                 path = self.fetch(file)
-            except NotCached as error:
-                not_cached, path = error, None
+            except CheckpointError as error:
+                if self.is_reached:
+                    raise
+                not_there = error
+                break  # asking for other files would only take as long again
             if path is not None:
                 return file, path
-        there = self.cached_checkpoints() if not_cached is not None else self.checkpoints()
-        if len(there) != 1:
-            raise (
-                not_cached
-                if not_cached is not None and not there
-                else CheckpointError(
-                    f"{self.name} has {'several' if there else 'no'} checkpoints{' to choose from' if there else ''}. "
-                    f"{self.what_there_is(there)}"
-                )
-            )
-        path = self.fetch(there[0])
-        assert path is not None
-        return there[0], path
+        there = self.checkpoints()
+        usual = [file for file in _USUAL_FILES if file in there]
+        if not usual and len(there) != 1:
+            if not_there is not None and not there:
+                raise not_there
+            number = "several checkpoints to choose from" if there else "no checkpoint"
+            raise CheckpointError(f"{self.name} has {number}. {self.what_there_is(there)}")
+        file = (*usual, *there)[0]
+        path = self.cached(file) or self.fetch(file)
+        if path is None:
+            raise CheckpointError(f"{self.name} has no {file} any more. {self.what_there_is()}")
+        return file, path
 
     def what_there_is(self, there: list[str] | None = None) -> str:
         """A sentence with the checkpoints of the repository."""
@@ -147,30 +152,31 @@ class _Repository:
         return "Name one of them: " + ", ".join(f"hf:{self.name}:{file}" for file in there[:_MOST_FILES])
 
     def checkpoints(self) -> list[str]:
-        """The repository's files that may be checkpoints; none if it cannot be asked."""
+        """The repository's files that may be checkpoints; those in the cache if it cannot be asked."""
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError
 
-        try:
-            files = HfApi(endpoint=_endpoint()).list_repo_files(self.name, revision=self.revision)
-        except (HfHubHTTPError, OSError, ValueError):
-            return self.cached_checkpoints()
+        folder = self._cache()
+        files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()] if folder else []
+        if self.is_reached:
+            try:
+                files = HfApi(endpoint=_endpoint()).list_repo_files(self.name, revision=self.revision)
+            except (HfHubHTTPError, OSError, ValueError):
+                self.is_reached = False
         return sorted(file for file in files if file.endswith(_ENDINGS))
 
-    def cached_checkpoints(self) -> list[str]:
-        """Those that were downloaded before."""
+    def cached(self, file: str) -> Path | None:
+        """A file that was downloaded before, where the Hub cannot be asked for a newer one."""
+        folder = self._cache()
+        return folder / file if folder is not None and not self.is_reached and (folder / file).is_file() else None
+
+    def _cache(self) -> Path | None:
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(snapshot_download(self.name, revision=self.revision, local_files_only=True))
+            return Path(snapshot_download(self.name, revision=self.revision, local_files_only=True))
         except (OSError, ValueError):
-            return []
-        files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        return sorted(file for file in files if file.endswith(_ENDINGS))
-
-
-class NotCached(CheckpointError):
-    """A file is not in the cache, and the Hub cannot be reached."""
+            return None
 
 
 def _endpoint() -> str | None:

@@ -190,7 +190,12 @@ def test_a_checkpoint_on_the_hub_is_downloaded_once_and_pinned(
 @pytest.mark.parametrize("name", ["checkpoint_final.pth", "whatever.pt"])
 @pytest.mark.parametrize("given", ["hf:group/weights", "https://huggingface.co/group/weights"])
 def test_a_checkpoint_of_any_name_is_found_and_works_offline(
-    hub: ThreadingHTTPServer, exported: Path, checkpoint: Path, name: str, given: str
+    hub: ThreadingHTTPServer,
+    exported: Path,
+    checkpoint: Path,
+    name: str,
+    given: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (exported / "model.safetensors").unlink()
     shutil.copy(checkpoint, exported / name)
@@ -199,6 +204,7 @@ def test_a_checkpoint_of_any_name_is_found_and_works_offline(
     assert online.hub_name == f"hf:group/weights@{COMMIT}:{name}"
     assert (online.path.parent / "adaptation_plan.json").is_file()
     hub.shutdown()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert read_source(given).sha256 == online.sha256 and read_source(online.hub_name).path == online.path
 
 
