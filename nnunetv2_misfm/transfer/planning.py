@@ -25,6 +25,7 @@ from nnunetv2_misfm.plans.network_entry import (
     degree_of_anisotropy,
     enlarge_for_augmentation,
     is_own_network,
+    leaves_a_single_value,
     patch_divisor,
     set_sizes,
 )
@@ -209,10 +210,7 @@ def _configuration(
         remarks += (f"{name}: {remark}" for remark in about_spacing(configuration["spacing"], source))
     configuration["architecture"] = _architecture(configuration, degree, name, request, source, remarks)
     if request.network == "pretrained" and request.patch_size is None:
-        divisor = patch_divisor(configuration["architecture"])
-        configuration["patch_size"] = [
-            -(-n // d) * d for n, d in zip(configuration["patch_size"], divisor, strict=True)
-        ]
+        configuration["patch_size"] = _fitting_patch(configuration)
     if request.patch_size is None and enlarge_for_augmentation(configuration):
         remarks.append(
             f"{name}: patch size {configuration['patch_size']}, because nnU-Net's augmentation cannot blur or scale "
@@ -226,6 +224,16 @@ def _configuration(
             f"voxels along an axis. Use -patch_size {' '.join(map(str, needed['patch_size']))}."
         )
     return configuration
+
+
+def _fitting_patch(configuration: Mapping[str, Any]) -> list[int]:
+    """A configuration's patch, enlarged to what another network than the planned one can halve and normalise."""
+    architecture = configuration["architecture"]
+    divisor = patch_divisor(architecture)
+    patch = [-(-n // d) * d for n, d in zip(configuration["patch_size"], divisor, strict=True)]
+    if leaves_a_single_value(architecture, patch, configuration["batch_size"]):
+        patch[2] += divisor[2]  # nnU-Net pads images that are smaller than the patch
+    return patch
 
 
 def _architecture(
