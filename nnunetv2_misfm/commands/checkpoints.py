@@ -119,9 +119,10 @@ def inspect(options: argparse.Namespace) -> None:
     asked_for, best = attempts[0], max(attempts, key=lambda attempt: attempt.share)
     if best.report is None:
         raise asked_for.error or PlanError(f"{options.checkpoint} cannot be used here.")
-    if best is not asked_for:
-        what = asked_for.error if asked_for.report is None else f"the weights give {asked_for.report.share()}"
-        print(f"\nWith {' '.join(asked_for.options) or 'the defaults'}: {what}")
+    if best is not asked_for and asked_for.report is not None:
+        print(f"\nWith the options given, the weights give {asked_for.report.share()}.")
+    elif best is not asked_for:
+        print(f"\nWith the options given: {str(asked_for.error).splitlines()[0]}")
     print(f"\nTransfer to {options.d}, {options.c} of {options.p}{' with ' if best.options else ''}", end="")
     print(f"{' '.join(best.options)}:\n{best.report.table()}")
     for remark in best.remarks:

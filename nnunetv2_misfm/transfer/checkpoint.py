@@ -190,7 +190,7 @@ def write_safetensors(
     weights: Mapping[str, Tensor],
     info: CheckpointInfo,
     path: str | os.PathLike[str],
-    trained_parts: Collection[str] | None = None,
+    trained_parts: Collection[str],
 ) -> None:
     """Write weights with their description in the file's metadata.
 
@@ -211,8 +211,7 @@ def write_safetensors(
         seen.add(place)
         kept[name] = tensor.contiguous()
     metadata = {"format": "pt", BLOCK: json.dumps({"format_version": FORMAT_VERSION, **asdict(info)})}
-    if trained_parts is not None:
-        metadata[TRAINED_PARTS] = json.dumps(sorted(trained_parts))
+    metadata[TRAINED_PARTS] = json.dumps(list(trained_parts))
     try:
         with written_whole(path) as temporary:
             save_file(kept, temporary, metadata)

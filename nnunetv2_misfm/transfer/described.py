@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nnunetv2_misfm.plans.checks import INTENSITIES, with_present_names
 from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo
+from nnunetv2_misfm.transfer.foreign import RESIDUAL_UNET
 from nnunetv2_misfm.transfer.unet_weights import unet_description
 
 _OF_CONFIGURATION = ("spacing", "patch_size", "normalization_schemes", "use_mask_for_norm")
@@ -50,7 +51,9 @@ def describe_unet(
     class_name, arguments, channels, classes = told
     nnunet, nnssl = _nnunet(checkpoint), _nnssl(checkpoint, beside)
     planned, preprocessing = nnunet or nnssl or ({}, {})
-    arguments = {**_USUAL_ARGUMENTS, **planned, **arguments}
+    usual_convolutions = 1 if class_name == RESIDUAL_UNET else 2
+    usual = {**_USUAL_ARGUMENTS, "n_conv_per_stage_decoder": [usual_convolutions] * (arguments["n_stages"] - 1)}
+    arguments = {**usual, **planned, **arguments}
     trainer = str(checkpoint.get("trainer_name") or (beside or {}).get("trainer_name") or "")
     task = "segmentation" if nnunet is not None else "pretraining" if nnssl is not None else "unknown"
     training: dict[str, Any] = {"trainer": trainer} if trainer else {}

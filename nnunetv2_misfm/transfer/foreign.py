@@ -73,7 +73,7 @@ PLAIN_ENCODER = Kind(
     inside="encoder.",
 )
 GENERIC_UNET = Kind(
-    "nnU-Net v1's Generic_UNet", ("conv_blocks_context.0.blocks.0.conv.weight", "tu.0.weight"), OF_PLAIN_UNET
+    "Generic_UNet of nnU-Net v1", ("conv_blocks_context.0.blocks.0.conv.weight", "tu.0.weight"), OF_PLAIN_UNET
 )
 
 KINDS = (
@@ -87,13 +87,13 @@ KINDS = (
     PLAIN_ENCODER,
     GENERIC_UNET,
     Kind(
-        "nnU-Net v1's Generic_UNet without transposed convolutions",
+        "Generic_UNet of nnU-Net v1 without transposed convolutions",
         ("conv_blocks_context.0.blocks.0.conv.weight",),
         refusal="it pools and interpolates where nnU-Net v2's U-Nets have strided and transposed convolutions. Take "
         "the model of one of v1's default trainers (nnUNetTrainerV2)",
     ),
     Kind(
-        "nnU-Net v1's residual U-Net",
+        "residual U-Net of nnU-Net v1",
         ("encoder.initial_conv.weight",),
         refusal=f"{_OTHER_BLOCKS}train a ResidualEncoderUNet (nnUNetv2_plan_experiment -pl nnUNetPlannerResEncL)",
     ),
@@ -121,12 +121,12 @@ KINDS = (
         refusal=_OTHER_BLOCKS + _IN_PLANS,
     ),
     Kind(
-        "MONAI's DynUNet",
+        "DynUNet of MONAI",
         ("input_block.conv1.conv.weight",),
         refusal=_OTHER_BLOCKS + _IN_PLANS,
     ),
     Kind(
-        "MONAI's U-Net",
+        "U-Net of MONAI",
         ("model.0.conv.unit0.conv.weight|conv_0.conv_0.conv.weight",),
         refusal=_OTHER_BLOCKS + _IN_PLANS,
     ),

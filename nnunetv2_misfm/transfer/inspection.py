@@ -13,9 +13,15 @@ from nnunetv2_misfm.transfer.checkpoint import CheckpointError, write_safetensor
 from nnunetv2_misfm.transfer.hub import EXPORTED
 from nnunetv2_misfm.transfer.names import OTHER, PARTS, Names, names_in_class
 from nnunetv2_misfm.transfer.pretrained import Source, read_source
+from nnunetv2_misfm.transfer.report import LEARNING_PARTS
 from nnunetv2_misfm.transfer.shrunk_weights import shrunk_weights
 from nnunetv2_misfm.transfer.unet_weights import is_statistic
 
+# Constructor arguments that hardly differ from one of nnU-Net's networks to another.
+_USUAL = ("n_stages", "conv_op", "conv_bias", "kernel_sizes", "norm_op_kwargs", "dropout_op", "dropout_op_kwargs") + (
+    "nonlin",
+    "nonlin_kwargs",
+)
 _OF_PREPROCESSING = ("dataset_name", "spacing", "patch_size", "normalization_schemes", "transpose_forward")
 
 
@@ -27,7 +33,7 @@ def describe(source: Source) -> str:
         ("kind", _kind(source)),
         ("sha256", source.sha256),
         ("parameters", _parameters(source)),
-        ("trained", "" if source.trained_parts == PARTS else ", ".join(source.trained_parts)),
+        ("not trained", "; ".join(source.untrained.values())),
         ("shrunk to nothing", _shrunk(source)),
         *_description(source),
     ]
@@ -69,7 +75,7 @@ def _description(source: Source) -> list[tuple[str, Any]]:
     training = {name: value for name, value in info.training.items() if name != "task"}
     return [
         ("network", info.network_class_name),
-        ("  arguments", _short({name: value for name, value in info.arch_kwargs.items() if value is not None})),
+        ("  arguments", _short({name: info.arch_kwargs[name] for name in info.arch_kwargs if name not in _USUAL})),
         ("  input channels", _channels(source)),
         ("  classes", info.num_classes or "none"),
         ("task", info.training.get("task", info.task)),
@@ -132,7 +138,7 @@ def export(checkpoint: str, folder: Path, licence: str | None) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        trained = None if source.trained_parts == PARTS else source.trained_parts
+        trained = [part for part in LEARNING_PARTS if part not in source.untrained]
         write_safetensors(source.weights, source.info, temporary / EXPORTED, trained)
         (temporary / "README.md").write_text(model_card(source, licence), encoding="utf-8")
         temporary.rename(folder)

@@ -26,9 +26,9 @@ from nnunetv2_misfm.transfer.checkpoint import (
 from nnunetv2_misfm.transfer.described import channel_names, channels_of_checkpoint, describe_unet, how_well_learnt
 from nnunetv2_misfm.transfer.foreign import PUBLISHED_FMUNET, PUBLISHED_PCTNET, Kind
 from nnunetv2_misfm.transfer.hub import ADAPTATION_PLAN, download, is_hub_name
-from nnunetv2_misfm.transfer.names import PARTS
+from nnunetv2_misfm.transfer.names import DECODER, SEG_LAYERS, names_in_class
 from nnunetv2_misfm.transfer.published_weights import read_published
-from nnunetv2_misfm.transfer.report import TransferReport
+from nnunetv2_misfm.transfer.report import LEARNING_PARTS, TransferReport
 from nnunetv2_misfm.transfer.state_dicts import find_weights
 from nnunetv2_misfm.transfer.transfer import SourceFacts, TransferOptions, transfer
 
@@ -46,7 +46,7 @@ class Source:
         hub_name: the file's place on the Hugging Face Hub, with the exact revision; empty for a file given by its path.
         by_this_package: whether the file says that this package wrote it.
         channels: names of the image channels, as far as they are known.
-        trained_parts: the parts of the network that learnt.
+        untrained: the parts of the network that did not learn, each with the reason.
         learnt: how well, in words; empty if it is not known.
         unused: names in the file that do not belong to this network, with the reasons.
         notes: what had to be decided when the file was read.
@@ -60,7 +60,7 @@ class Source:
     hub_name: str = ""
     by_this_package: bool = False
     channels: tuple[str, ...] = ()
-    trained_parts: tuple[str, ...] = PARTS
+    untrained: Mapping[str, str] = field(default_factory=dict)
     learnt: str = ""
     unused: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -91,7 +91,7 @@ class Source:
             arguments=self.arch_kwargs,
             num_images=self.num_images,
             channels=self.channels,
-            trained_parts=self.trained_parts,
+            untrained=self.untrained,
             names=None if self.kind is None else self.kind.names,
             unused=self.unused,
             refusal="" if self.kind is None else self.kind.refusal,
@@ -148,7 +148,7 @@ def read_source(given: str | os.PathLike[str]) -> Source:
         hub_name=name,
         by_this_package=own is not None,
         channels=channels_of_checkpoint(content),
-        trained_parts=_trained_parts(content, path),
+        untrained=_untrained(content, path, info, weights),
         learnt=how_well_learnt(content),
         unused=found.unused,
         notes=found.notes,
@@ -231,16 +231,22 @@ def load_network(path: str | os.PathLike[str], deep_supervision: bool = False) -
     return network.eval()
 
 
-def _trained_parts(content: Mapping[str, Any], path: Path) -> tuple[str, ...]:
-    """The parts that learnt; a file that says nothing has trained all."""
-    parts = content.get(TRAINED_PARTS)
-    if parts is None:
-        return PARTS
-    if not isinstance(parts, (list, tuple)) or not set(parts) <= set(PARTS):
+def _untrained(
+    content: Mapping[str, Any], path: Path, info: CheckpointInfo | None, weights: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """The parts that did not learn, by what the file says, or because it has none of their weights."""
+    trained = content.get(TRAINED_PARTS, LEARNING_PARTS)
+    if not isinstance(trained, (list, tuple)) or not set(trained) <= set(LEARNING_PARTS):
         raise CheckpointError(
-            f"{path} names trained parts {parts!r} that this version does not know. Update nnunetv2_misfm."
+            f"{path} names trained parts {trained!r} that this version does not know. Update nnunetv2_misfm."
         )
-    return tuple(parts)
+    task = "pretraining" if info is None else info.training.get("task", info.task)
+    untrained = {part: f"the {part} was not trained by {task}" for part in LEARNING_PARTS if part not in trained}
+    if info is not None:
+        names = names_in_class(info.network_class_name)
+        if not any(names.part_of(name) in (DECODER, SEG_LAYERS) for name in weights):
+            untrained[DECODER] = "the checkpoint has no decoder"
+    return untrained
 
 
 def _read_plan(path: Path | None) -> dict[str, Any] | None:

@@ -20,7 +20,7 @@ from nnunetv2_misfm.transfer.unet_weights import each_once, from_generic_unet
 
 _CONTAINERS = ("network_weights", "model_state_dict", "state_dict", "model", "net", "network", "student", "module")
 # Averages of weights, and networks that only teach, are taken where there is nothing else.
-_COPIES = ("ema", "teacher", "momentum", "averaged", "target", "shadow")
+_COPIES = ("ema", "teacher", "momentum", "averaged", "target", "shadow", "encoder_k")
 _NOT_WEIGHTS = ("optim", "sched", "scaler", "amp", "logging", "init_args")
 # What torch.compile, FSDP and checkpointing put into names, at any place.
 _INNER_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")

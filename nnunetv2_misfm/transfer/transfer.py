@@ -18,7 +18,6 @@ from nnunetv2_misfm.transfer.adaptation import fit_bias_table, fit_input_channel
 from nnunetv2_misfm.transfer.names import (
     DECODER,
     OTHER,
-    PARTS,
     SEG_LAYERS,
     Names,
     matching_names,
@@ -44,7 +43,7 @@ class SourceFacts:
         arguments: its constructor arguments, as far as they are known.
         num_images: how many of its input channels are images, if not all.
         channels: names of these images; empty if they are not known.
-        trained_parts: the parts that learnt; the others are left fresh.
+        untrained: the parts that did not learn, which are left fresh, each with the reason.
         names: in the weights; None if they are not known.
         unused: what else was in the file, with the reason.
         refusal: why networks of this kind cannot be used, and the nearest way; empty if they can.
@@ -54,7 +53,7 @@ class SourceFacts:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     num_images: int | None = None
     channels: tuple[str, ...] = ()
-    trained_parts: tuple[str, ...] = PARTS
+    untrained: Mapping[str, str] = field(default_factory=dict)
     names: Names | None = None
     unused: Mapping[str, str] = field(default_factory=dict)
     refusal: str = ""
@@ -140,7 +139,7 @@ def transfer(
     expected = tuple(
         part
         for part in LEARNING_PARTS
-        if part in facts.trained_parts and not (options.encoder_only and part == DECODER)
+        if part not in facts.untrained and not (options.encoder_only and part == DECODER)
     )
     unused = tuple(_unused(source, used, rejected, names, facts))
     report = TransferReport(source_name, tuple(entries), expected, unused, tuple(_notes(source, target, facts)))
@@ -174,9 +173,7 @@ class _Fitting:
             return "segmentation layers always start fresh"
         if self.options.encoder_only and part == DECODER:
             return "only the encoder was asked for"
-        if part not in self.facts.trained_parts:
-            return _not_trained(part)
-        return None
+        return self.facts.untrained.get(part)
 
     def value_for(self, name: str, parameter: Tensor, name_in_source: str | None) -> tuple[Tensor | None, str, str]:
         """The value, or None; the status; how it was adapted or why it is fresh."""
@@ -251,10 +248,6 @@ def _names_by_identity(network: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _not_trained(part: str) -> str:
-    return f"the {part} was not trained in pretraining"
-
-
 def _unused(
     source: Mapping[str, Tensor], used: set[str], rejected: Mapping[str, str], names: Names, facts: SourceFacts
 ) -> Iterator[Unused]:
@@ -268,12 +261,12 @@ def _unused(
             reason = rejected[name].replace(" in the source", " does not fit")
         elif part == SEG_LAYERS:
             reason = "segmentation layers always start fresh"
-        elif part != OTHER and part not in facts.trained_parts:
-            reason = _not_trained(part)
-        elif is_statistic(name):
-            reason = "statistics of BatchNorm, which this network has not"
+        elif part in facts.untrained:
+            reason = facts.untrained[part]
         elif any(within(name, key) for key in parts.by_anisotropy):
             reason = "for another degree of anisotropy"
+        elif is_statistic(name):
+            reason = "statistics of BatchNorm, which this network has not"
         elif any(within(name, key) for key in (*parts.encoder_stages, *parts.decoder_stages)):
             reason = "this network has no such stage, or no such layer in it"
         else:
@@ -316,8 +309,8 @@ def _require(report: TransferReport, facts: SourceFacts, options: TransferOption
             "Nothing of it can be used, which would be training from scratch. Use a checkpoint of the same network, or "
             "give plans that name this checkpoint's network (-p) with -network plan."
         )
+    asked_for = f"; the plan asks for {100 * options.min_coverage:.2f} %" if used > 0 else ""
     raise TransferError(
         f"{report.source} covers {100 * coverage:.2f} % of the network's {', '.join(report.expected)} (it holds a "
-        f"{facts.name}); the plan asks for {100 * options.min_coverage:.2f} %. First mismatches:\n"
-        + "\n".join([*lines, remedy])
+        f"{facts.name}){asked_for}. First mismatches:\n" + "\n".join([*lines, remedy])
     )

@@ -88,9 +88,9 @@ def unet_description(weights: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]
         weights: each under the first of its names.
 
     Returns:
-        Class name, constructor arguments (without what no weight tells, such as dropout, and without strides where
-        there is no decoder), input channels and classes (0 without segmentation layers); None for weights that do not
-        make up such a network.
+        Class name, constructor arguments (without what no weight tells, such as dropout, and without those of the
+        decoder, strides among them, where there is none), input channels and classes (0 without segmentation layers);
+        None for weights that do not make up such a network.
     """
     residual = "encoder.stem.convs.0.conv.weight" in weights
     blocks = "encoder.stages.{}.blocks.{}.conv1.conv.weight" if residual else "encoder.stages.{}.0.convs.{}.conv.weight"
@@ -119,6 +119,7 @@ def unet_description(weights: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]
     upsampling = [weights.get(f"decoder.transpconvs.{stage}.weight") for stage in range(len(in_encoder) - 1)]
     if all(kernel is not None for kernel in upsampling):
         arguments["strides"] = [[1] * dim, *(list(k.shape[2:]) for k in reversed(upsampling) if k is not None)]
+    if len(in_decoder) == len(in_encoder) - 1:
         arguments["n_conv_per_stage_decoder"] = in_decoder
     seg_layer = weights.get("decoder.seg_layers.0.weight")
     stem = weights["encoder.stem.convs.0.conv.weight"] if residual else first[0]

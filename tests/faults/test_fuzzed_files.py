@@ -44,7 +44,7 @@ def checkpoint_bytes(folder: Path, kind: str) -> bytes:
                           preprocessing, {})  # fmt: skip
     path = folder / f"valid.{'safetensors' if kind == 'safetensors' else 'pth'}"
     if kind == "safetensors":
-        write_safetensors(weights, info, path)
+        write_safetensors(weights, info, path, ["stem", "encoder", "decoder"])
     elif kind == "published":
         torch.save({"model_state_dict": {"embeddings.0.proj.weight": torch.zeros(4, 1, 3, 3, 3)}}, path)
     else:

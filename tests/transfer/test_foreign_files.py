@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings
 from nnunetv2_misfm.transfer.checkpoint import CheckpointError, CheckpointInfo, read_checkpoint, write_checkpoint
 from nnunetv2_misfm.transfer.foreign import KINDS
+from nnunetv2_misfm.transfer.inspection import export
 from nnunetv2_misfm.transfer.pretrained import Source, read_source, transfer_source
 from nnunetv2_misfm.transfer.report import TransferReport
 from nnunetv2_misfm.transfer.transfer import TransferError
@@ -281,8 +282,29 @@ def test_parts_that_were_not_trained_start_fresh_and_are_not_expected(tmp_path: 
     _, report = fill(source, target)
     assert torch.equal(target.decoder.transpconvs[0].weight, fresh) and same_features(unet(), target)
     assert report.expected == ("stem", "encoder") and report.coverage(["decoder"]) == 0
-    assert {e.reason for e in report.entries if e.part == "decoder"} == {"the decoder was not trained in pretraining"}
+    assert {e.reason for e in report.entries if e.part == "decoder"} == {"the decoder was not trained by vox2vec"}
     assert source.learnt == "main score 0.400 in the last of 3 epochs, 0.500 at best"
+
+
+def test_what_is_exported_keeps_what_was_not_trained(tmp_path: Path) -> None:
+    content = {"network_weights": WEIGHTS, "trained_parts": ["encoder", "stem"]}
+    torch.save(content, tmp_path / "c.pth")
+    export(str(tmp_path / "c.pth"), tmp_path / "folder", None)
+    again = read_source(tmp_path / "folder" / "model.safetensors")
+    assert list(again.untrained) == ["decoder"]
+    assert again.info == read_source(tmp_path / "c.pth").info
+
+
+@pytest.mark.parametrize("prefix", ["encoder.", "", "backbone.encoder.", "module.encoder_q."])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_checkpoint_of_an_encoder_alone_is_expected_to_fill_the_encoder(
+    tmp_path: Path, residual: bool, prefix: str
+) -> None:
+    encoder = unet(residual=residual).encoder.state_dict()
+    source, target = put(tmp_path / "c.pth", {"state_dict": prefixed(prefix, encoder)}), unet(1, residual=residual)
+    _, report = fill(source, target)
+    assert report.expected == ("stem", "encoder") and same_features(unet(residual=residual), target)
+    assert {e.reason for e in report.entries if e.part == "decoder"} == {"the checkpoint has no decoder"}
 
 
 def test_unknown_parts_ask_for_an_update(tmp_path: Path) -> None:
