@@ -155,8 +155,7 @@ def recognised(names: Collection[str]) -> tuple[Kind, list[str]] | None:
         prefixes = set(_prefixes(names, kind.told_by[0]))
         for more in kind.told_by[1:]:
             prefixes &= set(_prefixes(names, more))
-        # A decoder of nnU-Net's lists its encoder too.
-        prefixes = {p for p in prefixes if not (p.endswith("decoder.") and p.removesuffix("decoder.") in prefixes)}
+        prefixes = {prefix.removesuffix("decoder.") for prefix in prefixes}  # nnU-Net's list their encoder too
         if prefixes:
             return kind, sorted(prefixes, key=lambda prefix: (len(prefix), prefix))
     return None

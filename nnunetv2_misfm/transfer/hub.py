@@ -132,8 +132,8 @@ class _Repository:
             if path is not None:
                 return file, path
         there = self.checkpoints()
-        usual = [file for file in _USUAL_FILES if file in there]
-        if not usual and len(there) != 1:
+        usual = [file for file in there if Path(file).name in _USUAL_FILES]
+        if len(usual) != 1 and len(there) != 1:
             if not_there is not None and not there:
                 raise not_there
             number = "several checkpoints to choose from" if there else "no checkpoint"

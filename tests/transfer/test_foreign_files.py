@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from foreign_files import STRIDES, as_generic_unet, plans, unet
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings
@@ -94,6 +94,13 @@ def test_safetensors_of_others_are_read(tmp_path: Path) -> None:
     target = unet(1)
     fill(read_source(tmp_path / "model.safetensors"), target)
     assert same_features(unet(), target)
+
+
+def test_safetensors_that_keep_one_name_of_each_tensor_are_read(tmp_path: Path) -> None:
+    save_model(unet(), str(tmp_path / "model.safetensors"))  # the names that come first in the alphabet
+    source, target = read_source(tmp_path / "model.safetensors"), unet(1)
+    _, report = fill(source, target)
+    assert report.coverage(report.expected) == 1 and same_features(unet(), target)
 
 
 def test_the_first_fold_of_an_exported_model_is_read(tmp_path: Path) -> None:
