@@ -16,8 +16,7 @@ import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Collection, Hashable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -145,8 +144,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not start.startswith((b"PK", b"\x80")):  # PyTorch's zip files, and the pickles of PyTorch before 1.6
         raise CheckpointError(f"{path} is not a readable checkpoint; it is empty or a file of another kind.")
     try:
-        with torch.serialization.safe_globals(_plain_classes()), _file_of_pytorch(path) as file:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_plain_classes()):
+            content = torch.load(_file_of_pytorch(path), map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -165,20 +164,18 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-@contextmanager
-def _file_of_pytorch(path: Path) -> Iterator[IO[bytes]]:
+def _file_of_pytorch(path: Path) -> Path | IO[bytes]:
     """The file itself, or the checkpoint that an archive of other files holds."""
-    with ExitStack() as stack:
-        file: IO[bytes] = stack.enter_context(open(path, "rb"))
-        if zipfile.is_zipfile(path):
-            archive = stack.enter_context(zipfile.ZipFile(path))
-            names = archive.namelist()
-            if not any(name.endswith("data.pkl") for name in names):
-                inside = sorted((name for name in names if name.endswith(_CHECKPOINT_ENDINGS)), key=_first_fold)
-                if not inside:
-                    raise CheckpointError(f"{path} is an archive without a checkpoint (.pth, .pt or .model) in it.")
-                file = io.BytesIO(archive.read(inside[0]))
-        yield file
+    if not zipfile.is_zipfile(path):
+        return path
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if any(name.endswith("data.pkl") for name in names):
+            return path
+        inside = sorted((name for name in names if name.endswith(_CHECKPOINT_ENDINGS)), key=_first_fold)
+        if not inside:
+            raise CheckpointError(f"{path} is an archive without a checkpoint (.pth, .pt or .model) in it.")
+        return io.BytesIO(archive.read(inside[0]))
 
 
 def _first_fold(name: str) -> tuple[bool, str]:
