@@ -66,6 +66,18 @@ class CheckpointInfo:
     versions: dict[str, str] = field(default_factory=dict)
 
 
+_INFO_TYPES: dict[str, type] = {
+    "task": str,
+    "network_class_name": str,
+    "arch_kwargs": dict,
+    "input_channels": int,
+    "num_classes": int,
+    "preprocessing": dict,
+    "training": dict,
+    "versions": dict,
+}
+
+
 def installed_versions() -> dict[str, str]:
     """Versions of the packages a checkpoint depends on; packages run from a source tree are left out."""
     found = {}
@@ -255,9 +267,13 @@ def checkpoint_info(checkpoint: Mapping[str, Any], path: str | os.PathLike[str])
         )
     values = {key: value for key, value in block.items() if key != "format_version"}
     try:
-        return CheckpointInfo(**values)
+        info = CheckpointInfo(**values)
     except TypeError as error:
         raise CheckpointError(f"{path} has a damaged description ({error}). Write the checkpoint again.") from None
+    for name, kind in _INFO_TYPES.items():
+        if not isinstance(getattr(info, name), kind):
+            raise CheckpointError(f"{path} has a damaged description ({name}). Write the checkpoint again.")
+    return info
 
 
 def network_weights(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
