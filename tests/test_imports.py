@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "": set(),
 }
 EXCEPTIONS = {
-    ("__init__.py", "transfer/networks.py"),  # load_network
+    ("__init__.py", "transfer/pretrained.py"),  # load_network
     ("pretrain/__main__.py", "commands/pretrain.py"),  # torchrun starts the command as a module
 }
 

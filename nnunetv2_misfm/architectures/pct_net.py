@@ -258,6 +258,7 @@ class PCTNet(AnySizeNetwork):
     """
 
     key_to_stem = "encoder.stems"
+    keys_by_anisotropy = ("encoder.stems", "decoder.heads")
 
     def __init__(
         self,

@@ -89,6 +89,7 @@ class AnySizeNetwork(nn.Module):
         key_to_encoder, key_to_stem, key_to_lpe: names of modules, as nnU-Net's networks declare them: the encoder, its
             first part, which takes the image in, and a learned embedding of positions.
         key_to_seg_layers: name of the segmentation layers, which belong to the labels of one dataset.
+        keys_by_anisotropy: names of dictionaries with one module for each degree of anisotropy.
     """
 
     decoder: nn.Module
@@ -96,6 +97,7 @@ class AnySizeNetwork(nn.Module):
     key_to_stem: str
     key_to_lpe: str | None = None
     key_to_seg_layers = "decoder.seg_layers"
+    keys_by_anisotropy: tuple[str, ...] = ()
 
     def __init__(self, strides: Sequence[Sequence[int]], checkpointing: bool):
         super().__init__()

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import math
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nnunetv2_misfm.errors import PlanError, exit_with_message
+from nnunetv2_misfm.errors import PlanError, UserError, exit_with_message
+
+if TYPE_CHECKING:
+    from nnunetv2_misfm.transfer.planning import PlanRequest
+    from nnunetv2_misfm.transfer.pretrained import Source
+    from nnunetv2_misfm.transfer.report import TransferReport
 
 
 def import_main(arguments: list[str] | None = None) -> None:
     """Entry point of misfm_import_checkpoint."""
     parser = argparse.ArgumentParser(
         prog="misfm_import_checkpoint",
-        description="Turn a published MIS-FM file, such as pctnet_ct10k_volf.pt, into a checkpoint of this package.",
+        description="Write a published MIS-FM file, such as pctnet_ct10k_volf.pt, as a checkpoint of this package with "
+        "all or one of its stems: to share it, or for nnU-Net's own -pretrained_weights. misfm_plan, misfm_inspect and "
+        "load_network take the published file as it is.",
     )
     parser.add_argument("-i", required=True, metavar="FILE.pt", help="the published file")
     parser.add_argument("-o", required=True, metavar="FILE.pth", help="the checkpoint to write")
@@ -35,7 +44,7 @@ def import_checkpoint(options: argparse.Namespace) -> None:
     Raises:
         UserError: if the file cannot be used or the target exists.
     """
-    from nnunetv2_misfm.transfer.networks import import_published
+    from nnunetv2_misfm.transfer.published_weights import import_published
 
     target = _new_path(options.o)
     stems = (0, 1, 2) if options.resolution_mode == "all" else (int(options.resolution_mode),)
@@ -51,7 +60,7 @@ def export_main(arguments: list[str] | None = None) -> None:
         description="Write the weights of a checkpoint and what they are as safetensors, with a model card: a folder "
         "that can be uploaded to the Hugging Face Hub (hf upload OWNER/NAME FOLDER) and used as hf:OWNER/NAME.",
     )
-    parser.add_argument("-i", required=True, metavar="CKPT", help="checkpoint of ours, or a published MIS-FM file")
+    parser.add_argument("-i", required=True, metavar="CKPT", help="checkpoint of a network of ours or of nnU-Net's")
     parser.add_argument("-o", required=True, metavar="FOLDER", help="the folder to write; it must not exist")
     parser.add_argument("-license", metavar="NAME", help="licence for the model card, such as apache-2.0")
     options = parser.parse_args(arguments)
@@ -64,12 +73,13 @@ def export_checkpoint(options: argparse.Namespace) -> None:
     Raises:
         UserError: if the checkpoint cannot be used or the folder exists.
     """
-    from nnunetv2_misfm.transfer.model_card import export
+    from nnunetv2_misfm.transfer.inspection import export
 
     folder = _new_path(options.o)
     export(options.i, folder, options.license)
-    print(f"{folder} holds model.safetensors and README.md. Upload it with: hf upload OWNER/NAME {quote(str(folder))}")
-    weights = quote(str(folder / "model.safetensors"))
+    upload = f"hf upload OWNER/NAME {shlex.quote(str(folder))}"
+    print(f"{folder} holds model.safetensors and README.md. Upload it with: {upload}")
+    weights = shlex.quote(str(folder / "model.safetensors"))
     print(f"Use it with: misfm_plan -d DATASET_ID -c 3d_fullres -pretrained_weights {weights}")
 
 
@@ -78,14 +88,14 @@ def inspect_main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="misfm_inspect",
         description="Show what a checkpoint is and how it was made, without running code from it; with -d, also how it "
-        "would transfer to a dataset.",
+        "would transfer to a dataset, and the command that uses most of it.",
     )
     add = parser.add_argument
-    add("checkpoint", metavar="CKPT", help="file or hf:OWNER/NAME")
+    add("checkpoint", metavar="CKPT", help="file, hf:OWNER/NAME or an address on the Hugging Face Hub")
     add("-d", metavar="ID", help="dataset ID or name")
     add("-c", default="3d_fullres", metavar="CONFIG", help="configuration (default: 3d_fullres)")
     add("-p", default="nnUNetPlans", metavar="PLANS", help="the dataset's plans (default: nnUNetPlans)")
-    add("-network", choices=("pctnet", "fmunet", "plan"), help="as in misfm_plan")
+    add("-network", choices=("pctnet", "fmunet", "plan", "pretrained"), help="as in misfm_plan")
     add("--encoder_only", action="store_const", const=True, help="as in misfm_plan")
     add("--mix_input_channels", action="store_const", const=True, help="as in misfm_plan")
     options = parser.parse_args(arguments)
@@ -98,36 +108,104 @@ def inspect(options: argparse.Namespace) -> None:
     Raises:
         UserError: if the checkpoint or the dataset cannot be used.
     """
-    from nnunetv2_misfm.commands.setting_options import given
-    from nnunetv2_misfm.plans.files import preprocessed_dataset, read_dataset_json, read_plans
-    from nnunetv2_misfm.plans.run_settings import FinetuningSettings
-    from nnunetv2_misfm.plans.settings import read_settings
     from nnunetv2_misfm.transfer.inspection import describe
-    from nnunetv2_misfm.transfer.planning import PlanRequest, check_fit, finetuning_plans
     from nnunetv2_misfm.transfer.pretrained import read_source
 
     source = read_source(options.checkpoint)
     print(describe(source))
     if options.d is None:
         return
+    attempts = list(_attempts(options, source))
+    asked_for, best = attempts[0], max(attempts, key=lambda attempt: attempt.share)
+    if best.report is None:
+        raise asked_for.error or PlanError(f"{options.checkpoint} cannot be used here.")
+    if best is not asked_for and asked_for.report is not None:
+        print(f"\nWith the options given, the weights give {asked_for.report.share()}.")
+    elif best is not asked_for:
+        print(f"\nWith the options given: {str(asked_for.error).splitlines()[0]}")
+    print(f"\nTransfer to {options.d}, {options.c} of {options.p}{' with ' if best.options else ''}", end="")
+    print(f"{' '.join(best.options)}:\n{best.report.table()}")
+    for remark in best.remarks:
+        print(f"Note: {remark}")
+    print(f"The weights give {best.report.share()}. Use them with:\n  {best.command(options)}")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A way to use a checkpoint for a dataset.
+
+    Attributes:
+        options: of misfm_plan, as it takes them.
+        report: what the transfer would do; None if it is not possible.
+        remarks: on the plans.
+        error: why it is not possible.
+    """
+
+    options: tuple[str, ...]
+    report: TransferReport | None = None
+    remarks: tuple[str, ...] = ()
+    error: UserError | None = None
+
+    @property
+    def share(self) -> float:
+        """Of what the checkpoint can be expected to give."""
+        return -1.0 if self.report is None else self.report.coverage(self.report.expected)
+
+    def command(self, options: argparse.Namespace) -> str:
+        """The misfm_plan that does it."""
+        plans = [] if options.p == "nnUNetPlans" else ["-p", options.p]
+        partial = [] if self.share == 1 else ["-min_coverage", f"{math.floor(1000 * self.share) / 1000:g}"]
+        weights = ["-pretrained_weights", options.checkpoint]
+        return shlex.join(["misfm_plan", "-d", options.d, "-c", options.c, *plans, *weights, *self.options, *partial])
+
+
+def _attempts(options: argparse.Namespace, source: Source) -> Iterator[Attempt]:
+    """What was asked for, then what else may use more of the checkpoint."""
+    from nnunetv2_misfm.plans.files import preprocessed_dataset, read_dataset_json, read_plans
+    from nnunetv2_misfm.transfer.planning import check_fit, finetuning_plans
+
     folder = preprocessed_dataset(options.d)
-    base = read_plans(folder, options.p, [options.c])
-    request = PlanRequest(
+    base, dataset = read_plans(folder, options.p, [options.c]), read_dataset_json(folder)
+    networks = [options.network] if options.network else [None, "pretrained"]
+    for mixed in [options.mix_input_channels] if options.mix_input_channels else [None, True]:
+        for network in networks:
+            given = ["-network", network] if network else []
+            given += ["--encoder_only"] if options.encoder_only else []
+            given += ["--mix_input_channels"] if mixed else []
+            request = _request(options, base, dataset, network, mixed)
+            try:
+                plans, remarks = finetuning_plans(base, request, source)
+                report = check_fit(plans, options.c, dataset, source, min_coverage=0.0)
+            except UserError as error:
+                yield Attempt(tuple(given), error=error)
+            else:
+                yield Attempt(tuple(given), report, tuple(remarks))
+
+
+def _request(
+    options: argparse.Namespace,
+    base: Mapping[str, Any],
+    dataset: Mapping[str, Any],
+    network: str | None,
+    mix_input_channels: bool | None,
+) -> PlanRequest:
+    from nnunetv2_misfm.commands.setting_options import given
+    from nnunetv2_misfm.plans.run_settings import FinetuningSettings
+    from nnunetv2_misfm.plans.settings import read_settings
+    from nnunetv2_misfm.transfer.described import channel_names
+    from nnunetv2_misfm.transfer.planning import PlanRequest
+
+    settings = given(options, FinetuningSettings)
+    if mix_input_channels:
+        settings["mix_input_channels"] = True
+    return PlanRequest(
         plans_name="misfm_inspect",
         configurations=_with_earlier_stages(base, options.c),
-        network=options.network,
-        settings=read_settings(FinetuningSettings, given(options, FinetuningSettings), "The run settings"),
+        network=network,
+        settings=read_settings(FinetuningSettings, settings, "The run settings"),
+        channels=channel_names(dataset),
+        dataset=options.d,
     )
-    plans, remarks = finetuning_plans(base, request, source)
-    dataset = read_dataset_json(folder)
-    report = check_fit(plans, options.c, dataset, source, min_coverage=0.0)
-    assert report is not None
-    print(f"\nTransfer to {folder.name}, {options.c} of {options.p}:")
-    print(report.table())
-    for remark in remarks:
-        print(f"Note: {remark}")
-    check_fit(plans, options.c, dataset, source)
-    print("misfm_plan would accept it.")
 
 
 def _with_earlier_stages(plans: Mapping[str, Any], configuration: str) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from nnunetv2_misfm.commands.setting_options import add_setting_options, given
 from nnunetv2_misfm.errors import PlanError, exit_with_message
 from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.plans.checks import check_labels, check_replaceable
+from nnunetv2_misfm.plans.compare import what_changes
 from nnunetv2_misfm.plans.files import folds, preprocessed_dataset, read_dataset_json, read_plans
 from nnunetv2_misfm.plans.network_entry import NETWORKS
 from nnunetv2_misfm.plans.run_settings import (
@@ -43,7 +44,6 @@ def plan(options: argparse.Namespace) -> None:
     from nnunetv2_misfm.transfer.memory_target import fit_to_memory
     from nnunetv2_misfm.transfer.planning import check_fit, finetuning_plans, require_trainer
     from nnunetv2_misfm.transfer.pretrained import read_source
-    from nnunetv2_misfm.transfer.replaced_plans import what_changes
 
     _check(options)
     target = Target(options)
@@ -54,7 +54,9 @@ def plan(options: argparse.Namespace) -> None:
     for name in request.configurations if options.gpu_memory_target is not None else ():
         remarks.append(fit_to_memory(plans, name, target.dataset_json, options.gpu_memory_target))
     for name in request.configurations:
-        check_fit(plans, name, target.dataset_json, source)
+        report = check_fit(plans, name, target.dataset_json, source)
+        if report is not None and not request.from_scratch:
+            remarks += [*report.notes, f"{name}: the weights give {report.share()}."]
     if target.replaced is not None:
         remarks += what_changes(target.path, target.replaced, plans, options.c)
     require_trainer(plans)
@@ -89,6 +91,7 @@ class Target:
 
     def request(self, options: argparse.Namespace, source: Source | None) -> PlanRequest:
         """What the options ask for."""
+        from nnunetv2_misfm.transfer.described import channel_names
         from nnunetv2_misfm.transfer.planning import PlanRequest
 
         scratch = options.from_scratch or source is None
@@ -105,6 +108,8 @@ class Target:
             batch_size=options.batch_size,
             from_scratch=scratch,
             kept=self._kept(),
+            channels=channel_names(self.dataset_json),
+            dataset=options.d,
         )
 
     def _kept(self) -> dict[str, Any]:
@@ -150,6 +155,7 @@ def _about_the_weights(options: argparse.Namespace, request: PlanRequest, source
 
     if source is None or request.from_scratch:
         return
+    yield from source.notes
     if (shrunk := shrunk_weights(source.weights)) is not None:
         yield f"{source.path} starts from zero in {shrunk}: weight decay has shrunk its weights to nothing."
     iterations = request.settings.num_epochs * request.settings.num_iterations_per_epoch
@@ -182,7 +188,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "-pretrained_weights",
         metavar="CKPT",
-        help="checkpoint of ours or nnU-Net's, a published MIS-FM .pt file, or hf:OWNER/NAME on the Hugging Face Hub",
+        help="checkpoint of ours, of nnU-Net (v2 or v1), nnssl or a published MIS-FM .pt file; hf:OWNER/NAME or an "
+        "address on the Hugging Face Hub",
     )
     add("--from_scratch", action="store_true", help="the same network and data without the weights: the fair baseline")
     add(
@@ -192,8 +199,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "-network",
-        choices=[*NETWORKS, "plan"],
-        help="the network to train; plan keeps the one of the dataset's plans (default: the checkpoint's, or pctnet)",
+        choices=[*NETWORKS, "plan", "pretrained"],
+        help="the network to train; plan keeps the one of the dataset's plans, pretrained takes the checkpoint's with "
+        "its topology (default: the checkpoint's if it is one of ours, plan if it is one of nnU-Net's; pctnet without)",
     )
     add("-features_per_stage", nargs=5, type=int, metavar="N", help="channels of the five stages")
     add(

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 from nnunetv2_misfm.architectures.resolution import strides_of, total_strides
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.plans.checks import check_sizes
+from nnunetv2_misfm.plans.checks import check_sizes, configuration_3d, with_present_names, without_trainer
+from nnunetv2_misfm.plans.run_settings import BLOCK, RunSettings, is_ours
+from nnunetv2_misfm.plans.settings import write_settings
 
 # nnU-Net blurs with a sigma of up to 1 voxel, and mirrors 3 voxels at the border for it.
 _FEWEST_VOXELS_TO_BLUR = 4
@@ -131,3 +134,28 @@ def degree_for_spacing(spacing: Sequence[float]) -> int:
     """
     ratio = spacing[0] / min(spacing[1:])
     return sum(ratio >= threshold for threshold in (2.0, 4.0))
+
+
+def with_own_network(plans: dict[str, Any], configuration: str, kind: type[RunSettings]) -> dict[str, Any]:
+    """A copy of the plans whose configuration names the network to train.
+
+    Plans of ours already do. In ordinary nnU-Net plans the configuration's network is replaced by PCT-Net, its degree
+    of anisotropy taken from the plan's poolings and everything else from the defaults.
+
+    Raises:
+        PlanError: for a configuration that is missing or not 3D.
+    """
+    plans = with_present_names(deepcopy(plans))
+    resolved = configuration_3d(plans, configuration)
+    entry = plans["configurations"][configuration]
+    if is_ours(plans):
+        for planned in plans["configurations"].values():
+            if "architecture" in planned:
+                planned["architecture"] = without_trainer(planned["architecture"])
+    else:
+        resolved["architecture"] = architecture_entry("pctnet", degree_of_anisotropy(resolved))
+        entry["architecture"] = resolved["architecture"]
+        if enlarge_for_augmentation(resolved):
+            entry["patch_size"] = resolved["patch_size"]
+        plans[BLOCK] = {"task": kind.TASKS[0], **write_settings(kind())}
+    return plans

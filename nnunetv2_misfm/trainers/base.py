@@ -18,13 +18,13 @@ from torch import nn
 from nnunetv2_misfm.architectures.checkpointing import set_checkpointing
 from nnunetv2_misfm.architectures.resolution import output_weights, total_strides
 from nnunetv2_misfm.cpu_threads import training_threads
+from nnunetv2_misfm.plans.network_entry import with_own_network
 from nnunetv2_misfm.plans.run_settings import RunSettings, run_settings
 from nnunetv2_misfm.trainers.distributed import check_batch_size, device_of_process, wrap
 from nnunetv2_misfm.trainers.memory_fit import fit_into_memory
-from nnunetv2_misfm.trainers.own_network import with_own_network
 from nnunetv2_misfm.trainers.resumable import ResumableTrainer
 from nnunetv2_misfm.trainers.schedules import StagedSchedule, parameter_groups
-from nnunetv2_misfm.transfer.transfer import part_of
+from nnunetv2_misfm.transfer.names import ENCODER, STEM, names_of
 
 _FIRST_LOSSES = 5
 # What nnU-Net tells its loggers about a run.
@@ -109,7 +109,7 @@ class BaseTrainer(ResumableTrainer):
         parameters["batch_size"] = self.configuration_manager.batch_size
         self.logger.update_config({"hparas": parameters})
 
-    def _same_network(self) -> nn.Module:
+    def _same_network(self, more_channels: int = 0, more_classes: int = 0) -> nn.Module:
         """A network as `build_network_architecture` makes it; its older signature is taken too, as in nnU-Net."""
         manager: ConfigurationManager = self.configuration_manager
         described: tuple[Any, ...] = (self.plans_manager, manager)
@@ -119,8 +119,11 @@ class BaseTrainer(ResumableTrainer):
                 manager.network_arch_init_kwargs,
                 manager.network_arch_init_kwargs_req_import,
             )
-        sizes = (self.num_input_channels, self.label_manager.num_segmentation_heads, self.enable_deep_supervision)
-        network: nn.Module = self.build_network_architecture(*described, *sizes)
+        channels = self.num_input_channels + more_channels
+        classes = self.label_manager.num_segmentation_heads + more_classes
+        network: nn.Module = self.build_network_architecture(
+            *described, channels, classes, self.enable_deep_supervision
+        )
         return network
 
     def _network_is_made(self) -> None:
@@ -191,8 +194,10 @@ class BaseTrainer(ResumableTrainer):
         stage = self.lr_scheduler.stage
         self.print_to_log_file(f"Stage: {stage.name}")
         if stage.encoder_frozen:
+            names = names_of(self.bare_network)
             for name, module in self.bare_network.named_modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm) and part_of(name + ".") in ("stem", "encoder"):
+                is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+                if is_norm and names.part_in_network(name) in (STEM, ENCODER):
                     module.eval()
 
     def train_step(self, batch: Any) -> dict:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_misfm.trainers.distributed import from_all_processes
 from nnunetv2_misfm.transfer.checkpoint import CheckpointError, read_checkpoint
 
 FINAL, LATEST, PREVIOUS = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_previous.pth"
@@ -44,26 +45,42 @@ def remove_half_written(folder: Path) -> None:
         path.unlink()
 
 
-def read_latest_or_previous(path: Path, say: Callable[[str], None], *, repair: bool) -> dict[str, Any]:
+def read_latest_or_previous(path: Path, say: Callable[[str], None], *, rank: int) -> dict[str, Any]:
     """The checkpoint at `path`; if that is the latest and was damaged after it was written, the one before it.
+
+    All processes of a training have to call this at the same time. They go on from the same file, and the damaged one
+    is renamed, by the first of them, when all have read.
 
     Args:
         path: of the checkpoint.
         say: told when the one before is taken.
-        repair: rename the damaged one, and put the one before in its place.
+        rank: of this process.
 
     Raises:
-        CheckpointError: if there is no readable one.
+        CheckpointError: if there is none that all processes can read.
     """
     previous = path.with_name(PREVIOUS)
-    try:
-        return read_checkpoint(path)
-    except CheckpointError as error:
-        if path.name != LATEST or not previous.is_file():
-            raise
-        content = read_checkpoint(previous)
-        say(f"{error} Going on from {previous.name}, the checkpoint before it.")
-        if repair:
-            path.replace(path.with_name("checkpoint_damaged.pth"))
-            previous.replace(path)  # --c finds it there, should this run be killed before it saves
+    content, error = _read_by_all(path)
+    if not error:
         return content
+    if path.name != LATEST or not previous.is_file():
+        raise CheckpointError(error)
+    content, error_before = _read_by_all(previous)
+    if error_before:
+        raise CheckpointError(error_before)
+    say(f"{error} Going on from {previous.name}, the checkpoint before it.")
+    if rank == 0:
+        path.replace(path.with_name("checkpoint_damaged.pth"))
+        previous.replace(path)  # --c finds it there, should this run be killed before it saves
+    return content
+
+
+def _read_by_all(path: Path) -> tuple[dict[str, Any], str]:
+    """What a checkpoint holds; the first error of any process, empty if all have read it."""
+    content: dict[str, Any] = {}
+    error = ""
+    try:
+        content = read_checkpoint(path)
+    except CheckpointError as refused:
+        error = str(refused)
+    return content, next(filter(None, from_all_processes(error)), "")

@@ -14,10 +14,9 @@ from nnunetv2_misfm.plans.checks import check_labels
 from nnunetv2_misfm.plans.files import check_dataset_of_plans
 from nnunetv2_misfm.plans.run_settings import DEFAULT_FINETUNING_PLANS, PRETRAIN_INFO, FinetuningSettings
 from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
-from nnunetv2_misfm.transfer.array_record import check_labels_unchanged
-from nnunetv2_misfm.transfer.planning import num_images
-from nnunetv2_misfm.transfer.pretrained import load_source
-from nnunetv2_misfm.transfer.transfer import TransferError, transfer
+from nnunetv2_misfm.transfer.arrays import check_labels_unchanged
+from nnunetv2_misfm.transfer.pretrained import load_source, transfer_source
+from nnunetv2_misfm.transfer.transfer import TransferError
 
 
 class MisFMTrainer(BaseTrainer):
@@ -91,18 +90,12 @@ class MisFMTrainer(BaseTrainer):
         if info.get("checkpoint_path") is None:
             self.print_to_log_file("Training from scratch: the plan names no pretrained weights.")
             return
-        settings = cast(FinetuningSettings, self.settings)
-        source = load_source(info)
-        weights, report = transfer(
-            source.weights,
-            str(source.path),
+        weights, report = transfer_source(
+            load_source(info),
             self.bare_network,
-            source_arguments=source.arch_kwargs,
-            source_images=source.num_images,
-            num_images=num_images(self.dataset_json),
-            mix_input_channels=settings.mix_input_channels,
-            encoder_only=settings.encoder_only,
-            min_coverage=settings.min_coverage,
+            self.dataset_json,
+            cast(FinetuningSettings, self.settings),
+            self._rebuilt_network,
         )
         self.bare_network.load_state_dict(weights)
         self.print_to_log_file(report.table(), add_timestamp=False)
@@ -111,3 +104,8 @@ class MisFMTrainer(BaseTrainer):
             save_json(report.as_json(), join(self.output_folder, "transfer_report.json"))
         if self.is_ddp:
             dist.barrier()
+
+    def _rebuilt_network(self, more_channels: int, more_classes: int) -> torch.nn.Module:
+        """The same network for other numbers of channels and classes, without memory for its weights."""
+        with torch.device("meta"):
+            return self._same_network(more_channels, more_classes)

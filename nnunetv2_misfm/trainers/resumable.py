@@ -217,7 +217,7 @@ class ResumableTrainer(nnUNetTrainer):
         name = filename_or_checkpoint if isinstance(filename_or_checkpoint, str) else "the given checkpoint"
         if isinstance(filename_or_checkpoint, (str, os.PathLike)):
             checkpoint = read_latest_or_previous(
-                Path(filename_or_checkpoint), self.print_to_log_file, repair=self.local_rank == 0
+                Path(filename_or_checkpoint), self.print_to_log_file, rank=self.local_rank
             )
         else:
             checkpoint = filename_or_checkpoint

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnunetv2_misfm.transfer.transfer import part_of
+from nnunetv2_misfm.transfer.names import ENCODER, SEG_LAYERS, STEM, names_of
 
 _RAMP_SHARE = 0.05
 _POLY_EXPONENT = 0.9
@@ -86,12 +86,14 @@ def parameter_groups(
     decoder: list[nn.Parameter] = []
     seg_layers: list[nn.Parameter] = []
     encoder: dict[int, list[nn.Parameter]] = {}
+    names = names_of(network)
     for name, parameter in network.named_parameters():
-        if part_of(name) in ("stem", "encoder"):
+        part = names.part_in_network(name)
+        if part in (STEM, ENCODER):
             stage = _STAGE.search(name)
             depth = int(stage[1]) if stage is not None and layer_decay < 1 else 0
             encoder.setdefault(depth, []).append(parameter)
-        elif part_of(name) == "segmentation layers" and seg_layers_lr_factor != 1:
+        elif part == SEG_LAYERS and seg_layers_lr_factor != 1:
             seg_layers.append(parameter)
         else:
             decoder.append(parameter)

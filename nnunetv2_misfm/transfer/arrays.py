@@ -1,8 +1,9 @@
 """The preprocessed data behind a fine-tuning plan: linked from nnU-Net's where the arrays are the same, else made anew.
 
-A record beside each data folder says which preprocessing its arrays come from and which files they are. It is written
-last, so a folder left half-made, or one whose source has changed since, is never taken for up to date. Folders are made
-under another name and renamed when they are complete.
+A record beside each data folder says which preprocessing its arrays come from, which files they are, and with which
+labels they were made (nnU-Net copies the label files that it preprocesses to `gt_segmentations`). It is written last,
+so a folder left half-made, or one whose source has changed since, is never taken for up to date. Folders are made under
+another name and renamed when they are complete.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+from zlib import crc32
 
 from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
@@ -24,8 +26,17 @@ from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import locked, write_json
 from nnunetv2_misfm.plans.checks import configuration_3d
 from nnunetv2_misfm.plans.files import nnunet_folder, read_dataset_json
-from nnunetv2_misfm.transfer.array_record import changed_labels, label_files, listing, read_record, record_of
-from nnunetv2_misfm.transfer.planning import preprocessing_key, same_preprocessing
+
+_PREPROCESSING_KEYS = (
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+    "resampling_fn_seg",
+    "resampling_fn_seg_kwargs",
+    "preprocessor_name",
+)
 
 
 def provide_data(
@@ -132,3 +143,82 @@ def _made_whole(folder: Path) -> Iterator[Path]:
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def same_preprocessing(plans: Mapping[str, Any], base: Mapping[str, Any], configuration: str) -> bool:
+    """Whether preprocessing under both plans gives the same arrays."""
+    return preprocessing_key(plans, configuration) == preprocessing_key(base, configuration)
+
+
+def preprocessing_key(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    """Everything in a plan that the preprocessed arrays of a configuration depend on."""
+    resolved = configuration_3d(plans, configuration)
+    key = {name: resolved.get(name) for name in _PREPROCESSING_KEYS}
+    key["transpose_forward"] = plans["transpose_forward"]
+    key["image_reader_writer"] = plans["image_reader_writer"]
+    if any(scheme == "CTNormalization" for scheme in resolved["normalization_schemes"]):
+        key["intensities"] = plans["foreground_intensity_properties_per_channel"]
+    return key
+
+
+def record_of(folder: Path) -> Path:
+    """The record of a data folder."""
+    return folder.with_name(f"{folder.name}.preprocessing.json")
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """What a record says; None if there is none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def listing(folder: Path) -> dict[str, list[int]]:
+    """Size and time of last change of each file, but for those that nnU-Net unpacks from .npz files to train."""
+    if not folder.is_dir():
+        return {}
+    return {path.name: _size_and_time(path) for path in sorted(folder.iterdir()) if path.suffix != ".npy"}
+
+
+def label_files(dataset_folder: Path) -> dict[str, list[int]]:
+    """Size, time of last change and checksum of each label file of a preprocessed dataset."""
+    folder = dataset_folder / "gt_segmentations"
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    return {path.name: [*_size_and_time(path), crc32(path.read_bytes())] for path in files}
+
+
+def changed_labels(folder: Path) -> list[str]:
+    """Names of the label files that are not those which the arrays in a data folder of ours were made with.
+
+    Label files that are gone do not count; nothing is known of arrays without a record, or that nnU-Net has made anew.
+    """
+    record = read_record(record_of(folder)) or {}
+    known = record.get("labels")
+    if not known or record.get("files") != listing(folder):
+        return []
+    changed = []
+    for path in sorted((folder.parent / "gt_segmentations").glob("*")):
+        before = known.get(path.name)
+        # Copies of a dataset have other times: then the content tells.
+        if before is None or (before[:2] != _size_and_time(path) and before[2] != crc32(path.read_bytes())):
+            changed.append(path.name)
+    return changed
+
+
+def check_labels_unchanged(folder: Path, plans_name: str, configuration: str) -> None:
+    """Raise a PlanError if the arrays in a data folder of ours hold labels that have been corrected since."""
+    changed = changed_labels(folder)
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        dataset = folder.parent.name
+        raise PlanError(
+            f"{folder} was made with other labels than {folder.parent / 'gt_segmentations'} holds now "
+            f"({changed[0]}{more}). Repeat the misfm_plan that made {plans_name}, or preprocess it anew: "
+            f"nnUNetv2_preprocess -d {dataset} -plans_name {plans_name} -c {configuration}"
+        )
+
+
+def _size_and_time(path: Path) -> list[int]:
+    return [path.stat().st_size, path.stat().st_mtime_ns]

@@ -7,15 +7,20 @@ read it as one of theirs.
 
 from __future__ import annotations
 
+import argparse
+import io
+import json
 import os
+import pathlib
 import pickle
 import re
 import shutil
-from collections.abc import Hashable, Mapping
+import zipfile
+from collections.abc import Collection, Hashable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -28,6 +33,10 @@ FORMAT_VERSION = 1
 BLOCK = "misfm"
 WEIGHTS = "network_weights"
 PUBLISHED_WEIGHTS = "model_state_dict"
+TRAINED_PARTS = "trained_parts"
+"""Beside the weights: the parts of the network that learnt in pretraining; all of them where it is missing."""
+_CHECKPOINT_ENDINGS = (".pth", ".pt", ".model", ".ckpt")
+_PATHS = (pathlib.PosixPath, pathlib.PurePosixPath, pathlib.PureWindowsPath)
 _RECORDED_PACKAGES = ("nnunetv2_misfm", "nnunetv2", "torch", "dynamic-network-architectures", "batchgeneratorsv2")
 
 
@@ -55,6 +64,18 @@ class CheckpointInfo:
     preprocessing: dict[str, Any]
     training: dict[str, Any]
     versions: dict[str, str] = field(default_factory=dict)
+
+
+_INFO_TYPES: dict[str, type] = {
+    "task": str,
+    "network_class_name": str,
+    "arch_kwargs": dict,
+    "input_channels": int,
+    "num_classes": int,
+    "preprocessing": dict,
+    "training": dict,
+    "versions": dict,
+}
 
 
 def installed_versions() -> dict[str, str]:
@@ -118,7 +139,9 @@ def not_written(path: str | os.PathLike[str], error: Exception) -> CheckpointErr
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint of ours, of nnU-Net or a published MIS-FM file, on the CPU, without running code from it.
+    """Read a file of PyTorch's, whoever wrote it, on the CPU, without running code from it.
+
+    In a zip archive, such as nnU-Net's exported models, the checkpoint of the first fold is read.
 
     Raises:
         CheckpointError: if the file is missing, unreadable, or holds anything but plain data.
@@ -133,14 +156,15 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not start.startswith((b"PK", b"\x80")):  # PyTorch's zip files, and the pickles of PyTorch before 1.6
         raise CheckpointError(f"{path} is not a readable checkpoint; it is empty or a file of another kind.")
     try:
-        # Stock nnU-Net checkpoints hold numpy numbers in their training log; nothing else is let through.
-        with torch.serialization.safe_globals(_numpy_scalars()):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_plain_classes()):
+            content = torch.load(_file_of_pytorch(path), map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than plain data and was not loaded, because loading it could run code from the file "
-            f"({_refused(error)}). If you trust its author, load it once with nnU-Net and save its network_weights "
-            f"as plain tensors."
+            f"({_refused(error)}). If you trust its author, load it once with the project that wrote it, save its "
+            f"weights alone with torch.save, and give that file (docs/ready_weights.md has the lines)."
         ) from None
     except Exception as error:  # whatever damaged bytes make the unpickler stumble over
         raise CheckpointError(
@@ -150,6 +174,80 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint. Give a checkpoint file.")
     return content
+
+
+def _file_of_pytorch(path: Path) -> Path | IO[bytes]:
+    """The file itself, or the checkpoint that an archive of other files holds."""
+    if not zipfile.is_zipfile(path):
+        return path
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if any(name.endswith("data.pkl") for name in names):
+            return path
+        inside = sorted((name for name in names if name.endswith(_CHECKPOINT_ENDINGS)), key=_first_fold)
+        if not inside:
+            raise CheckpointError(f"{path} is an archive without a checkpoint (.pth, .pt or .model) in it.")
+        return io.BytesIO(archive.read(inside[0]))
+
+
+def _first_fold(name: str) -> tuple[bool, str]:
+    """Sorts the checkpoints of a trained model: the final ones by fold, then the others."""
+    return Path(name).name not in ("checkpoint_final.pth", "model_final_checkpoint.model"), name
+
+
+def write_safetensors(
+    weights: Mapping[str, Tensor],
+    info: CheckpointInfo,
+    path: str | os.PathLike[str],
+    trained_parts: Collection[str],
+) -> None:
+    """Write weights with their description in the file's metadata.
+
+    Weights that a network lists under several names are written under the first.
+
+    Raises:
+        CheckpointError: if it cannot be written, for example because the disk is full.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    seen: set[tuple[int, int]] = set()
+    kept = {}
+    for name, tensor in weights.items():
+        place = (tensor.data_ptr(), tensor.numel())
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        kept[name] = tensor.contiguous()
+    metadata = {"format": "pt", BLOCK: json.dumps({"format_version": FORMAT_VERSION, **asdict(info)})}
+    metadata[TRAINED_PARTS] = json.dumps(list(trained_parts))
+    try:
+        with written_whole(path) as temporary:
+            save_file(kept, temporary, metadata)
+    except (SafetensorError, OSError) as error:
+        raise not_written(path, error) from error
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a safetensors file, of ours or of others, as `read_checkpoint` gives it.
+
+    Raises:
+        CheckpointError: if the file is missing or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path} does not exist or is not a file. Give the path of a checkpoint.")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        described = {key: json.loads(metadata[key]) for key in (BLOCK, TRAINED_PARTS) if key in metadata}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a readable safetensors file ({first_line(error)}). Copy or download it again."
+        ) from None
+    return {WEIGHTS: weights, **described}
 
 
 def checkpoint_info(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> CheckpointInfo | None:
@@ -169,9 +267,13 @@ def checkpoint_info(checkpoint: Mapping[str, Any], path: str | os.PathLike[str])
         )
     values = {key: value for key, value in block.items() if key != "format_version"}
     try:
-        return CheckpointInfo(**values)
+        info = CheckpointInfo(**values)
     except TypeError as error:
         raise CheckpointError(f"{path} has a damaged description ({error}). Write the checkpoint again.") from None
+    for name, kind in _INFO_TYPES.items():
+        if not isinstance(getattr(info, name), kind):
+            raise CheckpointError(f"{path} has a damaged description ({name}). Write the checkpoint again.")
+    return info
 
 
 def network_weights(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -224,9 +326,11 @@ def _refused(error: pickle.UnpicklingError) -> str:
     return first_line(type(error)(re.sub(r"\AWeights only load.*", "", str(error))))
 
 
-def _numpy_scalars() -> list[Any]:
+def _plain_classes() -> list[Any]:
+    """Classes that only hold values, which foreign files keep beside their weights; nothing else is let through."""
     scalar: Any = np.float64(0).__reduce__()[0]
     # The function's module was renamed in numpy 2; files name it as the numpy that wrote them did.
-    names = [(scalar, f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")]
-    dtypes = {type(np.dtype(name)) for name in ("float64", "float32", "float16", "int64", "int32", "bool")}
-    return [*names, np.dtype, *dtypes]
+    named = [(scalar, f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")]
+    numbers = ("float64", "float32", "float16", "int64", "int32", "int16", "uint8", "bool")
+    dtypes = {type(np.dtype(name)) for name in numbers}
+    return [*named, np.dtype, *dtypes, argparse.Namespace, *_PATHS]

@@ -1,68 +1,112 @@
-"""What a checkpoint says about itself, as text for a terminal."""
+"""What a checkpoint says about itself: as text for a terminal, and as a model card beside its exported weights."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from nnunetv2_misfm.transfer.pretrained import Source
+from nnunetv2_misfm.plans.checks import INTENSITIES
+from nnunetv2_misfm.transfer.checkpoint import CheckpointError, write_safetensors
+from nnunetv2_misfm.transfer.hub import EXPORTED
+from nnunetv2_misfm.transfer.names import OTHER, PARTS, Names, names_in_class
+from nnunetv2_misfm.transfer.pretrained import Source, read_source
+from nnunetv2_misfm.transfer.report import LEARNING_PARTS
 from nnunetv2_misfm.transfer.shrunk_weights import shrunk_weights
-from nnunetv2_misfm.transfer.transfer import PARTS, is_alias, part_of
+from nnunetv2_misfm.transfer.unet_weights import is_statistic
 
-_KINDS = {
-    "nnunetv2_misfm": "a checkpoint of this package",
-    "nnunetv2": "a checkpoint of nnU-Net",
-    "published": "a published MIS-FM file",
-}
+# Constructor arguments that hardly differ from one of nnU-Net's networks to another.
+_USUAL = ("n_stages", "conv_op", "conv_bias", "kernel_sizes", "norm_op_kwargs", "dropout_op", "dropout_op_kwargs") + (
+    "nonlin",
+    "nonlin_kwargs",
+)
+_OF_PREPROCESSING = ("dataset_name", "spacing", "patch_size", "normalization_schemes", "transpose_forward")
 
 
 def describe(source: Source) -> str:
     """File, network, weights by part, input, training and package versions, one item a line."""
-    elements = dict.fromkeys(PARTS, 0)
-    for name, value in source.weights.items():
-        # The statistics of BatchNorm do not count.
-        if not is_alias(name) and not _is_buffer(name):
-            elements[part_of(name)] += value.numel()
     rows: list[tuple[str, Any]] = [
         ("file", source.path),
-        ("kind", f"{_KINDS[source.kind]}, plain data only"),
+        ("on the Hub", source.hub_name),
+        ("kind", _kind(source)),
         ("sha256", source.sha256),
-        ("parameters", ", ".join(f"{part} {count:,}" for part, count in elements.items() if count)),
+        ("parameters", _parameters(source)),
+        ("not trained", "; ".join(source.untrained.values())),
+        ("shrunk to nothing", _shrunk(source)),
+        *_description(source),
     ]
-    shrunk = shrunk_weights(source.weights)
-    if shrunk is not None:
-        rows.append(("shrunk to nothing", f"{shrunk}; fine-tuning starts from zero there"))
-    if source.hub_name:
-        rows.insert(1, ("on the Hub", source.hub_name))
-    info = source.info
-    if info is None:
-        rows.append(("network", "not described; aligned by the plans it was trained with, if it has them"))
-    else:
-        rows += [
-            ("network", info.network_class_name),
-            ("  arguments", _short(info.arch_kwargs)),
-            ("  input channels", info.input_channels),
-            ("  classes", info.num_classes),
-            ("task", info.task),
-            *((f"  {name}", value) for name, value in _preprocessing(info.preprocessing)),
-            *((f"  {name}", _short(value)) for name, value in info.training.items() if name != "task"),
-            ("written by", ", ".join(f"{name} {version}" for name, version in info.versions.items()) or "unknown"),
-        ]
+    rows += [("note", note) for note in source.notes]
+    rows = [(name, value) for name, value in rows if value not in (None, "")]
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows)
 
 
+def _kind(source: Source) -> str:
+    if source.by_this_package:
+        return "a checkpoint of this package, plain data only"
+    if source.kind is not None and source.kind.refusal:
+        return f"a {source.network_name}, which cannot be used: {source.kind.refusal}"
+    known = source.network_name if source.kind is None else source.kind.name
+    return f"a {known}, plain data only"
+
+
+def _parameters(source: Source) -> str:
+    names = (source.kind.names if source.kind is not None else None) or Names()
+    if source.info is not None:
+        names = names_in_class(source.info.network_class_name)
+    elements = dict.fromkeys((*PARTS, OTHER), 0)
+    for name, value in source.weights.items():
+        if not is_statistic(name):
+            elements[names.part_of(name)] += value.numel()
+    return ", ".join(f"{part} {count:,}" for part, count in elements.items() if count)
+
+
+def _shrunk(source: Source) -> str:
+    shrunk = shrunk_weights(source.weights)
+    return "" if shrunk is None else f"{shrunk}; fine-tuning starts from zero there"
+
+
+def _description(source: Source) -> list[tuple[str, Any]]:
+    info = source.info
+    if info is None:
+        return [("network", "not described"), ("learnt", source.learnt)]
+    training = {name: value for name, value in info.training.items() if name != "task"}
+    return [
+        ("network", info.network_class_name),
+        ("  arguments", _short({name: info.arch_kwargs[name] for name in info.arch_kwargs if name not in _USUAL})),
+        ("  input channels", _channels(source)),
+        ("  classes", info.num_classes or "none"),
+        ("task", info.training.get("task", info.task)),
+        ("learnt", source.learnt),
+        *((f"  {name}", value) for name, value in _preprocessing(info.preprocessing)),
+        *((f"  {name}", _short(value)) for name, value in training.items()),
+        ("written by", ", ".join(f"{name} {version}" for name, version in info.versions.items()) or "unknown"),
+    ]
+
+
+def _channels(source: Source) -> str:
+    assert source.info is not None
+    labels = source.info.input_channels - (source.num_images or source.info.input_channels)
+    names = f" ({', '.join(source.channels)})" if source.channels else ""
+    return f"{source.info.input_channels}{names}{f', of which {labels} are labels of a cascade' if labels else ''}"
+
+
 def _preprocessing(preprocessing: Mapping[str, Any]) -> list[tuple[str, str]]:
-    names = ("dataset_name", "spacing", "patch_size", "normalization_schemes", "transpose_forward")
-    rows = [(name, _short(preprocessing[name])) for name in names if name in preprocessing]
-    if "CTNormalization" in preprocessing.get("normalization_schemes", ()):
-        window = preprocessing["foreground_intensity_properties_per_channel"]["0"]
-        rows.append(("CT window", f"{window['percentile_00_5']:g} to {window['percentile_99_5']:g} HU"))
+    rows = [(name, _short(preprocessing[name])) for name in _OF_PREPROCESSING if name in preprocessing]
+    if "CTNormalization" in preprocessing.get("normalization_schemes", ()) and "0" in preprocessing.get(
+        INTENSITIES, {}
+    ):
+        window = preprocessing[INTENSITIES]["0"]
+        rows.append(
+            (
+                "CT window",
+                f"{window['percentile_00_5']:g} to {window['percentile_99_5']:g} HU, mean {window['mean']:g}, standard "
+                f"deviation {window['std']:g}",
+            )
+        )
     return rows
-
-
-def _is_buffer(name: str) -> bool:
-    return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
 
 
 def _short(value: Any) -> str:
@@ -71,3 +115,61 @@ def _short(value: Any) -> str:
     if isinstance(value, Sequence) and not isinstance(value, str):
         return "[" + ", ".join(map(_short, value)) + "]"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def export(checkpoint: str, folder: Path, licence: str | None) -> None:
+    """Write model.safetensors and README.md into a new folder, which appears when both are complete.
+
+    Args:
+        checkpoint: of a network that is known here.
+        folder: must not exist.
+        licence: for the card, by its name on the Hub; the card asks for it if there is none.
+
+    Raises:
+        CheckpointError: if the checkpoint does not say which network it holds, or cannot be read.
+    """
+    source = read_source(checkpoint)
+    if source.info is None:
+        raise CheckpointError(
+            f"{checkpoint} does not say which network it holds, a {source.network_name}; only checkpoints of this "
+            f"package, of nnU-Net's U-Nets and published MIS-FM files can be exported."
+        )
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        trained = [part for part in LEARNING_PARTS if part not in source.untrained]
+        write_safetensors(source.weights, source.info, temporary / EXPORTED, trained)
+        (temporary / "README.md").write_text(model_card(source, licence), encoding="utf-8")
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def model_card(source: Source, licence: str | None) -> str:
+    """The card: what the weights are, how to use them, how they were made."""
+    assert source.info is not None
+    network = source.info.network_class_name.rpartition(".")[2]
+    details = "\n".join(line for line in describe(source).splitlines() if not line.startswith(("file", "on the Hub")))
+    front = ["library_name: nnunetv2_misfm", "tags: [medical, segmentation, nnunet, volume-fusion]"]
+    front += [f"license: {licence}"] if licence else []
+    to_fill = "" if licence else "\n\n> No licence was given; add one to the first lines of this file."
+    header = "\n".join(["---", *front, "---"])
+    return f"""{header}
+
+# {network}, {source.info.task.replace("_", " ")}{to_fill}
+
+Weights for fine-tuning in [nnU-Net v2](https://github.com/MIC-DKFZ/nnUNet) with the plugin nnunetv2_misfm. Method:
+MIS-FM ([arXiv 2306.16925](https://arxiv.org/abs/2306.16925)).
+
+```bash
+misfm_plan -d DATASET_ID -c 3d_fullres -pretrained_weights hf:OWNER/NAME
+nnUNetv2_train DATASET_ID 3d_fullres 0 -tr MisFMTrainer -p nnUNetMisFMPlans
+```
+
+How they were made:
+
+```
+{details}
+```
+"""

@@ -6,16 +6,16 @@ written here has data folders of its own (`data_identifier`).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pydoc import locate
 from typing import Any
 
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import nn
 
-from nnunetv2_misfm.architectures.resolution import total_strides
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.checks import build_on_meta, check_plans_name, configuration_3d, with_trainer
 from nnunetv2_misfm.plans.network_entry import (
@@ -25,25 +25,34 @@ from nnunetv2_misfm.plans.network_entry import (
     degree_of_anisotropy,
     enlarge_for_augmentation,
     is_own_network,
+    leaves_a_single_value,
+    patch_divisor,
     set_sizes,
 )
-from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, SEGMENTATION, FinetuningSettings
-from nnunetv2_misfm.plans.settings import write_settings
-from nnunetv2_misfm.transfer.pretrained import Source, portable_path
-from nnunetv2_misfm.transfer.transfer import TransferReport, transfer
+from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, SEGMENTATION, FinetuningSettings, without_groups
+from nnunetv2_misfm.plans.settings import read_settings, write_settings
+from nnunetv2_misfm.transfer.foreign import PLAIN_UNET, RESIDUAL_UNET
+from nnunetv2_misfm.transfer.images import (
+    about_channels,
+    about_spacing,
+    change_spacing,
+    keep_normalisation,
+    wanted_spacing,
+)
+from nnunetv2_misfm.transfer.names import names_in_class
+from nnunetv2_misfm.transfer.pretrained import Source, portable_path, transfer_source
+from nnunetv2_misfm.transfer.report import TransferReport
 
 # Constructor arguments that belong to the target or to a run, not to the weights.
 _NOT_TAKEN_OVER = ("strides", "stems", "deep_supervision", "checkpointing")
-_PREPROCESSING_KEYS = (
-    "spacing",
-    "normalization_schemes",
-    "use_mask_for_norm",
-    "resampling_fn_data",
-    "resampling_fn_data_kwargs",
-    "resampling_fn_seg",
-    "resampling_fn_seg_kwargs",
-    "preprocessor_name",
-)
+
+# The constructor arguments of nnU-Net's networks that are classes.
+_CLASSES = ["conv_op", "norm_op", "dropout_op", "nonlin"]
+# How nnU-Net plans for its networks: what to add to nnUNetv2_plan_experiment, and the name of the plans.
+_PLANNERS = {
+    PLAIN_UNET: ("", "nnUNetPlans"),
+    RESIDUAL_UNET: (" -pl nnUNetPlannerResEncL", "nnUNetResEncUNetLPlans"),
+}
 
 
 @dataclass(frozen=True)
@@ -53,8 +62,9 @@ class PlanRequest:
     Attributes:
         plans_name: of the new plans.
         configurations: 3D configurations to plan.
-        network: a name of `NETWORKS`, or "plan" for the network that the dataset's own plans name; None for the
-            checkpoint's, PCT-Net without one.
+        network: a name of `NETWORKS`; "plan" for the network that the dataset's own plans name, "pretrained" for the
+            checkpoint's with its topology; None for the checkpoint's if it is one of ours, the plans' for others, and
+            PCT-Net without one.
         settings: of the run.
         arch_kwargs: constructor arguments of the network that the user chose.
         spacing: "dataset" keeps the plan's, "pretrained" takes the checkpoint's; or mm in the order of the images'
@@ -63,6 +73,8 @@ class PlanRequest:
         patch_size, batch_size: instead of the plan's; None keeps them.
         from_scratch: plan for a source but do not load it: the fair baseline.
         kept: other configurations of the plans that are replaced, which stay as they are.
+        channels: names of the dataset's image channels, which are matched with the checkpoint's.
+        dataset: its ID or name, for messages.
     """
 
     plans_name: str
@@ -76,6 +88,8 @@ class PlanRequest:
     batch_size: int | None = None
     from_scratch: bool = False
     kept: Mapping[str, Any] = field(default_factory=dict)
+    channels: tuple[str, ...] = ()
+    dataset: str = ""
 
 
 def check_name(plans_name: str, base: Mapping[str, Any]) -> None:
@@ -111,7 +125,10 @@ def finetuning_plans(
     plans["configurations"] = {
         name: _configuration(base, name, request, source, remarks) for name in request.configurations
     }
-    _keep_normalisation(plans, source, request.ct_intensities, remarks)
+    if source is not None:
+        remarks += keep_normalisation(plans, source, request.ct_intensities, request.channels)
+        remarks += about_channels(source, request.channels)
+    remarks = list(dict.fromkeys(remarks))
     plans[BLOCK] = {"task": SEGMENTATION, **write_settings(request.settings)}
     plans[PRETRAIN_INFO] = _pretrain_info(source, request, plans)
     plans["configurations"] |= deepcopy(dict(request.kept))
@@ -158,39 +175,16 @@ def check_fit(
     network = build_on_meta(architecture, channels, heads)
     if source is None:
         return None
-    settings = plans[BLOCK]
-    return transfer(
-        source.weights,
-        str(source.path),
+    settings = read_settings(FinetuningSettings, without_groups(plans[BLOCK]), "The run settings")
+    if min_coverage is not None:
+        settings = settings.model_copy(update={"min_coverage": min_coverage})
+    return transfer_source(
+        source,
         network.to_empty(device="cpu"),
-        source_arguments=source.arch_kwargs,
-        source_images=source.num_images,
-        num_images=num_images(dataset_json),
-        encoder_only=settings["encoder_only"],
-        mix_input_channels=settings["mix_input_channels"],
-        min_coverage=settings["min_coverage"] if min_coverage is None else min_coverage,
+        dataset_json,
+        settings,
+        lambda more_channels, more_classes: build_on_meta(architecture, channels + more_channels, heads + more_classes),
     )[1]
-
-
-def num_images(dataset_json: Mapping[str, Any]) -> int:
-    """Image channels of a dataset, without the label channels that a cascade adds to the network's input."""
-    return len(dataset_json.get("channel_names") or dataset_json["modality"])
-
-
-def same_preprocessing(plans: Mapping[str, Any], base: Mapping[str, Any], configuration: str) -> bool:
-    """Whether preprocessing under both plans gives the same arrays."""
-    return preprocessing_key(plans, configuration) == preprocessing_key(base, configuration)
-
-
-def preprocessing_key(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
-    """Everything in a plan that the preprocessed arrays of a configuration depend on."""
-    resolved = configuration_3d(plans, configuration)
-    key = {name: resolved.get(name) for name in _PREPROCESSING_KEYS}
-    key["transpose_forward"] = plans["transpose_forward"]
-    key["image_reader_writer"] = plans["image_reader_writer"]
-    if any(scheme == "CTNormalization" for scheme in resolved["normalization_schemes"]):
-        key["intensities"] = plans["foreground_intensity_properties_per_channel"]
-    return key
 
 
 def _configuration(
@@ -209,10 +203,14 @@ def _configuration(
     configuration["data_identifier"] = f"{request.plans_name}_{name}"
     degree = degree_of_anisotropy(configuration)
     if request.spacing != "dataset":
-        wanted = _wanted_spacing(request, source, base["transpose_forward"])
-        remarks.append(f"{name}: {_change_spacing(configuration, wanted)}")
+        wanted = wanted_spacing(request.spacing, source, base["transpose_forward"])
+        remarks.append(f"{name}: {change_spacing(configuration, wanted)}")
         degree = degree_for_spacing(configuration["spacing"])
+    else:
+        remarks += (f"{name}: {remark}" for remark in about_spacing(configuration["spacing"], source))
     configuration["architecture"] = _architecture(configuration, degree, name, request, source, remarks)
+    if request.network == "pretrained" and request.patch_size is None:
+        configuration["patch_size"] = _fitting_patch(configuration)
     if request.patch_size is None and enlarge_for_augmentation(configuration):
         remarks.append(
             f"{name}: patch size {configuration['patch_size']}, because nnU-Net's augmentation cannot blur or scale "
@@ -228,6 +226,16 @@ def _configuration(
     return configuration
 
 
+def _fitting_patch(configuration: Mapping[str, Any]) -> list[int]:
+    """A configuration's patch, enlarged to what another network than the planned one can halve and normalise."""
+    architecture = configuration["architecture"]
+    divisor = patch_divisor(architecture)
+    patch = [-(-n // d) * d for n, d in zip(configuration["patch_size"], divisor, strict=True)]
+    if leaves_a_single_value(architecture, patch, configuration["batch_size"]):
+        patch[2] += divisor[2]  # nnU-Net pads images that are smaller than the patch
+    return patch
+
+
 def _architecture(
     configuration: Mapping[str, Any],
     degree: int,
@@ -237,61 +245,49 @@ def _architecture(
     remarks: list[str],
 ) -> dict[str, Any]:
     planned: dict[str, Any] = configuration["architecture"]
+    if source is not None and str(source.arch_kwargs.get("conv_op")).endswith("Conv2d"):
+        raise PlanError(f"{source.path} holds a 2D {source.network_name}, the networks here are 3D. Use 3D weights.")
+    if request.network in ("plan", "pretrained") and request.arch_kwargs:
+        raise PlanError(
+            f"-features_per_stage changes a network that -network {request.network} keeps as it is. Leave one out."
+        )
     if request.network == "plan":
-        if request.arch_kwargs:
-            raise PlanError("-features_per_stage changes a network that -network plan keeps as it is. Leave one out.")
         return planned
-    network = request.network or _network_of(source)
+    if request.network == "pretrained" and _network_of(source) is None:
+        return _held_architecture(source)
+    network = _network_of(source) if request.network in (None, "pretrained") else request.network
     if network is None:
         _check_same_kind(planned, source, request)
         return planned
-    if source is not None and source.info is not None and _network_of(source) != network:
-        held = source.info.network_class_name.rpartition(".")[2]
-        raise PlanError(f"{source.path} holds a {held}, which -network {network} cannot use. Leave -network out.")
+    if source is not None and _network_of(source) != network:
+        raise PlanError(
+            f"{source.path} holds a {source.network_name}, which -network {network} cannot use. Leave -network out."
+        )
     later = [list(stride) for stride in planned["arch_kwargs"]["strides"][3:]]
     if any(1 in stride for stride in later) and not is_own_network(planned):
         remarks.append(f"{name}: the plan also pools unevenly later ({later}); {network} pools all axes there.")
     taken_over: dict[str, Any] = {}
-    if source is not None:
-        if source.info is None:
-            raise PlanError(
-                f"{source.path} does not say which network it holds (a checkpoint of nnU-Net's own). "
-                f"Use -network plan to keep the network of the dataset's plans."
-            )
+    if source is not None and source.info is not None:
         taken_over = {key: value for key, value in source.info.arch_kwargs.items() if key not in _NOT_TAKEN_OVER}
     return architecture_entry(network, degree, **{**taken_over, **request.arch_kwargs})
 
 
-def _wanted_spacing(request: PlanRequest, source: Source | None, transpose: Sequence[int]) -> list[float]:
-    """In mm, plans axis order."""
-    if request.spacing != "pretrained":
-        return [float(request.spacing[axis]) for axis in transpose]
-    spacing = source.info.preprocessing.get("spacing") if source is not None and source.info is not None else None
-    if spacing is None:
-        whose = "there are no pretrained weights" if source is None else f"{source.path} does not say what it was"
-        raise PlanError(f"-spacing pretrained: {whose}. Give three numbers in mm, or keep the dataset's.")
-    return [float(mm) for mm in spacing]
-
-
-def _change_spacing(configuration: dict[str, Any], spacing: list[float]) -> str:
-    """Another spacing, with the median image's size at it, and a patch that is no larger than that; says so."""
-    if not all(0 < mm < math.inf for mm in spacing):
-        raise PlanError(f"-spacing {spacing} must be three numbers above 0, in mm.")
-    before = configuration["spacing"]
-    configuration["spacing"] = spacing
-    median = configuration.get("median_image_size_in_voxels")
-    if median is not None:
-        median = [n * old / new for n, old, new in zip(median, before, spacing, strict=True)]
-        configuration["median_image_size_in_voxels"] = median
-        strides = total_strides(configuration["architecture"]["arch_kwargs"]["strides"])[-1]
-        largest = [-(-n // s) * s for n, s in zip(median, strides, strict=True)]
-        configuration["patch_size"] = [
-            int(min(n, most)) for n, most in zip(configuration["patch_size"], largest, strict=True)
-        ]
-    return (
-        f"spacing {[round(mm, 3) for mm in before]} becomes {[round(mm, 3) for mm in spacing]} mm; "
-        f"patch size {configuration['patch_size']}"
-    )
+def _held_architecture(source: Source | None) -> dict[str, Any]:
+    """The network of a checkpoint with one of nnU-Net's, as plans describe it."""
+    info = None if source is None else source.info
+    if info is None or info.network_class_name not in _PLANNERS or "strides" not in info.arch_kwargs:
+        held = "There is no checkpoint" if source is None else f"{source.path} holds a {source.network_name}"
+        raise PlanError(
+            f"{held}, so -network pretrained has no complete U-Net of nnU-Net's to plan. Use -network plan, the "
+            f"network of the dataset's plans."
+        )
+    arguments = {name: value for name, value in info.arch_kwargs.items() if name != "deep_supervision"}
+    for name in _CLASSES:
+        # nnU-Net imports and calls what is named here: in a foreign file that must not be anything but a layer.
+        layer = locate(str(arguments[name])) if arguments.get(name) is not None else nn.Identity
+        if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
+            raise PlanError(f"{source.path if source else ''} names {arguments[name]!r} as {name}, which is no layer.")
+    return {"network_class_name": info.network_class_name, "arch_kwargs": arguments, "_kw_requires_import": _CLASSES}
 
 
 def _check_same_kind(planned: Mapping[str, Any], source: Source | None, request: PlanRequest) -> None:
@@ -299,68 +295,28 @@ def _check_same_kind(planned: Mapping[str, Any], source: Source | None, request:
     if source is None or source.info is None or request.settings.min_coverage < 1:
         return
     held, wanted = (name.rpartition(".")[2] for name in (source.info.network_class_name, planned["network_class_name"]))
-    if held != wanted:
+    if held == wanted:
+        return
+    planner = _PLANNERS.get(source.info.network_class_name)
+    if planner is None:
         raise PlanError(
-            f"{source.path} holds a {held}, but the dataset's plans name a {wanted}. Plan for a {held} with "
-            f"nnUNetv2_plan_experiment (-pl nnUNetPlannerResEncM, L or XL for residual encoders) and give those plans "
-            f"with -p, or allow a partial transfer with -min_coverage."
+            f"{source.path} holds a {held}, but the dataset's plans name a {wanted}. Name its class in a plans file, "
+            f"and give those plans with -p."
         )
+    command, plans_name = planner
+    raise PlanError(
+        f"{source.path} holds a {held}, but the dataset's plans name a {wanted}. Plan for a {held}: "
+        f"nnUNetv2_plan_experiment -d {request.dataset or 'ID'}{command}, then misfm_plan with -p {plans_name}; or "
+        f"train the checkpoint's own network with -network pretrained."
+    )
 
 
 def _network_of(source: Source | None) -> str | None:
     """The name of the checkpoint's network, PCT-Net without one; None for a network that only plans can describe."""
-    if source is None or source.info is None:
+    if source is None:
         return "pctnet"
     names = {class_name: name for name, class_name in NETWORKS.items()}
-    return names.get(source.info.network_class_name)
-
-
-def _keep_normalisation(plans: dict[str, Any], source: Source | None, ct_intensities: str, remarks: list[str]) -> None:
-    """Normalise CT as in pretraining if that is wanted; say what changes, and where the two cannot agree."""
-    if source is None or source.info is None:
-        return
-    pretrained = source.info.preprocessing
-    before: Sequence[str] = pretrained["normalization_schemes"]
-    order, theirs_order = list(plans["transpose_forward"]), pretrained.get("transpose_forward")
-    if theirs_order is not None and list(theirs_order) != order:
-        remarks.append(
-            f"the axes are in the order {order} (transpose_forward), in pretraining {list(theirs_order)}: the network "
-            f"meets the body in another orientation. Weights in this one: misfm_pretrain -plans_from "
-            f"{plans['dataset_name']}."
-        )
-    for configuration in plans["configurations"].values():
-        for channel, scheme in enumerate(configuration["normalization_schemes"]):
-            theirs = before[channel] if channel < len(before) else before[0]
-            if scheme != theirs:
-                remarks.append(
-                    f"channel {channel} is normalised by {scheme}, but pretraining used {theirs}: the features may fit "
-                    f"less well. Pretrain on volumes of the same kind if you can."
-                )
-            elif scheme == "CTNormalization":
-                window = pretrained["foreground_intensity_properties_per_channel"]
-                properties = plans["foreground_intensity_properties_per_channel"][str(channel)]
-                remarks.append(_take_window(properties, window.get(str(channel), window["0"]), ct_intensities))
-    remarks[:] = [remark for remark in dict.fromkeys(remarks) if remark]
-
-
-def _take_window(own: dict[str, float], pretrained: Mapping[str, float], ct_intensities: str) -> str:
-    """Let a CT channel be clipped and scaled as in pretraining, if wanted; says how, empty if nothing differs."""
-    of_window = ("percentile_00_5", "percentile_99_5", "mean", "std")
-    if all(math.isclose(own[name], pretrained[name], rel_tol=1e-6) for name in of_window):
-        return ""
-    ours, theirs = (
-        f"{values['percentile_00_5']:.5g} to {values['percentile_99_5']:.5g} HU" for values in (own, pretrained)
-    )
-    if ct_intensities == "dataset":
-        return (
-            f"CT is clipped to {ours}, as the dataset's plans do; pretraining used {theirs}, so the weights meet other "
-            f"values than they were made for."
-        )
-    own.update(pretrained)
-    return (
-        f"CT is clipped to {theirs} and scaled as in pretraining, instead of {ours} as in the dataset's plans; "
-        f"-ct_intensities dataset keeps those."
-    )
+    return None if source.info is None else names.get(source.info.network_class_name)
 
 
 def require_trainer(plans: dict[str, Any]) -> None:
@@ -372,13 +328,13 @@ def require_trainer(plans: dict[str, Any]) -> None:
 
 def _pretrain_info(source: Source | None, request: PlanRequest, plans: Mapping[str, Any]) -> dict[str, Any]:
     # A superset of the keys that nnU-Net's main branch keeps under this name; scratch is a path of null.
-    own = is_own_network(next(iter(plans["configurations"].values()))["architecture"])
+    names = names_in_class(next(iter(plans["configurations"].values()))["architecture"]["network_class_name"])
     info: dict[str, Any] = {
         "checkpoint_path": None,
         "checkpoint_name": None,
-        "key_to_encoder": "encoder" if own else "encoder.stages",
-        "key_to_stem": "encoder.stems" if own else "encoder.stem",
-        "keys_to_in_proj": ["project" if own else "all_modules.0"],
+        "key_to_encoder": (*names.encoder_stages, names.encoder)[0],
+        "key_to_stem": names.stem,
+        "keys_to_in_proj": list(names.in_proj),
         "key_to_lpe": None,
         "pt_num_in_channels": None,
         "pt_used_patchsize": None,
@@ -391,5 +347,5 @@ def _pretrain_info(source: Source | None, request: PlanRequest, plans: Mapping[s
     if source.info is not None:
         info["pt_num_in_channels"] = source.info.input_channels
         info["pt_used_patchsize"] = source.info.preprocessing.get("patch_size")
-        info["summary"] = {"task": source.info.task, "kind": source.kind, "training": source.info.training}
+        info["summary"] = {"task": source.info.task, "kind": source.network_name, "training": source.info.training}
     return info

@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from nnunetv2_misfm import architectures
+from nnunetv2_misfm.plans.network_entry import NETWORKS
+from nnunetv2_misfm.plans.run_settings import FinetuningSettings
 from nnunetv2_misfm.transfer.checkpoint import (
-    PUBLISHED_WEIGHTS,
+    TRAINED_PARTS,
     CheckpointError,
     CheckpointInfo,
     checkpoint_info,
-    network_weights,
     read_checkpoint,
+    read_safetensors,
 )
-from nnunetv2_misfm.transfer.hub import download, is_hub_name
+from nnunetv2_misfm.transfer.described import channel_names, channels_of_checkpoint, describe_unet, how_well_learnt
+from nnunetv2_misfm.transfer.foreign import PUBLISHED_FMUNET, PUBLISHED_PCTNET, Kind
+from nnunetv2_misfm.transfer.hub import ADAPTATION_PLAN, download, is_hub_name
+from nnunetv2_misfm.transfer.names import DECODER, SEG_LAYERS, names_in_class
 from nnunetv2_misfm.transfer.published_weights import read_published
-from nnunetv2_misfm.transfer.safetensors_file import read_safetensors
+from nnunetv2_misfm.transfer.report import LEARNING_PARTS, TransferReport
+from nnunetv2_misfm.transfer.state_dicts import find_weights
+from nnunetv2_misfm.transfer.transfer import SourceFacts, TransferOptions, transfer
 
 
 @dataclass(frozen=True)
@@ -30,21 +39,31 @@ class Source:
 
     Attributes:
         path: of the file.
-        kind: "nnunetv2_misfm", "nnunetv2" or "published".
-        weights: state dict under the parameter names of our networks, or of nnU-Net's.
-        info: what the file says about itself; None for nnU-Net's own checkpoints.
+        kind: of network; None for one that is not known.
+        weights: in float32, each parameter once, under the names of the network that they are read as.
+        info: what the file says about itself, or its weights tell; None for networks that are not known.
         sha256: of the file.
-        arch_kwargs: constructor arguments of the network, as far as they are known.
         hub_name: the file's place on the Hugging Face Hub, with the exact revision; empty for a file given by its path.
+        by_this_package: whether the file says that this package wrote it.
+        channels: names of the image channels, as far as they are known.
+        untrained: the parts of the network that did not learn, each with the reason.
+        learnt: how well, in words; empty if it is not known.
+        unused: names in the file that do not belong to this network, with the reasons.
+        notes: what had to be decided when the file was read.
     """
 
     path: Path
-    kind: str
+    kind: Kind | None
     weights: dict[str, Tensor]
     info: CheckpointInfo | None
     sha256: str
-    arch_kwargs: Mapping[str, Any] = field(default_factory=dict)
     hub_name: str = ""
+    by_this_package: bool = False
+    channels: tuple[str, ...] = ()
+    untrained: Mapping[str, str] = field(default_factory=dict)
+    learnt: str = ""
+    unused: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def num_images(self) -> int | None:
@@ -52,45 +71,88 @@ class Source:
         schemes = None if self.info is None else self.info.preprocessing.get("normalization_schemes")
         return len(schemes) if schemes else None
 
+    @property
+    def arch_kwargs(self) -> Mapping[str, Any]:
+        """Constructor arguments of the network, as far as they are known."""
+        return {} if self.info is None else self.info.arch_kwargs
+
+    @property
+    def network_name(self) -> str:
+        """The network's name for people."""
+        if self.info is not None:
+            return self.info.network_class_name.rpartition(".")[2]
+        return "network that is not known here" if self.kind is None else self.kind.name
+
+    @property
+    def facts(self) -> SourceFacts:
+        """What a transfer needs to know besides the weights."""
+        return SourceFacts(
+            name=self.network_name,
+            arguments=self.arch_kwargs,
+            num_images=self.num_images,
+            channels=self.channels,
+            untrained=self.untrained,
+            names=None if self.kind is None else self.kind.names,
+            unused=self.unused,
+            refusal="" if self.kind is None else self.kind.refusal,
+        )
+
+
+def transfer_source(
+    source: Source,
+    target: nn.Module,
+    dataset_json: Mapping[str, Any],
+    settings: FinetuningSettings,
+    rebuilt: Callable[[int, int], nn.Module] | None = None,
+) -> tuple[dict[str, Tensor], TransferReport]:
+    """As `transfer.transfer`, for a checkpoint, a network for a dataset, and the settings of its training."""
+    channels = channel_names(dataset_json)
+    options = TransferOptions(
+        num_images=len(channels),
+        channels=channels,
+        encoder_only=settings.encoder_only,
+        mix_input_channels=settings.mix_input_channels,
+        min_coverage=settings.min_coverage,
+    )
+    return transfer(source.weights, str(source.path), target, source.facts, options, rebuilt)
+
 
 def read_source(given: str | os.PathLike[str]) -> Source:
-    """Read a checkpoint of ours (.pth or .safetensors), of nnU-Net, or a published MIS-FM file.
+    """Read a checkpoint of ours, of nnU-Net, of nnssl or of another project, as far as it can be used.
 
     Args:
-        given: a path, or "hf:OWNER/NAME" for a repository on the Hugging Face Hub.
+        given: a path, or a name on the Hugging Face Hub, see `hub.py`.
 
     Raises:
-        CheckpointError: if the file cannot be used; the message says why and what to do.
+        CheckpointError: if the file cannot be read; the message says why and what to do.
     """
     path, name = Path(given), ""
+    beside: Path | None = path.with_name(ADAPTATION_PLAN)
     if is_hub_name(str(given)):
-        path, name = download(str(given))
-    if path.suffix == ".safetensors":
-        weights, info = read_safetensors(path)
-        return Source(path, "nnunetv2_misfm", weights, info, file_sha256(path), info.arch_kwargs, name)
-    checkpoint = read_checkpoint(path)
-    digest = file_sha256(path)
-    if PUBLISHED_WEIGHTS in checkpoint:
-        weights, info = read_published(checkpoint[PUBLISHED_WEIGHTS], path)
-        return Source(path, "published", weights, info, digest, info.arch_kwargs, name)
-    block = checkpoint_info(checkpoint, path)
-    weights = network_weights(checkpoint, path)
-    if block is None:
-        return Source(path, "nnunetv2", weights, None, digest, _stock_arch_kwargs(checkpoint), name)
-    return Source(path, "nnunetv2_misfm", weights, block, digest, block.arch_kwargs, name)
-
-
-def _stock_arch_kwargs(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Constructor arguments of the network in one of nnU-Net's own checkpoints, which keep the plans they were made by.
-
-    They only help to align stages; a file without them can still be used.
-    """
-    try:
-        made_by = checkpoint["init_args"]
-        arguments = made_by["plans"]["configurations"][made_by["configuration"]]["architecture"]["arch_kwargs"]
-    except (KeyError, TypeError):
-        return {}
-    return arguments if isinstance(arguments, Mapping) else {}
+        file = download(str(given))
+        path, name, beside = file.path, file.name, file.adaptation_plan
+    content = read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
+    own = checkpoint_info(content, path)
+    found = find_weights(content, path)
+    weights, info = found.weights, own
+    if own is None and found.kind in (PUBLISHED_PCTNET, PUBLISHED_FMUNET):
+        weights, info = read_published(found.weights, path)
+    elif own is None:
+        info = describe_unet(content, found.weights, _read_plan(beside))
+    return Source(
+        path=path,
+        kind=found.kind,
+        weights=weights,
+        info=info,
+        sha256=file_sha256(path),
+        hub_name=name,
+        by_this_package=own is not None,
+        channels=channels_of_checkpoint(content),
+        untrained=_untrained(content, path, info, weights),
+        learnt=how_well_learnt(content),
+        unused=found.unused,
+        notes=found.notes,
+    )
 
 
 def load_source(info: Mapping[str, Any]) -> Source:
@@ -140,3 +202,57 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def load_network(path: str | os.PathLike[str], deep_supervision: bool = False) -> nn.Module:
+    """The network of a checkpoint of ours or of a published file, with its weights, in evaluation mode on the CPU.
+
+    Args:
+        path: of the checkpoint.
+        deep_supervision: return four outputs, finest first, instead of one.
+
+    Raises:
+        CheckpointError: if the file cannot be used, or holds a network that is not of this package.
+    """
+    source = read_source(path)
+    if source.info is None or source.info.network_class_name not in NETWORKS.values():
+        raise CheckpointError(
+            f"{path} holds a {source.network_name}, not a network of this package ({', '.join(NETWORKS.values())}). "
+            f"Build it with nnU-Net from the plans.json of its results folder."
+        )
+    # Looked up by name among our own classes only: the name comes from the file.
+    network_class = getattr(architectures, source.info.network_class_name.rpartition(".")[2])
+    arguments = {**source.info.arch_kwargs, "deep_supervision": deep_supervision}
+    try:
+        network: nn.Module = network_class(source.info.input_channels, source.info.num_classes, **arguments)
+        network.load_state_dict(source.weights)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"The weights in {path} do not fit the network it describes: {error}") from None
+    return network.eval()
+
+
+def _untrained(
+    content: Mapping[str, Any], path: Path, info: CheckpointInfo | None, weights: Mapping[str, Tensor]
+) -> dict[str, str]:
+    """The parts that did not learn, by what the file says, or because it has none of their weights."""
+    trained = content.get(TRAINED_PARTS, LEARNING_PARTS)
+    if not isinstance(trained, (list, tuple)) or not set(trained) <= set(LEARNING_PARTS):
+        raise CheckpointError(
+            f"{path} names trained parts {trained!r} that this version does not know. Update nnunetv2_misfm."
+        )
+    task = "pretraining" if info is None else info.training.get("task", info.task)
+    untrained = {part: f"the {part} was not trained by {task}" for part in LEARNING_PARTS if part not in trained}
+    if info is not None:
+        names = names_in_class(info.network_class_name)
+        if not any(names.part_of(name) in (DECODER, SEG_LAYERS) for name in weights):
+            untrained[DECODER] = "the checkpoint has no decoder"
+    return untrained
+
+
+def _read_plan(path: Path | None) -> dict[str, Any] | None:
+    """nnssl's adaptation plan, if it lies there and can be read."""
+    try:
+        content = None if path is None else json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,15 @@ from torch import Tensor
 from nnunetv2_misfm.architectures.resolution import DEGREES_OF_ANISOTROPY
 from nnunetv2_misfm.plans.checks import build_on_meta
 from nnunetv2_misfm.plans.network_entry import architecture_entry
-from nnunetv2_misfm.transfer.checkpoint import PUBLISHED_WEIGHTS, CheckpointError, CheckpointInfo
+from nnunetv2_misfm.transfer.checkpoint import (
+    WEIGHTS,
+    CheckpointError,
+    CheckpointInfo,
+    read_checkpoint,
+    write_checkpoint,
+)
+from nnunetv2_misfm.transfer.foreign import PUBLISHED_FMUNET, PUBLISHED_PCTNET
+from nnunetv2_misfm.transfer.state_dicts import find_weights
 
 # The authors' CT recipe: clip to [-1000, 1000] HU, scale to [-1, 1], 64 x 128 x 128 patches.
 PUBLISHED_PREPROCESSING = {
@@ -166,26 +175,47 @@ def _our_fmunet_key(key: str) -> str:
     raise KeyError(f"{key!r} is not a key of the published FMUNet")
 
 
+def import_published(source: Path, target: Path, stems: Sequence[int] = DEGREES_OF_ANISOTROPY) -> CheckpointInfo:
+    """Write a published MIS-FM file as a checkpoint of ours.
+
+    Args:
+        source: the published file.
+        target: the checkpoint to write.
+        stems: degrees of anisotropy to keep (`resolution_mode` of the reference); FMUNet has one anyway.
+
+    Returns:
+        What the checkpoint says about itself.
+
+    Raises:
+        CheckpointError: if `source` is not a published file, or is not readable.
+    """
+    found = find_weights(read_checkpoint(source), source)
+    if found.kind not in (PUBLISHED_PCTNET, PUBLISHED_FMUNET):
+        held = "a network that is not known here" if found.kind is None else f"a {found.kind.name}"
+        raise CheckpointError(
+            f"{source} is not a published MIS-FM file: it holds {held}. misfm_plan takes checkpoints as they are."
+        )
+    weights, info = read_published(found.weights, source, stems)
+    write_checkpoint({WEIGHTS: weights}, info, target)
+    return info
+
+
 def read_published(
-    state_dict: object, path: str | os.PathLike[str], stems: Sequence[int] = DEGREES_OF_ANISOTROPY
+    state_dict: Mapping[str, Tensor], path: str | os.PathLike[str], stems: Sequence[int] = DEGREES_OF_ANISOTROPY
 ) -> tuple[dict[str, Tensor], CheckpointInfo]:
     """Our weights and their description from a published state dict; the network is recognised by its keys and shapes.
 
     Args:
-        state_dict: the file's "model_state_dict".
+        state_dict: the file's weights, under the reference's names.
         path: of the file, for errors.
         stems: degrees of anisotropy of PCT-Net to keep; the described network starts with the first one.
 
     Raises:
-        CheckpointError: if it is neither a published PCT-Net nor a published FMUNet.
+        CheckpointError: if it is not a complete PCT-Net or FMUNet of the reference.
     """
-    is_weights = isinstance(state_dict, Mapping) and all(isinstance(value, Tensor) for value in state_dict.values())
-    known = {"embeddings.0.proj.weight": _pctnet_from, "project.weight": _fmunet_from}
-    reader = next((reader for key, reader in known.items() if is_weights and key in cast(Mapping, state_dict)), None)
-    if reader is None:
-        raise CheckpointError(f"{path} has no weights of a published PCT-Net or FMUNet in its '{PUBLISHED_WEIGHTS}'.")
+    reader = _pctnet_from if "embeddings.0.proj.weight" in state_dict else _fmunet_from
     try:
-        weights, entry, input_channels, num_classes = reader(cast(Mapping[str, Tensor], state_dict), stems)
+        weights, entry, input_channels, num_classes = reader(state_dict, stems)
         _check_complete(weights, entry, input_channels, num_classes)
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f"{path} is not a complete published network: {error}") from None

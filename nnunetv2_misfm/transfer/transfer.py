@@ -2,28 +2,32 @@
 
 `transfer` is a pure function: source weights and a target network in, a state dict and a `TransferReport` out. Nothing
 is loaded and nothing is left out silently: each parameter of the target ends as transferred, adapted (how) or fresh
-(why), and too little coverage is an error.
+(why), each tensor of the source as used or not (why), and too little coverage is an error.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.transfer.adaptation import fit_bias_table, fit_input_channels, fit_kernel, fit_upsampling_kernel
-from nnunetv2_misfm.transfer.alignment import source_names
+from nnunetv2_misfm.transfer.names import (
+    DECODER,
+    OTHER,
+    SEG_LAYERS,
+    Names,
+    matching_names,
+    names_of,
+    within,
+)
+from nnunetv2_misfm.transfer.report import ADAPTED, FRESH, LEARNING_PARTS, TRANSFERRED, Entry, TransferReport, Unused
+from nnunetv2_misfm.transfer.unet_weights import is_statistic
 
-PARTS = ("stem", "encoder", "decoder", "segmentation layers")
-TRANSFERRED, ADAPTED, FRESH = "transferred", "adapted", "fresh"
-
-_OWN_STEM = re.compile(r"(?:encoder\.stems|decoder\.heads)\.(\d)\.")
-# PCT-Net's and FMUNet's first layers; in other networks it is the first convolution.
-_INPUT_LAYER = re.compile(r"encoder\.stems\.\d\.project\.weight|encoder\.stem\.weight")
+_MOST_MISMATCHES = 5
 
 
 class TransferError(UserError, RuntimeError):
@@ -31,152 +35,116 @@ class TransferError(UserError, RuntimeError):
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What happened to one parameter of the target.
+class SourceFacts:
+    """What is known of a pretrained network besides its weights.
 
     Attributes:
-        name: in the target.
-        part: one of `PARTS`.
-        status: "transferred", "adapted" or "fresh".
-        reason: how it was adapted or why it is fresh; empty if transferred.
-        numel: elements of the parameter.
-        shape: in the target.
+        name: of the network, for people.
+        arguments: its constructor arguments, as far as they are known.
+        num_images: how many of its input channels are images, if not all.
+        channels: names of these images; empty if they are not known.
+        untrained: the parts that did not learn, which are left fresh, each with the reason.
+        names: in the weights; None if they are not known.
+        unused: what else was in the file, with the reason.
+        refusal: why networks of this kind cannot be used, and the nearest way; empty if they can.
     """
 
-    name: str
-    part: str
-    status: str
-    reason: str
-    numel: int
-    shape: tuple[int, ...]
+    name: str = "network that is not known here"
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    num_images: int | None = None
+    channels: tuple[str, ...] = ()
+    untrained: Mapping[str, str] = field(default_factory=dict)
+    names: Names | None = None
+    unused: Mapping[str, str] = field(default_factory=dict)
+    refusal: str = ""
 
 
 @dataclass(frozen=True)
-class TransferReport:
-    """The account of one transfer, one entry per parameter, each parameter once."""
+class TransferOptions:
+    """How weights are to be used in a target.
 
-    source: str
-    entries: tuple[Entry, ...]
+    Attributes:
+        num_images: how many of the target's input channels are images, if not all; the rest are labels of a cascade's
+            first stage.
+        channels: names of these images; empty if they are not known.
+        encoder_only: leave the decoder fresh, as most other tools do.
+        mix_input_channels: allow several input channels of the source to be mixed for another number of channels.
+        min_coverage: share of what the source can be expected to fill that must come from it.
+    """
 
-    def coverage(self, parts: Iterable[str] = PARTS) -> float:
-        """Share of elements in `parts` that came from the source, adapted ones included; 1 if there are none."""
-        chosen = set(parts)
-        entries = [entry for entry in self.entries if entry.part in chosen]
-        total = sum(entry.numel for entry in entries)
-        return sum(entry.numel for entry in entries if entry.status != FRESH) / total if total else 1.0
-
-    def table(self) -> str:
-        """Totals by part for a terminal of 80 columns, followed by what is not simply transferred."""
-        rows = [f"Weights from {self.source}", f"{'part':<20}{'parameters':>12}{'transferred':>13}{'adapted':>10}"]
-        rows[1] += f"{'fresh':>10}{'used':>9}"
-        for part in PARTS:
-            entries = [entry for entry in self.entries if entry.part == part]
-            if entries:
-                rows.append(self._row(part, entries))
-        rows.append(self._row("total", list(self.entries)))
-        special = [entry for entry in self.entries if entry.status != TRANSFERRED]
-        rows += [f"  {entry.status}: {entry.name} {list(entry.shape)} ({entry.reason})" for entry in special[:12]]
-        if len(special) > 12:
-            rows.append(f"  ... and {len(special) - 12} more; training writes all of them to transfer_report.json")
-        return "\n".join(rows)
-
-    def as_json(self) -> dict[str, Any]:
-        """The whole account as plain data."""
-        return {
-            "source": self.source,
-            "coverage": {part: self.coverage([part]) for part in PARTS} | {"total": self.coverage()},
-            "parameters": [asdict(entry) for entry in self.entries],
-        }
-
-    @staticmethod
-    def _row(name: str, entries: list[Entry]) -> str:
-        by_status = {s: sum(e.numel for e in entries if e.status == s) for s in (TRANSFERRED, ADAPTED, FRESH)}
-        total = sum(by_status.values())
-        used = 100 * (total - by_status[FRESH]) / total if total else 100.0
-        return (
-            f"{name:<20}{total:>12,}{by_status[TRANSFERRED]:>13,}{by_status[ADAPTED]:>10,}{by_status[FRESH]:>10,}"
-            f"{used:>8.2f}%"
-        )
+    num_images: int | None = None
+    channels: tuple[str, ...] = ()
+    encoder_only: bool = False
+    mix_input_channels: bool = False
+    min_coverage: float = 1.0
 
 
 def transfer(
     source: Mapping[str, Tensor],
     source_name: str,
     target: nn.Module,
-    *,
-    source_arguments: Mapping[str, Any] | None = None,
-    source_images: int | None = None,
-    num_images: int | None = None,
-    encoder_only: bool = False,
-    mix_input_channels: bool = False,
-    min_coverage: float = 1.0,
+    facts: SourceFacts | None = None,
+    options: TransferOptions | None = None,
+    rebuilt: Callable[[int, int], nn.Module] | None = None,
 ) -> tuple[dict[str, Tensor], TransferReport]:
     """The state dict that `target` should load to start from `source`.
 
-    Segmentation layers always start fresh. Everything else is taken over as it is where the shapes agree, and adapted
-    where what it computes can be kept (see `adaptation.py`): other input channels, kernels of another degree of
-    anisotropy, other attention windows. Stems and stages are matched first (see `alignment.py`).
+    Segmentation layers always start fresh, and so do parts that were not trained. Everything else is taken over as it
+    is where the shapes agree, and adapted where what it computes can be kept (see `adaptation.py`): other input
+    channels, kernels of another degree of anisotropy, other attention windows. Stems and stages are matched first (see
+    `names.py`).
 
     Args:
-        source: weights of the pretrained network.
+        source: weights of the pretrained network, each parameter once.
         source_name: for the report and errors, usually the file's path.
         target: the network as built, its initial values used where something is fresh.
-        source_arguments: constructor arguments of the pretrained network, as far as they are known.
-        source_images: how many of the source's input channels are images, if not all.
-        num_images: how many of the target's input channels are images; the rest are labels of a cascade's first stage.
-        encoder_only: leave the decoder fresh, as most other tools do.
-        mix_input_channels: allow several input channels of the source to be mixed for another number of channels.
-        min_coverage: share of the elements outside the segmentation layers that must come from the source.
+        facts: about the source.
+        options: about the target.
+        rebuilt: see `names_of`.
 
     Raises:
-        TransferError: if the coverage is below `min_coverage`.
+        TransferError: if nothing can be used, or less than `options.min_coverage`.
     """
+    facts, options = facts or SourceFacts(), options or TransferOptions()
     own = target.state_dict()
     result = {name: value.clone() for name, value in own.items()}
-    names_of = _names_by_identity(target)
-    find = source_names(source, source_arguments or {}, target)
-    fit = _Fitting(target, source_images, num_images, encoder_only, mix_input_channels)
-    entries = []
+    names_by_identity = _names_by_identity(target)
+    names = names_of(target, rebuilt)
+    fit = _Fitting(source, target, names, facts, options)
+    entries: list[Entry] = []
+    used: set[str] = set()
+    rejected: dict[str, str] = {}
     for name, parameter in target.named_parameters():
-        name_in_source = find(name)
-        value, status, reason = fit.value_for(name, parameter, name_in_source, source)
-        part = part_of(name)
-        entries.append(Entry(name, part, status, reason, parameter.numel(), tuple(parameter.shape)))
-        if value is not None:
-            for alias in names_of[id(parameter)]:
+        name_in_source = fit.find(name)
+        value, status, reason = fit.value_for(name, parameter, name_in_source)
+        entries.append(
+            Entry(name, names.part_in_network(name), status, reason, parameter.numel(), tuple(parameter.shape))
+        )
+        if value is not None and name_in_source is not None:
+            used.add(name_in_source)
+            for alias in names_by_identity[id(parameter)]:
                 result[alias] = value.to(parameter.dtype)
+        elif name_in_source is not None:
+            rejected[name_in_source] = reason
     for name, buffer in target.named_buffers():
         # Buffers (BatchNorm statistics) belong to the weights around them; they are not counted as parameters.
-        name_in_source = find(name)
-        if name not in own or name_in_source is None or _left_out(part_of(name), encoder_only):
+        name_in_source = fit.find(name)
+        if name not in own or name_in_source is None or fit.why_fresh(name) is not None:
             continue
         in_source = source.get(name_in_source)
         if in_source is not None and in_source.shape == buffer.shape:
-            for alias in names_of[id(buffer)]:
+            used.add(name_in_source)
+            for alias in names_by_identity[id(buffer)]:
                 result[alias] = in_source.to(buffer.dtype)
-    report = TransferReport(source_name, tuple(entries))
-    _require(report, min_coverage, encoder_only)
+    expected = tuple(
+        part
+        for part in LEARNING_PARTS
+        if part not in facts.untrained and not (options.encoder_only and part == DECODER)
+    )
+    unused = tuple(_unused(source, used, rejected, names, facts))
+    report = TransferReport(source_name, tuple(entries), expected, unused, tuple(_notes(source, target, facts)))
+    _require(report, facts, options)
     return result, report
-
-
-def part_of(name: str) -> str:
-    """The part of the network a parameter belongs to, from its name in a network of ours or of nnU-Net."""
-    if ".seg_layers." in f".{name}":
-        return "segmentation layers"
-    if name.startswith(("encoder.stem", "decoder.encoder.stem")):
-        return "stem"
-    if name.startswith(("encoder.", "decoder.encoder.")):
-        return "encoder"
-    return "decoder"
-
-
-def is_alias(name: str) -> bool:
-    """Whether a state dict of nnU-Net's networks names a parameter a second time: decoders hold the encoder too."""
-    return name.startswith("decoder.encoder.") or ".all_modules." in name
-
-
-def _left_out(part: str, encoder_only: bool) -> bool:
-    return part == "segmentation layers" or (encoder_only and part == "decoder")
 
 
 class _Fitting:
@@ -184,37 +152,40 @@ class _Fitting:
 
     def __init__(
         self,
+        source: Mapping[str, Tensor],
         target: nn.Module,
-        source_images: int | None,
-        num_images: int | None,
-        encoder_only: bool,
-        mix_input_channels: bool,
+        names: Names,
+        facts: SourceFacts,
+        options: TransferOptions,
     ):
-        self.encoder_only = encoder_only
-        self.mix_input_channels = mix_input_channels
-        convolutions = [(f"{n}.weight", m) for n, m in target.named_modules() if isinstance(m, (nn.Conv3d, nn.Conv2d))]
-        stems = [name for name, _ in convolutions if _INPUT_LAYER.match(name)]
-        self.input_layers = stems or [name for name, _ in convolutions[:1]]
+        self.source = source
+        self.names = names
+        self.facts = facts
+        self.options = options
+        self.find = matching_names(source, facts.arguments, target, names)
+        self.input_layers = {f"{key}.weight" for key in names.in_proj}
         self.upsampling = {f"{n}.weight" for n, m in target.named_modules() if isinstance(m, nn.ConvTranspose3d)}
-        self.source_images = source_images
-        self.num_images = num_images
 
-    def value_for(
-        self, name: str, parameter: Tensor, name_in_source: str | None, source: Mapping[str, Tensor]
-    ) -> tuple[Tensor | None, str, str]:
+    def why_fresh(self, name: str) -> str | None:
+        """Why a parameter is fresh whatever the source has; None if it need not be."""
+        part = self.names.part_in_network(name)
+        if part == SEG_LAYERS:
+            return "segmentation layers always start fresh"
+        if self.options.encoder_only and part == DECODER:
+            return "only the encoder was asked for"
+        return self.facts.untrained.get(part)
+
+    def value_for(self, name: str, parameter: Tensor, name_in_source: str | None) -> tuple[Tensor | None, str, str]:
         """The value, or None; the status; how it was adapted or why it is fresh."""
-        part = part_of(name)
-        if part == "segmentation layers":
-            return None, FRESH, "segmentation layers always start fresh"
-        if _left_out(part, self.encoder_only):
-            return None, FRESH, "only the encoder was asked for"
-        if name_in_source is None or name_in_source not in source:
+        reason = self.why_fresh(name)
+        if reason is not None:
+            return None, FRESH, reason
+        if name_in_source is None or name_in_source not in self.source:
             return None, FRESH, "not in the source"
-        value, steps = source[name_in_source], []
-        stem = _OWN_STEM.match(name_in_source)
-        if stem is not None and not name.startswith(stem[0]):
-            steps.append(f"from degree of anisotropy {stem[1]}")
-        if name in self.input_layers:
+        value, steps = self.source[name_in_source], []
+        if any(within(name, key) for key in self.names.by_anisotropy) and name_in_source != name:
+            steps.append(f"from degree of anisotropy {name_in_source.split('.')[2]}")
+        if name in self.input_layers and value.ndim == parameter.ndim > 2:
             return self._input_layer(parameter, value, steps)
         if value.shape == parameter.shape:
             return (value, ADAPTED, steps[0]) if steps else (value, TRANSFERRED, "")
@@ -222,31 +193,50 @@ class _Fitting:
         if name.endswith("relative_position_bias_table") and value.ndim == 2:
             fitted = fit_bias_table(value, parameter.shape[0])
             steps.append(f"interpolated from {value.shape[0]} to {parameter.shape[0]} relative positions")
-        elif value.ndim == parameter.ndim == 5:
-            if value.shape[2:] != parameter.shape[2:]:
-                fit = fit_upsampling_kernel if name in self.upsampling else fit_kernel
-                fitted = fit(value, parameter.shape[2:])
-                steps.append(f"kernel {list(value.shape[2:])} to {list(parameter.shape[2:])}")
+        elif value.ndim == parameter.ndim == 5 and value.shape[2:] != parameter.shape[2:]:
+            fit = fit_upsampling_kernel if name in self.upsampling else fit_kernel
+            fitted = fit(value, parameter.shape[2:])
+            steps.append(f"kernel {list(value.shape[2:])} to {list(parameter.shape[2:])}")
         if fitted is None or fitted.shape != parameter.shape:
             return None, FRESH, f"shape {list(value.shape)} in the source"
         return fitted, ADAPTED, ", ".join(steps)
 
     def _input_layer(self, parameter: Tensor, value: Tensor, steps: list[str]) -> tuple[Tensor | None, str, str]:
         """As `value_for`, for a first convolution, which sees images and, in a cascade, labels after them."""
-        have = self.source_images or value.shape[1]
-        images = self.num_images or parameter.shape[1]
+        have = min(self.facts.num_images or value.shape[1], value.shape[1])
+        images = self.options.num_images or parameter.shape[1]
         fitted: Tensor | None = value
         if value.shape[2:] != parameter.shape[2:]:
             fitted = fit_kernel(value, parameter.shape[2:])
             steps = [*steps, f"kernel {list(value.shape[2:])} to {list(parameter.shape[2:])}"]
-        if fitted is not None and (value.shape[1], have) != (parameter.shape[1], images):
-            if have not in (1, images) and not self.mix_input_channels:
+        order = channel_order(self.facts.channels[:have], self.options.channels[:images])
+        if fitted is not None and order is not None and order != list(range(have)):
+            fitted = fit_input_channels(fitted[:, order], images, parameter.shape[1])
+            taken = ", ".join(self.facts.channels[i] for i in order)
+            steps = [*steps, f"input channels {taken} of {', '.join(self.facts.channels)}"]
+        elif fitted is not None and (value.shape[1], have) != (parameter.shape[1], images):
+            if have not in (1, images) and not self.options.mix_input_channels:
                 return None, FRESH, f"{have} input channels in the source; --mix_input_channels would mix them"
             fitted = fit_input_channels(fitted[:, :have], images, parameter.shape[1])
             steps = [*steps, f"input channels {value.shape[1]} to {parameter.shape[1]}"]
         if fitted is None or fitted.shape != parameter.shape:
             return None, FRESH, f"shape {list(value.shape)} in the source"
         return (fitted, ADAPTED, ", ".join(steps)) if steps else (fitted, TRANSFERRED, "")
+
+
+def channel_order(source: Sequence[str], target: Sequence[str]) -> list[int] | None:
+    """For each image channel of the target the source's of the same name; None where names do not decide.
+
+    Where both have as many channels, those without a namesake take what is left, in order.
+    """
+    theirs, ours = ([name.casefold() for name in names] for names in (source, target))
+    both = set(theirs) & set(ours)
+    if len(theirs) < 2 or len(set(theirs)) < len(theirs) or len(set(ours)) < len(ours) or not both:
+        return None
+    if not set(ours) <= set(theirs) and len(ours) != len(theirs):
+        return None
+    left = iter([i for i, name in enumerate(theirs) if name not in both])
+    return [theirs.index(name) if name in both else next(left) for name in ours]
 
 
 def _names_by_identity(network: nn.Module) -> dict[int, list[str]]:
@@ -258,17 +248,69 @@ def _names_by_identity(network: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _require(report: TransferReport, min_coverage: float, encoder_only: bool) -> None:
-    parts = ["stem", "encoder"] if encoder_only else ["stem", "encoder", "decoder"]
-    coverage = report.coverage(parts)
-    if coverage >= min_coverage:
+def _unused(
+    source: Mapping[str, Tensor], used: set[str], rejected: Mapping[str, str], names: Names, facts: SourceFacts
+) -> Iterator[Unused]:
+    """What of the source the target does not start from."""
+    parts = facts.names or names
+    for name, value in source.items():
+        if name in used:
+            continue
+        part = parts.part_of(name)
+        if name in rejected:
+            reason = rejected[name].replace(" in the source", " does not fit")
+        elif part == SEG_LAYERS:
+            reason = "segmentation layers always start fresh"
+        elif part in facts.untrained:
+            reason = facts.untrained[part]
+        elif any(within(name, key) for key in parts.by_anisotropy):
+            reason = "for another degree of anisotropy"
+        elif is_statistic(name):
+            reason = "statistics of BatchNorm, which this network has not"
+        elif any(within(name, key) for key in (*parts.encoder_stages, *parts.decoder_stages)):
+            reason = "this network has no such stage, or no such layer in it"
+        else:
+            reason = "no part of this network"
+        yield Unused(name, part, reason, value.numel())
+    yield from (Unused(name, OTHER, reason, 0) for name, reason in facts.unused.items())
+
+
+def _notes(source: Mapping[str, Tensor], target: nn.Module, facts: SourceFacts) -> Iterator[str]:
+    lost = [name for name in source if name.endswith("running_mean")]
+    has_statistics = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in target.modules())
+    if lost and not has_statistics:
+        yield (
+            f"The checkpoint's {facts.name} normalises with BatchNorm, this network does not: the means and variances "
+            f"of {len(lost)} layers are lost, and the features are not those that the weights were trained to give."
+        )
+    elif has_statistics and not lost:
+        yield (
+            f"This network normalises with BatchNorm, the checkpoint's {facts.name} does not: means and variances "
+            f"start fresh, and the features are not those that the weights were trained to give."
+        )
+
+
+def _require(report: TransferReport, facts: SourceFacts, options: TransferOptions) -> None:
+    coverage = report.coverage(report.expected)
+    used = report.coverage(LEARNING_PARTS)
+    if used > 0 and coverage >= options.min_coverage:
         return
-    wrong = [entry for entry in report.entries if entry.status == FRESH and entry.part in parts]
-    lines = [f"  {entry.name} {list(entry.shape)}: {entry.reason}" for entry in wrong[:8]]
-    if len(wrong) > 8:
-        lines.append(f"  ... and {len(wrong) - 8} more")
+    if used == 0 and facts.refusal:
+        raise TransferError(f"{report.source} holds a {facts.name}, which cannot be used: {facts.refusal}.")
+    wrong = [entry for entry in report.entries if entry.status == FRESH and entry.part in report.expected]
+    lines = [f"  {entry.name} {list(entry.shape)}: {entry.reason}" for entry in wrong[:_MOST_MISMATCHES]]
+    if len(wrong) > _MOST_MISMATCHES:
+        lines.append(f"  ... and {len(wrong) - _MOST_MISMATCHES} more")
+    remedy = "Use a checkpoint of the same network, or allow this with misfm_plan -min_coverage or --encoder_only."
+    if used > 0 and "n_stages" in facts.arguments:
+        remedy += " -network pretrained trains the checkpoint's own network."
+    if used == 0:
+        remedy = (
+            "Nothing of it can be used, which would be training from scratch. Use a checkpoint of the same network, or "
+            "give plans that name this checkpoint's network (-p) with -network plan."
+        )
+    asked_for = f"; the plan asks for {100 * options.min_coverage:.2f} %" if used > 0 else ""
     raise TransferError(
-        f"{report.source} covers {100 * coverage:.2f} % of the network's {', '.join(parts)}; the plan asks for "
-        f"{100 * min_coverage:.2f} %. First mismatches:\n" + "\n".join(lines) + "\n"
-        "Use a checkpoint of the same network, or allow this with misfm_plan -min_coverage or --encoder_only."
+        f"{report.source} covers {100 * coverage:.2f} % of the network's {', '.join(report.expected)} (it holds a "
+        f"{facts.name}){asked_for}. First mismatches:\n" + "\n".join([*lines, remedy])
     )

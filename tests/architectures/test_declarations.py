@@ -28,6 +28,7 @@ def test_keys_name_what_they_say(build) -> None:
         assert list(network.get_submodule(name).parameters())
     assert network.get_submodule(network.key_to_seg_layers) is network.decoder.seg_layers
     assert network.key_to_lpe is None
+    assert all(set(network.get_submodule(name)) <= set("012") for name in network.keys_by_anisotropy)
 
 
 @pytest.mark.parametrize("degree", [0, 1, 2])

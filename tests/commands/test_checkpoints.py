@@ -19,9 +19,8 @@ from nnunetv2_misfm.architectures.resolution import strides_of
 from nnunetv2_misfm.commands.checkpoints import export_main, inspect_main
 from nnunetv2_misfm.commands.plan import plan_main
 from nnunetv2_misfm.plans.network_entry import NETWORKS
-from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint
-from nnunetv2_misfm.transfer.networks import load_network
-from nnunetv2_misfm.transfer.pretrained import load_source, read_source
+from nnunetv2_misfm.transfer.checkpoint import CheckpointError, CheckpointInfo, write_checkpoint
+from nnunetv2_misfm.transfer.pretrained import load_network, load_source, read_source
 
 FEATURES = [4, 4, 8, 16, 32]
 COMMIT = "a" * 40
@@ -114,7 +113,11 @@ def test_weights_that_decay_has_shrunk_are_named(
 def test_inspect_foretells_the_transfer(nnunet: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inspect_main([str(checkpoint), "-d", "4"])
     printed = capsys.readouterr().out
-    assert "segmentation layers" in printed and "100.00%" in printed and "misfm_plan would accept it." in printed
+    assert (
+        "segmentation layers" in printed
+        and "100.00%" in printed
+        and "misfm_plan -d 4 -c 3d_fullres -pretrained_weights" in printed
+    )
     with pytest.raises(SystemExit):
         inspect_main([str(checkpoint), "-d", "4", "-network", "plan"])
     assert not list((nnunet / "nnUNet_preprocessed" / NAME).glob("nnUNetMisFMPlans*"))
@@ -132,7 +135,10 @@ class _Hub(BaseHTTPRequestHandler):
         self._answer(body=True)
 
     def _answer(self, body: bool) -> None:
-        parts = self.path.strip("/").split("/")
+        parts = self.path.partition("?")[0].strip("/").split("/")
+        if parts[:4] == ["api", "models", "group", "weights"]:
+            files = [{"type": "file", "oid": "0", "size": 1, "path": path.name} for path in self.folder.iterdir()]
+            return self._send(json.dumps(files).encode(), body, "application/json")
         file = self.folder / parts[-1]
         if parts[:2] != ["group", "weights"] or not file.is_file():
             self.send_response(404)
@@ -140,8 +146,11 @@ class _Hub(BaseHTTPRequestHandler):
             self.send_header("X-Repo-Commit", COMMIT)
             self.end_headers()
             return
-        content = file.read_bytes()
+        self._send(file.read_bytes(), body, "application/octet-stream")
+
+    def _send(self, content: bytes, body: bool, kind: str) -> None:
         self.send_response(200)
+        self.send_header("Content-Type", kind)
         self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Content-Length", str(len(content)))
@@ -178,9 +187,43 @@ def test_a_checkpoint_on_the_hub_is_downloaded_once_and_pinned(
     assert source.sha256 == info["sha256"] and source.info is not None
 
 
+@pytest.mark.parametrize("name", ["checkpoint_final.pth", "whatever.pt"])
+@pytest.mark.parametrize("given", ["hf:group/weights", "https://huggingface.co/group/weights"])
+def test_a_checkpoint_of_any_name_is_found_and_works_offline(
+    hub: ThreadingHTTPServer,
+    exported: Path,
+    checkpoint: Path,
+    name: str,
+    given: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (exported / "model.safetensors").unlink()
+    shutil.copy(checkpoint, exported / name)
+    (exported / "adaptation_plan.json").write_text("{}")
+    online = read_source(given)
+    assert online.hub_name == f"hf:group/weights@{COMMIT}:{name}"
+    assert (online.path.parent / "adaptation_plan.json").is_file()
+    hub.shutdown()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert read_source(given).sha256 == online.sha256 and read_source(online.hub_name).path == online.path
+
+
+def test_addresses_of_files_are_taken_and_several_checkpoints_are_listed(
+    hub: ThreadingHTTPServer, exported: Path, checkpoint: Path
+) -> None:
+    (exported / "model.safetensors").unlink()
+    for name in ("a.pth", "b.ckpt"):
+        shutil.copy(checkpoint, exported / name)
+    source = read_source("https://huggingface.co/group/weights/blob/main/b.ckpt?download=true")
+    assert source.hub_name == f"hf:group/weights@{COMMIT}:b.ckpt"
+    with pytest.raises(CheckpointError, match="several checkpoints.*hf:group/weights:a.pth, hf:group/weights:b.ckpt"):
+        read_source("hf:group/weights")
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("https://example.org/weights.pth", "download the file and give its path"),
         ("hf:group/weights:other.pth", "has no other.pth"),
         ("hf:nobody/nothing", "cannot be downloaded"),
         ("hf:nonsense", "not the name of a repository"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 
 from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
@@ -30,6 +31,54 @@ def save_pctnet(path: Path) -> None:
     info = CheckpointInfo("volume_fusion", NETWORKS["pctnet"], arguments, 1, 5, preprocessing, {})
     weights = PCTNet(1, 5, **arguments).state_dict()  # type: ignore[arg-type]
     write_checkpoint({"network_weights": weights}, info, path)
+
+
+def save_unet(path: Path, conv: type = torch.nn.Conv3d, residual: bool = False) -> None:
+    """A checkpoint of weights alone of a small U-Net of nnU-Net's."""
+    kind = ResidualEncoderUNet if residual else PlainConvUNet
+    strides = [[1] * 3, [2] * 3] if conv is torch.nn.Conv3d else [[1] * 2, [2] * 2]
+    norm = torch.nn.InstanceNorm3d if conv is torch.nn.Conv3d else torch.nn.InstanceNorm2d
+    network = kind(
+        1, 2, [4, 8], conv, 3, strides, 1, 3, 1, True, norm, {"eps": 1e-5, "affine": True}, nonlin=torch.nn.LeakyReLU
+    )
+    torch.save({"state_dict": network.state_dict()}, path)
+
+
+def test_the_network_of_a_foreign_checkpoint_can_be_trained(
+    nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_unet(tmp_path / "c.pt", residual=True)
+    command = ["-d", "4", "-pretrained_weights", str(tmp_path / "c.pt"), "--no_pp"]
+    with pytest.raises(SystemExit):
+        plan_main(command)
+    refused = capsys.readouterr().err
+    assert "nnUNetv2_plan_experiment -d 4 -pl nnUNetPlannerResEncL" in refused and "-network pretrained" in refused
+    plan_main([*command, "-network", "pretrained"])
+    entry = plans(nnunet)["configurations"]["3d_fullres"]["architecture"]
+    assert entry["network_class_name"].endswith("ResidualEncoderUNet")
+    assert entry["arch_kwargs"]["features_per_stage"] == [4, 8]
+    assert "the weights give 100 % of stem, encoder, decoder" in capsys.readouterr().out
+
+
+def test_a_foreign_file_cannot_name_what_is_called(
+    nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_unet(tmp_path / "c.pt")
+    content = torch.load(tmp_path / "c.pt", weights_only=True)
+    arguments = {"nonlin": "os.system", "nonlin_kwargs": {"command": "true"}}
+    configuration = {"architecture": {"network_class_name": "x", "arch_kwargs": arguments}, "spacing": [1, 1, 1]}
+    content["init_args"] = {"plans": {"configurations": {"c": configuration}}, "configuration": "c"}
+    torch.save(content, tmp_path / "c.pt")
+    with pytest.raises(SystemExit):
+        plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pt"), "--no_pp", "-network", "pretrained"])
+    assert "names 'os.system' as nonlin, which is no layer" in capsys.readouterr().err
+
+
+def test_a_2d_checkpoint_is_refused(nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_unet(tmp_path / "c.pt", conv=torch.nn.Conv2d)
+    with pytest.raises(SystemExit):
+        plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pt"), "--no_pp", "-min_coverage", "0"])
+    assert "holds a 2D PlainConvUNet" in capsys.readouterr().err
 
 
 def test_without_weights_the_plan_trains_from_scratch(nnunet: Path) -> None:

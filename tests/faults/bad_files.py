@@ -144,7 +144,7 @@ def make_checkpoints(folder: Path) -> None:
         write_checkpoint({"network_weights": weights}, info, folder / name)
 
     write("good.pth", weights)
-    write("renamed_keys.pth", {f"backbone.{name}": value for name, value in weights.items()})
+    write("renamed_keys.pth", {f"my_{name}": value for name, value in weights.items()})
     write("other_network.pth", FMUNet(1, 5, **arguments).state_dict())
     write("half_of_it.pth", {name: value for name, value in weights.items() if name.startswith("encoder.stems")})
     good = (folder / "good.pth").read_bytes()
@@ -154,7 +154,7 @@ def make_checkpoints(folder: Path) -> None:
     (folder / "text.safetensors").write_text("not a checkpoint")
     (folder / "a_folder.pth").mkdir()
     torch.save([1, 2], folder / "list.pth")
-    torch.save({"weights": weights}, folder / "other_keys.pth")
+    torch.save({"epoch": 3, "loss": 0.5}, folder / "other_keys.pth")
     torch.save({"network_weights": {"a": 1}}, folder / "no_tensors.pth")
     torch.save({"network_weights": {"a": torch.zeros(1)}}, folder / "unknown_network.pth")
     torch.save({"network_weights": weights, "more": _Payload()}, folder / "payload.pth")

@@ -25,10 +25,9 @@ from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.plans.files import read_plans
 from nnunetv2_misfm.plans.network_entry import architecture_entry
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings, run_settings
-from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint
-from nnunetv2_misfm.transfer.networks import import_published, load_network
-from nnunetv2_misfm.transfer.pretrained import read_source
-from nnunetv2_misfm.transfer.safetensors_file import write_safetensors
+from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint, write_safetensors
+from nnunetv2_misfm.transfer.pretrained import load_network, read_source
+from nnunetv2_misfm.transfer.published_weights import import_published
 
 FEW = 80
 MANY = int(os.environ.get("MISFM_FUZZ_INPUTS", "10000"))
@@ -45,7 +44,7 @@ def checkpoint_bytes(folder: Path, kind: str) -> bytes:
                           preprocessing, {})  # fmt: skip
     path = folder / f"valid.{'safetensors' if kind == 'safetensors' else 'pth'}"
     if kind == "safetensors":
-        write_safetensors(weights, info, path)
+        write_safetensors(weights, info, path, ["stem", "encoder", "decoder"])
     elif kind == "published":
         torch.save({"model_state_dict": {"embeddings.0.proj.weight": torch.zeros(4, 1, 3, 3, 3)}}, path)
     else:

@@ -54,7 +54,7 @@ def test_incomplete_files_are_refused(name: str, tmp_path: Path, capsys: pytest.
 
 
 def test_other_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    torch.save({"network_weights": {}}, tmp_path / "ours.pth")
+    torch.save({"network_weights": {"a": torch.zeros(1)}}, tmp_path / "ours.pth")
     with pytest.raises(SystemExit):
         import_main(["-i", str(tmp_path / "ours.pth"), "-o", str(tmp_path / "x.pth")])
     assert "not a published MIS-FM file" in capsys.readouterr().err

@@ -1,0 +1,131 @@
+"""What checkpoints of other projects say about themselves: nnU-Net's plans, nnssl's adaptation plan, the weights.
+
+Nothing that is missing or malformed in a foreign file is an error here: then it is not known.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from nnunetv2_misfm.plans.checks import INTENSITIES, with_present_names
+from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo
+from nnunetv2_misfm.transfer.foreign import RESIDUAL_UNET
+from nnunetv2_misfm.transfer.unet_weights import unet_description
+
+_OF_CONFIGURATION = ("spacing", "patch_size", "normalization_schemes", "use_mask_for_norm")
+_OF_PLANS = ("dataset_name", "transpose_forward", "image_reader_writer", INTENSITIES)
+# Of nnssl's presets (architectures/architecture_registry.py), what no weights tell.
+_PRESET_STRIDES = {
+    "ResEncL": [[1, 1, 1], *[[2, 2, 2]] * 5],
+    "NoSkipResEncL": [[1, 1, 1], *[[2, 2, 2]] * 5],
+}
+# What nnU-Net's planners give its U-Nets and weights do not tell.
+_USUAL_ARGUMENTS = {
+    "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+    "dropout_op": None,
+    "dropout_op_kwargs": None,
+    "nonlin": "torch.nn.LeakyReLU",
+    "nonlin_kwargs": {"inplace": True},
+}
+
+
+def describe_unet(
+    checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor], beside: Mapping[str, Any] | None
+) -> CheckpointInfo | None:
+    """The description of a foreign checkpoint with one of nnU-Net's U-Nets; None if its weights are not of one.
+
+    What the weights tell, such as a norm that a trainer replaced, wins over the plans.
+
+    Args:
+        checkpoint: the file's content.
+        weights: each under the first of its names.
+        beside: nnssl's adaptation plan, if it lies beside the file.
+    """
+    told = unet_description(weights)
+    if told is None:
+        return None
+    class_name, arguments, channels, classes = told
+    nnunet, nnssl = _nnunet(checkpoint), _nnssl(checkpoint, beside)
+    planned, preprocessing = nnunet or nnssl or ({}, {})
+    usual_convolutions = 1 if class_name == RESIDUAL_UNET else 2
+    usual = {**_USUAL_ARGUMENTS, "n_conv_per_stage_decoder": [usual_convolutions] * (arguments["n_stages"] - 1)}
+    arguments = {**usual, **planned, **arguments}
+    trainer = str(checkpoint.get("trainer_name") or (beside or {}).get("trainer_name") or "")
+    task = "segmentation" if nnunet is not None else "pretraining" if nnssl is not None else "unknown"
+    training: dict[str, Any] = {"trainer": trainer} if trainer else {}
+    epochs = checkpoint.get("current_epoch", checkpoint.get("epoch"))
+    if isinstance(epochs, int):
+        training["epochs_done"] = epochs
+    return CheckpointInfo(task, class_name, arguments, channels, classes, preprocessing, training)
+
+
+def channel_names(dataset_json: object) -> tuple[str, ...]:
+    """The names of a dataset's image channels, in order; empty if they are not known."""
+    channels = (
+        dataset_json.get("channel_names") or dataset_json.get("modality") if isinstance(dataset_json, dict) else None
+    )
+    if not isinstance(channels, Mapping):
+        return ()
+    return tuple(str(name) for name in channels.values())
+
+
+def channels_of_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the image channels that a checkpoint of nnU-Net's layout was trained on, as far as it tells."""
+    made_by = checkpoint.get("init_args")
+    return channel_names(made_by.get("dataset_json")) if isinstance(made_by, Mapping) else ()
+
+
+def how_well_learnt(checkpoint: Mapping[str, Any]) -> str:
+    """The last and the best main score of a training, from nnU-Net's log of it; empty if there is none."""
+    log = checkpoint.get("logging")
+    scores = log.get("mean_fg_dice") if isinstance(log, Mapping) else None
+    if not isinstance(scores, (list, tuple)) or not scores:
+        return ""
+    try:
+        last, best = float(scores[-1]), max(float(score) for score in scores)
+    except (TypeError, ValueError):
+        return ""
+    return f"main score {last:.3f} in the last of {len(scores)} epochs, {best:.3f} at best"
+
+
+_Described = tuple[dict[str, Any], dict[str, Any]]
+
+
+def _nnunet(checkpoint: Mapping[str, Any]) -> _Described | None:
+    """Constructor arguments and preprocessing from nnU-Net's `init_args`, whose plans may be of the old format."""
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager  # takes seconds
+
+    made_by = checkpoint.get("init_args")
+    try:
+        plans = with_present_names(dict(made_by["plans"]))  # type: ignore[index]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of old plans
+            configuration = PlansManager(plans).get_configuration(made_by["configuration"]).configuration  # type: ignore[index]
+        arguments = dict(configuration["architecture"]["arch_kwargs"])
+    except Exception:  # whatever a foreign file makes nnU-Net stumble over
+        return None
+    return arguments, _preprocessing(plans, configuration)
+
+
+def _nnssl(checkpoint: Mapping[str, Any], beside: Mapping[str, Any] | None) -> _Described | None:
+    """The same from nnssl's adaptation plan (adaptation_planning/adaptation_plan.py), in the file or beside it."""
+    adaptation = checkpoint.get("nnssl_adaptation_plan") or beside
+    try:
+        architecture, plans = adaptation["architecture_plans"], adaptation["pretrain_plan"]  # type: ignore[index]
+        configuration = next(iter(plans["configurations"].values()))
+        preset = str(architecture["arch_class_name"])
+        arguments = dict(architecture.get("arch_kwargs") or {})
+        if preset in _PRESET_STRIDES:
+            arguments["strides"] = _PRESET_STRIDES[preset]
+        return arguments, _preprocessing(plans, configuration)
+    except (KeyError, TypeError, AttributeError, StopIteration):
+        return None
+
+
+def _preprocessing(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> dict[str, Any]:
+    found = {key: plans[key] for key in _OF_PLANS if plans.get(key) is not None}
+    return found | {key: configuration[key] for key in _OF_CONFIGURATION if configuration.get(key) is not None}

@@ -1,0 +1,147 @@
+"""The images of pretraining and those of a dataset: what differs, and what of it the plans take over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from nnunetv2_misfm.architectures.resolution import total_strides
+from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.plans.checks import INTENSITIES
+from nnunetv2_misfm.transfer.pretrained import Source
+from nnunetv2_misfm.transfer.transfer import channel_order
+
+_ANOTHER_SPACING = 1.2
+
+
+def wanted_spacing(
+    wanted: str | tuple[float, float, float], source: Source | None, transpose: Sequence[int]
+) -> list[float]:
+    """What `PlanRequest.spacing` asks for, in mm, plans axis order.
+
+    Raises:
+        PlanError: if it is the checkpoint's, and that is not known.
+    """
+    if not isinstance(wanted, str):
+        return [float(wanted[axis]) for axis in transpose]
+    spacing = source.info.preprocessing.get("spacing") if source is not None and source.info is not None else None
+    if spacing is None:
+        whose = "there are no pretrained weights" if source is None else f"{source.path} does not say what it was"
+        raise PlanError(f"-spacing pretrained: {whose}. Give three numbers in mm, or keep the dataset's.")
+    return [float(mm) for mm in spacing]
+
+
+def about_spacing(spacing: Sequence[float], source: Source | None) -> Iterator[str]:
+    """That a dataset is kept at another spacing than that of pretraining, where it differs by a fifth or more."""
+    theirs = None if source is None or source.info is None else source.info.preprocessing.get("spacing")
+    if theirs is None or len(theirs) != len(spacing):
+        return
+    if any(max(mm / other, other / mm) > _ANOTHER_SPACING for mm, other in zip(spacing, theirs, strict=True)):
+        yield (
+            f"spacing {_rounded(spacing)} mm, as the dataset's plans have it; the weights come from {_rounded(theirs)} "
+            f"mm, which -spacing pretrained takes."
+        )
+
+
+def _rounded(spacing: Sequence[float]) -> list[float]:
+    return [round(float(mm), 3) for mm in spacing]
+
+
+def change_spacing(configuration: dict[str, Any], spacing: list[float]) -> str:
+    """Another spacing, with the median image's size at it, and a patch that is no larger than that; says so."""
+    if not all(0 < mm < math.inf for mm in spacing):
+        raise PlanError(f"-spacing {spacing} must be three numbers above 0, in mm.")
+    before = configuration["spacing"]
+    configuration["spacing"] = spacing
+    median = configuration.get("median_image_size_in_voxels")
+    if median is not None:
+        median = [n * old / new for n, old, new in zip(median, before, spacing, strict=True)]
+        configuration["median_image_size_in_voxels"] = median
+        strides = total_strides(configuration["architecture"]["arch_kwargs"]["strides"])[-1]
+        largest = [-(-n // s) * s for n, s in zip(median, strides, strict=True)]
+        configuration["patch_size"] = [
+            int(min(n, most)) for n, most in zip(configuration["patch_size"], largest, strict=True)
+        ]
+    return f"spacing {_rounded(before)} becomes {_rounded(spacing)} mm; patch size {configuration['patch_size']}"
+
+
+def keep_normalisation(
+    plans: dict[str, Any], source: Source, ct_intensities: str, channels: Sequence[str]
+) -> Iterator[str]:
+    """Normalise CT as in pretraining if that is wanted; says what changes, and where the two cannot agree.
+
+    Args:
+        plans: changed in place.
+        source: the checkpoint.
+        ct_intensities, channels: see `PlanRequest`.
+    """
+    pretrained = {} if source.info is None else source.info.preprocessing
+    axes, theirs_axes = list(plans["transpose_forward"]), pretrained.get("transpose_forward")
+    if theirs_axes is not None and list(theirs_axes) != axes:
+        yield (
+            f"the axes are in the order {axes} (transpose_forward), in pretraining {list(theirs_axes)}: the network "
+            f"meets the body in another orientation. Weights in this one: misfm_pretrain -plans_from "
+            f"{plans['dataset_name']}."
+        )
+    before: Sequence[str] = pretrained.get("normalization_schemes") or ()
+    if not before:
+        yield f"{source.path} does not say how its images were normalised; the dataset's are as its plans say."
+        return
+    order = channel_order(source.channels[: len(before)], channels) or list(range(len(before)))
+    for configuration in plans["configurations"].values():
+        for channel, scheme in enumerate(configuration["normalization_schemes"]):
+            in_source = order[channel] if channel < len(order) else 0
+            theirs = before[in_source]
+            if scheme != theirs:
+                yield (
+                    f"channel {channel} is normalised by {scheme}, but pretraining used {theirs}: the features may fit "
+                    f"less well. Pretrain on volumes of the same kind if you can."
+                )
+            elif scheme == "CTNormalization" and INTENSITIES in pretrained:
+                windows = pretrained[INTENSITIES]
+                window = windows.get(str(in_source))
+                properties = plans[INTENSITIES][str(channel)]
+                if window is not None and (remark := take_window(properties, window, ct_intensities)):
+                    yield remark
+
+
+def take_window(own: dict[str, float], pretrained: Mapping[str, float], ct_intensities: str) -> str:
+    """Let a CT channel be clipped and scaled as in pretraining, if wanted; says how, empty if nothing differs."""
+    of_window = ("percentile_00_5", "percentile_99_5", "mean", "std")
+    if all(math.isclose(own[name], pretrained[name], rel_tol=1e-6) for name in of_window):
+        return ""
+    ours, theirs = (
+        f"{values['percentile_00_5']:.5g} to {values['percentile_99_5']:.5g} HU" for values in (own, pretrained)
+    )
+    if ct_intensities == "dataset":
+        return (
+            f"CT is clipped to {ours}, as the dataset's plans do; pretraining used {theirs}, so the weights meet other "
+            f"values than they were made for."
+        )
+    own.update(pretrained)
+    return (
+        f"CT is clipped to {theirs} and scaled as in pretraining, instead of {ours} as in the dataset's plans; "
+        f"-ct_intensities dataset keeps those."
+    )
+
+
+def about_channels(source: Source, channels: Sequence[str]) -> Iterator[str]:
+    """How the input channels of the checkpoint and of the dataset were matched, where their names differ.
+
+    Args:
+        source: the checkpoint.
+        channels: names of the dataset's image channels.
+    """
+    theirs = source.channels[: source.num_images]
+    if not theirs or [n.casefold() for n in theirs] == [n.casefold() for n in channels]:
+        return
+    order = channel_order(theirs, channels)
+    if order is not None:
+        taken = ", ".join(f"{theirs[i]} for {name}" for i, name in zip(order, channels, strict=True))
+        yield f"input channels are matched by name: the weights of {taken}."
+    else:
+        yield (
+            f"the checkpoint's channels are called {', '.join(theirs)}, the dataset's {', '.join(channels)}; they are "
+            f"taken in order."
+        )

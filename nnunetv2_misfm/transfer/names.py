@@ -1,0 +1,220 @@
+"""What the names of a network's parameters mean: its parts, its stages, and which of another network's they match.
+
+Networks declare it themselves, ours and nnU-Net's in the same words (`key_to_encoder`, `key_to_stem`,
+`keys_to_in_proj`, ours also `key_to_seg_layers` and `keys_by_anisotropy`). What nnU-Net's do not declare, the names
+within their decoders, stands here once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from nnunetv2_misfm.architectures import FMUNet, PCTNet
+from nnunetv2_misfm.architectures.resolution import total_strides
+
+STEM, ENCODER, DECODER, SEG_LAYERS = "stem", "encoder", "decoder", "segmentation layers"
+PARTS = (STEM, ENCODER, DECODER, SEG_LAYERS)
+OTHER = "other"
+"""What a file holds besides the parts of a network: projectors, densifiers, mask tokens."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """The names of modules in a network; each ends at a dot, and lists may be empty.
+
+    Attributes:
+        encoder, stem, decoder: of the parts; the stem counts as a part of its own, wherever it lies.
+        in_proj: the convolutions of the image.
+        seg_layers: the layers that belong to the labels of one dataset.
+        by_anisotropy: lists with one module for each degree of anisotropy.
+        encoder_stages: lists with one module for each stage, from fine to coarse.
+        decoder_stages: lists with one module for each stage but the coarsest, from coarse to fine.
+    """
+
+    encoder: str = "encoder"
+    stem: str = "encoder.stem"
+    decoder: str = "decoder"
+    in_proj: tuple[str, ...] = ()
+    seg_layers: tuple[str, ...] = ("decoder.seg_layers",)
+    by_anisotropy: tuple[str, ...] = ()
+    encoder_stages: tuple[str, ...] = ()
+    decoder_stages: tuple[str, ...] = ()
+
+    def part_of(self, name: str) -> str:
+        """The part that a parameter of a file belongs to: one of `PARTS`, or `OTHER`."""
+        for part, keys in (
+            (SEG_LAYERS, self.seg_layers),
+            (STEM, (self.stem,)),
+            (ENCODER, (self.encoder,)),
+            (DECODER, (self.decoder,)),
+        ):
+            if any(within(name, key) for key in keys):
+                return part
+        return OTHER
+
+    def part_in_network(self, name: str) -> str:
+        """The part of a network's parameter: whatever is neither encoder nor segmentation layer, decodes."""
+        part = self.part_of(name)
+        return DECODER if part == OTHER else part
+
+
+_OF_UNETS: dict[str, Any] = {
+    "encoder_stages": ("encoder.stages",),
+    "decoder_stages": ("decoder.stages", "decoder.transpconvs"),
+}
+OF_PLAIN_UNET = Names(stem="encoder.stages.0", in_proj=("encoder.stages.0.0.convs.0.conv",), **_OF_UNETS)
+OF_RESIDUAL_UNET = Names(stem="encoder.stem", in_proj=("encoder.stem.convs.0.conv",), **_OF_UNETS)
+OF_PCTNET = Names(
+    stem=PCTNet.key_to_stem, seg_layers=(PCTNet.key_to_seg_layers,), by_anisotropy=PCTNet.keys_by_anisotropy
+)
+OF_FMUNET = Names(
+    stem=FMUNet.key_to_stem, seg_layers=(FMUNet.key_to_seg_layers,), in_proj=tuple(FMUNet.keys_to_in_proj)
+)
+
+_OF_CLASSES = {
+    "PlainConvUNet": OF_PLAIN_UNET,
+    "ResidualEncoderUNet": OF_RESIDUAL_UNET,
+    "PCTNet": OF_PCTNET,
+    "FMUNet": OF_FMUNET,
+}
+
+
+def names_in_class(class_name: str) -> Names:
+    """The names in networks of a class that plans name, as far as they are known without building it."""
+    return _OF_CLASSES.get(class_name.rpartition(".")[2], Names())
+
+
+def names_of(network: nn.Module, rebuilt: Callable[[int, int], nn.Module] | None = None) -> Names:
+    """The names in a network, as it declares them.
+
+    Args:
+        network: of any class.
+        rebuilt: builds the same network for other numbers of channels and classes than it has; then the convolutions
+            of the image and the segmentation layers of a network that does not declare them are those that change.
+    """
+    encoder = getattr(network, "key_to_encoder", "encoder")
+    stem = getattr(network, "key_to_stem", "encoder.stem")
+    own = {name for name, _ in network.named_modules()}
+    in_proj = [key for key in getattr(network, "keys_to_in_proj", ()) if key in own]
+    seg_layers = [key for key in (getattr(network, "key_to_seg_layers", "decoder.seg_layers"),) if key in own]
+    if rebuilt is not None and not seg_layers:
+        seg_layers = _changed(network, rebuilt(0, 1))
+    if rebuilt is not None and not in_proj:
+        in_proj = _changed(network, rebuilt(1, 0))
+    if not in_proj:
+        convolutions = [name for name, module in network.named_modules() if isinstance(module, (nn.Conv3d, nn.Conv2d))]
+        in_proj = convolutions[:1]
+    decodes = [key for key in _OF_UNETS["decoder_stages"] if isinstance(_module(network, key), nn.ModuleList)]
+    is_unet = len(decodes) == len(_OF_UNETS["decoder_stages"]) and hasattr(_module(network, "encoder"), "strides")
+    return Names(
+        encoder=encoder.partition(".")[0],
+        stem=stem,
+        in_proj=tuple(in_proj),
+        seg_layers=tuple(seg_layers),
+        by_anisotropy=tuple(getattr(network, "keys_by_anisotropy", ())),
+        **(_OF_UNETS if is_unet else {}),
+    )
+
+
+def within(name: str, key: str) -> bool:
+    """Whether a parameter belongs to the module `key`, or is it."""
+    return name == key or name.startswith(f"{key}.")
+
+
+def matching_names(
+    source: Collection[str], source_arguments: Mapping[str, Any], target: nn.Module, names: Names
+) -> Callable[[str], str | None]:
+    """A function from a parameter's name in the target to its name in the source; None where it has no counterpart.
+
+    PCT-Net's stems are matched by their degree of anisotropy, the stages of nnU-Net's U-Nets by their resolution.
+
+    Args:
+        source: names of the pretrained parameters, each once.
+        source_arguments: constructor arguments of that network; empty if they are not known.
+        target: the network that is to be filled.
+        names: of the target.
+    """
+    if names.by_anisotropy:
+        return lambda name: _in_nearest_stem(name, names.by_anisotropy, source)
+    if names.encoder_stages:
+        num_stages = _entries(source, names.encoder_stages)
+        strides = source_arguments.get("strides") or []
+        target_strides = [list(stride) for stride in target.encoder.strides]  # type: ignore[union-attr]
+        if len(strides) != num_stages:  # nothing is known of the source: its stages are counted from the finest
+            strides = [[1, 1, 1], *[[2, 2, 2]] * (num_stages - 1)]
+            target_strides = strides[:1] + [[2, 2, 2]] * (len(target_strides) - 1)
+        stages = _stages_of_equal_resolution(strides, target_strides)
+        return lambda name: _in_source_stage(name, names, stages, num_stages)
+    prefix = _prefix(source, [name for name, _ in target.named_parameters()])
+    return lambda name: prefix + name
+
+
+def _prefix(source: Collection[str], own: Sequence[str]) -> str:
+    """What stands before the names of a network in a file: wrappers such as `module.`; empty if they are bare."""
+    found = [name.removesuffix(own[0]) for name in source if name == own[0] or name.endswith(f".{own[0]}")]
+    return max(found, key=lambda prefix: sum(prefix + name in source for name in own), default="")
+
+
+def _in_nearest_stem(name: str, lists: Sequence[str], source: Collection[str]) -> str:
+    for key in lists:
+        if within(name, key):
+            degree, rest = _entry(name, key)
+            there = {_entry(other, key)[0] for other in source if within(other, key)}
+            return f"{key}.{min(sorted(there), key=lambda other: abs(other - degree), default=degree)}.{rest}"
+    return name
+
+
+def _stages_of_equal_resolution(
+    source: Sequence[Sequence[int]], target: Sequence[Sequence[int]]
+) -> dict[int, int | None]:
+    """For each stage of the target, the stage of the source whose map is downsampled as much along the finest axis."""
+    reached = [max(stride) for stride in total_strides(source)]
+    found: dict[int, int | None] = {}
+    for stage, stride in enumerate(total_strides(target)):
+        # Stages that pool another axis only have the finest axis' stride in common; they are taken in order.
+        same = [i for i, factor in enumerate(reached) if factor == max(stride) and i not in found.values()]
+        found[stage] = same[0] if same else None
+    return found
+
+
+def _in_source_stage(name: str, names: Names, stages: Mapping[int, int | None], num_stages: int) -> str | None:
+    for key in names.encoder_stages:
+        if within(name, key):
+            index, rest = _entry(name, key)
+            stage = stages[index]
+            return None if stage is None else f"{key}.{stage}.{rest}"
+    for key in names.decoder_stages:
+        if within(name, key):
+            index, rest = _entry(name, key)
+            stage = stages[len(stages) - 2 - index]  # decoders count from the second coarsest stage upwards
+            if stage is None or num_stages - 2 - stage < 0:
+                return None
+            return f"{key}.{num_stages - 2 - stage}.{rest}"
+    return name
+
+
+def _entry(name: str, key: str) -> tuple[int, str]:
+    """The number in the list `key`, and what follows it."""
+    number, _, rest = name[len(key) + 1 :].partition(".")
+    return int(number), rest
+
+
+def _entries(names: Collection[str], lists: Sequence[str]) -> int:
+    return 1 + max((_entry(name, key)[0] for key in lists for name in names if within(name, key)), default=-1)
+
+
+def _changed(network: nn.Module, other: nn.Module) -> list[str]:
+    shapes = {name: parameter.shape for name, parameter in other.named_parameters()}
+    changed = (name for name, p in network.named_parameters() if shapes.get(name) != p.shape)
+    return list(dict.fromkeys(name.rpartition(".")[0] for name in changed))
+
+
+def _module(network: nn.Module, name: str) -> Any:
+    try:
+        return network.get_submodule(name)
+    except AttributeError:
+        return None

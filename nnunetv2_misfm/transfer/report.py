@@ -1,0 +1,141 @@
+"""The account of a transfer: what became of each parameter of the target, and of each tensor of the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nnunetv2_misfm.transfer.names import PARTS, SEG_LAYERS
+
+TRANSFERRED, ADAPTED, FRESH = "transferred", "adapted", "fresh"
+LEARNING_PARTS = tuple(part for part in PARTS if part != SEG_LAYERS)
+"""What pretraining can train for a fine-tuning."""
+_MOST_LINES = 12
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What happened to one parameter of the target.
+
+    Attributes:
+        name: in the target.
+        part: one of `PARTS`.
+        status: "transferred", "adapted" or "fresh".
+        reason: how it was adapted or why it is fresh; empty if transferred.
+        numel: elements of the parameter.
+        shape: in the target.
+    """
+
+    name: str
+    part: str
+    status: str
+    reason: str
+    numel: int
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Unused:
+    """A tensor of the checkpoint that the target does not start from.
+
+    Attributes:
+        name: in the checkpoint.
+        part: one of `PARTS`, or "other".
+        reason: why it is not used.
+        numel: its elements.
+    """
+
+    name: str
+    part: str
+    reason: str
+    numel: int
+
+
+@dataclass(frozen=True)
+class TransferReport:
+    """The account of one transfer.
+
+    Attributes:
+        source: name of the checkpoint.
+        entries: one for each parameter of the target.
+        expected: the parts that the checkpoint can be expected to fill.
+        unused: what the target does not start from.
+        notes: what should be known of how the two fit.
+    """
+
+    source: str
+    entries: tuple[Entry, ...]
+    expected: tuple[str, ...] = LEARNING_PARTS
+    unused: tuple[Unused, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def coverage(self, parts: Iterable[str] = PARTS) -> float:
+        """Share of elements in `parts` that came from the source, adapted ones included; 1 if there are none."""
+        chosen = set(parts)
+        entries = [entry for entry in self.entries if entry.part in chosen]
+        total = sum(entry.numel for entry in entries)
+        return sum(entry.numel for entry in entries if entry.status != FRESH) / total if total else 1.0
+
+    def share(self) -> str:
+        """One line: how much of what can be expected comes from the checkpoint, and of which part."""
+        by_part = [
+            f"{part} {100 * self.coverage([part]):.4g} %"
+            for part in LEARNING_PARTS
+            if any(entry.part == part for entry in self.entries)
+        ]
+        return f"{100 * self.coverage(self.expected):.4g} % of {', '.join(self.expected)} ({', '.join(by_part)})"
+
+    def table(self) -> str:
+        """Totals by part for a terminal of 80 columns, what is not simply transferred, and what is not used."""
+        rows = [f"Weights from {self.source}", f"{'part':<20}{'parameters':>12}{'transferred':>13}{'adapted':>10}"]
+        rows[1] += f"{'fresh':>10}{'used':>9}"
+        for part in PARTS:
+            entries = [entry for entry in self.entries if entry.part == part]
+            if entries:
+                rows.append(_row(part, entries))
+        rows.append(_row("total", list(self.entries)))
+        groups: dict[tuple[str, str], list[Entry]] = {}
+        for entry in self.entries:
+            if entry.status != TRANSFERRED:
+                groups.setdefault((entry.status, entry.reason), []).append(entry)
+        for (status, reason), entries in list(groups.items())[:_MOST_LINES]:
+            first = f"{entries[0].name} {list(entries[0].shape)}"
+            some = f"{len(entries)} parameters such as {first}" if len(entries) > 1 else first
+            rows.append(f"  {status}: {some} ({reason})")
+        if len(groups) > _MOST_LINES:
+            rows.append(f"  ... and for {len(groups) - _MOST_LINES} more reasons")
+        rows += self.unused_lines()
+        return "\n".join([*rows, *(f"Note: {note}" for note in self.notes)])
+
+    def unused_lines(self) -> Iterator[str]:
+        """What of the checkpoint is not used, one line for each part and reason."""
+        groups: dict[tuple[str, str], list[Unused]] = {}
+        for tensor in self.unused:
+            groups.setdefault((tensor.part, tensor.reason), []).append(tensor)
+        if groups:
+            yield "Not used of the checkpoint:"
+        for (part, reason), tensors in sorted(groups.items()):
+            count = f"{len(tensors)} tensors such as {tensors[0].name}" if len(tensors) > 1 else tensors[0].name
+            yield f"  {part}: {count} ({reason})"
+
+    def as_json(self) -> dict[str, Any]:
+        """The whole account as plain data."""
+        return {
+            "source": self.source,
+            "coverage": {part: self.coverage([part]) for part in PARTS} | {"total": self.coverage()},
+            "expected": list(self.expected),
+            "notes": list(self.notes),
+            "parameters": [asdict(entry) for entry in self.entries],
+            "unused": [asdict(tensor) for tensor in self.unused],
+        }
+
+
+def _row(name: str, entries: list[Entry]) -> str:
+    by_status = {s: sum(e.numel for e in entries if e.status == s) for s in (TRANSFERRED, ADAPTED, FRESH)}
+    total = sum(by_status.values())
+    used = 100 * (total - by_status[FRESH]) / total if total else 100.0
+    return (
+        f"{name:<20}{total:>12,}{by_status[TRANSFERRED]:>13,}{by_status[ADAPTED]:>10,}{by_status[FRESH]:>10,}"
+        f"{used:>8.2f}%"
+    )

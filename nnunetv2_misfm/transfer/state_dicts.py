@@ -1,0 +1,139 @@
+"""Finds the weights of a network in what a checkpoint file holds, whatever project has written it.
+
+They lie under one of several keys, or bare; before their names stand those of wrappers, in any order; and there may be
+several networks, such as a student and the average of its weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnunetv2_misfm.transfer.checkpoint import CheckpointError
+from nnunetv2_misfm.transfer.foreign import GENERIC_UNET, Kind, recognised
+from nnunetv2_misfm.transfer.unet_weights import each_once, from_generic_unet
+
+_CONTAINERS = ("network_weights", "model_state_dict", "state_dict", "model", "net", "network", "student", "module")
+# Averages of weights, and networks that only teach, are taken where there is nothing else.
+_COPIES = ("ema", "teacher", "momentum", "averaged", "target", "shadow", "encoder_k")
+_NOT_WEIGHTS = ("optim", "sched", "scaler", "amp", "logging", "init_args")
+# What torch.compile, FSDP and checkpointing put into names, at any place.
+_INNER_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_MOST_KEYS = 5
+
+
+@dataclass(frozen=True)
+class Found:
+    """The weights of one network.
+
+    Attributes:
+        weights: in float32, each parameter once, under the names of the network that they are read as.
+        kind: of network; None for one that is not known.
+        place: where in the file they were, for people.
+        unused: names in the file that belong to no part of this network, each with the reason.
+        notes: what had to be decided.
+    """
+
+    weights: dict[str, Tensor]
+    kind: Kind | None
+    place: str
+    unused: dict[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def find_weights(content: Mapping[Any, Any], path: str | os.PathLike[str]) -> Found:
+    """The weights in a file's content.
+
+    Raises:
+        CheckpointError: if there are none.
+    """
+    candidates = [
+        replace(found, notes=(*found.notes, *_stored_as(found.weights)))
+        for place, state_dict in _state_dicts(content)
+        for found in _networks(place, state_dict)
+    ]
+    if not candidates:
+        keys = [str(key) for key in content]
+        held = ", ".join(keys[:_MOST_KEYS]) + (f" and {len(keys) - _MOST_KEYS} more" if len(keys) > _MOST_KEYS else "")
+        raise CheckpointError(
+            f"{path} has no weights of a network (it holds: {held or 'nothing'}). Give the file that the project saves "
+            f"its weights in."
+        )
+    best = min(candidates, key=_rank)
+    others = [other.place or "the top level" for other in candidates if other is not best]
+    if others:
+        note = f"The file holds {len(candidates)} networks; {best.place} is used, {', '.join(others[:3])} not."
+        best = replace(best, notes=(note, *best.notes))
+    weights = {name: _single_precision(value) for name, value in best.weights.items()}
+    if best.kind is GENERIC_UNET:
+        weights = from_generic_unet(weights)
+    weights, note = each_once(weights)
+    return replace(best, weights=weights, notes=(*best.notes, note) if note else best.notes)
+
+
+def _state_dicts(
+    content: Mapping[Any, Any], place: str = "", depth: int = 0
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """All mappings from names to tensors, each with the keys that lead to it."""
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    if tensors and 2 * len(tensors) >= len(content):
+        yield place, tensors
+        return
+    for key, value in content.items() if depth < 2 else ():
+        named = str(key).lower()
+        if isinstance(value, Mapping) and not named.startswith(_NOT_WEIGHTS):
+            yield from _state_dicts(value, f"{place}.{key}" if place else str(key), depth + 1)
+
+
+def _networks(place: str, state_dict: Mapping[str, Tensor]) -> Iterator[Found]:
+    """The networks in one state dict."""
+    names = {_without(name, _INNER_WRAPPERS): name for name in state_dict}
+    bare = {_without(name, (*_INNER_WRAPPERS, "module")): name for name in state_dict}
+    known = recognised(bare)
+    if known is None:
+        yield Found({name: state_dict[given] for name, given in names.items()}, None, place, {})
+        return
+    kind, prefixes = known
+    for prefix in prefixes:
+        inside = {name: given for name, given in bare.items() if name.startswith(prefix)}
+        # One network's names may all begin with what another's do.
+        deeper = tuple(other for other in prefixes if other != prefix and other.startswith(prefix))
+        own = {name: given for name, given in inside.items() if not name.startswith(deeper)}
+        weights = {kind.inside + name.removeprefix(prefix): state_dict[given] for name, given in own.items()}
+        unused = {given: f"outside of {prefix}" for name, given in bare.items() if not name.startswith(prefix)}
+        where = ".".join(filter(None, (place, prefix.removesuffix("."))))
+        yield Found(weights, kind, where, unused)
+
+
+def _rank(found: Found) -> tuple[bool, bool, bool, int, int]:
+    """Networks that can be read first, copies last, then by the usual order of containers."""
+    is_copy = any(copy in part for part in found.place.lower().split(".") for copy in _COPIES)
+    container = found.place.partition(".")[0]
+    order = _CONTAINERS.index(container) if container in _CONTAINERS else len(_CONTAINERS)
+    return (
+        found.kind is None,
+        found.kind is not None and bool(found.kind.refusal),
+        is_copy,
+        order,
+        -sum(value.numel() for value in found.weights.values()),
+    )
+
+
+def _without(name: str, components: tuple[str, ...]) -> str:
+    return ".".join(part for part in name.split(".") if part not in components)
+
+
+def _single_precision(value: Tensor) -> Tensor:
+    return value.float() if value.is_floating_point() and value.dtype != torch.float32 else value
+
+
+def _stored_as(weights: Mapping[str, Tensor]) -> Iterator[str]:
+    """A note on numbers of less precision than that of training."""
+    kinds = {str(value.dtype).rpartition(".")[2] for value in weights.values() if value.is_floating_point()}
+    if less := sorted(kinds - {"float32", "float64"}):
+        yield f"The weights are stored as {', '.join(less)}."

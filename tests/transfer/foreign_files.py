@@ -1,0 +1,96 @@
+"""Checkpoints as other projects lay them out, with small random networks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from torch import Tensor, nn
+
+STRIDES = [[1, 1, 1], [2, 2, 2], [1, 2, 2]]
+
+
+def unet(
+    seed: int = 0,
+    channels: int = 1,
+    classes: int = 3,
+    residual: bool = False,
+    norm: type[nn.Module] = nn.InstanceNorm3d,
+    strides: list[list[int]] = STRIDES,
+) -> PlainConvUNet | ResidualEncoderUNet:
+    """One of nnU-Net's U-Nets with drawn norms too."""
+    torch.manual_seed(seed)
+    stages = len(strides)
+    build = ResidualEncoderUNet if residual else PlainConvUNet
+    network = build(
+        channels, stages, [4, 8, 12, 16][:stages], nn.Conv3d, 3, strides, 1, classes, 1, conv_bias=True,
+        norm_op=norm, norm_op_kwargs={"eps": 1e-5, "affine": True}, nonlin=nn.LeakyReLU, deep_supervision=True,
+    )  # fmt: skip
+    for name, parameter in network.named_parameters():
+        if ".norm." in name:
+            nn.init.normal_(parameter)
+    return network.eval()
+
+
+def plans(channels: tuple[str, ...] = ("CT",), old: bool = False, **configuration: Any) -> dict[str, Any]:
+    """`init_args` as nnU-Net's trainers keep them, for `unet`."""
+    window = {"mean": 87.3, "std": 359.0, "percentile_00_5": -941.0, "percentile_99_5": 1098.0}
+    entry: dict[str, Any] = {
+        "data_identifier": "x",
+        "patch_size": [32, 32, 32],
+        "spacing": [1.5, 1.5, 1.5],
+        "batch_size": 2,
+        "normalization_schemes": ["CTNormalization"] * len(channels),
+        "use_mask_for_norm": [False] * len(channels),
+        **configuration,
+    }
+    kernels, ones = [[3, 3, 3]] * 3, [1, 1, 1]
+    if old:
+        entry |= {
+            "UNet_class_name": "PlainConvUNet", "UNet_base_num_features": 4, "unet_max_num_features": 12,
+            "n_conv_per_stage_encoder": ones, "n_conv_per_stage_decoder": ones[1:], "num_pool_per_axis": [1, 2, 2],
+            "pool_op_kernel_sizes": STRIDES, "conv_kernel_sizes": kernels,
+        }  # fmt: skip
+    else:
+        entry["architecture"] = {
+            "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+            "arch_kwargs": {"strides": STRIDES, "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d"},
+            "_kw_requires_import": ["norm_op"],
+        }
+    return {
+        "plans": {
+            "dataset_name": "Dataset291_Organs",
+            "transpose_forward": [0, 1, 2],
+            "image_reader_writer": "SimpleITKIO",
+            "foreground_intensity_properties_per_channel": {str(i): window for i in range(len(channels))},
+            "configurations": {"3d_fullres": entry},
+        },
+        "configuration": "3d_fullres",
+        "dataset_json": {"channel_names": {str(i): name for i, name in enumerate(channels)}, "labels": {"a": 1}},
+    }
+
+
+def as_generic_unet(network: PlainConvUNet) -> dict[str, Tensor]:
+    """The names that nnU-Net v1 gives the weights of a PlainConvUNet with one convolution a stage.
+
+    v1 has no biases in `tu` and `seg_outputs`; the network's are set to zero.
+    """
+    renamed: dict[str, Tensor] = {}
+    deepest = len(network.encoder.stages) - 1
+    for name, value in network.state_dict().items():
+        if ".all_modules." in name or name.startswith("decoder.encoder."):
+            continue
+        part, kind, stage, *rest = name.split(".")
+        inner = ".".join(rest).removeprefix("0.").replace("convs.0.", "blocks.0.").replace("norm.", "instnorm.")
+        if kind in ("transpconvs", "seg_layers"):
+            if rest == ["bias"]:
+                value.zero_()
+            else:
+                renamed[f"{'tu' if kind == 'transpconvs' else 'seg_outputs'}.{stage}.weight"] = value
+        elif part == "encoder":
+            group = "0." if int(stage) == deepest else ""
+            renamed[f"conv_blocks_context.{stage}.{group}{inner}"] = value
+        else:
+            renamed[f"conv_blocks_localization.{stage}.0.{inner}"] = value
+    return renamed

@@ -1,0 +1,356 @@
+"""Checkpoints of other projects: found, read, described, or refused by name; nothing is wrong in silence."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from foreign_files import STRIDES, as_generic_unet, plans, unet
+from safetensors.torch import save_file, save_model
+from torch import Tensor, nn
+
+from nnunetv2_misfm.plans.run_settings import FinetuningSettings
+from nnunetv2_misfm.transfer.checkpoint import CheckpointError, CheckpointInfo, read_checkpoint, write_checkpoint
+from nnunetv2_misfm.transfer.foreign import KINDS
+from nnunetv2_misfm.transfer.inspection import export
+from nnunetv2_misfm.transfer.pretrained import Source, read_source, transfer_source
+from nnunetv2_misfm.transfer.report import TransferReport
+from nnunetv2_misfm.transfer.transfer import TransferError
+
+IMAGE = torch.randn(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+WEIGHTS = unet().state_dict()
+
+
+def put(path: Path, content: object, **options: Any) -> Source:
+    torch.save(content, path, **options)
+    return read_source(path)
+
+
+def fill(
+    source: Source, target: nn.Module, channels: tuple[str, ...] = ("CT",), **settings: Any
+) -> tuple[dict[str, Tensor], TransferReport]:
+    dataset = {"channel_names": {str(i): name for i, name in enumerate(channels)}}
+    weights, report = transfer_source(source, target, dataset, FinetuningSettings(**settings))
+    target.load_state_dict(weights)
+    return weights, report
+
+
+def same_features(a: nn.Module, b: nn.Module) -> bool:
+    with torch.no_grad():
+        return all(torch.equal(x, y) for x, y in zip(a.encoder(IMAGE), b.encoder(IMAGE), strict=True))
+
+
+def prefixed(prefix: str, weights: dict[str, Tensor] = WEIGHTS) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in weights.items()}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda: {"network_weights": WEIGHTS},
+        lambda: {"state_dict": OrderedDict(WEIGHTS), "epoch": 3},
+        lambda: {"model": {"state_dict": WEIGHTS}, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}},
+        lambda: {"net": prefixed("module."), "args": argparse.Namespace(lr=np.float64(0.1), path=Path("x"))},
+        lambda: {"student": prefixed("module.backbone.")},
+        lambda: prefixed("_orig_mod.module."),
+        lambda: prefixed("module._orig_mod.model.net."),
+        lambda: {"state_dict": prefixed("seg_model.whatever.")},
+        lambda: {k.replace("encoder.", "encoder._orig_mod.", 1): v for k, v in WEIGHTS.items()},
+        lambda: {"model": {k: v for k, v in WEIGHTS.items() if "all_modules" not in k}},
+        lambda: {"model": {k: v for k, v in WEIGHTS.items() if ".conv." not in k and ".norm." not in k}},
+    ],
+)
+def test_weights_are_found_wherever_they_lie(tmp_path: Path, content: Callable[[], object]) -> None:
+    target = unet(1)
+    _, report = fill(put(tmp_path / "c.pt", content()), target)
+    assert report.coverage(report.expected) == 1 and same_features(unet(), target)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_read_and_named(tmp_path: Path, dtype: torch.dtype) -> None:
+    source = put(tmp_path / "c.pt", {name: value.to(dtype) for name, value in WEIGHTS.items()})
+    assert all(value.dtype == torch.float32 for value in source.weights.values())
+    assert any("stored as" in note for note in source.notes) == (dtype != torch.float64)
+
+
+def test_files_of_before_pytorch_1_6_and_any_ending_are_read(tmp_path: Path) -> None:
+    for name in ("c.model", "c.ckpt", "c.pth"):
+        source = put(
+            tmp_path / name, {"state_dict": WEIGHTS, "score": np.float32(1)}, _use_new_zipfile_serialization=False
+        )
+        assert source.network_name == "PlainConvUNet"
+
+
+def test_safetensors_of_others_are_read(tmp_path: Path) -> None:
+    save_file({k: v.contiguous().clone() for k, v in prefixed("model.").items()}, tmp_path / "model.safetensors")
+    target = unet(1)
+    fill(read_source(tmp_path / "model.safetensors"), target)
+    assert same_features(unet(), target)
+
+
+def test_safetensors_that_keep_one_name_of_each_tensor_are_read(tmp_path: Path) -> None:
+    save_model(unet(), str(tmp_path / "model.safetensors"))  # the names that come first in the alphabet
+    source, target = read_source(tmp_path / "model.safetensors"), unet(1)
+    _, report = fill(source, target)
+    assert report.coverage(report.expected) == 1 and same_features(unet(), target)
+
+
+def test_the_first_fold_of_an_exported_model_is_read(tmp_path: Path) -> None:
+    for fold in (1, 0):
+        torch.save({"network_weights": unet(fold).state_dict()}, tmp_path / f"{fold}.pth")
+    with zipfile.ZipFile(tmp_path / "model.zip", "w") as archive:
+        archive.writestr("Dataset1_X/t__p__3d/plans.json", "{}")
+        for fold in (1, 0):
+            archive.write(tmp_path / f"{fold}.pth", f"Dataset1_X/t__p__3d/fold_{fold}/checkpoint_final.pth")
+    target = unet(2)
+    fill(read_source(tmp_path / "model.zip"), target)
+    assert same_features(unet(0), target)
+
+
+def test_of_several_networks_the_trained_one_is_taken_and_the_others_are_named(tmp_path: Path) -> None:
+    for content in (
+        {"model_ema": unet(1).state_dict(), "model": WEIGHTS},
+        {"teacher": unet(1).state_dict(), "student": WEIGHTS},
+        prefixed("teacher.backbone.", unet(1).state_dict()) | prefixed("student.backbone."),
+    ):
+        source = put(tmp_path / "c.pt", content)
+        target = unet(2)
+        fill(source, target)
+        assert same_features(unet(), target) and "holds 2 networks" in source.notes[0]
+    assert put(tmp_path / "c.pt", {"model_ema": WEIGHTS}).network_name == "PlainConvUNet"
+
+
+def test_of_two_values_for_a_parameter_the_one_pytorch_loads_last_is_taken(tmp_path: Path) -> None:
+    weights = {name: value.clone() for name, value in unet(residual=True).state_dict().items()}
+    for name in weights:
+        if ".conv." in name or ".norm." in name:
+            weights[name] = torch.zeros_like(weights[name])  # as sparse pretraining leaves them: not trained
+    expected, target = unet(1, residual=True), unet(2, residual=True)
+    expected.load_state_dict(weights)
+    source = put(tmp_path / "c.pth", {"network_weights": weights})
+    fill(source, target)
+    assert same_features(expected, target)
+    assert (
+        "stand in the file more than once" in source.notes[0] and "all_modules.0.weight in place of" in source.notes[0]
+    )
+
+
+def test_equal_values_under_several_names_need_no_word(tmp_path: Path) -> None:
+    assert put(tmp_path / "c.pth", {name: value.clone() for name, value in WEIGHTS.items()}).notes == ()
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_plans_of_both_formats_tell_spacing_intensities_and_topology(tmp_path: Path, old: bool) -> None:
+    source = put(tmp_path / "c.pth", {"network_weights": WEIGHTS, "init_args": plans(old=old), "current_epoch": 7})
+    assert source.info is not None and source.channels == ("CT",)
+    assert source.info.preprocessing["spacing"] == [1.5, 1.5, 1.5]
+    assert source.info.preprocessing["foreground_intensity_properties_per_channel"]["0"]["mean"] == 87.3
+    assert source.info.arch_kwargs["strides"] == STRIDES and source.info.num_classes == 3
+
+
+def test_weights_alone_tell_the_network(tmp_path: Path) -> None:
+    info = put(tmp_path / "c.pt", unet(channels=2, residual=True).state_dict()).info
+    assert info is not None and info.network_class_name.endswith("ResidualEncoderUNet")
+    assert (info.input_channels, info.num_classes, info.arch_kwargs["strides"]) == (2, 3, STRIDES)
+    assert info.arch_kwargs["features_per_stage"] == [4, 8, 12]
+
+
+def test_the_plan_of_nnssl_is_read_from_the_file_or_beside_it(tmp_path: Path) -> None:
+    configuration = {"spacing": [1, 1, 1], "patch_size": [160] * 3, "normalization_schemes": ["ZScoreNormalization"]}
+    adaptation = {
+        "architecture_plans": {"arch_class_name": "ResEncL", "arch_kwargs": None},
+        "pretrain_plan": {"dataset_name": "OpenMind", "configurations": {"onemmiso": configuration}},
+    }
+    weights = {"network_weights": unet(residual=True).state_dict()}
+    inside = put(tmp_path / "c.pth", {**weights, "nnssl_adaptation_plan": adaptation})
+    (tmp_path / "adaptation_plan.json").write_text(json.dumps(adaptation))
+    for source in (inside, put(tmp_path / "d.pth", weights)):
+        assert source.info is not None and source.info.preprocessing["spacing"] == [1, 1, 1]
+        assert source.num_images == 1
+
+
+@pytest.mark.parametrize(
+    "init_args",
+    [{}, None, [], {"plans": 3}, {"plans": {}, "configuration": "x"}, {"plans": {"configurations": {"x": {}}}}],
+)
+def test_a_malformed_description_is_not_known(tmp_path: Path, init_args: object) -> None:
+    source = put(
+        tmp_path / "c.pth", {"network_weights": WEIGHTS, "init_args": init_args, "logging": {"mean_fg_dice": "x"}}
+    )
+    assert source.info is not None and source.info.preprocessing == {} and source.learnt == ""
+
+
+def test_channels_are_matched_by_name(tmp_path: Path) -> None:
+    weights = unet(channels=2).state_dict()
+    source = put(tmp_path / "c.pth", {"network_weights": weights, "init_args": plans(("T1", "T2"))})
+    first = "encoder.stages.0.0.convs.0.conv.weight"
+    filled, report = fill(source, unet(1, channels=2), ("t2", "T1"))
+    assert torch.equal(filled[first], weights[first][:, [1, 0]])
+    assert any("input channels T2, T1 of T1, T2" in entry.reason for entry in report.entries)
+    filled, _ = fill(source, unet(1), ("T2",))
+    assert torch.equal(filled[first], weights[first][:, 1:])
+    filled, report = fill(source, unet(1, channels=2), ("T1", "T2"))
+    assert torch.equal(filled[first], weights[first]) and all(e.status != "adapted" for e in report.entries)
+
+
+def test_kernels_of_a_cascades_labels_never_act_on_images(tmp_path: Path) -> None:
+    weights = unet(channels=3).state_dict()
+    source = put(tmp_path / "c.pth", {"network_weights": weights, "init_args": plans(("CT",))})
+    first = "encoder.stages.0.0.convs.0.conv.weight"
+    filled, _ = fill(source, unet(1, channels=3), ("a", "b", "c"))
+    assert torch.allclose(filled[first], weights[first][:, :1].expand(-1, 3, -1, -1, -1) / 3)
+
+
+def test_statistics_that_are_lost_or_missing_are_said(tmp_path: Path) -> None:
+    batch_norm = put(tmp_path / "b.pth", unet(norm=nn.BatchNorm3d).state_dict())
+    assert batch_norm.info is not None and "BatchNorm3d" in batch_norm.info.arch_kwargs["norm_op"]
+    _, report = fill(batch_norm, unet(1))
+    assert "means and variances of 5 layers are lost" in report.notes[0]
+    assert {tensor.part for tensor in report.unused if tensor.name.endswith("running_mean")} == {
+        "stem",
+        "encoder",
+        "decoder",
+    }
+    _, report = fill(put(tmp_path / "i.pth", WEIGHTS), unet(1, norm=nn.BatchNorm3d))
+    assert "start fresh" in report.notes[0]
+    _, report = fill(batch_norm, unet(1, norm=nn.BatchNorm3d))
+    assert report.notes == ()
+
+
+def test_what_of_the_source_is_not_used_is_listed_with_the_reason(tmp_path: Path) -> None:
+    extra = {"projector.weight": torch.zeros(2), "mask_tokens.0": torch.zeros(1)}
+    deep = unet(strides=[*STRIDES, [2, 2, 2]]).state_dict()
+    source = put(tmp_path / "c.pth", {"state_dict": prefixed("net.", deep | extra) | {"other.head": torch.zeros(1)}})
+    _, report = fill(source, unet(1), encoder_only=True)
+    reasons = {(tensor.part, tensor.reason) for tensor in report.unused}
+    assert ("other", "no part of this network") in reasons and ("other", "outside of net.") in reasons
+    assert ("decoder", "only the encoder was asked for") in reasons
+    assert ("segmentation layers", "segmentation layers always start fresh") in reasons
+    assert ("encoder", "this network has no such stage, or no such layer in it") in reasons
+    assert "Not used of the checkpoint:" in report.table() and report.as_json()["unused"]
+
+
+def test_a_generic_unet_of_version_1_is_the_same_network(tmp_path: Path) -> None:
+    network, target = unet(), unet(1)
+    source = put(tmp_path / "c.model", {"state_dict": as_generic_unet(network), "plot_stuff": [[np.float64(1)]]})
+    assert source.info is not None and source.info.arch_kwargs["strides"] == STRIDES
+    filled, report = fill(source, target)
+    assert report.coverage(report.expected) == 1 and all(e.status != "adapted" for e in report.entries)
+    target.load_state_dict(filled | {k: v for k, v in source.weights.items() if ".seg_layers." in k})
+    with torch.no_grad():
+        assert all(torch.equal(a, b) for a, b in zip(network(IMAGE), target(IMAGE), strict=True))
+
+
+def test_a_decoder_of_version_1_may_have_larger_kernels_than_the_encoder(tmp_path: Path) -> None:
+    weights = as_generic_unet(unet())
+    name = "conv_blocks_context.0.blocks.0.conv.weight"
+    weights[name] = weights[name][:, :, :1]
+    info = put(tmp_path / "c.model", {"state_dict": weights}).info
+    assert info is not None and info.arch_kwargs["kernel_sizes"] == [[3, 3, 3]] * 3
+
+
+REFUSED = [kind for kind in KINDS if kind.refusal]
+
+
+@pytest.mark.parametrize("kind", REFUSED, ids=[kind.name for kind in REFUSED])
+def test_other_networks_are_refused_by_name(tmp_path: Path, kind: Any) -> None:
+    told = [alternatives.split("|") for alternatives in kind.told_by]
+    for choice in range(max(map(len, told))):
+        names = [alternatives[min(choice, len(alternatives) - 1)] for alternatives in told]
+        source = put(tmp_path / "c.pth", {"state_dict": {f"module.{name}": torch.zeros(4, 4) for name in names}})
+        for share in (1.0, 0.0):
+            with pytest.raises(TransferError, match="which cannot be used: .{40}") as refused:
+                fill(source, unet(1), min_coverage=share)
+            assert kind.name in str(refused.value)
+
+
+def test_nothing_used_is_an_error_whatever_was_allowed(tmp_path: Path) -> None:
+    source = put(tmp_path / "c.pth", {f"layer{i}.weight": torch.zeros(2) for i in range(50)})
+    with pytest.raises(TransferError, match="Nothing of it can be used") as error:
+        fill(source, unet(1), min_coverage=0.0)
+    assert str(error.value).count("\n") <= 7
+
+
+def test_parts_that_were_not_trained_start_fresh_and_are_not_expected(tmp_path: Path) -> None:
+    info = CheckpointInfo("vox2vec", "dynamic_network_architectures.architectures.unet.PlainConvUNet", {}, 1, 3, {}, {})
+    log = {"mean_fg_dice": [0.2, 0.5, 0.4]}
+    content = {"network_weights": WEIGHTS, "trained_parts": ["encoder", "stem"], "logging": log}
+    write_checkpoint(content, info, tmp_path / "c.pth")
+    source, target = read_source(tmp_path / "c.pth"), unet(1)
+    fresh = target.decoder.transpconvs[0].weight.clone()
+    _, report = fill(source, target)
+    assert torch.equal(target.decoder.transpconvs[0].weight, fresh) and same_features(unet(), target)
+    assert report.expected == ("stem", "encoder") and report.coverage(["decoder"]) == 0
+    assert {e.reason for e in report.entries if e.part == "decoder"} == {"the decoder was not trained by vox2vec"}
+    assert source.learnt == "main score 0.400 in the last of 3 epochs, 0.500 at best"
+
+
+def test_what_is_exported_keeps_what_was_not_trained(tmp_path: Path) -> None:
+    content = {"network_weights": WEIGHTS, "trained_parts": ["encoder", "stem"]}
+    torch.save(content, tmp_path / "c.pth")
+    export(str(tmp_path / "c.pth"), tmp_path / "folder", None)
+    again = read_source(tmp_path / "folder" / "model.safetensors")
+    assert list(again.untrained) == ["decoder"]
+    assert again.info == read_source(tmp_path / "c.pth").info
+
+
+@pytest.mark.parametrize("prefix", ["encoder.", "", "backbone.encoder.", "module.encoder_q."])
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_checkpoint_of_an_encoder_alone_is_expected_to_fill_the_encoder(
+    tmp_path: Path, residual: bool, prefix: str
+) -> None:
+    encoder = unet(residual=residual).encoder.state_dict()
+    source, target = put(tmp_path / "c.pth", {"state_dict": prefixed(prefix, encoder)}), unet(1, residual=residual)
+    _, report = fill(source, target)
+    assert report.expected == ("stem", "encoder") and same_features(unet(residual=residual), target)
+    assert {e.reason for e in report.entries if e.part == "decoder"} == {"the checkpoint has no decoder"}
+
+
+def test_unknown_parts_ask_for_an_update(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="'neck'.*Update"):
+        put(tmp_path / "c.pth", {"network_weights": WEIGHTS, "trained_parts": ["neck"]})
+
+
+def test_files_without_weights_name_at_most_five_keys(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no weights of a network") as error:
+        put(tmp_path / "c.pth", {f"key{i}": i for i in range(100)})
+    assert str(error.value).count("key") == 5
+
+
+def test_archives_of_other_things_are_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("readme.txt", "x")
+    with pytest.raises(CheckpointError, match="an archive without a checkpoint"):
+        read_checkpoint(tmp_path / "a.zip")
+
+
+class OwnNetwork(nn.Module):
+    """A network that is known nowhere here and declares nothing, as plans may name one."""
+
+    def __init__(self, input_channels: int, num_classes: int):
+        super().__init__()
+        self.first = nn.Conv3d(input_channels, 4, 3, padding=1)
+        self.body = nn.Conv3d(4, 4, 3, padding=1)
+        self.out = nn.Conv3d(4, num_classes, 1)
+
+
+def test_a_network_of_the_users_own_is_transferred_to_itself(tmp_path: Path) -> None:
+    dataset = {"channel_names": {"0": "CT"}}
+    source, target = OwnNetwork(1, 3), OwnNetwork(1, 3)
+    read = put(tmp_path / "c.pth", {"state_dict": prefixed("module.model.", source.state_dict())})
+    weights, report = transfer_source(
+        read, target, dataset, FinetuningSettings(), lambda channels, classes: OwnNetwork(1 + channels, 3 + classes)
+    )
+    assert torch.equal(weights["body.weight"], source.body.weight) and torch.equal(
+        weights["out.weight"], target.out.weight
+    )
+    assert report.coverage(report.expected) == 1
+    assert {e.name for e in report.entries if e.part == "segmentation layers"} == {"out.weight", "out.bias"}
