@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import AbstractContextManager
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -29,24 +25,12 @@ from nnunetv2_misfm.commands.demo.progress import step
 from nnunetv2_misfm.commands.demo.report import Arm
 from nnunetv2_misfm.commands.plan import plan_main as misfm_plan
 from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
+from nnunetv2_misfm.commands.threads import in_this_process
 from nnunetv2_misfm.cpu_threads import training_threads
 from nnunetv2_misfm.start_up import add_plugin_folder
 
 _POOL_ID, _POOL_NAME = "998", "MisFMDemoPool"
 _DATASET_ID, _DATASET = "999", "Dataset999_MisFMDemo"
-
-
-def threads_for_processes(method: str | None = None) -> SimpleNamespace:
-    """Stands in for `multiprocessing.get_context`, whose pools nnU-Net uses, and has pools of threads.
-
-    Each process would take seconds to import what it needs.
-    """
-    return SimpleNamespace(Pool=ThreadPool)
-
-
-def in_this_process() -> AbstractContextManager[Any]:
-    """nnU-Net's pools have threads within this context."""
-    return patch("multiprocessing.get_context", threads_for_processes)
 
 
 class Demo:
