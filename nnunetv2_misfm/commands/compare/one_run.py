@@ -40,7 +40,9 @@ def main() -> None:
 
 def _end_with_parent() -> None:
     """End when the other end of standard input is closed, however the parent ended."""
-    sys.stdin.buffer.read()
+    # Not through sys.stdin, whose lock Python wants at the end of the program.
+    while os.read(0, 1):
+        pass
     os._exit(130)
 
 

@@ -85,11 +85,7 @@ def read_options(arguments: list[str] | None) -> CompareOptions:
     problems += _problems(options, weights)
     settings = {"schedule": "default", **given(options, FinetuningSettings)}
     rates = tuple(options.initial_lr or [FinetuningSettings().initial_lr])
-    try:
-        for rate in rates:
-            read_settings(FinetuningSettings, {**settings, "initial_lr": rate}, "The settings of the runs")
-    except SettingsError as error:
-        problems += [f"{flag_of(FinetuningSettings, problem.split()[0])}: {problem}" for problem in error.problems]
+    problems += _problems_of_settings(settings, rates)
     if problems:
         raise PlanError("these options cannot be used:" + "".join(f"\n  - {problem}" for problem in problems))
     return CompareOptions(
@@ -188,6 +184,16 @@ def _problems(options: argparse.Namespace, weights: dict[str, str]) -> list[str]
     if options.gpus and options.device not in (None, "cuda"):
         problems.append(f"-gpus needs -device cuda, not {options.device}")
     return problems
+
+
+def _problems_of_settings(settings: dict[str, Any], rates: tuple[float, ...]) -> list[str]:
+    found: dict[str, None] = {}
+    for rate in rates:
+        try:
+            read_settings(FinetuningSettings, {**settings, "initial_lr": rate}, "The settings of the runs")
+        except SettingsError as error:
+            found |= dict.fromkeys(f"{flag_of(FinetuningSettings, p.split()[0])}: {p}" for p in error.problems)
+    return list(found)
 
 
 def _planning_options(options: argparse.Namespace) -> tuple[str, ...]:

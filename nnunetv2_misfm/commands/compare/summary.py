@@ -38,6 +38,7 @@ class Comparison:
         same_labels: with how many labelled cases the other arm reaches this one's score; see `equal_labels`.
         iterations: after which this arm's mean learning curve is at the end of the other's; None if it is never.
         all_iterations: of a run.
+        weights_alone: whether nothing else differs.
     """
 
     arm: str
@@ -49,6 +50,7 @@ class Comparison:
     same_labels: float | None
     iterations: int | None
     all_iterations: int
+    weights_alone: bool
 
 
 @dataclass(frozen=True)
@@ -126,25 +128,27 @@ def summarise(arms: Sequence[Arm], records: Iterable[RunRecord]) -> Summary:
     together = confidence_for(len(pairs) * len(numbers))
     comparisons = [
         comparison
-        for arm, other in pairs
+        for arm, other, weights_alone in pairs
         for number in numbers
-        if (comparison := _compare(dict(runs), arm, other, number, together)) is not None
+        if (comparison := _compare(dict(runs), (arm, other, weights_alone), number, together)) is not None
     ]
     first = _by_importance(comparisons)[0] if comparisons else None
     gains = case_gains(dict(runs), first) if first is not None else {}
     return Summary(tuple(arms), dict(runs), tuple(comparisons), verdict(comparisons), gains)
 
 
-def _pairs(arms: Sequence[Arm]) -> list[tuple[str, str]]:
-    """Each arm and what it is compared with: what differs in the weights alone, then nnU-Net, then the first arm."""
-    pairs = [(arm.name, arm.baseline) for arm in arms if arm.baseline is not None]
-    pairs += [(arm.name, other.name) for other in arms if other.kind == "nnunet" for arm in arms if arm != other]
-    if not pairs:
-        pairs = [(arm.name, arms[0].name) for arm in arms[1:]]
-    return pairs
+def _pairs(arms: Sequence[Arm]) -> list[tuple[str, str, bool]]:
+    """Each arm, what it is compared with, and whether they differ in the weights alone.
+
+    First come the pairs that do, then those with nnU-Net's own; without either all are compared with the first arm.
+    """
+    pairs = [(arm.name, arm.baseline, True) for arm in arms if arm.baseline is not None]
+    pairs += [(arm.name, other.name, False) for other in arms if other.kind == "nnunet" for arm in arms if arm != other]
+    return pairs or [(arm.name, arms[0].name, False) for arm in arms[1:]]
 
 
-def _compare(runs: Runs, arm: str, other: str, labelled: int, together: float) -> Comparison | None:
+def _compare(runs: Runs, pair: tuple[str, str, bool], labelled: int, together: float) -> Comparison | None:
+    arm, other, weights_alone = pair
     mine, theirs = scores(runs, arm, labelled), scores(runs, other, labelled)
     difference = paired_difference(mine, theirs)
     strict = paired_difference(mine, theirs, together)
@@ -164,6 +168,7 @@ def _compare(runs: Runs, arm: str, other: str, labelled: int, together: float) -
         equal_labels(mean(mine.values()), baseline) if len(baseline) > 1 else None,
         None if reached is None else reached * length,
         curves.shape[1] * length if curves.size else 0,
+        weights_alone,
     )
 
 
@@ -209,19 +214,22 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
     shown = [comparison for comparison in ordered if comparison.together.shown]
     if not shown:
         return _nothing_shown(ordered[0], len(comparisons))
-    return " ".join(_shown(comparison) for comparison in shown)
+    sentences = []
+    for arm, helped in dict.fromkeys((c.arm, c.difference.mean > 0) for c in shown):
+        found = [c for c in shown if (c.arm, c.difference.mean > 0) == (arm, helped)]
+        sentences.append(f"{arm} {'helped' if helped else 'did harm'}: {'; '.join(map(_shown, found))}.")
+    return " ".join(sentences)
 
 
 def _by_importance(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """What was shown first, then by the size of the difference."""
-    return sorted(comparisons, key=lambda c: (not c.together.shown, -abs(c.difference.mean)))
+    """What was shown first, of that what the weights alone have done, then by the size of the difference."""
+    return sorted(comparisons, key=lambda c: (not c.together.shown, not c.weights_alone, -abs(c.difference.mean)))
 
 
 def _shown(comparison: Comparison) -> str:
-    what = "helped" if comparison.difference.mean > 0 else "harmed"
     return (
-        f"{comparison.arm} {what}: {_points(comparison.difference.mean)} points of Dice against {comparison.other} "
-        f"with {comparison.labelled} labelled {interval(comparison.together)}."
+        f"{_points(comparison.difference.mean)} points of Dice against {comparison.other} with {comparison.labelled} "
+        f"labelled {interval(comparison.together)}"
     )
 
 
