@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -116,24 +117,31 @@ class Study:
         assert arm.weights is not None
         name = f"{SCRATCH}_{arm.name}" if baselines else SCRATCH
         baseline = Arm(name, "scratch", arm.rates)
-        self._misfm_plan(baseline.plans, "-pretrained_weights", arm.weights, "--from_scratch")
+        words = ("-pretrained_weights", arm.weights, "--from_scratch")
+        self._misfm_plan(baseline.plans, *words, "--no_pp")
         plans = self.workspace.plans_of(baseline.plans)
         content = json.dumps(_without_names(plans, self.workspace.configuration), sort_keys=True)
         if content in baselines:
             (self.workspace.preprocessed / f"{baseline.plans}.json").unlink()
             return baselines[content]
+        self._misfm_plan(baseline.plans, *words)
         baselines[content] = baseline
         return baseline
 
     def _misfm_plan(self, plans_name: str, *words: str) -> None:
+        """misfm_plan, whose remarks go to a log: what it says of training commands is not for these runs."""
         from nnunetv2_misfm.commands.plan import plan_main
 
         settings = [word for name, value in self.options.settings.items() for word in _as_option(name, value)]
-        plan_main(
-            ["-d", self.workspace.dataset, "-c", self.workspace.configuration, "-p", self.options.plans]
-            + ["-overwrite_plans_name", plans_name, "-np", str(self.options.num_processes), *words]
-            + [*settings, *self.options.planning]
-        )
+        with (
+            open(self.workspace.folder / "planning.log", "a", encoding="utf-8") as log,
+            contextlib.redirect_stdout(log),
+        ):
+            plan_main(
+                ["-d", self.workspace.dataset, "-c", self.workspace.configuration, "-p", self.options.plans]
+                + ["-overwrite_plans_name", plans_name, "-np", str(self.options.num_processes), *words]
+                + [*settings, *self.options.planning]
+            )
 
     def _stock_plans(self, arm: Arm) -> None:
         """nnU-Net's plans, with the batch size of the other arms if it was given."""
