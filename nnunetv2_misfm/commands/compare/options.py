@@ -83,7 +83,8 @@ def read_options(arguments: list[str] | None) -> CompareOptions:
     options = _parser().parse_args(arguments)
     weights, problems = _named_weights(options.pretrained_weights)
     problems += _problems(options, weights)
-    settings = {"schedule": "default", **given(options, FinetuningSettings)}
+    asked = {name: value for name, value in given(options, FinetuningSettings).items() if name not in _OWN_OPTION}
+    settings = {"schedule": "default", **asked}
     rates = tuple(options.initial_lr or [FinetuningSettings().initial_lr])
     problems += _problems_of_settings(settings, rates)
     if problems:

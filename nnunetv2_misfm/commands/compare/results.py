@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nnunetv2_misfm.commands.compare import figures
 from nnunetv2_misfm.commands.compare.arms import MEANINGS, Arm, Run, tuning_runs
-from nnunetv2_misfm.commands.compare.page import CasePicture, Page, write_page
+from nnunetv2_misfm.commands.compare.page import CasePicture, Page, Section, write_page
 from nnunetv2_misfm.commands.compare.records import RunRecord, write_csv
 from nnunetv2_misfm.commands.compare.study import Study
 from nnunetv2_misfm.commands.compare.summary import Summary, summarise
@@ -25,13 +25,21 @@ class Written:
     verdict: str
 
 
-def write_results(study: Study, chosen: Mapping[tuple[str, int], float], words: list[str]) -> Written:
+def write_results(
+    study: Study,
+    chosen: Mapping[tuple[str, int], float],
+    words: list[str],
+    title: str | None = None,
+    more: Sequence[Section] = (),
+) -> Written:
     """Write all three from the records of the runs that are finished.
 
     Args:
         study: whose runs.
         chosen: learning rate of each arm and number of labelled cases.
         words: of the command line.
+        title: of the page, in place of the dataset's name.
+        more: sections of the page that come first.
     """
     folder = study.workspace.folder
     tuning = [] if study.options.probe else tuning_runs(study.arms, study.labelled, study.options.tuning_seeds)
@@ -42,12 +50,13 @@ def write_results(study: Study, chosen: Mapping[tuple[str, int], float], words: 
     content = summary.as_json() | {"terms": dict(terms), "command": shlex.join(["misfm_compare", *words])}
     write_json(content, folder / "summary.json")
     page = Page(
-        title=f"Does pretraining help on {study.workspace.dataset}?",
+        title=title or f"Does pretraining help on {study.workspace.dataset}?",
         summary=summary,
         terms=terms,
         differing=list(_differing(study)),
         cases=list(_pictures(study, summary, chosen)),
         commands=_commands(words),
+        more=more,
     )
     write_page(page, folder / "report.html")
     return Written(folder / "report.html", summary.verdict)

@@ -61,6 +61,13 @@ def test_one_schedule_and_one_learning_rate_for_all_arms_by_default(checkpoint: 
     assert options.rates == (1e-3,) and options.settings["schedule"] == "default" and not options.tuned
 
 
+def test_several_learning_rates_are_to_choose_from(checkpoint: Path) -> None:
+    words = ["-d", "4", "-pretrained_weights", str(checkpoint), "--from_scratch", "-initial_lr", "1e-3", "5e-3"]
+    options = read_options([*words, "-weight_decay", "0.1"])
+    assert options.rates == (1e-3, 5e-3) and options.tuned
+    assert options.settings == {"schedule": "default", "weight_decay": 0.1}  # no learning rate: that is each run's own
+
+
 @pytest.mark.parametrize("name", ["scratch", "a b", "a__b", "-x"])
 def test_names_that_nnunet_could_not_use_are_refused(checkpoint: Path, name: str) -> None:
     with pytest.raises(PlanError, match="cannot name an arm"):
