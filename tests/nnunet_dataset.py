@@ -13,7 +13,7 @@ import SimpleITK as sitk
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunetv2_misfm.commands.demo.steps import threads_for_processes
+from nnunetv2_misfm.commands.threads import threads_for_processes
 from nnunetv2_misfm.pretrain.planning import plain_unet_entry
 
 NAME = "Dataset004_Small"

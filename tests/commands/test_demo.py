@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nnunetv2_misfm.commands.demo.cli import main
+from nnunetv2_misfm.commands.demo.phantoms import make_phantom
 
 
 @pytest.mark.end_to_end
@@ -15,18 +18,31 @@ def test_the_demo_does_the_whole_job(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_def_n_proc", "nnUNet_n_proc_DA"):
         monkeypatch.setenv(name, os.environ.get(name, ""))  # so that what the demo sets is undone afterwards
     monkeypatch.setenv("nnUNet_compile", "0")
-    # As many commands, fewer iterations: how long the demo trains is no part of what is tested.
-    monkeypatch.setattr("nnunetv2_misfm.commands.demo.cli._PRETRAINING", (2, 4))
-    monkeypatch.setattr("nnunetv2_misfm.commands.demo.cli._FINETUNING", (3, 4))
+    # As many commands, fewer volumes, seeds and iterations: how long the demo trains is no part of what is tested.
+    monkeypatch.setattr("nnunetv2_misfm.commands.demo.cli._NUM_UNLABELLED", 4)
+    monkeypatch.setattr("nnunetv2_misfm.commands.demo.cli._PRETRAINING", (2, 2))
+    monkeypatch.setattr("nnunetv2_misfm.commands.demo.cli._FINETUNING", (2, 2))
+    terms = ("-num_labelled", "2", "-seeds", "1", "-num_test", "2", "-num_validation", "1", "-initial_lr", "0.005")
+    monkeypatch.setattr("nnunetv2_misfm.commands.demo.cli._COMPARISON", terms)
     folder = tmp_path / "demo with spaces"
     main(["-o", str(folder), "-device", "cpu"])
-    report = (folder / "report.md").read_text()
-    assert "| pretrained |" in report and "| from scratch |" in report
-    for picture in ("report.png", "fused_samples.png"):
-        assert (folder / picture).stat().st_size > 10_000
-    plans = "MisFMTrainer__nnUNetMisFMPlans__3d_fullres"
-    fold = folder / "nnUNet_results" / "Dataset999_MisFMDemo" / plans / "fold_0"
-    assert (fold / "transfer_report.json").is_file() and (fold / "validation" / "summary.json").is_file()
+    comparison = folder / "comparison"
+    page = (comparison / "report.html").read_text()
+    assert "The pretext task, learnt" in page and "VolumeFusion" in page
+    summary = json.loads((comparison / "summary.json").read_text())
+    assert [score["arm"] for score in summary["scores"]] == ["VolumeFusion", "scratch"]
+    assert [(c["arm"], c["minus"]) for c in summary["comparisons"]] == [("VolumeFusion", "scratch")]
+
+
+def test_brightness_does_not_tell_the_organs_of_a_phantom_apart() -> None:
+    brightness: dict[int, list[float]] = {1: [], 2: []}
+    for seed in range(12):
+        image, labels = make_phantom(np.random.default_rng(seed))
+        assert set(np.unique(labels)) == {0, 1, 2}
+        for label, values in brightness.items():
+            values.append(float(image[labels == label].mean()))
+    (low, high), (other_low, other_high) = ((min(values), max(values)) for values in brightness.values())
+    assert min(high, other_high) - max(low, other_low) > 0.5 * (high - low)
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:

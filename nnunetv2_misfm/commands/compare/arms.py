@@ -1,0 +1,122 @@
+"""The arms of a comparison, and the runs it takes: each arm with the labelled cases of each seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["pretrained", "scratch", "nnunet"]
+FIRST_TUNING_SEED = 1000  # so that learning rates are chosen with other labelled cases than are tested
+MEANINGS: dict[Kind, str] = {
+    "pretrained": "starts from pretrained weights",
+    "scratch": "the same network, data and schedule with random weights",
+    "nnunet": "nnU-Net's own trainer, network, optimiser and patch size",
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is trained.
+
+    Attributes:
+        name: for the reader, and in names of files.
+        kind: what it starts from, and with which trainer.
+        rates: learning rates to choose from.
+        weights: checkpoint, for a pretrained arm.
+        baseline: name of the arm that differs from it in the weights alone.
+    """
+
+    name: str
+    kind: Kind
+    rates: tuple[float, ...]
+    weights: str | None = None
+    baseline: str | None = None
+
+    @property
+    def trainer(self) -> str:
+        """Its trainer's class name."""
+        return "nnUNetTrainer" if self.kind == "nnunet" else "MisFMTrainer"
+
+    @property
+    def plans(self) -> str:
+        """The name of the plans that its runs' plans are made from."""
+        return f"{self.name}_arm"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with the labelled cases of one seed, to be tested or to choose a learning rate.
+
+    Attributes:
+        arm: its name.
+        labelled: number of labelled cases or patients.
+        seed: which draw of them, and of everything random.
+        rate: learning rate.
+        tuning: scored on the validation cases, not on the test cases.
+    """
+
+    arm: str
+    labelled: int
+    seed: int
+    rate: float
+    tuning: bool = False
+
+    @property
+    def title(self) -> str:
+        """The name of its plans and of its folder."""
+        return f"{self.arm}_n{self.labelled}_seed{self.seed}" + (f"_lr{self.rate:g}" if self.tuning else "")
+
+
+def tuning_runs(arms: Sequence[Arm], labelled: Sequence[int], seeds: int) -> list[Run]:
+    """The runs that choose learning rates; an arm with one rate needs none."""
+    return [
+        Run(arm.name, number, FIRST_TUNING_SEED + seed, rate, tuning=True)
+        for number in labelled
+        for seed in range(seeds)
+        for arm in arms
+        if len(arm.rates) > 1
+        for rate in arm.rates
+    ]
+
+
+def test_runs(
+    arms: Sequence[Arm], labelled: Sequence[int], seeds: int, chosen: Mapping[tuple[str, int], float]
+) -> list[Run]:
+    """The runs that are tested, seed by seed, so that an interrupted comparison has whole pairs.
+
+    Args:
+        arms, labelled, seeds: what to compare.
+        chosen: learning rate by arm and number of labelled cases.
+    """
+    return [
+        Run(arm.name, number, seed, chosen[arm.name, number])
+        for seed in range(seeds)
+        for number in labelled
+        for arm in arms
+    ]
+
+
+def choose_rates(
+    arms: Sequence[Arm], labelled: Sequence[int], scores: Mapping[Run, float]
+) -> dict[tuple[str, int], float]:
+    """The learning rate of each arm for each number of labelled cases: its best on the validation cases.
+
+    Args:
+        arms, labelled: what to compare.
+        scores: mean validation Dice of the tuning runs; of equal ones the lower rate is taken.
+    """
+    chosen = {}
+    for arm in arms:
+        for number in labelled:
+            of_rate = {rate: list(_scores(scores, arm.name, number, rate)) for rate in sorted(arm.rates)}
+            chosen[arm.name, number] = max(
+                of_rate, key=lambda rate: sum(of_rate[rate]) / len(of_rate[rate]) if of_rate[rate] else 0.0
+            )
+    return chosen
+
+
+def _scores(scores: Mapping[Run, float], arm: str, labelled: int, rate: float) -> Iterator[float]:
+    for run, score in scores.items():
+        if (run.arm, run.labelled, run.rate, run.tuning) == (arm, labelled, rate, True):
+            yield score

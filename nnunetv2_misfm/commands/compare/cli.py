@@ -1,0 +1,107 @@
+"""misfm_compare: does pretraining help on this dataset? Every arm on equal terms, and a page with the answer."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from nnunetv2_misfm.commands.compare.options import CompareOptions, read_options
+from nnunetv2_misfm.cpu_threads import keep_cores_free
+from nnunetv2_misfm.errors import UserError, exit_with_message
+from nnunetv2_misfm.files import locked
+
+if TYPE_CHECKING:
+    from nnunetv2_misfm.commands.compare.page import Section
+    from nnunetv2_misfm.commands.compare.results import Written
+    from nnunetv2_misfm.commands.compare.workspace import Workspace
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of misfm_compare."""
+    words = sys.argv[1:] if arguments is None else arguments
+    exit_with_message("misfm_compare", lambda: compare(read_options(words), words))
+
+
+def compare(options: CompareOptions, words: list[str]) -> None:
+    """Prepare, say how long it takes, run, and write the page.
+
+    Args:
+        options: of the command.
+        words: of the command line, for the page.
+
+    Raises:
+        UserError: for what cannot be compared, and if runs failed, when the others are done.
+    """
+    from nnunetv2_misfm.commands.compare.workspace import Workspace
+
+    keep_cores_free()
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    workspace = Workspace(options.folder, options.dataset, options.configuration, options.plans)
+    workspace.prepare()
+    with locked(workspace.folder / ".lock", 0.0, "another misfm_compare works in this folder"):
+        written = run_and_report(options, words, workspace, say_time=True)
+    print(written.verdict)
+    print(f"Page: {written.path}")
+
+
+def run_and_report(
+    options: CompareOptions,
+    words: list[str],
+    workspace: Workspace,
+    *,
+    say_time: bool = False,
+    title: str | None = None,
+    more: Sequence[Section] = (),
+) -> Written:
+    """All runs that are not finished, and the page of those that are.
+
+    Args:
+        options, words: of the command.
+        workspace: prepared.
+        say_time: time a few iterations first, and say how long all will take.
+        title: of the page, in place of the dataset's name.
+        more: sections of the page that come first.
+
+    Raises:
+        UserError: if runs failed, when the others are done and the page is written.
+    """
+    from nnunetv2_misfm.commands.compare.results import write_results
+    from nnunetv2_misfm.commands.compare.runner import Runner
+    from nnunetv2_misfm.commands.compare.study import Study
+
+    device = options.device or _best_device()
+    study = Study(replace(options, device=device), workspace)
+    study.plan_arms()
+    runner = Runner(device, options.gpus, options.jobs)
+    left = study.left()
+    if left and say_time:
+        hours = study.estimate_hours(runner)
+        at_once = f", {options.jobs} at once" if options.jobs > 1 else ""
+        print(
+            f"{len(left)} runs{at_once} on {device}: about {_duration(hours)}. They can be stopped at any time; the "
+            f"same command goes on."
+        )
+    failures, chosen = study.perform(runner)
+    written = write_results(study, chosen, words, title, more)
+    if failures:
+        lines = "".join(f"\n  - {failure.title}: {failure.last} ({failure.log})" for failure in failures)
+        raise UserError(
+            f"{len(failures)} runs failed; the same command tries them again. The page of the others is "
+            f"{written.path}.{lines}"
+        )
+    return written
+
+
+def _best_device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _duration(hours: float) -> str:
+    if hours < 1.5:
+        return f"{max(1, round(60 * hours))} minutes"
+    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"

@@ -1,0 +1,187 @@
+"""The figures of the page: SVG that takes the page's text colour, in light and dark, and PNG for images."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import SimpleITK as sitk
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from nnunetv2_misfm.commands.compare.summary import Comparison, Summary
+
+COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#14b8a6", "#ec4899", "#84cc16")
+_TEXT = "#7b7c7d"  # a colour that nothing else has; in the SVG it becomes that of the page's text
+_LABELS = ("#ef4444", "#22c55e", "#3b82f6", "#eab308", "#a855f7", "#14b8a6", "#f97316", "#ec4899")
+_STYLE: Any = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _TEXT),
+    "svg.fonttype": "none",
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def differences(summary: Summary) -> str:
+    """Paired differences: a dot for each seed, the mean and its interval, as SVG."""
+    shown = list(summary.comparisons)
+
+    def draw(axis: Axes) -> None:
+        for row, comparison in enumerate(reversed(shown)):
+            difference = comparison.difference
+            colour = _colour(summary, comparison.arm)
+            axis.plot(difference.values, [row] * len(difference.values), "o", color=colour, alpha=0.35, markersize=5)
+            if np.isfinite(difference.low):
+                axis.plot([difference.low, difference.high], [row, row], color=colour, linewidth=2.5)
+            axis.plot(difference.mean, row, "D", color=colour, markersize=8)
+        axis.axvline(0, color=_TEXT, linewidth=1)
+        axis.set_yticks(range(len(shown)), [_name(comparison) for comparison in reversed(shown)])
+        axis.set_ylim(-0.6, len(shown) - 0.4)
+        axis.set_xlabel("points of Dice on the test cases")
+
+    return _svg(draw, 7.2, 0.9 + 0.5 * len(shown))
+
+
+def _name(comparison: Comparison) -> str:
+    return f"{comparison.arm} − {comparison.other}, {comparison.labelled} labelled"
+
+
+def learning_curves(summary: Summary, labelled: int) -> str | None:
+    """Pseudo Dice of the validation cases, mean and standard deviation over the seeds, as SVG; None without curves."""
+    curves = {
+        arm.name: (next(iter(runs.values())).iterations_per_epoch, np.array([run.curve for run in runs.values()]))
+        for arm in summary.arms
+        if (runs := summary.runs.get((arm.name, labelled))) and all(run.curve for run in runs.values())
+    }
+    if not curves:
+        return None
+
+    def draw(axis: Axes) -> None:
+        for arm, (length, values) in curves.items():
+            iterations = length * np.arange(1, values.shape[1] + 1)
+            _band(axis, iterations, 100 * values, _colour(summary, arm), arm)
+        axis.set(xlabel="iteration", ylabel="pseudo Dice, validation")
+        axis.legend(frameon=False)
+
+    return _svg(draw, 7.2, 3.4)
+
+
+def dice_by_labelled(summary: Summary) -> str | None:
+    """Dice against the number of labelled cases, as SVG; None for a single number."""
+    numbers = summary.labelled
+    if len(numbers) < 2:
+        return None
+
+    def draw(axis: Axes) -> None:
+        for arm in summary.arms:
+            there = [number for number in numbers if summary.scores(arm.name, number)]
+            values = [list(summary.scores(arm.name, number).values()) for number in there]
+            means = np.array([np.mean(of_number) for of_number in values])
+            spread = np.array([np.std(of_number, ddof=1) if len(of_number) > 1 else 0.0 for of_number in values])
+            colour = _colour(summary, arm.name)
+            axis.plot(there, means, "o-", color=colour, label=arm.name)
+            axis.fill_between(there, means - spread, means + spread, color=colour, alpha=0.15, linewidth=0)
+        axis.set_xscale("log")
+        axis.set_xticks(numbers, [str(number) for number in numbers])
+        axis.minorticks_off()
+        axis.set(xlabel="labelled", ylabel="Dice on the test cases")
+        axis.legend(frameon=False)
+
+    return _svg(draw, 7.2, 3.4)
+
+
+def curve(values: Mapping[str, Sequence[float]], xlabel: str, ylabel: str) -> str:
+    """Lines by name, as SVG."""
+
+    def draw(axis: Axes) -> None:
+        for (name, line), colour in zip(values.items(), COLOURS, strict=False):
+            axis.plot(range(1, len(line) + 1), line, color=colour, label=name)
+        axis.set(xlabel=xlabel, ylabel=ylabel)
+        axis.legend(frameon=False)
+
+    return _svg(draw, 7.2, 3.0)
+
+
+def _band(axis: Axes, x: np.ndarray, values: np.ndarray, colour: str, name: str) -> None:
+    middle = values.mean(0)
+    axis.plot(x, middle, color=colour, label=name)
+    if len(values) > 1:
+        spread = values.std(0, ddof=1)
+        axis.fill_between(x, middle - spread, middle + spread, color=colour, alpha=0.15, linewidth=0)
+
+
+def _colour(summary: Summary, arm: str) -> str:
+    return COLOURS[[known.name for known in summary.arms].index(arm) % len(COLOURS)]
+
+
+def _svg(draw: Any, width: float, height: float) -> str:
+    with matplotlib.rc_context(matplotlib.rcParamsDefault), matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axis = figure.subplots()
+        axis.grid(alpha=0.25, color=_TEXT)
+        draw(axis)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :].replace(_TEXT, "currentColor")
+    # The page decides how wide the figure is; its own size is in the viewBox.
+    return re.sub(
+        r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", re.sub(r' height="[^"]*pt"', "", text, count=1), count=1
+    )
+
+
+def case_picture(image: Path, segmentations: Mapping[str, Path]) -> str:
+    """The slice of a case with most of its truth, once for each segmentation, as the data URI of a PNG.
+
+    Args:
+        image: first channel of the case.
+        segmentations: by title, the truth first.
+    """
+    voxels = _read(image)
+    labels = {title: _read(path) for title, path in segmentations.items()}
+    truth = next(iter(labels.values()))
+    middle = int(np.argmax((truth > 0).sum((1, 2))))
+    spacing = sitk.ReadImage(str(image)).GetSpacing()
+    low, high = np.percentile(voxels, (1, 99))
+    figure = Figure(figsize=(2.6 * len(labels), 2.9), layout="constrained")
+    with matplotlib.rc_context(matplotlib.rcParamsDefault):
+        for axis, (title, segmentation) in zip(
+            figure.subplots(1, len(labels), squeeze=False)[0], labels.items(), strict=True
+        ):
+            axis.imshow(
+                voxels[middle], cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=spacing[1] / spacing[0]
+            )
+            for label in _present(labels.values()):
+                if (segmentation[middle] == label).any():
+                    colour = _LABELS[(label - 1) % len(_LABELS)]
+                    axis.contour(segmentation[middle] == label, [0.5], colors=colour, linewidths=1.5)
+            axis.set_title(title, fontsize=10)
+            axis.axis("off")
+        return _data_uri(figure)
+
+
+def png_file(path: Path) -> str:
+    """A PNG as a data URI."""
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _data_uri(figure: Figure) -> str:
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=110)
+    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def _present(segmentations: Iterable[np.ndarray]) -> list[int]:
+    return sorted({int(label) for segmentation in segmentations for label in np.unique(segmentation) if label > 0})
+
+
+def _read(path: Path) -> np.ndarray:
+    """Voxels (z, y, x)."""
+    return np.asarray(sitk.GetArrayFromImage(sitk.ReadImage(str(path))))

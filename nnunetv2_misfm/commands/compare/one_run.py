@@ -1,0 +1,203 @@
+"""One run of a comparison: train with nnU-Net's trainer, predict with its predictor, evaluate with its metrics.
+
+    python -m nnunetv2_misfm.commands.compare.one_run REQUEST.json
+
+The environment names the comparison's folders. A run that was stopped goes on from its latest checkpoint; when it is
+finished its record is written last, whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import sys
+import threading
+import time
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_misfm.commands.threads import in_this_process
+from nnunetv2_misfm.cpu_threads import keep_cores_free, training_threads
+from nnunetv2_misfm.errors import exit_with_message
+from nnunetv2_misfm.files import write_json
+
+END_WITH_PARENT = "--end_with_parent"
+_CURVE, _STARTS, _ENDS = "mean_fg_dice", "epoch_start_timestamps", "epoch_end_timestamps"
+_MOST_EPOCHS_LOST = 20  # when a run of nnU-Net's own trainer is stopped
+
+
+def main() -> None:
+    """Entry point of the process that the comparison starts for each run."""
+    if END_WITH_PARENT in sys.argv:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    keep_cores_free()
+    request = json.loads(Path(sys.argv[1]).read_text())
+    exit_with_message("misfm_compare", lambda: perform(request))
+
+
+def _end_with_parent() -> None:
+    """End when the other end of standard input is closed, however the parent ended."""
+    # Not through sys.stdin, whose lock Python wants at the end of the program.
+    while os.read(0, 1):
+        pass
+    os._exit(130)
+
+
+def perform(request: dict[str, Any]) -> None:
+    """Do a run, or what is left of it, and write its record to `request["record"]`.
+
+    Args:
+        request: as `Study.request` makes it.
+    """
+    import torch
+
+    began = time.time()
+    device = torch.device(request["device"])
+    # nnU-Net's pools of processes cost more on a CPU, where the network is the slow part, than they give.
+    without_pools: AbstractContextManager[Any] = in_this_process() if device.type == "cpu" else nullcontext()
+    torch.set_num_threads(training_threads() if device.type == "cpu" else 1)
+    with without_pools:
+        if request["probe"]:
+            from nnunetv2_misfm.commands.compare.probe import fitted_predictor
+
+            predictor, training = fitted_predictor(request, device), {"curve": [], "training_seconds": 0.0}
+        else:
+            training = _train(request, device)
+            predictor = _predictor(request, device)
+        trained = time.time()
+        dice = _predict_and_evaluate(request, predictor, device)
+    record = {
+        **request["about"],
+        **training,
+        "dice": dice,
+        "prediction_seconds": round(time.time() - trained, 1),
+        "seconds": round(time.time() - began, 1),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    write_json(record, request["record"])
+    if not request["keep_weights"] and not request["probe"]:
+        shutil.rmtree(request["results"])
+        Path(request["plans_file"]).unlink()
+
+
+def _train(request: dict[str, Any], device: Any) -> dict[str, Any]:
+    import torch
+
+    fold = Path(request["results"], f"fold_{request['fold']}")
+    final = fold / "checkpoint_final.pth"
+    if not final.is_file():
+        continues = _can_go_on(fold / "checkpoint_latest.pth", request["trainer"])
+        _trainer(request, device, continues).run_training()
+    logged = torch.load(final, map_location="cpu", weights_only=False)["logging"]  # written by this comparison
+    seconds = [float(end) - float(start) for start, end in zip(logged[_STARTS], logged[_ENDS], strict=True)]
+    return {
+        "curve": [float(value) for value in logged[_CURVE]],
+        "training_seconds": round(sum(seconds), 1),
+        "last_epoch_seconds": round(seconds[-1], 3),
+    }
+
+
+def _can_go_on(latest: Path, trainer: str) -> bool:
+    """Whether there is a checkpoint to continue; nnU-Net's own trainer may have been killed while it wrote one."""
+    import torch
+
+    if not latest.is_file() or trainer != "nnUNetTrainer":
+        return latest.is_file()  # the others keep the one before it
+    try:
+        torch.load(latest, map_location="cpu", weights_only=False)
+    except Exception:  # whatever torch makes of a part of a file
+        print(f"{latest} is damaged; the run starts anew.")
+        return False
+    return True
+
+
+def _trainer(request: dict[str, Any], device: Any, continues: bool) -> Any:
+    """nnU-Net's trainer, ready to run."""
+    from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+
+    from nnunetv2_misfm.start_up import add_plugin_folder
+
+    add_plugin_folder()
+    trainer = get_trainer_from_args(
+        request["dataset"],
+        request["configuration"],
+        request["fold"],
+        request["trainer"],
+        request["plans"],
+        continue_training=continues,
+        device=device,
+    )
+    if request["trainer"] == "nnUNetTrainer":  # the others read all this from their plans
+        for name, value in request["stock"].items():
+            setattr(trainer, name, value)
+        trainer.save_every = min(_MOST_EPOCHS_LOST, max(1, trainer.num_epochs // 20))
+        _seed(request["about"]["seed"])
+    maybe_load_checkpoint(trainer, continues, validation_only=False)
+    return trainer
+
+
+def _seed(seed: int) -> None:
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def _predictor(request: dict[str, Any], device: Any) -> Any:
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    from nnunetv2_misfm.start_up import add_plugin_folder
+
+    add_plugin_folder()
+    predictor = nnUNetPredictor(
+        device=device,
+        use_mirroring=request["mirroring"],
+        perform_everything_on_device=device.type == "cuda",
+        allow_tqdm=False,
+    )
+    predictor.initialize_from_trained_model_folder(request["results"], (request["fold"],))
+    return predictor
+
+
+def _predict_and_evaluate(request: dict[str, Any], predictor: Any, device: Any) -> dict[str, dict[str, float | None]]:
+    """Dice by case and label; None where a label is neither in the truth nor in the prediction."""
+    from nnunetv2.evaluation.evaluate_predictions import compute_metrics
+
+    predictions = Path(request["predictions"])
+    predictions.mkdir(parents=True, exist_ok=True)
+    cases = request["cases"]
+    images = [files["images"] for files in cases.values()]
+    targets = [str(predictions / case) for case in cases]
+    with _without_gradients():
+        if device.type == "cpu":
+            predictor.predict_from_files_sequential(images, targets, overwrite=True)
+        else:
+            predictor.predict_from_files(images, targets, overwrite=True)
+    manager = predictor.label_manager
+    labels = manager.foreground_regions if manager.has_regions else manager.foreground_labels
+    reader = predictor.plans_manager.image_reader_writer_class()
+    dice = {}
+    for case, files in cases.items():
+        predicted = f"{predictions / case}{request['file_ending']}"
+        metrics = compute_metrics(files["label"], predicted, reader, labels, manager.ignore_label)["metrics"]
+        values = [float(metrics[label]["Dice"]) for label in labels]
+        dice[case] = {
+            name: None if value != value else value for name, value in zip(request["labels"], values, strict=True)
+        }
+    return dice
+
+
+def _without_gradients() -> AbstractContextManager[Any]:
+    import torch
+
+    return torch.no_grad()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""The command line of misfm_compare: its options, and what is wrong with them, all at once."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_misfm.commands.setting_options import add_setting_options, flag_of, given
+from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.plans.network_entry import NETWORKS
+from nnunetv2_misfm.plans.run_settings import FinetuningSettings
+from nnunetv2_misfm.plans.settings import SettingsError, read_settings
+
+ALL = "all"
+SCRATCH, NNUNET = "scratch", "nnunet"
+NNUNET_LR = 1e-2  # nnUNetTrainer's
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(_[A-Za-z0-9.-]+)*")
+_OWN_OPTION = ("initial_lr", "seed")
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What the user asked for, checked.
+
+    Attributes:
+        dataset, configuration, plans: of nnU-Net, to start from.
+        folder: for all that is made.
+        weights: checkpoint of each pretrained arm, by the arm's name.
+        scratch, nnunet: whether these arms are trained too.
+        labelled: numbers of labelled patients; None stands for all there are.
+        seeds, tuning_seeds: how many to test, and to choose learning rates with.
+        patients: regular expression that finds the patient in a case's name, or None.
+        num_test, num_validation: patients, or None for a share.
+        rates, nnunet_rates: learning rates; with more than one each arm's is chosen on the validation cases.
+        settings: of the runs, as given.
+        planning: further options of misfm_plan.
+        probe: score frozen features instead of fine-tuning.
+        device, gpus, jobs: where, and how many runs at once.
+        mirroring: at prediction.
+        keep_weights: of finished runs.
+    """
+
+    dataset: str
+    configuration: str
+    plans: str
+    folder: Path | None
+    weights: dict[str, str]
+    scratch: bool
+    nnunet: bool
+    labelled: tuple[int | None, ...]
+    seeds: int
+    tuning_seeds: int
+    patients: str | None
+    num_test: int | None
+    num_validation: int | None
+    rates: tuple[float, ...]
+    nnunet_rates: tuple[float, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    planning: tuple[str, ...] = ()
+    probe: bool = False
+    device: str | None = None
+    gpus: tuple[str, ...] = ()
+    jobs: int = 1
+    mirroring: bool = True
+    keep_weights: bool = False
+    num_processes: int = 2
+
+    @property
+    def tuned(self) -> bool:
+        """Whether learning rates are chosen."""
+        return len(self.rates) > 1 and not self.probe
+
+
+def read_options(arguments: list[str] | None) -> CompareOptions:
+    """The options of a command line.
+
+    Raises:
+        PlanError: with a line for each thing that is wrong.
+    """
+    options = _parser().parse_args(arguments)
+    weights, problems = _named_weights(options.pretrained_weights)
+    problems += _problems(options, weights)
+    asked = {name: value for name, value in given(options, FinetuningSettings).items() if name not in _OWN_OPTION}
+    settings = {"schedule": "default", **asked}
+    rates = tuple(options.initial_lr or [FinetuningSettings().initial_lr])
+    problems += _problems_of_settings(settings, rates)
+    if problems:
+        raise PlanError("these options cannot be used:" + "".join(f"\n  - {problem}" for problem in problems))
+    return CompareOptions(
+        dataset=options.d,
+        configuration=options.c,
+        plans=options.p,
+        folder=Path(options.o).resolve() if options.o else None,
+        weights=weights,
+        scratch=options.from_scratch,
+        nnunet=options.nnunet,
+        labelled=tuple(dict.fromkeys(None if n == ALL else int(n) for n in options.num_labelled)),
+        seeds=options.seeds,
+        tuning_seeds=options.tuning_seeds,
+        patients=options.patients,
+        num_test=options.num_test,
+        num_validation=options.num_validation,
+        rates=rates,
+        nnunet_rates=tuple(options.nnunet_lr),
+        settings=settings,
+        planning=_planning_options(options),
+        probe=options.probe,
+        device=options.device,
+        gpus=tuple(options.gpus),
+        jobs=options.jobs,
+        mirroring=not options.disable_tta,
+        keep_weights=options.keep_weights,
+        num_processes=options.np,
+    )
+
+
+def _named_weights(given_weights: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The checkpoint of each arm by the arm's name, and what is wrong with them."""
+    named: dict[str, str] = {}
+    problems = []
+    for word in given_weights:
+        name, equals, path = word.partition("=")
+        if not equals:
+            name, path = _name_of(word), word
+        if not path.startswith("hf:"):
+            path = str(Path(path).expanduser().resolve())
+            if not Path(path).is_file():
+                problems.append(f"-pretrained_weights {word}: there is no file {path}; give a checkpoint")
+        if not _NAME.fullmatch(name) or name in (SCRATCH, NNUNET):
+            problems.append(
+                f"-pretrained_weights {word}: {name!r} cannot name an arm; give NAME={path} with letters, digits, - "
+                f"and single _, other than {SCRATCH} and {NNUNET}"
+            )
+        elif name in named:
+            problems.append(f"-pretrained_weights: two arms would be called {name!r}; give NAME=FILE for each")
+        named[name] = path
+    return named, problems
+
+
+def _name_of(path: str) -> str:
+    """The file's name; for a checkpoint in a results folder of nnU-Net the name of its dataset."""
+    if path.startswith("hf:"):
+        return path.rpartition("/")[2]
+    file = Path(path).expanduser().resolve()
+    if file.name.startswith("checkpoint_") and file.parent.name.startswith("fold_") and len(file.parts) > 4:
+        return file.parts[-4].partition("_")[2] or file.parts[-4]
+    return file.name.partition(".")[0]
+
+
+def _problems(options: argparse.Namespace, weights: dict[str, str]) -> list[str]:
+    problems = []
+    if len(weights) + options.from_scratch + options.nnunet < 2:
+        problems.append(
+            "there are fewer than two arms to compare; give -pretrained_weights CKPT (also several), --from_scratch, "
+            "--nnunet"
+        )
+    problems += [
+        f"-num_labelled {n}: give numbers of at least 1, or all"
+        for n in options.num_labelled
+        if n != ALL and (not n.isdecimal() or int(n) < 1)
+    ]
+    for name, low in (("seeds", 1), ("tuning_seeds", 1), ("jobs", 1), ("np", 1), ("num_test", 1)):
+        value = getattr(options, name)
+        if value is not None and value < low:
+            problems.append(f"-{name} {value} must be at least {low}")
+    if options.num_validation is not None and options.num_validation < 1:
+        problems.append(f"-num_validation {options.num_validation} must be at least 1: the learning curves need it")
+    if options.patients is not None:
+        try:
+            re.compile(options.patients)
+        except re.error as error:
+            problems.append(f"-patients {options.patients!r} is no regular expression: {error}")
+    if options.probe and options.nnunet:
+        problems.append("--probe scores pretrained features, which --nnunet has none of; leave one of them out")
+    rates = options.initial_lr or [None]
+    if options.nnunet and len(rates) > 1 and len(options.nnunet_lr) != len(rates):
+        problems.append(
+            f"-initial_lr gives {len(rates)} learning rates to choose from, -nnunet_lr {len(options.nnunet_lr)}; give "
+            f"as many to nnU-Net's trainer, so that every arm is tuned with the same effort"
+        )
+    problems += [f"-nnunet_lr {rate:g} must be above 0" for rate in options.nnunet_lr if not rate > 0]
+    if options.gpus and options.device not in (None, "cuda"):
+        problems.append(f"-gpus needs -device cuda, not {options.device}")
+    return problems
+
+
+def _problems_of_settings(settings: dict[str, Any], rates: tuple[float, ...]) -> list[str]:
+    found: dict[str, None] = {}
+    for rate in rates:
+        try:
+            read_settings(FinetuningSettings, {**settings, "initial_lr": rate}, "The settings of the runs")
+        except SettingsError as error:
+            found |= dict.fromkeys(f"{flag_of(FinetuningSettings, p.split()[0])}: {p}" for p in error.problems)
+    return list(found)
+
+
+def _planning_options(options: argparse.Namespace) -> tuple[str, ...]:
+    words: list[str] = []
+    for name in ("network", "batch_size", "ct_intensities"):
+        if getattr(options, name) is not None:
+            words += [f"-{name}", str(getattr(options, name))]
+    for name in ("features_per_stage", "patch_size", "spacing"):
+        if getattr(options, name):
+            words += [f"-{name}", *map(str, getattr(options, name))]
+    return tuple(words)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="misfm_compare",
+        description="Does pretraining help on this dataset? Trains each arm with the same plans, batches, iterations, "
+        "labelled cases and test cases per seed, and writes a page with the answer. The same command goes on where it "
+        "was stopped; more arms, seeds and numbers of labelled cases may be asked for later.",
+    )
+    add = parser.add_argument
+    add("-d", required=True, metavar="ID", help="dataset ID or name, planned and preprocessed with nnU-Net")
+    add("-c", default="3d_fullres", metavar="CONFIG", help="a 3D configuration (default: 3d_fullres)")
+    add("-p", default="nnUNetPlans", metavar="PLANS", help="the dataset's plans to start from (default: nnUNetPlans)")
+    add("-o", metavar="FOLDER", help="for all results (default: ./misfm_compare_DATASET)")
+    arms = parser.add_argument_group("the arms")
+    arms.add_argument(
+        "-pretrained_weights",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]CKPT",
+        help="an arm for each checkpoint, as in misfm_plan; NAME is what the page calls it",
+    )
+    arms.add_argument("--from_scratch", action="store_true", help="an arm with the same network and random weights")
+    arms.add_argument("--nnunet", action="store_true", help="an arm with nnU-Net's own trainer and network")
+    arms.add_argument(
+        "--probe",
+        action="store_true",
+        help="do not fine-tune: a linear classifier on the frozen features of each network, in minutes",
+    )
+    terms = parser.add_argument_group("on which terms")
+    terms.add_argument(
+        "-num_labelled",
+        nargs="+",
+        default=[ALL],
+        metavar="N",
+        help="labelled cases to train with (patients with -patients), or all (default)",
+    )
+    terms.add_argument("-seeds", type=int, default=5, metavar="N", help="draws of labelled cases (default: 5)")
+    terms.add_argument("-patients", metavar="REGEX", help=r"finds the patient in a case's name: 'patient\d+'")
+    terms.add_argument("-num_test", type=int, metavar="N", help="cases (patients) to test on (default: 30 %% of them)")
+    terms.add_argument(
+        "-num_validation",
+        type=int,
+        metavar="N",
+        help="for learning curves and the choice of learning rates (default: 15 %%)",
+    )
+    terms.add_argument(
+        "-initial_lr",
+        nargs="+",
+        type=float,
+        metavar="LR",
+        help="one learning rate for all arms (default: 1e-3), or several, of which each arm gets the one that is best "
+        "for it on the validation cases",
+    )
+    terms.add_argument(
+        "-nnunet_lr",
+        nargs="+",
+        type=float,
+        default=[NNUNET_LR],
+        metavar="LR",
+        help="the same for --nnunet, whose SGD needs other ones (default: nnU-Net's 1e-2)",
+    )
+    terms.add_argument(
+        "-tuning_seeds", type=int, default=1, metavar="N", help="draws to choose learning rates with (default: 1)"
+    )
+    where = parser.add_argument_group("where and how")
+    where.add_argument("-device", choices=("cuda", "cpu", "mps"), help="default: cuda if there is one, else cpu")
+    where.add_argument(
+        "-gpus", nargs="+", default=[], metavar="ID", help="that runs take turns on (default: the first)"
+    )
+    where.add_argument("-jobs", type=int, default=1, metavar="N", help="runs at once (default: 1)")
+    where.add_argument("-np", type=int, default=2, metavar="N", help="processes for preprocessing, if that is needed")
+    where.add_argument("--disable_tta", action="store_true", help="predict without mirroring, eight times as fast")
+    where.add_argument("--keep_weights", action="store_true", help="do not delete the weights of finished runs")
+    plan = parser.add_argument_group("plans, as in misfm_plan")
+    plan.add_argument("-network", choices=[*NETWORKS, "plan"], help="default: the checkpoint's")
+    plan.add_argument("-features_per_stage", nargs=5, type=int, metavar="N", help="channels of the five stages")
+    plan.add_argument("-patch_size", nargs=3, type=int, metavar="N", help="in plans axis order (default: the plan's)")
+    plan.add_argument("-batch_size", type=int, metavar="N", help="default: the plan's")
+    plan.add_argument("-spacing", nargs="+", metavar="MM", help="dataset, pretrained, or three numbers in mm")
+    plan.add_argument("-ct_intensities", choices=("pretrained", "dataset"), help="how CT is clipped and scaled")
+    add_setting_options(parser, "the runs (all arms alike; schedule: default)", FinetuningSettings, *_OWN_OPTION)
+    return parser

@@ -1,0 +1,211 @@
+"""What frozen features say about labels: a linear classifier of voxels, fitted to the labelled cases of a run.
+
+The features of a voxel are the feature maps of every stage of the encoder and the decoder, at the image's resolution.
+The classifier stands behind the network as a last layer, so that nnU-Net predicts with the two as with any network.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor, nn
+
+from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.files import read_json
+from nnunetv2_misfm.plans.run_settings import PRETRAIN_INFO, FinetuningSettings, run_settings
+from nnunetv2_misfm.start_up import add_plugin_folder
+from nnunetv2_misfm.trainers.misfm_trainer import MisFMTrainer
+from nnunetv2_misfm.transfer.pretrained import load_source, transfer_source
+
+PATCHES_OF_A_CASE = 6
+VOXELS_OF_A_LABEL, VOXELS_OF_BACKGROUND = 100, 200  # of a patch
+_PENALTY, _ITERATIONS = 1e-3, 60
+# The stages of our networks' decoders and of nnU-Net's: decoder.stages.1, decoder.stage3, decoder.heads.1.stage0.
+_DECODER_STAGE = re.compile(r"decoder\.(heads\.\d+\.)?stages?\.?\d+")
+
+
+class ProbedNetwork(nn.Module):
+    """A frozen network whose segmentation layers are one linear classifier of all its feature maps.
+
+    Args:
+        network: with an `encoder` that returns its maps and a decoder whose stages are found by their names.
+        random: whether its weights are random; its BatchNorm then uses the statistics of each batch, for it has none.
+    """
+
+    def __init__(self, network: nn.Module, random: bool):
+        super().__init__()
+        self.network = network
+        self.random = random
+        self.classifier: nn.Linear | None = None
+        self._maps: list[Tensor] = []
+        network.get_submodule("encoder").register_forward_hook(self._keep)
+        stages = [module for name, module in network.named_modules() if _DECODER_STAGE.fullmatch(name)]
+        for module in stages:
+            module.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._maps += list(output) if isinstance(output, (list, tuple)) else [output]
+
+    def train(self, mode: bool = True) -> ProbedNetwork:
+        """Never in training mode, but for the BatchNorm of random weights."""
+        super().train(False)
+        for module in self.network.modules():
+            if self.random and isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.train()
+        return self
+
+    @torch.no_grad()
+    def features(self, x: Tensor) -> Tensor:
+        """(B, C, X, Y, Z) to (B, F, X, Y, Z), all maps resized to the input."""
+        self._maps = []
+        self.network(x)
+        resized = [F.interpolate(maps.float(), x.shape[2:], mode="trilinear") for maps in self._maps]
+        self._maps = []
+        return torch.cat(resized, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, X, Y, Z) to logits (B, L, X, Y, Z)."""
+        assert self.classifier is not None
+        return F.linear(self.features(x).movedim(1, -1), self.classifier.weight, self.classifier.bias).movedim(-1, 1)
+
+
+def fitted_predictor(request: Mapping[str, Any], device: torch.device) -> nnUNetPredictor:
+    """nnU-Net's predictor with a probed network, fitted to the labelled cases of a run.
+
+    Args:
+        request: of the run.
+        device: to compute on.
+
+    Raises:
+        PlanError: if the dataset has regions, which a classifier of voxels has not.
+    """
+    add_plugin_folder()
+    plans = read_json(Path(request["plans_file"]), "Start the comparison again.")
+    manager = PlansManager(plans)
+    configuration = manager.get_configuration(request["configuration"])
+    dataset_json = read_json(Path(request["dataset_json"]), "Start the comparison again.")
+    labels = manager.get_label_manager(dataset_json)
+    if labels.has_regions:
+        raise PlanError(f"{request['dataset']} has regions, which --probe cannot score. Leave --probe out.")
+    torch.manual_seed(request["about"]["seed"])
+    channels = determine_num_input_channels(manager, configuration, dataset_json)
+    network = MisFMTrainer.build_network_architecture(manager, configuration, channels, labels.num_segmentation_heads)
+    info = plans.get(PRETRAIN_INFO) or {}
+    pretrained = info.get("checkpoint_path") is not None
+    if pretrained:
+        settings = cast(FinetuningSettings, run_settings(plans, FinetuningSettings))
+        weights, _ = transfer_source(load_source(info), network, dataset_json, settings)
+        network.load_state_dict(weights)
+    probed = ProbedNetwork(network, random=not pretrained).to(device).eval()
+    fit_classifier(
+        probed,
+        Path(request["arrays"]),
+        request["labelled_cases"],
+        configuration.patch_size,
+        labels.num_segmentation_heads,
+        request["about"]["seed"],
+    )
+    predictor = nnUNetPredictor(
+        device=device, use_mirroring=False, perform_everything_on_device=device.type == "cuda", allow_tqdm=False
+    )
+    predictor.manual_initialization(
+        probed, manager, configuration, [deepcopy(probed.state_dict())], dataset_json, "MisFMTrainer", None
+    )
+    return predictor
+
+
+def fit_classifier(
+    probed: ProbedNetwork, arrays: Path, cases: list[str], patch_size: list[int], num_classes: int, seed: int
+) -> None:
+    """Fit the classifier by multinomial logistic regression to voxels of random patches.
+
+    Args:
+        probed: whose classifier is to be fitted.
+        arrays: folder of preprocessed cases.
+        cases: to fit to.
+        patch_size: (X, Y, Z).
+        num_classes: background included.
+        seed: of the patches and voxels.
+    """
+    generator = np.random.default_rng(seed)
+    device = next(probed.parameters()).device
+    data = infer_dataset_class(str(arrays))(str(arrays))
+    chosen, targets = [], []
+    for case in cases:
+        image, segmentation = (np.asarray(array) for array in data.load_case(case)[:2])
+        for number in range(PATCHES_OF_A_CASE):
+            x, y = _patch(image, segmentation[0], patch_size, 1 + number % (num_classes - 1), generator)
+            features = probed.features(torch.as_tensor(x, dtype=torch.float32, device=device)[None])[0].flatten(1).T
+            voxels = _voxels(y.ravel(), generator)
+            chosen.append(features[torch.as_tensor(voxels, device=device)])
+            targets.append(torch.as_tensor(y.ravel()[voxels].astype(np.int64), device=device))
+    probed.classifier = logistic_regression(torch.cat(chosen), torch.cat(targets), num_classes)
+
+
+def _patch(
+    image: np.ndarray, labels: np.ndarray, size: list[int], label: int, generator: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """A patch around a voxel of a label, or anywhere without one, of an image (C, X, Y, Z) that is padded to it."""
+    found = np.argwhere(labels == label)
+    centre = found[generator.integers(len(found))] if len(found) else generator.integers(labels.shape)
+    missing = [max(0, n - have) for n, have in zip(size, labels.shape, strict=True)]
+    padding = [(n // 2, n - n // 2) for n in missing]
+    image, labels = np.pad(image, [(0, 0), *padding]), np.pad(labels, padding, constant_values=-1)
+    starts = [
+        int(np.clip(c + before - n // 2, 0, have - n))
+        for c, (before, _), n, have in zip(centre, padding, size, labels.shape, strict=True)
+    ]
+    window = tuple(slice(start, start + n) for start, n in zip(starts, size, strict=True))
+    return image[(slice(None), *window)], labels[window]
+
+
+def _voxels(labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Positions of some voxels of every label; -1 is outside the image."""
+    positions = []
+    for label in np.unique(labels[labels >= 0]):
+        there = np.flatnonzero(labels == label)
+        wanted = VOXELS_OF_A_LABEL if label > 0 else VOXELS_OF_BACKGROUND
+        positions.append(generator.permutation(there)[:wanted])
+    return np.concatenate(positions) if positions else np.zeros(0, np.int64)
+
+
+def logistic_regression(x: Tensor, y: Tensor, num_classes: int) -> nn.Linear:
+    """Multinomial logistic regression with a small penalty on the weights of standardised features.
+
+    Args:
+        x: (voxels, features).
+        y: (voxels,) classes.
+        num_classes: of them.
+
+    Returns:
+        The classifier of features as they are: the standardisation is part of its weights.
+    """
+    mean, deviation = x.mean(0), x.std(0) + 1e-6
+    classifier = nn.Linear(x.shape[1], num_classes, device=x.device)
+    nn.init.zeros_(classifier.weight)
+    nn.init.zeros_(classifier.bias)
+    optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=_ITERATIONS)
+    standardised = (x - mean) / deviation
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(classifier(standardised), y) + _PENALTY * classifier.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        classifier.weight /= deviation
+        classifier.bias.sub_(classifier.weight @ mean)
+    return classifier

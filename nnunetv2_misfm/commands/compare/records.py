@@ -1,0 +1,90 @@
+"""What finished runs leave: a record each, and all of them as a table."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from nnunetv2_misfm.files import written_whole
+
+Dice = Mapping[str, Mapping[str, float | None]]
+
+
+class RunRecord(BaseModel):
+    """A finished run.
+
+    Attributes:
+        arm, labelled, seed, rate, tuning: which run; see `arms.Run`.
+        dice: of each case and label, 0 to 1; None where the label is in neither truth nor prediction.
+        curve: pseudo Dice of the validation cases after each epoch, as nnU-Net logs it.
+        iterations_per_epoch: of training.
+        training_seconds, prediction_seconds, seconds: for all epochs, for all cases, for everything.
+        last_epoch_seconds: for one epoch, when caches are warm.
+        weights_sha256: of a pretrained arm's checkpoint.
+        device, date: where and when.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    arm: str
+    labelled: int
+    seed: int
+    rate: float
+    tuning: bool
+    dice: dict[str, dict[str, float | None]]
+    curve: list[float]
+    iterations_per_epoch: int
+    training_seconds: float
+    prediction_seconds: float
+    seconds: float
+    last_epoch_seconds: float = 0.0
+    weights_sha256: str | None = None
+    device: str = ""
+    date: str = ""
+
+    @property
+    def label_dice(self) -> dict[str, float]:
+        """Mean Dice of each label over the cases that have it, in points, as nnU-Net averages."""
+        labels = next(iter(self.dice.values()))
+        return {label: 100 * mean(case[label] for case in self.dice.values()) for label in labels}
+
+    @property
+    def case_dice(self) -> dict[str, float]:
+        """Mean Dice of each case over its labels, in points."""
+        return {case: 100 * mean(labels.values()) for case, labels in self.dice.items()}
+
+    @property
+    def score(self) -> float:
+        """Mean foreground Dice in points, nnU-Net's `foreground_mean`."""
+        return mean(self.label_dice.values())
+
+
+def mean(values: Iterable[float | None]) -> float:
+    """Of the values that there are; nan for none."""
+    there = [value for value in values if value is not None and not math.isnan(value)]
+    return sum(there) / len(there) if there else math.nan
+
+
+def read_record(path: Path) -> RunRecord | None:
+    """A run's record; None if there is none that can be read, and the run has to be done."""
+    try:
+        return RunRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, ValidationError):
+        return None
+
+
+def write_csv(records: Iterable[RunRecord], path: Path) -> None:
+    """A row for each run, label and case: arm, labelled, seed, learning_rate, tuning, case, label, dice."""
+    with written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["arm", "labelled", "seed", "learning_rate", "tuning", "case", "label", "dice"])
+        for record in records:
+            about = [record.arm, record.labelled, record.seed, record.rate, int(record.tuning)]
+            for case, labels in record.dice.items():
+                for label, value in labels.items():
+                    writer.writerow([*about, case, label, "" if value is None else f"{value:.6f}"])

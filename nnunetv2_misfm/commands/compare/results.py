@@ -1,0 +1,133 @@
+"""What a comparison writes: runs.csv, summary.json and the page."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunetv2_misfm.commands.compare import figures
+from nnunetv2_misfm.commands.compare.arms import MEANINGS, Arm, Run, tuning_runs
+from nnunetv2_misfm.commands.compare.page import CasePicture, Page, Section, write_page
+from nnunetv2_misfm.commands.compare.records import RunRecord, write_csv
+from nnunetv2_misfm.commands.compare.study import Study
+from nnunetv2_misfm.commands.compare.summary import Summary, summarise
+from nnunetv2_misfm.files import write_json
+from nnunetv2_misfm.transfer.checkpoint import installed_versions
+
+
+@dataclass(frozen=True)
+class Written:
+    """Where the page is, and its first sentence."""
+
+    path: Path
+    verdict: str
+
+
+def write_results(
+    study: Study,
+    chosen: Mapping[tuple[str, int], float],
+    words: list[str],
+    title: str | None = None,
+    more: Sequence[Section] = (),
+) -> Written:
+    """Write all three from the records of the runs that are finished.
+
+    Args:
+        study: whose runs.
+        chosen: learning rate of each arm and number of labelled cases.
+        words: of the command line.
+        title: of the page, in place of the dataset's name.
+        more: sections of the page that come first.
+    """
+    folder = study.workspace.folder
+    tuning = [] if study.options.probe else tuning_runs(study.arms, study.labelled, study.options.tuning_seeds)
+    runs = {run: record for run in [*tuning, *study.tested(chosen)] if (record := study.record(run)) is not None}
+    write_csv(runs.values(), folder / "runs.csv")
+    summary = summarise(study.arms, runs.values())
+    terms = list(_terms(study, runs.values()))
+    content = summary.as_json() | {"terms": dict(terms), "command": shlex.join(["misfm_compare", *words])}
+    write_json(content, folder / "summary.json")
+    page = Page(
+        title=title or f"Does pretraining help on {study.workspace.dataset}?",
+        summary=summary,
+        terms=terms,
+        differing=list(_differing(study)),
+        cases=list(_pictures(study, summary, chosen)),
+        commands=_commands(words),
+        more=more,
+    )
+    write_page(page, folder / "report.html")
+    return Written(folder / "report.html", summary.verdict)
+
+
+def _terms(study: Study, records: Collection[RunRecord]) -> Iterator[tuple[str, str]]:
+    options, settings, split = study.options, study.settings, study.split
+    what = "patients" if options.patients else "cases"
+    yield "dataset", f"{study.workspace.dataset}, {study.workspace.configuration}"
+    yield (
+        "labelled",
+        f"{', '.join(map(str, study.labelled))} {what} of {len(split.training)}; the same for every arm in a seed",
+    )
+    yield (
+        "test",
+        f"{len(split.test)} {what}, the same in every seed; they were in nnU-Net's fingerprint, without labels",
+    )
+    yield "validation", f"{len(split.validation)} {what}, for learning curves and learning rates"
+    if options.probe:
+        yield "score", "a linear classifier of voxels on frozen features; nothing is fine-tuned"
+    else:
+        length = settings.num_epochs * settings.num_iterations_per_epoch
+        yield "length", f"{length} iterations ({settings.num_epochs} epochs of {settings.num_iterations_per_epoch})"
+        yield (
+            "schedule, optimiser",
+            f"{settings.schedule}, {settings.optimizer}, weight decay {settings.weight_decay:g}",
+        )
+    yield "prediction", f"nnU-Net's, {'with' if options.mirroring and not options.probe else 'without'} mirroring"
+    devices = sorted({record.device for record in records})
+    yield "device", ", ".join(devices) or "none yet"
+    yield "versions", ", ".join(f"{name} {version}" for name, version in installed_versions().items())
+
+
+def _differing(study: Study) -> Iterator[str]:
+    """In what each arm differs from the others."""
+    for arm in study.arms:
+        plans = study.workspace.plans_of(arm.plans)
+        entry = plans["configurations"][study.workspace.configuration]
+        network = entry["architecture"]["network_class_name"].rpartition(".")[2]
+        weights = f" ({arm.weights})" if arm.weights else ""
+        yield (
+            f"{arm.name}: {MEANINGS[arm.kind]}{weights}; {network}, patch {entry['patch_size']}, batch "
+            f"{entry['batch_size']}; {_rates(study, arm)}."
+        )
+
+
+def _rates(study: Study, arm: Arm) -> str:
+    if study.options.probe:
+        return "nothing is trained but the classifier"
+    if len(arm.rates) == 1:
+        return f"learning rate {arm.rates[0]:g}"
+    tried = ", ".join(f"{rate:g}" for rate in arm.rates)
+    return (
+        f"learning rate the best of {tried} on the validation cases ({study.options.tuning_seeds} runs each, with "
+        f"other labelled cases than are tested)"
+    )
+
+
+def _pictures(study: Study, summary: Summary, chosen: Mapping[tuple[str, int], float]) -> Iterator[CasePicture]:
+    first = summary.first
+    if first is None:
+        return
+    seed = min(set(summary.scores(first.arm, first.labelled)) & set(summary.scores(first.other, first.labelled)))
+    for case in summary.most_changed():
+        images, truth = study.cases[case]
+        shown = {"truth": Path(truth)}
+        for arm in (first.other, first.arm):
+            run = Run(arm, first.labelled, seed, chosen[arm, first.labelled])
+            shown[arm] = study.workspace.run_folder(run) / "predictions" / f"{case}{study.file_ending}"
+        yield CasePicture(case, summary.gains[case], figures.case_picture(Path(images[0]), shown))
+
+
+def _commands(words: list[str]) -> str:
+    return "export nnUNet_raw=... nnUNet_preprocessed=... nnUNet_results=...\n" + shlex.join(["misfm_compare", *words])

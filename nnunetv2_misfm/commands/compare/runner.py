@@ -1,0 +1,149 @@
+"""Doing many runs, each in a process of its own, several at once, with a progress bar."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from tqdm import tqdm
+
+from nnunetv2_misfm.commands.compare.one_run import END_WITH_PARENT
+from nnunetv2_misfm.files import write_json
+
+_EPOCH = re.compile(r".*Epoch time")
+_LAST_LINES = 3  # of a failed run's log
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that failed: its title, its log, and the last that it said."""
+
+    title: str
+    log: Path
+    last: str
+
+
+class Runner:
+    """Processes for runs.
+
+    Args:
+        device: "cuda", "cpu" or "mps".
+        gpus: IDs that the runs take turns on; none for what the environment shows.
+        jobs: how many runs at once.
+    """
+
+    def __init__(self, device: str, gpus: Sequence[str], jobs: int):
+        self.device = device
+        self.jobs = jobs
+        self._places: SimpleQueue[str | None] = SimpleQueue()
+        for job in range(jobs):
+            self._places.put(gpus[job % len(gpus)] if gpus else None)
+        self._running: set[subprocess.Popen[str]] = set()
+        self._stopping = threading.Event()
+
+    def perform(
+        self, requests: Sequence[dict[str, Any]], title: str, epochs: Callable[[dict[str, Any]], int]
+    ) -> list[Failure]:
+        """Do the runs that are asked for; a run that fails does not keep the others from being done.
+
+        Args:
+            requests: of the runs, in the order to do them in.
+            title: of the progress bar.
+            epochs: how many epochs a run has; prediction counts as one more.
+        """
+        failures: list[Failure] = []
+        total = sum(epochs(request) + 1 for request in requests)
+        with tqdm(total=total, desc=title, unit="epoch", disable=not requests) as bar, self._ended_by_signals():
+
+            def do(request: dict[str, Any]) -> None:
+                place = self._places.get()
+                try:
+                    failure = None if self._stopping.is_set() else self._do(request, place, bar, epochs(request) + 1)
+                finally:
+                    self._places.put(place)
+                if failure is not None:
+                    failures.append(failure)
+                    bar.write(f"{failure.title} failed; see {failure.log}")
+
+            with ThreadPoolExecutor(self.jobs) as pool:
+                try:
+                    list(pool.map(do, requests))
+                except BaseException:
+                    self._stop()
+                    raise
+        return failures
+
+    def _do(self, request: dict[str, Any], place: str | None, bar: tqdm, share: int) -> Failure | None:
+        folder = Path(request["record"]).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(request, folder / "request.json")
+        command = [sys.executable, "-m", "nnunetv2_misfm.commands.compare.one_run", str(folder / "request.json")]
+        log, counted = folder / "log.txt", 0
+        last: list[str] = []
+        with open(log, "a", encoding="utf-8", buffering=1) as file:
+            process = subprocess.Popen(
+                [*command, END_WITH_PARENT],
+                stdin=subprocess.PIPE,  # its end tells the run that this process has ended
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=self._environment(place),
+                text=True,
+                errors="replace",
+            )
+            self._running.add(process)
+            assert process.stdout is not None
+            for line in process.stdout:
+                file.write(line)
+                last = [*last, line.strip()][-_LAST_LINES:] if line.strip() else last
+                if _EPOCH.match(line) and counted < share - 1:
+                    counted += 1
+                    bar.update()
+            status = process.wait()
+            self._running.discard(process)
+        bar.update(share - counted)
+        return None if status == 0 else Failure(folder.name, log, " | ".join(last))
+
+    def _environment(self, place: str | None) -> dict[str, str]:
+        """What the processes of runs get: this one's, with a fair share of a CPU's cores and one GPU."""
+        environment = {**os.environ, "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"}
+        if place is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = place
+        if self.device == "cpu":
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.jobs)))
+            # In the run's own process its seed reaches nnU-Net's augmentation, and nothing waits for workers.
+            for name, value in (("nnUNet_n_proc_DA", "0"), ("nnUNet_def_n_proc", "1"), ("nnUNet_compile", "0")):
+                environment.setdefault(name, value)
+        return environment
+
+    def _stop(self) -> None:
+        self._stopping.set()
+        for process in list(self._running):
+            process.terminate()
+
+    @contextmanager
+    def _ended_by_signals(self) -> Iterator[None]:
+        """SIGTERM, a cluster's time limit, ends the runs as Ctrl-C does."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def interrupt(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        before = signal.signal(signal.SIGTERM, interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,101 @@
+"""Which cases are for the test, for validation, and labelled in each seed; a patient is never on two sides.
+
+Patients are drawn by hashes of their names, so the same dataset is split the same way everywhere. In a seed the
+patients of a small number of labelled ones are among those of a larger number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nnunetv2_misfm.errors import PlanError
+
+TEST_SHARE, VALIDATION_SHARE = 0.3, 0.15
+
+
+@dataclass(frozen=True)
+class Split:
+    """The patients of a dataset by what they are for.
+
+    Attributes:
+        test: patients that every arm is tested on; they are never trained on.
+        validation: for the learning curves and for choosing learning rates.
+        training: from which the labelled ones of each seed are drawn.
+        cases: the cases of each patient.
+    """
+
+    test: tuple[str, ...]
+    validation: tuple[str, ...]
+    training: tuple[str, ...]
+    cases: dict[str, tuple[str, ...]]
+
+    def labelled(self, number: int, seed: int) -> list[str]:
+        """The cases of the labelled patients of a seed.
+
+        Args:
+            number: of patients, at most those for training.
+            seed: which draw.
+        """
+        return self.cases_of(_in_random_order(self.training, f"{seed} ")[:number])
+
+    def cases_of(self, patients: Sequence[str]) -> list[str]:
+        """All their cases, sorted."""
+        return sorted(case for patient in patients for case in self.cases[patient])
+
+
+def split_cases(cases: Sequence[str], pattern: str | None, num_test: int | None, num_validation: int | None) -> Split:
+    """Split the cases of a dataset.
+
+    Args:
+        cases: identifiers.
+        pattern: regular expression whose first group (or whole match) in a case's name is the patient; None if each
+            case is a patient of its own.
+        num_test, num_validation: patients; None for a share of them.
+
+    Raises:
+        PlanError: if a case does not match, or no patient would be left to train with.
+    """
+    patients: dict[str, list[str]] = defaultdict(list)
+    unmatched = []
+    for case in sorted(cases):
+        patient = case if pattern is None else patient_of(case, pattern)
+        if patient is None:
+            unmatched.append(case)
+        else:
+            patients[patient].append(case)
+    if unmatched:
+        raise PlanError(
+            f"-patients {pattern!r} matches nothing in {len(unmatched)} names, among them {unmatched[0]}. Give a "
+            f"regular expression that finds the patient in every name."
+        )
+    count = len(patients)
+    test = max(1, round(TEST_SHARE * count)) if num_test is None else num_test
+    validation = max(1, round(VALIDATION_SHARE * count)) if num_validation is None else num_validation
+    if test + validation >= count:
+        raise PlanError(
+            f"{count} patients are too few for {test} to test, {validation} to validate and at least one to train "
+            f"with. Give a smaller -num_test or -num_validation."
+        )
+    order = _in_random_order(list(patients), "")
+    return Split(
+        test=tuple(order[:test]),
+        validation=tuple(order[test : test + validation]),
+        training=tuple(order[test + validation :]),
+        cases={patient: tuple(of_patient) for patient, of_patient in patients.items()},
+    )
+
+
+def patient_of(case: str, pattern: str) -> str | None:
+    """The patient that a case's name tells: the first group of the pattern, or all that it matches."""
+    found = re.search(pattern, case)
+    if found is None:
+        return None
+    return found.group(1) if found.re.groups else found.group(0)
+
+
+def _in_random_order(patients: Sequence[str], salt: str) -> list[str]:
+    return sorted(patients, key=lambda patient: hashlib.sha256(f"{salt}{patient}".encode()).digest())

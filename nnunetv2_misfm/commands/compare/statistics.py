@@ -1,0 +1,118 @@
+"""What a comparison says, in numbers: paired differences with t intervals, seeds still needed, labels and time saved.
+
+Scores are Dice in points (0 to 100). The seeds of two arms are paired: same labelled cases, same test cases.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+CONFIDENCE = 0.95
+MOST_SEEDS = 1000  # beyond which a difference that small is not worth looking for
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean paired difference of two arms.
+
+    Attributes:
+        values: of each seed that both arms have.
+        low, high: t interval of the mean; infinite for a single seed.
+        p: two-sided p value of the paired t test; 1 for a single seed.
+    """
+
+    values: tuple[float, ...]
+    low: float
+    high: float
+    p: float
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return float(np.mean(self.values))
+
+    @property
+    def shown(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.low > 0 or self.high < 0
+
+
+def paired_difference(
+    arm: Mapping[int, float], other: Mapping[int, float], confidence: float = CONFIDENCE
+) -> Difference | None:
+    """Scores by seed, minus those of another arm, over the seeds that both have; None if there are none."""
+    values = tuple(arm[seed] - other[seed] for seed in sorted(set(arm) & set(other)))
+    if not values:
+        return None
+    mean, half = float(np.mean(values)), half_width(values, confidence)
+    return Difference(values, mean - half, mean + half, _p_value(values))
+
+
+def half_width(values: Sequence[float], confidence: float = CONFIDENCE) -> float:
+    """Half the width of the t interval of a mean; infinite for a single value."""
+    if len(values) < 2:
+        return math.inf
+    quantile = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1))
+    return quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+def _p_value(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return 1.0
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    if error == 0:
+        return 0.0 if np.mean(values) else 1.0
+    return float(2 * stats.t.sf(abs(float(np.mean(values))) / error, len(values) - 1))
+
+
+def confidence_for(comparisons: int) -> float:
+    """The confidence of each of several intervals, so that all of them hold together at 95 % (Bonferroni)."""
+    return 1 - (1 - CONFIDENCE) / max(1, comparisons)
+
+
+def more_seeds_needed(values: Sequence[float], confidence: float = CONFIDENCE) -> int | None:
+    """How many more seeds would show a difference as large as this one, spread as it is.
+
+    Returns:
+        The smallest number of further seeds with which the interval would leave 0 out, 0 if it does already; None if
+        that cannot be told (one seed, no difference) or would take more than `MOST_SEEDS` in all.
+    """
+    mean, count = abs(float(np.mean(values))), len(values)
+    if count < 2 or mean == 0:
+        return None
+    deviation = float(np.std(values, ddof=1))
+    for wanted in range(count, MOST_SEEDS + 1):
+        quantile = float(stats.t.ppf((1 + confidence) / 2, wanted - 1))
+        if quantile * deviation / math.sqrt(wanted) < mean:
+            return wanted - count
+    return None
+
+
+def equal_labels(reached: float, baseline: Mapping[int, float]) -> float | None:
+    """With how many labelled cases the baseline reaches a score.
+
+    Args:
+        reached: the score of another arm.
+        baseline: mean score for each number of labelled cases.
+
+    Returns:
+        Interpolated on a logarithmic scale between the numbers that were trained. Infinite if the baseline reaches it
+        with none of them, None if it has it with the fewest already.
+    """
+    numbers = sorted(baseline)
+    for fewer, more in zip(numbers, numbers[1:], strict=False):
+        low, high = baseline[fewer], baseline[more]
+        if low < reached <= high:
+            share = (reached - low) / (high - low)
+            return math.exp(math.log(fewer) + share * (math.log(more) - math.log(fewer)))
+    return None if reached <= baseline[numbers[0]] else math.inf
+
+
+def epochs_to(curve: Sequence[float], goal: float) -> int | None:
+    """The first epoch, counted from 1, after which a learning curve is at a goal; None if it never is."""
+    return next((epoch for epoch, value in enumerate(curve, 1) if value >= goal), None)

@@ -1,0 +1,350 @@
+"""A comparison from its options to its records: arms, splits, plans, learning rates, runs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_misfm.commands.compare.arms import Arm, Run, choose_rates, test_runs, tuning_runs
+from nnunetv2_misfm.commands.compare.options import NNUNET, SCRATCH, CompareOptions
+from nnunetv2_misfm.commands.compare.records import RunRecord, read_record
+from nnunetv2_misfm.commands.compare.runner import Failure, Runner
+from nnunetv2_misfm.commands.compare.splits import Split, split_cases
+from nnunetv2_misfm.commands.compare.workspace import Workspace, fold_key
+from nnunetv2_misfm.errors import PlanError, UserError
+from nnunetv2_misfm.files import read_json, write_json
+from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, FinetuningSettings
+from nnunetv2_misfm.plans.settings import read_settings
+
+_TIMED_EPOCHS, _TIMED_ITERATIONS = 2, 4  # the first epoch warms up, the second is timed
+_VALIDATION_COST = 1 / 3  # of a training iteration
+# What every run of one folder has in common; more arms, seeds and numbers of labelled cases may come later.
+_TERMS = ("configuration", "plans", "patients", "num_test", "num_validation", "rates", "nnunet_rates", "tuning_seeds")
+
+
+class Study:
+    """One dataset, its split, and the runs that were asked for.
+
+    Args:
+        options: of the command.
+        workspace: prepared.
+
+    Raises:
+        PlanError: if the dataset has too few patients, or the folder holds a comparison on other terms.
+    """
+
+    def __init__(self, options: CompareOptions, workspace: Workspace):
+        self.options = options
+        self.workspace = workspace
+        self.settings = read_settings(FinetuningSettings, options.settings, "The settings of the runs")
+        self.cases = workspace.cases()
+        self.split: Split = split_cases(list(self.cases), options.patients, options.num_test, options.num_validation)
+        self.file_ending = read_json(workspace.raw / "dataset.json", "Put the raw dataset back.")["file_ending"]
+        self.labelled = self._numbers()
+        self._check_terms()
+        self.arms: list[Arm] = []
+
+    def _numbers(self) -> list[int]:
+        there = len(self.split.training)
+        numbers = sorted({there if number is None else number for number in self.options.labelled})
+        if numbers[-1] > there:
+            raise PlanError(
+                f"-num_labelled {numbers[-1]}: {there} are left for training beside {len(self.split.test)} to test and "
+                f"{len(self.split.validation)} to validate. Ask for fewer, or give -num_test and -num_validation."
+            )
+        return numbers
+
+    def _check_terms(self) -> None:
+        """Runs that are already in the folder must have been made on the same terms."""
+        options = self.options
+        terms = {name: getattr(options, name) for name in _TERMS} | {
+            "dataset": self.workspace.dataset,
+            "planning": list(options.planning),
+            "settings": options.settings,
+            "probe": options.probe,
+            "mirroring": options.mirroring,
+            "test": list(self.split.test),
+            "validation": list(self.split.validation),
+        }
+        terms = json.loads(json.dumps(terms))
+        path = self.workspace.folder / "terms.json"
+        if path.is_file():
+            before = read_json(path, f"Remove {self.workspace.folder} and start again.")
+            changed = [
+                f"{name} was {before.get(name)}, is {terms[name]}" for name in terms if before.get(name) != terms[name]
+            ]
+            if changed:
+                raise PlanError(
+                    f"{self.workspace.folder} holds a comparison on other terms: {'; '.join(changed)}. Give the "
+                    f"options it was begun with, or another folder with -o."
+                )
+        write_json(terms, path)
+
+    # ---------------------------------------------------------------- plans
+
+    def plan_arms(self) -> None:
+        """Plan every arm with misfm_plan, and provide the arrays of its plans.
+
+        Raises:
+            UserError: for what misfm_plan refuses.
+        """
+        options = self.options
+        arms: list[Arm] = []
+        baselines: dict[str, Arm] = {}
+        for name, weights in options.weights.items():
+            arm = Arm(name, "pretrained", options.rates, weights)
+            if options.scratch:
+                baseline = self._baseline_of(arm, baselines)
+                arm = replace(arm, baseline=baseline.name)
+            self._misfm_plan(arm.plans, "-pretrained_weights", weights)
+            arms.append(arm)
+        scratch = list(baselines.values())
+        if options.scratch and not scratch:
+            scratch = [Arm(SCRATCH, "scratch", options.rates)]
+            self._misfm_plan(scratch[0].plans, "--from_scratch")
+        stock = [Arm(NNUNET, "nnunet", options.nnunet_rates)] if options.nnunet else []
+        for arm in stock:
+            self._stock_plans(arm)
+        self.arms = [*arms, *scratch, *stock]
+
+    def _baseline_of(self, arm: Arm, baselines: dict[str, Arm]) -> Arm:
+        """The arm from scratch whose plans are this one's but for the weights; checkpoints of one network share it."""
+        assert arm.weights is not None
+        name = f"{SCRATCH}_{arm.name}" if baselines else SCRATCH
+        baseline = Arm(name, "scratch", arm.rates)
+        words = ("-pretrained_weights", arm.weights, "--from_scratch")
+        self._misfm_plan(baseline.plans, *words, "--no_pp")
+        plans = self.workspace.plans_of(baseline.plans)
+        content = json.dumps(_without_names(plans, self.workspace.configuration), sort_keys=True)
+        if content in baselines:
+            (self.workspace.preprocessed / f"{baseline.plans}.json").unlink()
+            return baselines[content]
+        self._misfm_plan(baseline.plans, *words)
+        baselines[content] = baseline
+        return baseline
+
+    def _misfm_plan(self, plans_name: str, *words: str) -> None:
+        """misfm_plan, whose remarks go to a log: what it says of training commands is not for these runs."""
+        from nnunetv2_misfm.commands.plan import plan_main
+
+        settings = [word for name, value in self.options.settings.items() for word in _as_option(name, value)]
+        with (
+            open(self.workspace.folder / "planning.log", "a", encoding="utf-8") as log,
+            contextlib.redirect_stdout(log),
+        ):
+            plan_main(
+                ["-d", self.workspace.dataset, "-c", self.workspace.configuration, "-p", self.options.plans]
+                + ["-overwrite_plans_name", plans_name, "-np", str(self.options.num_processes), *words]
+                + [*settings, *self.options.planning]
+            )
+
+    def _stock_plans(self, arm: Arm) -> None:
+        """nnU-Net's plans, with the batch size of the other arms if it was given."""
+        plans = json.loads(json.dumps(self.workspace.base)) | {"plans_name": arm.plans}
+        words = self.options.planning
+        if "-batch_size" in words:
+            batch_size = int(words[words.index("-batch_size") + 1])
+            plans["configurations"][self.workspace.configuration]["batch_size"] = batch_size
+        write_json(plans, self.workspace.preprocessed / f"{arm.plans}.json")
+
+    def arm(self, name: str) -> Arm:
+        """The arm of that name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    # ---------------------------------------------------------------- runs
+
+    def perform(self, runner: Runner) -> tuple[list[Failure], dict[tuple[str, int], float]]:
+        """Choose learning rates, then do the runs that are tested; what is finished already is not done again.
+
+        Returns:
+            The runs that failed, and the learning rate of each arm for each number of labelled cases.
+        """
+        options = self.options
+        tuning = [] if options.probe else tuning_runs(self.arms, self.labelled, options.tuning_seeds)
+        failures = runner.perform(self._requests(tuning), "Learning rates", self._epochs)
+        scores = {run: record.score for run in tuning if (record := self.record(run)) is not None}
+        chosen = choose_rates(self.arms, self.labelled, scores)
+        if tuning:
+            for (arm, number), rate in chosen.items():
+                print(f"Learning rate of {arm} with {number} labelled: {rate:g}")
+        failures += runner.perform(self._requests(self.tested(chosen)), "Runs", self._epochs)
+        return failures, chosen
+
+    def tested(self, chosen: Mapping[tuple[str, int], float]) -> list[Run]:
+        """The runs that are tested."""
+        return test_runs(self.arms, self.labelled, self.options.seeds, chosen)
+
+    def record(self, run: Run) -> RunRecord | None:
+        """What a finished run has left."""
+        return read_record(self.workspace.run_folder(run) / "record.json")
+
+    def left(self) -> list[Run]:
+        """The runs that are not finished; those that are tested with any of the learning rates."""
+        first = {(arm.name, number): arm.rates[0] for arm in self.arms for number in self.labelled}
+        tuning = [] if self.options.probe else tuning_runs(self.arms, self.labelled, self.options.tuning_seeds)
+        return [run for run in [*tuning, *self.tested(first)] if self.record(run) is None]
+
+    def _epochs(self, request: Mapping[str, Any]) -> int:
+        return 0 if self.options.probe else self.settings.num_epochs
+
+    def _requests(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        """Requests of the runs that are not finished, whose plans and folds are written.
+
+        Raises:
+            UserError: if a finished run is of other weights than are asked for now.
+        """
+        waiting = []
+        for run in runs:
+            record = self.record(run)
+            if record is None:
+                waiting.append(run)
+            elif record.weights_sha256 != self._sha256(self.arm(run.arm)) or record.rate != run.rate:
+                raise UserError(
+                    f"{self.workspace.run_folder(run)} was made with other weights or another learning rate. Give this "
+                    f"arm another name (-pretrained_weights NAME=FILE), or remove that folder to do it again."
+                )
+        folds = [self._fold(run) for run in waiting]
+        numbers = self.workspace.write_folds(folds)
+        return [self.request(run, numbers[fold_key(fold)]) for run, fold in zip(waiting, folds, strict=True)]
+
+    def _fold(self, run: Run) -> dict[str, list[str]]:
+        split = self.split
+        return {"train": split.labelled(run.labelled, run.seed), "val": split.cases_of(split.validation)}
+
+    def _sha256(self, arm: Arm) -> str | None:
+        sha256: str | None = (self.workspace.plans_of(arm.plans).get(PRETRAIN_INFO) or {}).get("sha256")
+        return sha256 if arm.kind == "pretrained" else None
+
+    def request(self, run: Run, fold: int) -> dict[str, Any]:
+        """All that the process of a run needs to know; its plans are written."""
+        arm, workspace, settings = self.arm(run.arm), self.workspace, self.settings
+        workspace.write_run_plans(arm, run)
+        folder, split = workspace.run_folder(run), self.split
+        cases = split.cases_of(split.validation if run.tuning else split.test)
+        plans = workspace.plans_of(arm.plans)
+        entry = plans["configurations"][workspace.configuration]
+        return {
+            "dataset": workspace.dataset,
+            "configuration": workspace.configuration,
+            "fold": fold,
+            "trainer": arm.trainer,
+            "plans": run.title,
+            "plans_file": str(workspace.preprocessed / f"{run.title}.json"),
+            "dataset_json": str(workspace.preprocessed / "dataset.json"),
+            "arrays": str(workspace.preprocessed / entry["data_identifier"]),
+            "labelled_cases": split.labelled(run.labelled, run.seed),
+            "results": str(workspace.results(arm, run)),
+            "stock": {
+                "num_epochs": settings.num_epochs,
+                "num_iterations_per_epoch": settings.num_iterations_per_epoch,
+                "num_val_iterations_per_epoch": settings.num_val_iterations_per_epoch,
+                "initial_lr": run.rate,
+            },
+            "cases": {case: {"images": self.cases[case][0], "label": self.cases[case][1]} for case in cases},
+            "labels": list(workspace.labels()),
+            "file_ending": self.file_ending,
+            "predictions": str(folder / "predictions"),
+            "record": str(folder / "record.json"),
+            "device": self.options.device,
+            "mirroring": self.options.mirroring,
+            "probe": self.options.probe,
+            "keep_weights": self.options.keep_weights,
+            "about": {
+                "arm": run.arm,
+                "labelled": run.labelled,
+                "seed": run.seed,
+                "rate": run.rate,
+                "tuning": run.tuning,
+                "weights_sha256": self._sha256(arm),
+                "iterations_per_epoch": settings.num_iterations_per_epoch,
+            },
+        }
+
+    # ---------------------------------------------------------------- how long it takes
+
+    def estimate_hours(self, runner: Runner) -> float:
+        """How long the runs that are left will take, from finished runs or, without any, from short ones.
+
+        Raises:
+            UserError: if a short run fails; the message shows how its log ends.
+        """
+        seconds, left = {}, self.left()
+        for trainer in sorted({self.arm(run.arm).trainer for run in left}):
+            finished = [record.seconds for record in self._finished(trainer)]
+            first = next(run for run in left if self.arm(run.arm).trainer == trainer)
+            seconds[trainer] = sum(finished) / len(finished) if finished else self._time(first, runner)
+        total = sum(seconds[self.arm(run.arm).trainer] for run in left)
+        return total / self.options.jobs / 3600
+
+    def _finished(self, trainer: str) -> Iterator[RunRecord]:
+        for arm in self.arms:
+            if arm.trainer == trainer:
+                for folder in sorted((self.workspace.folder / "runs").glob(f"{arm.name}_n*")):
+                    if (record := read_record(folder / "record.json")) is not None and record.arm == arm.name:
+                        yield record
+
+    def _time(self, run: Run, runner: Runner) -> float:
+        """Seconds that a run takes, from a few of its iterations and the prediction of one of its cases."""
+        settings, probe = self.settings, self.options.probe
+        request = self.request(run, self.workspace.write_folds([self._fold(run)])[fold_key(self._fold(run))])
+        cases = len(request["cases"])
+        short = {
+            "num_epochs": _TIMED_EPOCHS,
+            "num_iterations_per_epoch": min(_TIMED_ITERATIONS, settings.num_iterations_per_epoch),
+            "num_val_iterations_per_epoch": 1,
+        }
+        folder = self.workspace.folder / "runs" / f".timing_{run.title}"
+        plans = read_json(Path(request["plans_file"]), "Start again.") | {"plans_name": f"timing_{run.title}"}
+        if BLOCK in plans:
+            plans[BLOCK] |= short
+        plans_file = self.workspace.preprocessed / f"timing_{run.title}.json"
+        write_json(plans, plans_file)
+        request |= {
+            "plans": plans_file.stem,
+            "plans_file": str(plans_file),
+            "results": str(
+                Path(request["results"]).with_name(
+                    f"{self.arm(run.arm).trainer}__{plans_file.stem}__{self.workspace.configuration}"
+                )
+            ),
+            "stock": request["stock"] | short,
+            "cases": dict(list(request["cases"].items())[:1]),
+            "predictions": str(folder / "predictions"),
+            "record": str(folder / "record.json"),
+            "keep_weights": False,
+        }
+        try:
+            if failures := runner.perform([request], "Timing", lambda _: 0 if probe else _TIMED_EPOCHS):
+                raise UserError(f"A short run of {run.arm} failed: {failures[0].last}\nIts log: {failures[0].log}")
+            record = read_record(folder / "record.json")
+            assert record is not None
+        finally:
+            shutil.rmtree(request["results"], ignore_errors=True)
+            plans_file.unlink(missing_ok=True)
+        shutil.rmtree(folder)
+        start_up = record.seconds - record.training_seconds - record.prediction_seconds
+        steps = short["num_iterations_per_epoch"] + _VALIDATION_COST
+        of_epoch = settings.num_iterations_per_epoch + _VALIDATION_COST * settings.num_val_iterations_per_epoch
+        training = 0.0 if probe else record.last_epoch_seconds / steps * of_epoch * settings.num_epochs
+        return start_up + training + record.prediction_seconds * cases
+
+
+def _without_names(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    """What plans say but for their name, the name of their arrays and the weights they were planned for."""
+    content = {name: value for name, value in plans.items() if name not in ("plans_name", PRETRAIN_INFO)}
+    entry = dict(content["configurations"][configuration])
+    entry.pop("data_identifier")
+    return {**content, "configurations": {configuration: entry}}
+
+
+def _as_option(name: str, value: Any) -> list[str]:
+    """A setting of a run as an option of misfm_plan."""
+    from nnunetv2_misfm.commands.setting_options import flag_of
+
+    flag = flag_of(FinetuningSettings, name)
+    return [flag] if isinstance(value, bool) else [flag, str(value)]

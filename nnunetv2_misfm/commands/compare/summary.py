@@ -1,0 +1,291 @@
+"""What came out of a comparison: the content of summary.json, which the page shows."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from nnunetv2_misfm.commands.compare.arms import Arm
+from nnunetv2_misfm.commands.compare.records import RunRecord, mean
+from nnunetv2_misfm.commands.compare.statistics import (
+    Difference,
+    confidence_for,
+    epochs_to,
+    equal_labels,
+    more_seeds_needed,
+    paired_difference,
+)
+
+_SHOWN_CASES = 3  # that gained most, and that lost most
+
+Runs = dict[tuple[str, int], dict[int, RunRecord]]  # (arm, labelled) -> seed -> run
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """An arm against another with one number of labelled cases.
+
+    Attributes:
+        arm, other, labelled: what is compared.
+        difference: of the Dice on the test cases, in points, with an interval at 95 %.
+        together: the same with the interval at which all intervals of the page hold together.
+        more_seeds: that would show this difference, if it stays what it is; None if that cannot be told.
+        same_labels: with how many labelled cases the other arm reaches this one's score; see `equal_labels`.
+        iterations: after which this arm's mean learning curve is at the end of the other's; None if it is never.
+        all_iterations: of a run.
+        weights_alone: whether nothing else differs.
+    """
+
+    arm: str
+    other: str
+    labelled: int
+    difference: Difference
+    together: Difference
+    more_seeds: int | None
+    same_labels: float | None
+    iterations: int | None
+    all_iterations: int
+    weights_alone: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All that the page shows but for pictures.
+
+    Attributes:
+        arms: in their order.
+        runs: that are tested.
+        comparisons: each arm against those it is to be compared with.
+        verdict: what was shown, in a sentence.
+        gains: mean gain of each test case over the seeds, in points, for the comparison that the verdict names first.
+    """
+
+    arms: tuple[Arm, ...]
+    runs: Runs
+    comparisons: tuple[Comparison, ...]
+    verdict: str
+    gains: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def labelled(self) -> list[int]:
+        """The numbers of labelled cases."""
+        return sorted({number for _, number in self.runs})
+
+    @property
+    def first(self) -> Comparison | None:
+        """The comparison that the verdict names first."""
+        return _by_importance(self.comparisons)[0] if self.comparisons else None
+
+    def scores(self, arm: str, labelled: int) -> dict[int, float]:
+        """Dice on the test cases by seed, in points."""
+        return scores(self.runs, arm, labelled)
+
+    def most_changed(self) -> list[str]:
+        """The cases that lost most and those that gained most, worst first."""
+        order = sorted(self.gains, key=lambda case: self.gains[case])
+        few = order[:_SHOWN_CASES] + order[-_SHOWN_CASES:]
+        return list(dict.fromkeys(few))
+
+    def as_json(self) -> dict[str, Any]:
+        """For summary.json."""
+        return {
+            "verdict": self.verdict,
+            "scores": [
+                {
+                    "arm": arm,
+                    "labelled": labelled,
+                    "dice_by_seed": {seed: round(run.score, 3) for seed, run in sorted(by_seed.items())},
+                    "dice_by_label": {name: round(value, 3) for name, value in label_means(by_seed.values()).items()},
+                    "learning_rates": sorted({run.rate for run in by_seed.values()}),
+                    "hours": round(sum(run.seconds for run in by_seed.values()) / 3600, 4),
+                }
+                for (arm, labelled), by_seed in sorted(self.runs.items())
+            ],
+            "comparisons": [_comparison_as_json(comparison) for comparison in self.comparisons],
+            "mean_gain_by_case": {case: round(gain, 3) for case, gain in self.gains.items()},
+        }
+
+
+def summarise(arms: Sequence[Arm], records: Iterable[RunRecord]) -> Summary:
+    """What records of runs say.
+
+    Args:
+        arms: that are compared.
+        records: of their runs; those that chose learning rates are left out.
+    """
+    runs: Runs = defaultdict(dict)
+    names = {arm.name for arm in arms}
+    for record in records:
+        if not record.tuning and record.arm in names:
+            runs[record.arm, record.labelled][record.seed] = record
+    pairs = _pairs(arms)
+    numbers = sorted({number for _, number in runs})
+    together = confidence_for(len(pairs) * len(numbers))
+    comparisons = [
+        comparison
+        for arm, other, weights_alone in pairs
+        for number in numbers
+        if (comparison := _compare(dict(runs), (arm, other, weights_alone), number, together)) is not None
+    ]
+    first = _by_importance(comparisons)[0] if comparisons else None
+    gains = case_gains(dict(runs), first) if first is not None else {}
+    return Summary(tuple(arms), dict(runs), tuple(comparisons), verdict(comparisons), gains)
+
+
+def _pairs(arms: Sequence[Arm]) -> list[tuple[str, str, bool]]:
+    """Each arm, what it is compared with, and whether they differ in the weights alone.
+
+    First come the pairs that do, then those with nnU-Net's own; without either all are compared with the first arm.
+    """
+    pairs = [(arm.name, arm.baseline, True) for arm in arms if arm.baseline is not None]
+    pairs += [(arm.name, other.name, False) for other in arms if other.kind == "nnunet" for arm in arms if arm != other]
+    return pairs or [(arm.name, arms[0].name, False) for arm in arms[1:]]
+
+
+def _compare(runs: Runs, pair: tuple[str, str, bool], labelled: int, together: float) -> Comparison | None:
+    arm, other, weights_alone = pair
+    mine, theirs = scores(runs, arm, labelled), scores(runs, other, labelled)
+    difference = paired_difference(mine, theirs)
+    strict = paired_difference(mine, theirs, together)
+    if difference is None or strict is None:
+        return None
+    baseline = {n: mean(scores(runs, other, n).values()) for (name, n) in runs if name == other}
+    curves, goals = _curves(runs[arm, labelled].values()), _curves(runs[other, labelled].values())
+    length = next(iter(runs[arm, labelled].values())).iterations_per_epoch
+    reached = epochs_to(curves.mean(0).tolist(), float(goals.mean(0)[-1])) if curves.size and goals.size else None
+    return Comparison(
+        arm,
+        other,
+        labelled,
+        difference,
+        strict,
+        more_seeds_needed(difference.values, together),
+        equal_labels(mean(mine.values()), baseline) if len(baseline) > 1 else None,
+        None if reached is None else reached * length,
+        curves.shape[1] * length if curves.size else 0,
+        weights_alone,
+    )
+
+
+def scores(runs: Runs, arm: str, labelled: int) -> dict[int, float]:
+    """Dice of an arm on the test cases by seed, in points."""
+    return {seed: run.score for seed, run in runs.get((arm, labelled), {}).items()}
+
+
+def _curves(runs: Iterable[RunRecord]) -> np.ndarray:
+    """Learning curves (runs, epochs)."""
+    return np.array([run.curve for run in runs if run.curve])
+
+
+def label_means(runs: Iterable[RunRecord]) -> dict[str, float]:
+    """Mean Dice of each label over runs, in points."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for run in runs:
+        for label, dice in run.label_dice.items():
+            values[label].append(dice)
+    return {label: mean(of_label) for label, of_label in values.items()}
+
+
+def case_gains(runs: Runs, comparison: Comparison) -> dict[str, float]:
+    """How much each test case gained in a comparison, in points, mean over the seeds that both arms have."""
+    mine, theirs = runs[comparison.arm, comparison.labelled], runs[comparison.other, comparison.labelled]
+    gains: dict[str, list[float]] = defaultdict(list)
+    for seed in sorted(set(mine) & set(theirs)):
+        before = theirs[seed].case_dice
+        for case, dice in mine[seed].case_dice.items():
+            if not math.isnan(dice) and not math.isnan(before[case]):
+                gains[case].append(dice - before[case])
+    return {case: mean(values) for case, values in gains.items()}
+
+
+# ------------------------------------------------------------------ the verdict
+
+
+def verdict(comparisons: Sequence[Comparison]) -> str:
+    """What was shown, in a sentence: at 95 % for all comparisons of the page together."""
+    if not comparisons:
+        return "There are no two arms with a finished run of the same seed yet."
+    ordered = _by_importance(comparisons)
+    shown = [comparison for comparison in ordered if comparison.together.shown]
+    if not shown:
+        return _nothing_shown(ordered[0], len(comparisons))
+    sentences = []
+    for arm, helped in dict.fromkeys((c.arm, c.difference.mean > 0) for c in shown):
+        found = [c for c in shown if (c.arm, c.difference.mean > 0) == (arm, helped)]
+        sentences.append(f"{arm} {'helped' if helped else 'did harm'}: {'; '.join(map(_shown, found))}.")
+    return " ".join(sentences)
+
+
+def _by_importance(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """What was shown first, of that what the weights alone have done, then by the size of the difference."""
+    return sorted(comparisons, key=lambda c: (not c.together.shown, not c.weights_alone, -abs(c.difference.mean)))
+
+
+def _shown(comparison: Comparison) -> str:
+    return (
+        f"{_points(comparison.difference.mean)} points of Dice against {comparison.other} with {comparison.labelled} "
+        f"labelled {interval(comparison.together)}"
+    )
+
+
+def _nothing_shown(largest: Comparison, comparisons: int) -> str:
+    seeds = len(largest.difference.values)
+    of_all = "" if comparisons == 1 else f", the largest of {comparisons} differences,"
+    if seeds < 2:
+        return (
+            f"Nothing can be shown with one seed: {largest.arm} minus {largest.other} is "
+            f"{_points(largest.difference.mean)} points of Dice with {largest.labelled} labelled. Give "
+            f"-seeds 3 or more."
+        )
+    if largest.more_seeds is None:
+        advice = "a difference that small would take more seeds than can be run"
+    else:
+        advice = (
+            f"if it stays what it is, {largest.more_seeds} more seeds would show it "
+            f"(-seeds {seeds + largest.more_seeds})"
+        )
+    return (
+        f"No difference could be shown with {seeds} seeds: {largest.arm} minus {largest.other}{of_all} is "
+        f"{_points(largest.difference.mean)} points of Dice with {largest.labelled} labelled "
+        f"{interval(largest.together)}; {advice}."
+    )
+
+
+def interval(difference: Difference) -> str:
+    """`[+1.0, +3.2]`."""
+    if math.isinf(difference.low):
+        return "[no interval from one seed]"
+    return f"[{_points(difference.low)}, {_points(difference.high)}]"
+
+
+def _points(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _comparison_as_json(comparison: Comparison) -> dict[str, Any]:
+    difference = comparison.difference
+    finite = {
+        name: value if math.isfinite(value) else None for name, value in vars(difference).items() if name != "values"
+    }
+    return {
+        "arm": comparison.arm,
+        "minus": comparison.other,
+        "labelled": comparison.labelled,
+        "seeds": len(difference.values),
+        "difference": difference.mean,
+        "low": finite["low"],
+        "high": finite["high"],
+        "p": difference.p,
+        "shown_among_all": comparison.together.shown,
+        "more_seeds_needed": comparison.more_seeds,
+        "labels_of_the_other_for_the_same_dice": comparison.same_labels
+        if comparison.same_labels is None or math.isfinite(comparison.same_labels)
+        else "more than were trained",
+        "iterations_to_the_others_end": comparison.iterations,
+        "iterations": comparison.all_iterations,
+    }

@@ -1,0 +1,74 @@
+"""Options of misfm_compare that cannot be used are all told at once, with what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nnunetv2_misfm.commands.compare.options import read_options
+from nnunetv2_misfm.errors import PlanError
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    path = tmp_path / "VF.pth"
+    path.touch()
+    return path
+
+
+def test_everything_wrong_is_told_at_once(checkpoint: Path) -> None:
+    words = ["-d", "4", "-pretrained_weights", str(checkpoint), f"VF={checkpoint}", "gone.pth", "--nnunet", "--probe"]
+    words += ["-num_labelled", "0", "few", "-seeds", "0", "-patients", "(", "-initial_lr", "1e-3", "-1"]
+    words += ["-device", "cpu", "-gpus", "0", "-num_epochs", "0"]
+    with pytest.raises(PlanError) as caught:
+        read_options(words)
+    message = str(caught.value)
+    for part in (
+        "two arms would be called 'VF'; give NAME=FILE",
+        "there is no file",
+        "--probe scores pretrained features",
+        "-num_labelled 0: give numbers",
+        "-num_labelled few: give numbers",
+        "-seeds 0 must be at least 1",
+        "-patients '(' is no regular expression",
+        "give as many to nnU-Net's trainer",
+        "-gpus needs -device cuda, not cpu",
+        "-initial_lr: initial_lr = -1.0 must be above 0",
+        "-num_epochs: num_epochs = 0 must be at least 1",
+    ):
+        assert part in message, part
+
+
+def test_one_arm_is_nothing_to_compare() -> None:
+    with pytest.raises(PlanError, match="fewer than two arms.*--from_scratch"):
+        read_options(["-d", "4", "--from_scratch"])
+
+
+def test_arms_are_named_by_their_files_or_the_dataset_they_were_pretrained_on(tmp_path: Path) -> None:
+    fold = tmp_path / "Dataset900_MyPool" / "VolumeFusionTrainer__nnUNetPlans__3d_fullres" / "fold_all"
+    fold.mkdir(parents=True)
+    (fold / "checkpoint_final.pth").touch()
+    (tmp_path / "mae.safetensors").touch()
+    words = ["-d", "4", "-pretrained_weights", str(fold / "checkpoint_final.pth"), str(tmp_path / "mae.safetensors")]
+    assert list(read_options(words).weights) == ["MyPool", "mae"]
+    named = read_options([*words[:3], f"Mine={tmp_path / 'mae.safetensors'}", "--from_scratch"])
+    assert named.weights == {"Mine": str(tmp_path / "mae.safetensors")}
+
+
+def test_one_schedule_and_one_learning_rate_for_all_arms_by_default(checkpoint: Path) -> None:
+    options = read_options(["-d", "4", "-pretrained_weights", str(checkpoint), "--from_scratch"])
+    assert options.rates == (1e-3,) and options.settings["schedule"] == "default" and not options.tuned
+
+
+def test_several_learning_rates_are_to_choose_from(checkpoint: Path) -> None:
+    words = ["-d", "4", "-pretrained_weights", str(checkpoint), "--from_scratch", "-initial_lr", "1e-3", "5e-3"]
+    options = read_options([*words, "-weight_decay", "0.1"])
+    assert options.rates == (1e-3, 5e-3) and options.tuned
+    assert options.settings == {"schedule": "default", "weight_decay": 0.1}  # no learning rate: that is each run's own
+
+
+@pytest.mark.parametrize("name", ["scratch", "a b", "a__b", "-x"])
+def test_names_that_nnunet_could_not_use_are_refused(checkpoint: Path, name: str) -> None:
+    with pytest.raises(PlanError, match="cannot name an arm"):
+        read_options(["-d", "4", f"-pretrained_weights={name}={checkpoint}", "--from_scratch"])

@@ -1,0 +1,149 @@
+"""What misfm_compare says about finished runs, and the page that says it."""
+
+from __future__ import annotations
+
+import csv
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from nnunetv2_misfm.commands.compare.arms import Arm, Run, choose_rates, test_runs, tuning_runs
+from nnunetv2_misfm.commands.compare.page import Page, write_page
+from nnunetv2_misfm.commands.compare.records import RunRecord, read_record, write_csv
+from nnunetv2_misfm.commands.compare.summary import summarise
+
+test_runs.__test__ = False  # type: ignore[attr-defined]
+ARMS = [Arm("VF", "pretrained", (1e-3,), "VF.pth", "scratch"), Arm("scratch", "scratch", (1e-3,))]
+
+
+def record(arm: str, seed: int, dice: float, labelled: int = 5, **more: object) -> RunRecord:
+    """A run with two cases and two labels; one label is missing from the first case."""
+    content = {
+        "arm": arm,
+        "labelled": labelled,
+        "seed": seed,
+        "rate": 1e-3,
+        "tuning": False,
+        "dice": {"a": {"left": dice, "right": None}, "b": {"left": dice - 0.1, "right": dice + 0.1}},
+        "curve": [dice / 2, dice],
+        "iterations_per_epoch": 50,
+        "training_seconds": 60.0,
+        "prediction_seconds": 5.0,
+        "seconds": 70.0,
+    }
+    return RunRecord.model_validate(content | more)
+
+
+def test_a_score_is_averaged_as_nnunet_does() -> None:
+    run = record("VF", 0, 0.5)
+    assert run.label_dice == pytest.approx({"left": 45.0, "right": 60.0})  # the missing label counts nowhere
+    assert run.score == pytest.approx(52.5)
+    assert run.case_dice == pytest.approx({"a": 50.0, "b": 50.0})
+
+
+def test_the_verdict_says_what_helped_by_how_much() -> None:
+    gains = (0.05, 0.06, 0.07)
+    records = [record("scratch", seed, 0.5) for seed in range(3)]
+    records += [record("VF", seed, 0.5 + gain) for seed, gain in enumerate(gains)]
+    summary = summarise(ARMS, records)
+    # mean 6, standard deviation 1, t(.975, 2) = 4.30265: 6 +- 2.484
+    assert summary.verdict == "VF helped: +6.0 points of Dice against scratch with 5 labelled [+3.5, +8.5]."
+    assert summary.gains == pytest.approx({"a": 6.0, "b": 6.0})
+
+
+def test_harm_is_called_harm() -> None:
+    records = [record("scratch", seed, 0.6) for seed in range(3)]
+    records += [record("VF", seed, 0.5 - 0.01 * seed) for seed in range(3)]
+    assert summarise(ARMS, records).verdict.startswith("VF did harm: −11.0 points")
+
+
+def test_where_nothing_was_shown_the_verdict_says_how_many_more_seeds_it_takes() -> None:
+    records = [record("scratch", seed, 0.5) for seed in range(3)]
+    records += [record("VF", seed, 0.5 + 0.01 * gain) for seed, gain in enumerate((1, 2, 3))]
+    verdict = summarise(ARMS, records).verdict
+    assert verdict.startswith("No difference could be shown with 3 seeds: VF minus scratch is +2.0 points")
+    assert "1 more seeds would show it (-seeds 4)" in verdict
+
+
+def test_one_seed_shows_nothing() -> None:
+    verdict = summarise(ARMS, [record("scratch", 0, 0.1), record("VF", 0, 0.9)]).verdict
+    assert verdict.startswith("Nothing can be shown with one seed")
+
+
+def test_labels_and_iterations_saved() -> None:
+    records = [record("scratch", 0, dice, labelled) for labelled, dice in ((5, 0.4), (20, 0.6))]
+    records += [record("VF", 0, 0.5, 5, curve=[0.45, 0.5]), record("VF", 0, 0.6, 20, curve=[0.1, 0.2])]
+    few, many = summarise(ARMS, records).comparisons
+    assert few.same_labels == pytest.approx(10.0)  # sqrt(5 * 20): half-way from 40 to 60
+    assert (few.iterations, many.iterations, few.all_iterations) == (50, None, 100)
+
+
+def test_only_seeds_of_both_arms_are_compared() -> None:
+    records = [record("scratch", 0, 0.5), record("scratch", 1, 0.5), record("VF", 0, 0.6), record("VF", 4, 0.0)]
+    assert summarise(ARMS, records).comparisons[0].difference.values == pytest.approx((10.0,))
+
+
+class _Loads(HTMLParser):
+    """Collects what a page would load from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href") and not (value or "").startswith(("data:", "#")):
+                self.found.append(f"{tag} {name}={value}")
+
+
+def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
+    records = [record(arm, seed, 0.5, labelled) for arm in ("VF", "scratch") for seed in (0, 1) for labelled in (5, 10)]
+    summary = summarise(ARMS, records)
+    page = Page(
+        "Does it help on <Dataset>?", summary, [("test", "2 cases")], ["VF: pretrained"], commands="misfm_compare"
+    )
+    write_page(page, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    loads = _Loads()
+    loads.feed(text)
+    assert loads.found == [] and "@import" not in text and "<script" not in text
+    assert "url(http" not in text
+    assert "Does it help on &lt;Dataset&gt;?" in text
+    assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
+    assert text.count("<svg") == 4  # differences, labels saved, a learning curve for each number of labelled cases
+    assert "currentColor" in text
+    sizes = re.findall(r"<svg[^>]*>", text)
+    assert all("viewBox" in size and " width=" not in size and " height=" not in size for size in sizes)
+
+
+def test_the_table_has_a_row_for_each_run_case_and_label(tmp_path: Path) -> None:
+    write_csv([record("VF", 3, 0.5)], tmp_path / "runs.csv")
+    rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    assert [(row["case"], row["label"], row["dice"]) for row in rows] == [
+        ("a", "left", "0.500000"),
+        ("a", "right", ""),
+        ("b", "left", "0.400000"),
+        ("b", "right", "0.600000"),
+    ]
+
+
+def test_a_half_written_record_counts_as_none(tmp_path: Path) -> None:
+    whole = record("VF", 0, 0.5).model_dump_json()
+    path = tmp_path / "record.json"
+    path.write_text(whole)
+    assert read_record(path) == record("VF", 0, 0.5)
+    path.write_text(whole[:-20])
+    assert read_record(path) is None
+
+
+def test_every_arm_is_tuned_with_the_same_effort_and_gets_its_own_best_rate() -> None:
+    arms = [Arm("VF", "pretrained", (1e-3, 3e-3)), Arm("scratch", "scratch", (1e-3, 3e-3))]
+    runs = tuning_runs(arms, [5], 2)
+    assert [run.arm for run in runs].count("VF") == [run.arm for run in runs].count("scratch") == 4
+    assert {run.seed for run in runs}.isdisjoint(range(100))  # other labelled cases than are tested
+    best = {"VF": 1e-3, "scratch": 3e-3}
+    chosen = choose_rates(arms, [5], {run: 60.0 if run.rate == best[run.arm] else 50.0 for run in runs})
+    assert chosen == {("VF", 5): 1e-3, ("scratch", 5): 3e-3}
+    assert test_runs(arms, [5], 1, chosen) == [Run("VF", 5, 0, 1e-3), Run("scratch", 5, 0, 3e-3)]

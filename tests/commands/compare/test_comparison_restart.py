@@ -1,0 +1,115 @@
+"""A comparison goes on where it was stopped, and leaves the user's own plans, splits and results alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nnunetv2_misfm.commands.compare.options import read_options
+from nnunetv2_misfm.commands.compare.records import RunRecord
+from nnunetv2_misfm.commands.compare.study import Study
+from nnunetv2_misfm.commands.compare.workspace import Workspace
+from nnunetv2_misfm.errors import PlanError
+
+WORDS = ["-d", "4", "--from_scratch", "--nnunet", "-num_labelled", "1", "2", "-num_test", "2", "-num_validation", "1"]
+
+
+class FakeRunner:
+    """Does runs by writing their records, until it is stopped."""
+
+    def __init__(self, stop_after: int | None = None):
+        self.stop_after = stop_after
+        self.requests: list[dict[str, Any]] = []
+
+    def perform(self, requests: Sequence[dict[str, Any]], title: str, epochs: Callable[[Any], int]) -> list[Any]:
+        for request in requests:
+            if len(self.requests) == self.stop_after:
+                raise KeyboardInterrupt
+            self.requests.append(request)
+            record = RunRecord(
+                **request["about"],
+                dice={case: {"inner": 0.5} for case in request["cases"]},
+                curve=[0.5],
+                training_seconds=1.0,
+                prediction_seconds=1.0,
+                seconds=3.0,
+            )
+            Path(request["record"]).parent.mkdir(parents=True, exist_ok=True)
+            Path(request["record"]).write_text(record.model_dump_json())
+        return []
+
+
+def study(tmp_path: Path, users: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> Study:
+    """A planned comparison of the user's dataset in a folder of its own."""
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, str(users / name))
+    options = read_options([*WORDS, "-o", str(tmp_path / "comparison"), "-device", "cpu", *more])
+    workspace = Workspace(options.folder, options.dataset, options.configuration, options.plans)
+    workspace.prepare()
+    made = Study(options, workspace)
+    made.plan_arms()
+    return made
+
+
+def files_of(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file, with its size and time of change."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_finished_runs_are_kept_and_the_others_done(
+    tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = files_of(nnunet)
+    first = FakeRunner(stop_after=3)
+    with pytest.raises(KeyboardInterrupt):
+        study(tmp_path, nnunet, monkeypatch, "-seeds", "2").perform(first)  # type: ignore[arg-type]
+    second = FakeRunner()
+    again = study(tmp_path, nnunet, monkeypatch, "-seeds", "2")
+    assert len(again.left()) == 5
+    again.perform(second)  # type: ignore[arg-type]
+    done = [request["plans"] for request in first.requests + second.requests]
+    assert len(done) == len(set(done)) == 8  # two arms, two numbers of labelled cases, two seeds
+    assert again.left() == []
+    assert files_of(nnunet) == before
+
+    more = FakeRunner()
+    study(tmp_path, nnunet, monkeypatch, "-seeds", "3").perform(more)  # type: ignore[arg-type]
+    assert len(more.requests) == 4
+
+
+def test_both_arms_of_a_seed_have_the_same_cases(tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = FakeRunner()
+    made = study(tmp_path, nnunet, monkeypatch, "-seeds", "3")
+    made.perform(runner)  # type: ignore[arg-type]
+    folds = json.loads((made.workspace.preprocessed / "splits_final.json").read_text())
+    by_seed: dict[tuple[int, int], list[Any]] = {}
+    for request in runner.requests:
+        about, fold = request["about"], folds[request["fold"]]
+        assert fold["train"] == request["labelled_cases"]
+        assert not set(fold["train"]) & set(request["cases"]) and not set(fold["val"]) & set(request["cases"])
+        by_seed.setdefault((about["labelled"], about["seed"]), []).append((fold, list(request["cases"])))
+    assert all(len(of_seed) == 2 and of_seed[0] == of_seed[1] for of_seed in by_seed.values())
+    own = next(request for request in runner.requests if request["trainer"] == "MisFMTrainer")
+    plans = made.workspace.plans_of(own["plans"])
+    assert plans["misfm"]["seed"] == own["about"]["seed"] and plans["misfm"]["schedule"] == "default"
+
+
+def test_a_folder_keeps_its_terms(tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study(tmp_path, nnunet, monkeypatch, "-num_epochs", "3")
+    with pytest.raises(PlanError, match=r"on other terms: settings was .*'num_epochs': 3.*another folder with -o"):
+        study(tmp_path, nnunet, monkeypatch, "-num_epochs", "4")
+
+
+def test_more_labelled_cases_than_there_are_is_told(
+    tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(PlanError, match="-num_labelled 40: 3 are left for training beside 2 to test and 1 to validate"):
+        study(tmp_path, nnunet, monkeypatch, "-num_labelled", "40")

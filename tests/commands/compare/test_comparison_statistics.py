@@ -1,0 +1,76 @@
+"""The numbers of misfm_compare against values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from nnunetv2_misfm.commands.compare.statistics import (
+    confidence_for,
+    epochs_to,
+    equal_labels,
+    more_seeds_needed,
+    paired_difference,
+)
+
+
+def test_the_interval_is_that_of_the_paired_differences() -> None:
+    arm, other = {0: 71.0, 1: 80.0, 2: 75.0, 7: 99.0}, {0: 70.0, 1: 78.0, 2: 72.0, 5: 1.0}
+    difference = paired_difference(arm, other)
+    assert difference is not None
+    assert difference.values == (1.0, 2.0, 3.0)  # seeds that one arm lacks do not count
+    assert difference.mean == 2.0
+    # standard deviation 1, standard error 1/sqrt(3), t(.975, 2) = 4.30265 (any table of Student's t)
+    assert (difference.low, difference.high) == pytest.approx((2 - 2.48414, 2 + 2.48414), abs=1e-4)
+    assert difference.p == pytest.approx(0.0742, abs=1e-4)  # t = 3.4641 with two degrees of freedom
+    assert not difference.shown
+
+
+def test_a_difference_is_shown_when_its_interval_leaves_zero_out() -> None:
+    difference = paired_difference({0: 2.0, 1: 3.0, 2: 2.5, 3: 2.5}, dict.fromkeys(range(4), 0.0))
+    assert difference is not None and difference.shown
+    # standard deviation .40825, t(.975, 3) = 3.18245
+    assert difference.low == pytest.approx(2.5 - 0.64962, abs=1e-4)
+
+
+def test_one_seed_has_no_interval_and_shows_nothing() -> None:
+    difference = paired_difference({0: 90.0}, {0: 10.0})
+    assert difference is not None
+    assert (difference.low, difference.high, difference.p, difference.shown) == (-math.inf, math.inf, 1.0, False)
+
+
+def test_arms_without_a_common_seed_have_no_difference() -> None:
+    assert paired_difference({0: 1.0}, {1: 1.0}) is None
+
+
+def test_two_comparisons_are_each_asked_for_more() -> None:
+    assert confidence_for(1) == pytest.approx(0.95)
+    assert confidence_for(2) == pytest.approx(0.975)
+
+
+def test_more_seeds_until_the_interval_leaves_zero_out() -> None:
+    # mean 2, standard deviation 1: 2.484 > 2 with three seeds, t(.975, 3) / sqrt(4) = 1.591 < 2 with four
+    assert more_seeds_needed([1.0, 2.0, 3.0]) == 1
+    # mean 1, standard deviation 2: t(.975, 17) = 2.1098, times 2 / sqrt(18) = .9946 < 1; with 17 it is 1.0283
+    assert more_seeds_needed([-1.0, 1.0, 3.0]) == 15
+    assert more_seeds_needed([2.0, 3.0, 2.5, 2.5]) == 0
+
+
+@pytest.mark.parametrize("values", [[1.0], [-1.0, 1.0], [-10.0, 10.01]], ids=["one seed", "level", "too small"])
+def test_how_many_more_seeds_cannot_always_be_told(values: list[float]) -> None:
+    assert more_seeds_needed(values) is None
+
+
+def test_labels_saved_are_read_off_the_baseline_on_a_logarithmic_scale() -> None:
+    baseline = {5: 60.0, 20: 70.0, 80: 75.0}
+    assert equal_labels(65.0, baseline) == pytest.approx(10.0)  # half-way between 5 and 20: sqrt(5 * 20)
+    assert equal_labels(72.5, baseline) == pytest.approx(40.0)
+    assert equal_labels(70.0, baseline) == pytest.approx(20.0)
+    assert equal_labels(76.0, baseline) == math.inf
+    assert equal_labels(60.0, baseline) is None
+
+
+def test_the_first_epoch_at_a_goal() -> None:
+    assert epochs_to([0.1, 0.5, 0.4, 0.6], 0.5) == 2
+    assert epochs_to([0.1, 0.2], 0.5) is None

@@ -1,0 +1,43 @@
+"""The linear classifier on frozen features."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from nnunetv2_misfm.architectures import FMUNet, PCTNet
+from nnunetv2_misfm.commands.compare.probe import ProbedNetwork, logistic_regression
+
+FEATURES = (4, 4, 8, 8, 16)
+
+
+def test_the_classifier_separates_what_a_line_separates_whatever_the_scale_of_the_features() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 3, generator=generator) * torch.tensor([1.0, 100.0, 1e-3]) + torch.tensor([0.0, 50.0, 1.0])
+    y = (x[:, 1] - 50 > 100 * x[:, 0]).long()
+    classifier = logistic_regression(x, y, 2)
+    assert float((classifier(x).argmax(1) == y).float().mean()) > 0.97
+
+
+def test_a_probed_network_gives_logits_of_the_image_from_all_its_stages() -> None:
+    for network in (PCTNet(1, 3, features_per_stage=FEATURES), FMUNet(1, 3, features_per_stage=FEATURES)):
+        probed = ProbedNetwork(network, random=False).eval()
+        x = torch.randn(1, 1, 16, 32, 32)
+        features = probed.features(x)
+        # Five stages of the encoder and four of the decoder.
+        assert features.shape == (1, sum(FEATURES) + sum(FEATURES[:4]), 16, 32, 32)
+        probed.classifier = nn.Linear(features.shape[1], 4)
+        logits = probed(x)
+        assert logits.shape == (1, 4, 16, 32, 32)
+        voxel = probed.classifier(features[0, :, 3, 5, 7])
+        torch.testing.assert_close(logits[0, :, 3, 5, 7], voxel)
+
+
+def test_random_weights_use_the_statistics_of_each_batch_and_no_dropout() -> None:
+    torch.manual_seed(0)
+    network = PCTNet(1, 3, features_per_stage=FEATURES)
+    probed = ProbedNetwork(network, random=True).eval()
+    x = 100 * torch.randn(1, 1, 16, 16, 16)
+    first, second = probed.features(x), probed.features(x)
+    torch.testing.assert_close(first, second)
+    assert float(first.abs().max()) < 100
