@@ -159,7 +159,7 @@ def apply_augmentation(
         axes = [axis for axis, flip in enumerate(augmentation.flips, start=1) if flip]
         out.copy_(resized.flip(axes) if axes else resized)
         if augmentation.blur_sigma is not None:
-            out.copy_(_blur(out, augmentation.blur_sigma))
+            out.copy_(blur(out, augmentation.blur_sigma))
         if augmentation.changes_intensities:
             for index, channel in enumerate(out):
                 _change_intensities(channel, augmentation, index)
@@ -168,21 +168,19 @@ def apply_augmentation(
     return batch
 
 
-def _resize(crop: Tensor, slices_averaged: int, patch_size: Sequence[int]) -> Tensor:
-    if slices_averaged > 1:
-        crop = crop.unflatten(1, (-1, slices_averaged)).mean(dim=2)
-    if tuple(crop.shape[1:]) == tuple(patch_size):
-        return crop
-    return F.interpolate(crop[None], size=tuple(patch_size), mode="trilinear", align_corners=False)[0]
+def blur(crop: Tensor, sigma: float, axes: Sequence[int] = (1, 2, 3)) -> Tensor:
+    """Gaussian filter of (C, X, Y, Z) along some axes, with the border voxels repeated outside.
 
-
-def _blur(crop: Tensor, sigma: float) -> Tensor:
-    """Gaussian filter of (C, X, Y, Z), three standard deviations wide, with the border voxels repeated outside."""
+    Args:
+        crop: floating point.
+        sigma: standard deviation in voxels; the filter reaches three of them.
+        axes: of the tensor.
+    """
     radius = math.ceil(3 * sigma)
     offsets = np.arange(-radius, radius + 1)
     weights = np.exp(-0.5 * (offsets / sigma) ** 2)
     weights /= weights.sum()
-    for axis in (1, 2, 3):
+    for axis in axes:
         pads = [0] * 6
         pads[2 * (3 - axis)] = pads[2 * (3 - axis) + 1] = radius
         padded = F.pad(crop[None], pads, mode="replicate")[0]
@@ -191,6 +189,14 @@ def _blur(crop: Tensor, sigma: float) -> Tensor:
             blurred.add_(padded.narrow(axis, shift, crop.shape[axis]), alpha=weight)
         crop = blurred
     return crop
+
+
+def _resize(crop: Tensor, slices_averaged: int, patch_size: Sequence[int]) -> Tensor:
+    if slices_averaged > 1:
+        crop = crop.unflatten(1, (-1, slices_averaged)).mean(dim=2)
+    if tuple(crop.shape[1:]) == tuple(patch_size):
+        return crop
+    return F.interpolate(crop[None], size=tuple(patch_size), mode="trilinear", align_corners=False)[0]
 
 
 def _change_intensities(channel: Tensor, augmentation: CropAugmentation, index: int) -> None:
