@@ -207,7 +207,7 @@ def _change_intensities(channel: Tensor, augmentation: CropAugmentation, index: 
     low, high = target_low, target_high = torch.aminmax(channel)
     if augmentation.percentiles is not None:
         percentiles = (*augmentation.percentiles[index], *INTENSITY_RANGE_PERCENTILES)
-        values = _percentile_values(channel, percentiles)
+        values = percentile_values(channel, percentiles)
         # Percentiles may coincide, as in a crop that is mostly air: then the whole range is kept.
         usable = values[1] > values[0]
         low, target_low = torch.where(usable, values[0::2], low)
@@ -224,10 +224,15 @@ def _change_intensities(channel: Tensor, augmentation: CropAugmentation, index: 
     channel.mul_(-target_spread if augmentation.invert else target_spread).add_(start)
 
 
-def _percentile_values(channel: Tensor, percentiles: Sequence[float]) -> Tensor:
-    """Percentiles (0..100) of a channel, from an evenly spread sample of its voxels."""
-    values = channel.flatten()[:: spread_stride(channel.numel(), PERCENTILE_SAMPLE)].sort().values
-    return torch.stack([values[round(p / 100 * (len(values) - 1))] for p in percentiles])
+def percentile_values(images: Tensor, percentiles: Sequence[float]) -> Tensor:
+    """Percentiles (0..100) of each image of (..., X, Y, Z), from an evenly spread sample of its voxels.
+
+    Returns:
+        one for each percentile along the first axis: (P, ...).
+    """
+    voxels = images.flatten(-3)
+    values = voxels[..., :: spread_stride(voxels.shape[-1], PERCENTILE_SAMPLE)].sort().values
+    return torch.stack([values[..., round(p / 100 * (values.shape[-1] - 1))] for p in percentiles])
 
 
 def _add_noise(crop: Tensor, std: float, seed: int) -> None:
