@@ -1,0 +1,88 @@
+"""Patch swapping: pairs of blocks of a crop change places, and the network puts them back.
+
+Image tensors are (B, C, X, Y, Z) in plans axis order, so X is the depth.
+
+Published as context restoration (Chen et al., Medical Image Analysis 2019). Number and size of the blocks are those of
+PyMIC's recipe (`pymic/transform/intensity.py`, `PatchSwaping`, 20 to 40 pairs of 8x16x16 blocks in 64x128x128): blocks are
+an eighth of any patch, so that the same share of it changes. Two differences to that code:
+
+- As in the paper the two blocks of a pair lie apart, and each pair is swapped in what earlier ones left, so that no value
+  is lost. PyMIC copies from the unchanged crop into blocks that may overlap: of about one pair in sixty a part is then
+  there twice.
+- Its crops are in [-1, 1] and its network ends in a tanh. Crops here have any normalisation, so the output is unbounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnunetv2_misfm.plans.settings import Settings, setting
+
+
+class PatchSwapSettings(Settings):
+    """How many blocks of which size change places."""
+
+    num_swaps: tuple[int, int] = setting((20, 40), "fewest and most pairs of blocks that change places", low=1)
+    swap_size: tuple[float, float, float] = setting(
+        (0.125, 0.125, 0.125), "size of a block that changes places, as a share of the patch", above=0, high=0.5
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Swaps:
+    """Pairs of blocks that change places, one pair after another.
+
+    Attributes:
+        first, second: (N, 3) whole numbers: the blocks' first voxels; the two blocks of a pair do not overlap.
+        size: voxels (X, Y, Z) of every block.
+    """
+
+    first: np.ndarray
+    second: np.ndarray
+    size: tuple[int, int, int]
+
+
+def sample_swaps(shape: Sequence[int], settings: PatchSwapSettings, generator: np.random.Generator) -> Swaps:
+    """Draw the swaps of one crop of `shape` voxels (X, Y, Z); none if it has but one voxel.
+
+    Raises:
+        ValueError: if the shape is not three positive numbers.
+    """
+    if len(shape) != 3 or min(shape) < 1:
+        raise ValueError(f"the shape of a patch must be three positive numbers of voxels, not {tuple(shape)}")
+    patch = np.asarray(shape)
+    # At most half the patch along each axis, so that there is room for two.
+    size = np.clip(np.rint(patch * settings.swap_size).astype(int), 1, np.maximum(patch // 2, 1))
+    count = int(generator.integers(*settings.num_swaps, endpoint=True)) if patch.max() > 1 else 0
+    pairs = np.zeros((2, count, 3), dtype=int)
+    overlap = np.ones(count, dtype=bool)
+    while overlap.any():
+        pairs[:, overlap] = generator.integers(0, patch - size, size=(2, int(overlap.sum()), 3), endpoint=True)
+        overlap = (np.abs(pairs[0] - pairs[1]) < size).all(axis=1)
+    x, y, z = size.tolist()
+    return Swaps(pairs[0], pairs[1], (x, y, z))
+
+
+@torch.no_grad()
+def apply_swaps(crops: Tensor, swaps: Sequence[Swaps]) -> Tensor:
+    """The crops with their blocks swapped; all channels of a crop alike.
+
+    Args:
+        crops: (B, C, X, Y, Z).
+        swaps: B of them, drawn for patches of (X, Y, Z).
+    """
+    swapped = crops.clone()
+    for crop, drawn in zip(swapped, swaps, strict=True):
+        depth, height, width = drawn.size
+        for (x0, y0, z0), (x1, y1, z1) in zip(drawn.first.tolist(), drawn.second.tolist(), strict=True):
+            first = crop[:, x0 : x0 + depth, y0 : y0 + height, z0 : z0 + width]
+            second = crop[:, x1 : x1 + depth, y1 : y1 + height, z1 : z1 + width]
+            kept = first.clone()
+            first.copy_(second)
+            second.copy_(kept)
+    return swapped

@@ -1,0 +1,293 @@
+"""vox2vec: two overlapping crops of a volume, changed each in its own way; a voxel's vectors in both are to be alike.
+
+Image tensors are (B, C, X, Y, Z) in plans axis order, so X is the depth.
+
+Published by Goncharov et al. (MICCAI 2023). Figures are those of the authors' code (mishgon/vox2vec,
+`vox2vec/pretrain/data.py` and `model.py`), in the form that PyMIC gives them (`pymic/transform/crop4vox2vec.py`,
+`self_vox2vec.py`): a network's encoder in place of a feature pyramid, crops that share three quarters of each axis, and
+voxels that are told from others of the same two crops, not of the batch. Differences:
+
+- Intensities are in parts of each channel's range in the crop, in place of Hounsfield units, so any normalisation will do.
+- A voxel is of the body if it is brighter than the lowest twentieth of that range, in place of a threshold of -500 HU and
+  filling. Voxels are drawn from all of the overlap if none is.
+- The projection has LayerNorm in place of BatchNorm: a voxel's vector does not depend on which others were drawn, and
+  several processes do what one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nnunetv2_misfm.plans.settings import Settings, setting
+from nnunetv2_misfm.pretrain.augment import INTENSITY_RANGE_PERCENTILES, CropAugmentation, blur, percentile_values
+
+# Strengths of the authors' code; noise and window ends as parts of their widest window, -1350 to 1000 HU.
+_BLUR_SIGMA = (0.25, 1.5)  # voxels, in plane
+_SHARPENING_SIGMA, _SHARPENING_NARROW_SIGMA, _SHARPENING = (0.5, 1.0), 0.5, (10.0, 30.0)
+_NOISE_STD = (0.0, 30 / 2350)
+_WINDOW_START, _WINDOW_STOP = (0.0, 350 / 2350), (1650 / 2350, 1.0)
+_IN_PLANE = (2, 3)  # axes Y and Z of (C, X, Y, Z)
+
+_BODY = 0.05  # of a channel's range, above its low end
+_CANDIDATES_PER_POINT = 4  # voxels looked at for each one that is wanted, so that a quarter of body is enough
+
+
+class Vox2VecSettings(Settings):
+    """How pairs of crops are made, and how voxels are compared."""
+
+    min_overlap: tuple[float, float, float] = setting(
+        (0.75, 0.75, 0.75), "part of the patch that two crops share at least, for each axis", above=0, high=1
+    )
+    num_points: int = setting(1024, "most voxels of a pair of crops that are compared", low=2)
+    sharpness_rate: float = setting(0.5, "probability of blurring or sharpening a crop", low=0, high=1)
+    noise_rate: float = setting(0.5, "probability of Gaussian noise on a crop", low=0, high=1)
+    window_rate: float = setting(0.8, "probability of another intensity window for a crop", low=0, high=1)
+    temperature: float = setting(0.1, "temperature of the InfoNCE loss", above=0)
+    embedding_size: int = setting(128, "length of a voxel's projected vector", low=1)
+
+
+@dataclass(frozen=True)
+class ViewChanges:
+    """What is done to the intensities of one crop, in this order; None means not done.
+
+    Attributes:
+        sigma: of a Gaussian filter in plane, in voxels.
+        sharpening: how much of the difference to a narrower filter is added then.
+        noise_std: as a part of each channel's range.
+        noise_seed: the same noise on the same type of device.
+        windows: for each channel, the parts (low, high) of its range that become the ends of its range.
+    """
+
+    sigma: float | None = None
+    sharpening: float | None = None
+    noise_std: float | None = None
+    noise_seed: int = 0
+    windows: tuple[tuple[float, float], ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Where a patch lies in its volume.
+
+    Attributes:
+        start: of the crop it is made of, in voxels of the volume.
+        augmentation: what that crop becomes a patch by.
+    """
+
+    start: tuple[int, int, int]
+    augmentation: CropAugmentation
+
+    def read_positions(self, axis: int, patch_length: int) -> np.ndarray:
+        """Centres of the patch's voxels along an axis, in voxels from the beginning of the crop."""
+        centres = (np.arange(patch_length) + 0.5) * self.augmentation.read_size[axis] / patch_length
+        return centres[::-1] if self.augmentation.flips[axis] else centres
+
+
+@dataclass(frozen=True, eq=False)
+class Views:
+    """What two crops of a volume have in common, and how each is changed.
+
+    Attributes:
+        points: (2, N, 3) whole numbers: the same N voxels of the volume in the first and in the second patch.
+        changes: of the first and of the second.
+    """
+
+    points: np.ndarray
+    changes: tuple[ViewChanges, ViewChanges]
+
+
+def overlap_voxels(patch_size: Sequence[int], settings: Vox2VecSettings) -> tuple[int, int, int]:
+    """How many voxels of the patch two crops share at least, for each axis."""
+    x, y, z = (int(np.ceil(n * part - 1e-9)) for n, part in zip(patch_size, settings.min_overlap, strict=True))
+    return x, y, z
+
+
+def sample_changes(settings: Vox2VecSettings, generator: np.random.Generator, num_channels: int) -> ViewChanges:
+    """Draw what is done to the intensities of one crop."""
+
+    def drawn(rate: float) -> bool:
+        return bool(generator.random() < rate)
+
+    def between(ends: tuple[float, float]) -> float:
+        return float(generator.uniform(*ends))
+
+    sigma = sharpening = noise_std = windows = None
+    if drawn(settings.sharpness_rate):
+        if drawn(0.5):
+            sigma = between(_BLUR_SIGMA)
+        else:
+            sigma, sharpening = between(_SHARPENING_SIGMA), between(_SHARPENING)
+    if drawn(settings.noise_rate):
+        noise_std = between(_NOISE_STD)
+    if drawn(settings.window_rate):
+        windows = tuple((between(_WINDOW_START), between(_WINDOW_STOP)) for _ in range(num_channels))
+    return ViewChanges(sigma, sharpening, noise_std, int(generator.integers(2**63)), windows)
+
+
+def sample_points(
+    crop: Tensor,
+    first: Placement,
+    second: Placement,
+    patch_size: Sequence[int],
+    num_points: int,
+    generator: np.random.Generator,
+) -> np.ndarray:
+    """Draw voxels of the body that lie in both patches.
+
+    Args:
+        crop: (C, *read_size) that the first patch is made of, as it was read.
+        first, second: where the two patches lie.
+        patch_size: (X, Y, Z) in voxels.
+        num_points: at most.
+        generator: of the choice.
+
+    Returns:
+        (2, N, 3) whole numbers, N from 1 to `num_points`: each voxel of the first patch, and the one of the second patch
+        that its centre lies in.
+
+    Raises:
+        ValueError: if the patches do not overlap.
+    """
+    places = [_shared(first, second, axis, int(n)) for axis, n in enumerate(patch_size)]
+    shape = [len(place[0]) for place in places]
+    if min(shape) == 0:
+        raise ValueError(f"patches that start at {first.start} and {second.start} do not overlap")
+    number = int(np.prod(shape))
+    wanted = min(number, _CANDIDATES_PER_POINT * num_points)
+    chosen = np.unravel_index(generator.choice(number, wanted, replace=False), shape)
+    in_first, in_second, in_crop = (
+        np.stack([place[which][index] for place, index in zip(places, chosen, strict=True)], axis=1)
+        for which in range(3)
+    )
+    body = np.flatnonzero(_is_body(crop, in_crop))
+    kept = (body if len(body) else np.arange(wanted))[:num_points]
+    return np.stack([in_first[kept], in_second[kept]])
+
+
+@torch.no_grad()
+def change_intensities(patches: Tensor, changes: Sequence[ViewChanges]) -> Tensor:
+    """Blur or sharpen, add noise and choose a window.
+
+    Args:
+        patches: (B, C, X, Y, Z), floating point.
+        changes: B of them.
+    """
+    low, high = percentile_values(patches, INTENSITY_RANGE_PERCENTILES)
+    changed = patches.clone()
+    for index, (patch, drawn) in enumerate(zip(changed, changes, strict=True)):
+        start, spread = (v[index].view(-1, 1, 1, 1) for v in (low, high - low))
+        if drawn.sigma is not None:
+            blurred = blur(patch, drawn.sigma, _IN_PLANE)
+            if drawn.sharpening is not None:
+                narrow = blur(blurred, _SHARPENING_NARROW_SIGMA, _IN_PLANE)
+                blurred = blurred.add_(blurred - narrow, alpha=drawn.sharpening)
+            patch.copy_(blurred)
+        if drawn.noise_std is not None:
+            generator = torch.Generator(patch.device).manual_seed(drawn.noise_seed)
+            noise = torch.randn(patch.shape, generator=generator, device=patch.device, dtype=patch.dtype)
+            patch.add_(noise.mul_(spread), alpha=drawn.noise_std)
+        if drawn.windows is not None:
+            for channel, (a, b), c, s in zip(patch, drawn.windows, start, spread, strict=True):
+                # The window's ends become the range's; a constant channel stays as it is.
+                channel.sub_(c + a * s).mul_(1 / (b - a)).clamp_(min=0)
+                torch.minimum(channel, s, out=channel).add_(c)
+    return changed
+
+
+def voxel_vectors(levels: Sequence[Tensor], points: Tensor, input_size: Sequence[int]) -> Tensor:
+    """The vectors that the feature maps of all levels hold for some voxels, one after another.
+
+    Args:
+        levels: (B, C_l, X_l, Y_l, Z_l), of any strides.
+        points: (B, N, 3) voxels of the input.
+        input_size: (X, Y, Z) of the input that the levels were made of, which their sizes divide.
+
+    Returns:
+        (B, N, sum of C_l).
+    """
+    vectors = []
+    for level in levels:
+        size = level.shape[2:]
+        stride = torch.tensor([n // m for n, m in zip(input_size, size, strict=True)], device=points.device)
+        x, y, z = (points // stride).unbind(2)
+        place = (x * size[1] + y) * size[2] + z
+        vectors.append(level.flatten(2).gather(2, place[:, None].expand(-1, level.shape[1], -1)))
+    return torch.cat(vectors, dim=1).transpose(1, 2)
+
+
+class Projection(nn.Sequential):
+    """Three linear layers from a voxel's vector to one of unit length."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(
+            nn.Linear(in_features, in_features),
+            nn.LayerNorm(in_features),
+            nn.ReLU(),
+            nn.Linear(in_features, in_features),
+            nn.LayerNorm(in_features),
+            nn.ReLU(),
+            nn.Linear(in_features, out_features),
+        )
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        return F.normalize(super().forward(vectors), dim=-1)
+
+
+def info_nce(first: Tensor, second: Tensor, there: Tensor, temperature: float) -> Tensor:
+    """How badly each voxel's vector in one view is told from all others by its vector in the other view.
+
+    The others are all other voxels of the pair, in both views.
+
+    Args:
+        first, second: (B, N, E) vectors of unit length, those of one voxel at the same place.
+        there: (B, N), False for places that hold no voxel; each of the B pairs has at least one.
+        temperature: what similarities are divided by.
+
+    Returns:
+        the mean over pairs of the mean over voxels and views of the cross entropy.
+    """
+    match = (first * second).sum(2) / temperature
+    across = (first @ second.mT / temperature).masked_fill(~there[:, None], -torch.inf)
+    back = (second @ first.mT / temperature).masked_fill(~there[:, None], -torch.inf)
+    itself = torch.eye(first.shape[1], dtype=torch.bool, device=first.device)
+    losses = torch.zeros_like(match)
+    for own, other in ((first, across), (second, back)):
+        within = (own @ own.mT / temperature).masked_fill(itself | ~there[:, None], -torch.inf)
+        losses = losses + torch.cat([within, other], dim=2).logsumexp(2) - match
+    return (losses * there / 2).sum(1).div(there.sum(1)).mean()
+
+
+def num_retrieved(first: Tensor, second: Tensor, there: Tensor) -> Tensor:
+    """How many voxels of the first view are most like themselves among all of the second; arguments as in `info_nce`."""
+    similarity = (first @ second.mT).masked_fill(~there[:, None], -torch.inf)
+    return ((similarity.argmax(2) == torch.arange(first.shape[1], device=first.device)) & there).sum()
+
+
+def _shared(
+    first: Placement, second: Placement, axis: int, patch_length: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Along one axis, the voxels of the first patch that the second has too: their places in both, and in the crop."""
+    in_crop = first.read_positions(axis, patch_length)
+    read_length = second.augmentation.read_size[axis]
+    from_second = in_crop + first.start[axis] - second.start[axis]
+    shared = np.flatnonzero((from_second >= 0) & (from_second < read_length))
+    in_second = np.minimum(np.floor(from_second[shared] * patch_length / read_length).astype(int), patch_length - 1)
+    if second.augmentation.flips[axis]:
+        in_second = patch_length - 1 - in_second
+    return shared, in_second, np.floor(in_crop[shared]).astype(int)
+
+
+def _is_body(crop: Tensor, places: np.ndarray) -> np.ndarray:
+    """Whether voxels (N, 3) of a crop (C, X, Y, Z) are no background in one of its channels."""
+    low, high = percentile_values(crop, INTENSITY_RANGE_PERCENTILES)
+    threshold = (low + _BODY * (high - low)).numpy()
+    x, y, z = places.T
+    body: np.ndarray = (crop.numpy()[:, x, y, z] > threshold[:, None]).any(axis=0)
+    return body
