@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 from provenance import provenance
 
-from nnunetv2_misfm.pretrain.settings import FusionSettings
-from nnunetv2_misfm.pretrain.volume_fusion import fusion_labels, sample_fusion
+from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings, fusion_labels, sample_fusion
 
 RESULTS = Path(__file__).parent / "results"
 PAPER, CUBE = (64, 128, 128), (128, 128, 128)

@@ -36,9 +36,9 @@ from provenance import device_name, provenance
 from scipy.ndimage import gaussian_filter
 
 from nnunetv2_misfm.pretrain.augment import apply_augmentation, sample_pair_augmentations
-from nnunetv2_misfm.pretrain.crops import CropPairs
-from nnunetv2_misfm.pretrain.settings import AugmentSettings, FusionSettings
-from nnunetv2_misfm.pretrain.volume_fusion import fuse, sample_fusion
+from nnunetv2_misfm.pretrain.crops import CropSamples
+from nnunetv2_misfm.pretrain.settings import AugmentSettings
+from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings, VolumeFusion, fuse, sample_fusion
 
 PATCH = (64, 128, 128)
 VOLUME = (160, 256, 256)
@@ -110,8 +110,9 @@ def reading_job(volumes: list[np.ndarray], folder: Path) -> Job:
         path = str(folder / f"{index}.b2nd")
         blosc2.asarray(volume[None], urlpath=path, chunks=chunks, blocks=blocks, cparams=parameters)
     names = [str(index) for index in range(len(volumes))]
-    pairs = CropPairs(folder, names, PATCH, FusionSettings(), AugmentSettings(), seed=0, num_channels=1)
-    return lambda index: pairs[0, index, 0]
+    task = VolumeFusion(FusionSettings())
+    samples = CropSamples(folder, names, PATCH, task, AugmentSettings(), seed=0, num_channels=1)
+    return lambda index: samples[0, index, 0]
 
 
 def nnssl_job(checkout: Path, volumes: list[np.ndarray]) -> Job:

@@ -75,13 +75,15 @@ def in_a_process(task: Callable[[Any, str], None], folder: str) -> dict[str, flo
 def open_ours(pipe: Any, folder: str) -> None:
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
-    from nnunetv2_misfm.pretrain.crops import CropPairs
-    from nnunetv2_misfm.pretrain.settings import AugmentSettings, FusionSettings
+    from nnunetv2_misfm.pretrain.crops import CropSamples
+    from nnunetv2_misfm.pretrain.settings import AugmentSettings
+    from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings, VolumeFusion
     from nnunetv2_misfm.trainers.pretext_data import hold_out
 
     before, started = memory("VmRSS"), time.perf_counter()
     training, _ = hold_out(nnUNetDatasetBlosc2.get_identifiers(folder))
-    pairs = CropPairs(folder, training, (64, 128, 128), FusionSettings(), AugmentSettings(), 0, 1)
+    task = VolumeFusion(FusionSettings())
+    pairs = CropSamples(folder, training, (64, 128, 128), task, AugmentSettings(), 0, 1)
     seconds = time.perf_counter() - started
     del training
     results = {"seconds": seconds, **measured(before)}

@@ -16,7 +16,11 @@ from environments import REPOSITORY, Environment, build_wheel, copy_source, run
 
 PLUGIN_FOLDER = REPOSITORY / "nnunetv2_misfm" / "nnunet_plugin"
 SHOW_SEARCH_PATH = "import os; print(os.environ.get('nnUNet_extTrainer'))"
-TRAINERS = {"MisFMTrainer": "misfm_trainer", "VolumeFusionTrainer": "volume_fusion_trainer"}
+TRAINERS = {
+    "MisFMTrainer": "misfm_trainer",
+    "PretrainingTrainer": "pretraining_trainer",
+    "VolumeFusionTrainer": "volume_fusion_trainer",
+}
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,15 @@ def total_strides(strides: Sequence[Sequence[int]]) -> list[tuple[int, int, int]
     return totals
 
 
+def output_weights(count: int) -> list[float]:
+    """What each of so many outputs weighs in a loss with deep supervision, finest first: 1, 1/2, 1/4, ..., sum 1.
+
+    nnU-Net leaves the coarsest output untrained; here all are, as in the published recipe.
+    """
+    halves = [0.5**i for i in range(count)]
+    return [half / sum(halves) for half in halves]
+
+
 def pad_to_multiple(x: Tensor, multiple: Sequence[int]) -> Tensor:
     """Zeros added at the far end of each spatial axis of (B, C, X, Y, Z) until it is a multiple of `multiple`."""
     pads = [-length % m for length, m in zip(x.shape[2:], multiple, strict=True)]

@@ -32,7 +32,7 @@ from nnunetv2_misfm.start_up import OFF_SWITCH, SEARCH_PATH, is_switched_off
 PACKAGE = Path(nnunetv2_misfm.__file__).resolve().parent
 PLUGIN_FOLDER = PACKAGE / "nnunet_plugin"
 START_UP_FILE = "nnunetv2_misfm.pth"
-TRAINERS = ("MisFMTrainer", "VolumeFusionTrainer")
+TRAINERS = ("MisFMTrainer", "PretrainingTrainer", "VolumeFusionTrainer")
 SHOWN_PACKAGES = (
     "nnunetv2",
     "torch",

@@ -12,12 +12,12 @@ from nnunetv2_misfm.files import TRAINING_LOCK, locked, read_json
 from nnunetv2_misfm.plans.compare import what_a_run_must_keep
 from nnunetv2_misfm.plans.files import nnunet_folder
 from nnunetv2_misfm.plans.run_settings import BLOCK
-from nnunetv2_misfm.pretrain.settings import GROUPS
+from nnunetv2_misfm.pretrain.tasks import default_settings, task_class
 
 
-def run_folder(dataset_name: str, plans_name: str, configuration: str) -> Path:
+def run_folder(task: str, dataset_name: str, plans_name: str, configuration: str) -> Path:
     """The results folder of a pretraining run."""
-    name = f"VolumeFusionTrainer__{plans_name}__{configuration}"
+    name = f"{task_class(task).trainer()}__{plans_name}__{configuration}"
     return nnunet_folder("nnUNet_results") / dataset_name / name / "fold_all"
 
 
@@ -65,7 +65,7 @@ class EarlierRun:
         if not self.exists or not path.is_file():
             return
         before = read_json(path, "Start the run anew with --overwrite.")
-        differing = what_a_run_must_keep(before, plans, configuration, **GROUPS)
+        differing = what_a_run_must_keep(before, plans, configuration, **default_settings(plans[BLOCK]["task"]))
         if differing:
             lines = "\n  ".join(differing)
             raise PlanError(

@@ -1,4 +1,4 @@
-"""Running VolumeFusionTrainer through nnU-Net's own training entry point."""
+"""Running a pretraining trainer through nnU-Net's own training entry point."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from nnunetv2_misfm.start_up import add_plugin_folder
 
 
 def launch(
+    trainer: str,
     dataset_name: str,
     plans_name: str,
     configuration: str,
@@ -17,6 +18,7 @@ def launch(
     """Train on a prepared pool or preprocessed dataset, then validate the pretext task.
 
     Args:
+        trainer: the name of its class.
         dataset_name: a folder of nnUNet_preprocessed.
         plans_name, configuration: what to train.
         device: "cuda", "cpu" or "mps".
@@ -41,7 +43,7 @@ def launch(
             dataset_name,
             configuration,
             "all",
-            "VolumeFusionTrainer",
+            trainer,
             plans_name,
             num_gpus=num_gpus,
             continue_training=continue_training,

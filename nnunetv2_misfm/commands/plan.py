@@ -15,6 +15,7 @@ from nnunetv2_misfm.plans.network_entry import NETWORKS
 from nnunetv2_misfm.plans.run_settings import (
     DEFAULT_BASELINE_PLANS,
     DEFAULT_FINETUNING_PLANS,
+    SEGMENTATION,
     FinetuningSettings,
 )
 from nnunetv2_misfm.plans.settings import read_settings
@@ -84,7 +85,7 @@ class Target:
         self.plans_name = options.overwrite_plans_name or default_name
         check_name(self.plans_name, self.base)
         self.path = self.folder / f"{self.plans_name}.json"
-        self.replaced = check_replaceable(self.path, FinetuningSettings.TASK, options.c)
+        self.replaced = check_replaceable(self.path, SEGMENTATION, options.c)
 
     def request(self, options: argparse.Namespace, source: Source | None) -> PlanRequest:
         """What the options ask for."""

@@ -37,23 +37,32 @@ def pretrain(arguments: list[str] | None = None) -> None:
     planned = processes.first_does(lambda: plan_and_prepare(options))
     if planned is None:
         return
-    dataset, plans = planned
+    task, dataset, plans = planned
     from nnunetv2_misfm.commands.launch import launch
+    from nnunetv2_misfm.pretrain.tasks import task_class
 
     with processes.training(options.device):
-        launch(dataset, plans, options.configuration, options.device, options.num_gpus, options.continue_training)
+        launch(
+            task_class(task).trainer(),
+            dataset,
+            plans,
+            options.configuration,
+            options.device,
+            options.num_gpus,
+            options.continue_training,
+        )
     if processes.rank == 0:
-        weights = run_folder(dataset, plans, options.configuration) / "checkpoint_final.pth"
+        weights = run_folder(task, dataset, plans, options.configuration) / "checkpoint_final.pth"
         print(f"Pretrained weights: {weights}")
         command = f"misfm_plan -d DATASET_ID -c 3d_fullres -pretrained_weights {quote(str(weights))}"
         print(f"Plan a fine-tuning with: {command}")
 
 
-def plan_and_prepare(options: PretrainOptions) -> tuple[str, str] | None:
+def plan_and_prepare(options: PretrainOptions) -> tuple[str, str, str] | None:
     """Plan the run and provide its data.
 
     Returns:
-        The names of the dataset and of the plans to train, or None if there is nothing to train now.
+        The names of the task, of the dataset and of the plans to train, or None if there is nothing to train now.
 
     Raises:
         UserError: for everything in the options, folders or plans that cannot be used.
@@ -62,13 +71,13 @@ def plan_and_prepare(options: PretrainOptions) -> tuple[str, str] | None:
     from nnunetv2_misfm.plans.checks import build_on_meta
 
     source = source_of(options)
-    run = EarlierRun(run_folder(source.dataset_name, source.plans_name, options.configuration))
+    run = EarlierRun(run_folder(source.task, source.dataset_name, source.plans_name, options.configuration))
     if not (options.continue_training or options.only_prepare or options.overwrite):
         run.check_absent()
-    request = run_request(options, source.earlier)
+    request = run_request(options, source.task, source.earlier)
     plans = source.plan(request)
     architecture = plans["configurations"][options.configuration]["architecture"]
-    build_on_meta(architecture, 1, request.fusion.num_fusion_classes)
+    build_on_meta(architecture, 1, request.pretext.task().num_outputs(1))
     if options.continue_training:
         run.check_same(plans, options.configuration)
     prepared = source.provide(plans)
@@ -83,26 +92,26 @@ def plan_and_prepare(options: PretrainOptions) -> tuple[str, str] | None:
     elif options.continue_training and run.is_finished(prepared):
         print(f"{run.folder} is finished; give a larger -num_epochs to go on.")
         return None
-    return source.dataset_name, source.plans_name
+    return source.task, source.dataset_name, source.plans_name
 
 
 def describe_choices(options: PretrainOptions, plans: Mapping[str, Any]) -> str:
     """Lines that tell what will be trained: network and sizes, what was given, and what else is not the default."""
-    from nnunetv2_misfm.plans.run_settings import BLOCK, PretrainingSettings
+    from nnunetv2_misfm.plans.run_settings import BLOCK
     from nnunetv2_misfm.plans.settings import write_settings
     from nnunetv2_misfm.pretrain.planning import enough_samples
-    from nnunetv2_misfm.pretrain.settings import GROUPS
+    from nnunetv2_misfm.pretrain.tasks import AUGMENTATION, default_settings, task_class
 
     entry, block = plans["configurations"][options.configuration], plans[BLOCK]
     network = entry["architecture"]["network_class_name"].rpartition(".")[2]
-    lines = [f"{plans['plans_name']}: {network}, patch size {entry['patch_size']}, batch size {entry['batch_size']}"]
-    defaults = write_settings(PretrainingSettings())
-    values = {name: block[name] for name in defaults}
-    asked = dict(options.run)
-    for name, group in GROUPS.items():
-        defaults |= write_settings(group())
-        values |= block[name]
-        asked |= options.groups[name]
+    task = task_class(block["task"])
+    sizes = f"patch size {entry['patch_size']}, batch size {entry['batch_size']}"
+    lines = [f"{plans['plans_name']}: {task.name}, {network}, {sizes}"]
+    groups = [write_settings(group) for group in default_settings(task.name).values()]
+    defaults = {name: value for group in groups for name, value in group.items()}
+    run = {name: block[name] for name in write_settings(task.run_defaults)}
+    values = {**run, **block[task.group()], **block[AUGMENTATION]}
+    asked = {**options.run, **options.of_tasks[task.name], **options.augmentation}
     given = [f"{name} {values[name]}" for name in asked]
     kept = [f"{name} {value}" for name, value in values.items() if name not in asked and value != defaults.get(name)]
     lines.append(f"Given: {', '.join(given) or 'nothing'}. Kept from earlier plans: {', '.join(kept) or 'nothing'}.")

@@ -12,11 +12,13 @@ from nnunetv2_misfm.architectures.resolution import DEGREES_OF_ANISOTROPY
 from nnunetv2_misfm.commands.setting_options import add_setting_options, flag_of, given
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.network_entry import NETWORKS
-from nnunetv2_misfm.plans.run_settings import PretrainingSettings
+from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS, PretrainingSettings
 from nnunetv2_misfm.pool.settings import PoolSettings
-from nnunetv2_misfm.pretrain.settings import GROUPS, AugmentSettings, FusionSettings
+from nnunetv2_misfm.pretrain.settings import AugmentSettings
+from nnunetv2_misfm.pretrain.tasks import task_classes
 
 DEFAULT_PLANS_NAME = "nnUNetPlans"
+DEFAULT_TASK = next(iter(PRETEXT_TASKS))
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,11 @@ class PretrainOptions:
         plans_from: ID or name of the dataset whose plans a pool is made by.
         base_plans: name of the plans to start from.
         plans_name: of the plans that are written.
+        pretext: a name of `PRETEXT_TASKS`.
         network: a name of `NETWORKS`, or "plan".
         arch_kwargs: constructor arguments of the network; None takes an earlier plan's one back.
-        pool, run, groups: settings by name; of the volumes, the run, and the groups nested in it.
+        pool, run, augmentation: settings by name; of the volumes, the run and the augmentation.
+        of_tasks: settings by name, for every pretext task.
     """
 
     dataset: str
@@ -42,13 +46,15 @@ class PretrainOptions:
     plans_from: str | None
     base_plans: str | None
     plans_name: str | None
+    pretext: str | None
     network: str | None
     arch_kwargs: Mapping[str, Any]
     patch_size: tuple[int, int, int] | None
     batch_size: int | None
     pool: Mapping[str, Any]
     run: Mapping[str, Any]
-    groups: Mapping[str, Mapping[str, Any]]
+    augmentation: Mapping[str, Any]
+    of_tasks: Mapping[str, Mapping[str, Any]]
     device: str
     num_gpus: int
     num_processes: int
@@ -84,13 +90,15 @@ def read_options(arguments: list[str] | None, under_torchrun: bool) -> PretrainO
         plans_from=options.plans_from,
         base_plans=options.p,
         plans_name=options.overwrite_plans_name,
+        pretext=options.pretext,
         network=options.network,
         arch_kwargs=network,
         patch_size=tuple(options.patch_size) if options.patch_size else None,
         batch_size=options.batch_size,
         pool=given(options, PoolSettings),
         run=given(options, PretrainingSettings),
-        groups={name: given(options, group) for name, group in GROUPS.items()},
+        augmentation=given(options, AugmentSettings),
+        of_tasks={kind.name: given(options, kind.Settings) for kind in task_classes()},
         device=options.device,
         num_gpus=options.num_gpus,
         num_processes=options.np,
@@ -147,7 +155,7 @@ def _problems_of_run(options: argparse.Namespace, under_torchrun: bool) -> Itera
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="misfm_pretrain",
-        description="Pretrain a network with Volume Fusion on bare volumes (-i), or on a dataset that nnU-Net has "
+        description="Pretrain a network with a pretext task on bare volumes (-i), or on a dataset that nnU-Net has "
         "preprocessed (no -i). Labels are never used.",
         epilog="An option that is not given stays as the plans of that name have it, if there are any; otherwise it "
         "has its default. The log says which.",
@@ -160,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     add("-p", metavar="PLANS", help=f"plans to start from (default: {DEFAULT_PLANS_NAME})")
     add("-c", default="3d_fullres", metavar="CONFIG", help="configuration (default: 3d_fullres)")
     add("-overwrite_plans_name", metavar="NAME", help="name of the plans that are written")
+    add("-pretext", choices=tuple(PRETEXT_TASKS), help=f"what is learnt (default: {DEFAULT_TASK}, or the plan's)")
     add("-network", choices=[*NETWORKS, "plan"], help="network (default: the one of plans of ours, else pctnet)")
     add("-features_per_stage", nargs=5, type=int, metavar="N", help="channels of the five stages")
     add("-stems", choices=("all", "plan"), help="PCT-Net's stems: all three in turn, or the plan's alone (default)")
@@ -175,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--overwrite", action="store_true", help="delete what an earlier run left and start anew")
     add_setting_options(parser, "how volumes become a pool (with -i)", PoolSettings)
     add_setting_options(parser, "the run", PretrainingSettings)
-    add_setting_options(parser, "Volume Fusion; sizes in plans axis order", FusionSettings)
+    for kind in task_classes():
+        add_setting_options(parser, kind.title, kind.Settings)
     add_setting_options(parser, "augmentation of the crops; ranges are lowest and highest", AugmentSettings)
     return parser

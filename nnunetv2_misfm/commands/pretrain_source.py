@@ -9,25 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nnunetv2_misfm.commands.pretrain_options import DEFAULT_PLANS_NAME, PretrainOptions
+from nnunetv2_misfm.commands.pretrain_options import DEFAULT_PLANS_NAME, DEFAULT_TASK, PretrainOptions
 from nnunetv2_misfm.commands.setting_options import flag_of
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.plans.checks import check_plans_name, check_replaceable
 from nnunetv2_misfm.plans.files import preprocessed_cases, preprocessed_dataset, read_dataset_json, read_plans
-from nnunetv2_misfm.plans.run_settings import BLOCK, PretrainingSettings, without_groups
+from nnunetv2_misfm.plans.run_settings import BLOCK, pretext_task_of
 from nnunetv2_misfm.plans.settings import read_settings
 from nnunetv2_misfm.pool.plan import adopt_plans, existing_plans, find_geometry, plan_pool
 from nnunetv2_misfm.pool.prepare import check_usable, inspect_volumes, prepare_pool
 from nnunetv2_misfm.pool.settings import PoolSettings
 from nnunetv2_misfm.pretrain.planning import RunRequest, new_pool_entry, run_plans
-from nnunetv2_misfm.pretrain.settings import AugmentSettings, FusionSettings
+from nnunetv2_misfm.pretrain.tasks import AUGMENTATION, PretextSettings, task_class
 
 DERIVED_PLANS_NAME = "nnUNetMisFMPretrainPlans"
-_OF_THE_OTHER_GEOMETRY = {
-    "blocks": ("num_boxes", "box_size_unit", "box_size_min", "box_size_max", "background_boxes"),
-    "boxes": ("block_size_unit", "block_size_min", "block_size_max", "foreground_ratio"),
-}
 
 
 class BareVolumes:
@@ -43,6 +39,13 @@ class BareVolumes:
             name = options.base_plans or DEFAULT_PLANS_NAME
             self.adopted = read_plans(preprocessed_dataset(options.plans_from), name, [options.configuration])
         self.earlier = existing_plans(self.dataset_name, self.plans_name)
+        before = pretext_task_of(self.earlier or {})
+        self.task = options.pretext or before or DEFAULT_TASK
+        if before not in (None, self.task):
+            raise PlanError(
+                f"-pretext {self.task}: the plans {self.plans_name} of the pool {self.dataset_name} are for {before}. "
+                f"Leave -i out to train on the volumes of this pool by plans of another name."
+            )
 
     def plan(self, request: RunRequest) -> dict[str, Any]:
         """Look at the headers of the volumes, and plan the pool and the run."""
@@ -58,7 +61,7 @@ class BareVolumes:
         else:
             geometry = find_geometry(self.inspection, settings, *names)
             entry, patch_size, batch_size = new_pool_entry(geometry.spacing, geometry.median_shape, request)
-            block = request.block()
+            block = request.pretext.block()
             plans = plan_pool(self.inspection, settings, geometry, *names, patch_size, batch_size, entry, block)
         return _with_what_was_left_open(plans, self.earlier, options.configuration, request)
 
@@ -79,8 +82,10 @@ class PreprocessedDataset:
         self.folder = preprocessed_dataset(options.dataset)
         self.dataset_name = self.folder.name
         self.base = read_plans(self.folder, options.base_plans or DEFAULT_PLANS_NAME, [options.configuration])
-        of_pretraining = self.base.get(BLOCK, {}).get("task") == PretrainingSettings.TASK
-        self.plans_name = options.plans_name or (self.base["plans_name"] if of_pretraining else DERIVED_PLANS_NAME)
+        of_base = pretext_task_of(self.base)
+        self.task = options.pretext or of_base or DEFAULT_TASK
+        same = of_base == self.task
+        self.plans_name = options.plans_name or (self.base["plans_name"] if same else derived_plans_name(self.task))
         check_plans_name(self.plans_name)
         is_pool = read_dataset_json(self.folder).get("misfm_pool", False)
         if is_pool and not (self.folder / "dataset_fingerprint.json").is_file():
@@ -89,9 +94,9 @@ class PreprocessedDataset:
                 f"again; what is prepared already is kept."
             )
         self.path = self.folder / f"{self.plans_name}.json"
-        self.replaced = check_replaceable(self.path, PretrainingSettings.TASK, [options.configuration])
+        self.replaced = check_replaceable(self.path, self.task, [options.configuration])
         planned_before = self.replaced is not None and options.configuration in self.replaced["configurations"]
-        of_run = self.replaced if planned_before else self.base if of_pretraining else None
+        of_run = self.replaced if planned_before else self.base if same else None
         self.earlier: Mapping[str, Any] | None = of_run
 
     def plan(self, request: RunRequest) -> dict[str, Any]:
@@ -117,6 +122,12 @@ class PreprocessedDataset:
 def source_of(options: PretrainOptions) -> BareVolumes | PreprocessedDataset:
     """The data that the options name."""
     return BareVolumes(options) if options.folders else PreprocessedDataset(options)
+
+
+def derived_plans_name(task: str) -> str:
+    """What the plans for a task are called that are derived from plans of another name."""
+    of_task = "" if task == DEFAULT_TASK else task.title().replace("_", "")
+    return DERIVED_PLANS_NAME.replace("Plans", f"{of_task}Plans")
 
 
 def _pool_dataset_name(options: PretrainOptions) -> str:
@@ -146,28 +157,40 @@ def _with_what_was_left_open(
     return plans
 
 
-def run_request(options: PretrainOptions, earlier: Mapping[str, Any] | None) -> RunRequest:
-    """What is asked for; what the options leave open comes from earlier pretraining plans, then from the defaults."""
-    block = (earlier or {}).get(BLOCK, {})
-    before = block if block.get("task") == PretrainingSettings.TASK else {}
-    groups = {name: {**before.get(name, {}), **values} for name, values in options.groups.items()}
-    fusion = read_settings(FusionSettings, groups["fusion"], "The Volume Fusion settings")
-    _check_geometry(fusion.geometry, options.groups["fusion"])
+def run_request(options: PretrainOptions, task: str, earlier: Mapping[str, Any] | None) -> RunRequest:
+    """What is asked for; what the options leave open comes from earlier plans for the task, then from its defaults.
+
+    Raises:
+        PlanError, SettingsError: for options that cannot be used.
+    """
+    kind, asked = task_class(task), options.of_tasks[task]
+    _check_task(task, options.of_tasks)
+    before = (earlier or {}).get(BLOCK, {}) if pretext_task_of(earlier or {}) == task else {}
+    groups = {kind.group(): asked, AUGMENTATION: options.augmentation}
+    block = {**before, **options.run, "task": task}
+    block |= {name: {**before.get(name, {}), **values} for name, values in groups.items()}
+    pretext = PretextSettings.read(block, "The settings")
+    _check_effect(pretext, asked)
     return RunRequest(
         network=options.network,
-        settings=read_settings(PretrainingSettings, {**without_groups(before), **options.run}, "The run settings"),
-        fusion=fusion,
-        augmentation=read_settings(AugmentSettings, groups["augmentation"], "The augmentation settings"),
+        pretext=pretext,
         arch_kwargs=options.arch_kwargs,
         patch_size=options.patch_size,
         batch_size=options.batch_size,
     )
 
 
-def _check_geometry(geometry: str, given: Mapping[str, Any]) -> None:
-    """Refuse settings that the geometry of the run, given or kept from earlier plans, would ignore."""
-    wrong = [flag_of(FusionSettings, name) for name in _OF_THE_OTHER_GEOMETRY[geometry] if name in given]
+def _check_task(task: str, of_tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Refuse settings of tasks that were not chosen."""
+    for other, given in of_tasks.items():
+        if other != task and given:
+            flags = " and ".join(flag_of(task_class(other).Settings, name) for name in given)
+            raise PlanError(f"{flags}: for -pretext {other}, not for {task}; leave out, or choose that task.")
+
+
+def _check_effect(pretext: PretextSettings, given: Mapping[str, Any]) -> None:
+    """Refuse settings that the others, given or kept from earlier plans, leave without effect."""
+    ignored, why = pretext.task().ignored()
+    wrong = [flag_of(pretext.kind.Settings, name) for name in ignored if name in given]
     if wrong:
-        raise PlanError(
-            f"{' and '.join(wrong)}: not for -geometry {geometry}; leave out, or choose the other geometry."
-        )
+        raise PlanError(f"{' and '.join(wrong)}: not for {why}; leave out, or choose otherwise there.")

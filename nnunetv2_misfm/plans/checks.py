@@ -10,7 +10,7 @@ from typing import Any
 
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import read_json
-from nnunetv2_misfm.plans.run_settings import BLOCK
+from nnunetv2_misfm.plans.run_settings import BLOCK, pretext_task_of
 from nnunetv2_misfm.plans.settings import is_number
 
 NEEDS_TRAINER = "these plans are not for this trainer: use -tr MisFMTrainer"
@@ -71,7 +71,9 @@ def check_replaceable(path: Path, task: str, configurations: Collection[str] | N
     content = read_json(path, remedy)
     block = content.get(BLOCK)
     if not isinstance(block, Mapping) or block.get("task") != task:
-        raise PlanError(f"{path} exists and was not written by this command. Choose another -overwrite_plans_name.")
+        other = pretext_task_of(content)
+        why = "was not written by this command" if other is None else f"is for the pretext task {other}, not for {task}"
+        raise PlanError(f"{path} exists and {why}. Choose another -overwrite_plans_name.")
     check_complete(content, path, remedy, configurations)
     return content
 
@@ -177,7 +179,7 @@ def configuration_3d(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
     resolved["architecture"] = without_trainer(resolved["architecture"])
     if len(resolved["patch_size"]) != 3:
         raise PlanError(
-            f"The configuration {name!r} {of_plans} is 2D (patch size {list(resolved['patch_size'])}); Volume Fusion "
+            f"The configuration {name!r} {of_plans} is 2D (patch size {list(resolved['patch_size'])}); pretraining "
             f"and the networks here are 3D. Use a 3D configuration such as 3d_fullres, or nnU-Net's own trainer for 2d."
         )
     return resolved

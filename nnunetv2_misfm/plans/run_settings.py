@@ -14,9 +14,14 @@ BLOCK = "misfm"
 PRETRAIN_INFO = "pretrain_info"  # beside the block, as in nnU-Net: the weights that a fine-tuning starts from
 DEFAULT_FINETUNING_PLANS = "nnUNetMisFMPlans"
 DEFAULT_BASELINE_PLANS = "nnUNetMisFMScratchPlans"
-TASKS = ("segmentation", "volume_fusion")
-# Groups of settings that stand inside the block and are read beside the code they steer.
-NESTED_GROUPS = ("fusion", "augmentation", "pool", "network")
+SEGMENTATION = "segmentation"
+# The pretext tasks by the names that -pretext and the plans give them; the first is the default.
+PRETEXT_TASKS = {
+    "volume_fusion": "nnunetv2_misfm.pretrain.volume_fusion.VolumeFusion",
+}
+TASKS = (SEGMENTATION, *PRETEXT_TASKS)
+# Groups of settings that stand inside the block and are read beside the code they steer; `fusion` is Volume Fusion's.
+NESTED_GROUPS = ("fusion", *PRETEXT_TASKS, "augmentation", "pool", "network")
 
 
 class RunSettings(Settings):
@@ -26,7 +31,7 @@ class RunSettings(Settings):
     `transfer/shrunk_weights.py`); "sgd" is nnU-Net's, with Nesterov momentum 0.99. Schedules: `trainers/schedules.py`.
     """
 
-    TASK: ClassVar[str] = ""
+    TASKS: ClassVar[tuple[str, ...]] = ()  # that plans with these settings name; the first is that of ordinary plans
 
     num_epochs: int = setting(1000, "epochs, as in nnU-Net", low=1, may_change=True)
     num_iterations_per_epoch: int = setting(250, "training steps of an epoch", low=1)
@@ -46,7 +51,7 @@ class RunSettings(Settings):
 class FinetuningSettings(RunSettings):
     """A segmentation run."""
 
-    TASK = "segmentation"
+    TASKS = (SEGMENTATION,)
 
     schedule: Literal["scratch", "default", "warmup", "sawtooth", "decoder_only"] = setting(
         "scratch",
@@ -76,13 +81,13 @@ class FinetuningSettings(RunSettings):
 
 
 class PretrainingSettings(RunSettings):
-    """A Volume Fusion run.
+    """A pretraining run.
 
-    The defaults are the published recipe for about 1,000 volumes (100,000 iterations at 1e-3, halved every 20,000) but
-    for the optimiser.
+    The defaults are the published recipe of Volume Fusion for about 1,000 volumes (100,000 iterations at 1e-3, halved
+    every 20,000) but for the optimiser; a pretext task may have others.
     """
 
-    TASK = "volume_fusion"
+    TASKS = tuple(PRETEXT_TASKS)
 
     num_epochs: int = setting(400, "epochs, as in nnU-Net", low=1, may_change=True)
     num_val_iterations_per_epoch: int = setting(25, "validation batches of an epoch", low=1, may_change=True)
@@ -100,20 +105,38 @@ def is_ours(plans: Mapping[str, Any]) -> bool:
     return isinstance(plans.get(BLOCK), Mapping)
 
 
+def block_for(plans: Mapping[str, Any], kind: type[RunSettings]) -> Mapping[str, Any]:
+    """The `misfm` block of plans for this kind of run; without settings if they are nnU-Net's or for the other kind.
+
+    Raises:
+        SettingsError: if the block's task is not known.
+    """
+    block = plans.get(BLOCK, {})
+    task = block.get("task", kind.TASKS[0]) if isinstance(block, Mapping) else None
+    if task not in TASKS:
+        raise SettingsError(block_of(plans), [f"its task is {task!r}; known tasks are {', '.join(TASKS)}"])
+    return {**block, "task": task} if task in kind.TASKS else {"task": kind.TASKS[0]}
+
+
+def block_of(plans: Mapping[str, Any]) -> str:
+    """What error messages call the block of these plans."""
+    return f"The '{BLOCK}' block of the plans {plans.get('plans_name', '')}"
+
+
 def run_settings(plans: Mapping[str, Any], kind: type[RunSettings]) -> RunSettings:
     """The settings a plan holds for this kind of run; defaults if the plan is nnU-Net's or made for the other kind.
 
     Raises:
         SettingsError: listing every unknown name and bad value in the block.
     """
-    block = plans.get(BLOCK, {})
-    where = f"The '{BLOCK}' block of the plans {plans.get('plans_name', '')}"
-    task = block.get("task", kind.TASK) if isinstance(block, Mapping) else None
-    if task not in TASKS:
-        raise SettingsError(where, [f"its task is {task!r}; known tasks are {', '.join(TASKS)}"])
-    if task != kind.TASK:
-        return kind()
-    return read_settings(kind, without_groups(block), where)
+    return read_settings(kind, without_groups(block_for(plans, kind)), block_of(plans))
+
+
+def pretext_task_of(plans: Mapping[str, Any]) -> str | None:
+    """The name of the pretext task that plans are for; None for all other plans."""
+    block = plans.get(BLOCK)
+    task = block.get("task") if isinstance(block, Mapping) else None
+    return task if task in PRETEXT_TASKS else None
 
 
 def without_groups(block: Mapping[str, Any]) -> dict[str, Any]:

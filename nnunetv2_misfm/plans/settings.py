@@ -84,19 +84,24 @@ def declared(cls: type[Settings], name: str, what: str) -> Any:
     return extra[what]
 
 
-def read_settings(cls: type[SettingsT], values: Mapping[str, Any], where: str) -> SettingsT:
+def read_settings(
+    cls: type[SettingsT], values: Mapping[str, Any], where: str, defaults: SettingsT | None = None
+) -> SettingsT:
     """Build `cls` from a JSON mapping; unknown names, wrong types and bad values are reported together.
 
     Args:
         cls: the group of settings.
         values: the mapping as read from JSON; lists become tuples.
         where: what the values are and where they come from, for the error message.
+        defaults: of settings that are not among the values, in place of the declared ones.
 
     Raises:
         SettingsError: with one line per setting that cannot be used.
     """
     if not isinstance(values, Mapping):
         raise SettingsError(where, [f"it must be an object with named settings, not {values!r}"])
+    if defaults is not None:
+        values = {**defaults.model_dump(mode="json", exclude_defaults=True), **values}
     try:
         return cls(**{str(name): as_tuples(value) for name, value in values.items()})
     except ValidationError as error:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnunetv2_misfm.pretrain.augment import CropAugmentation, spread_stride
+from nnunetv2_misfm.pretrain.augment import CropAugmentation, Size3, spread_stride
 
 # A crop with this share of voxels of one value is mostly air: others are tried, and the least constant one is used.
 MOSTLY_CONSTANT = 0.9
@@ -25,10 +25,17 @@ MAX_READS_PER_CROP = 4
 
 @dataclass(frozen=True, eq=False)
 class Crop:
-    """Voxels, float32 (C, *augmentation.read_size), and what is to be done with them."""
+    """A part of a volume.
+
+    Attributes:
+        voxels: float32 (C, *augmentation.read_size).
+        augmentation: what is to be done with them.
+        start: of the crop in the volume, in its voxels (X, Y, Z); below 0 where it is padded.
+    """
 
     voxels: Tensor
     augmentation: CropAugmentation
+    start: Size3
 
 
 def case_file(folder: Path, identifier: str) -> Path:
@@ -63,8 +70,19 @@ def read_crop(
     augmentation: CropAugmentation,
     patch_size: Sequence[int],
     generator: np.random.Generator,
+    beside: Crop | None = None,
+    overlap: Sequence[int] = (0, 0, 0),
 ) -> Crop:
     """Read a crop at a random place; other places are tried while it is mostly of one value.
+
+    Args:
+        volume: (C, X, Y, Z).
+        augmentation: what the crop is for.
+        patch_size: (X, Y, Z) in voxels.
+        generator: of the place.
+        beside: another crop of the volume. All places are equally likely that share `overlap` voxels of the patch with
+            it on each axis; where slices are averaged, they are the same slices.
+        overlap: (X, Y, Z), at most the patch size.
 
     The read size shrinks where it exceeds both the volume and an unscaled crop. What still reaches beyond the volume is
     padded, each channel with its minimum in the crop.
@@ -77,27 +95,44 @@ def read_crop(
     augmentation = _fit_to_volume(augmentation, shape, patch_size)
     size = np.array(augmentation.read_size)
     room = shape - size
+    origin, step, fewest, most = _places(room, size, augmentation, beside, overlap)
     tries = []
     for _ in range(MAX_READS_PER_CROP if (room > 0).any() else 1):
-        start = generator.integers(np.minimum(room, 0), np.maximum(room, 0), endpoint=True)
-        first, stop = np.maximum(start, 0), np.minimum(start + size, shape)
-        crop = volume[(slice(None), *map(slice, first.tolist(), stop.tolist()))]
+        start = origin + step * generator.integers(fewest, most, endpoint=True)
+        inside, stop = np.maximum(start, 0), np.minimum(start + size, shape)
+        crop = volume[(slice(None), *map(slice, inside.tolist(), stop.tolist()))]
         crop = np.require(crop, np.float32, ["OWNDATA"])  # a memory-mapped one is read now, not later
         with np.errstate(over="ignore", invalid="ignore"):
             if not np.isfinite(crop.sum()):
                 raise ValueError("it has voxels that are not finite numbers")
         constant = _share_of_one_value(crop)
-        tries.append((constant, crop, first - start))
+        tries.append((constant, crop, start))
         if constant < MOSTLY_CONSTANT:
             break
-    _, crop, offset = min(tries, key=lambda t: t[0])
+    _, crop, start = min(tries, key=lambda t: t[0])
     if (room < 0).any():
         padded = np.empty((len(crop), *size.tolist()), np.float32)
         padded[:] = crop.min(axis=(1, 2, 3), keepdims=True)
-        inside = map(slice, offset.tolist(), (offset + crop.shape[1:]).tolist())
-        padded[(slice(None), *inside)] = crop
+        offset = np.maximum(start, 0) - start
+        padded[(slice(None), *map(slice, offset.tolist(), (offset + crop.shape[1:]).tolist()))] = crop
         crop = padded
-    return Crop(torch.from_numpy(crop), augmentation)
+    x, y, z = start.tolist()
+    return Crop(torch.from_numpy(crop), augmentation, (x, y, z))
+
+
+def _places(
+    room: np.ndarray, size: np.ndarray, augmentation: CropAugmentation, beside: Crop | None, overlap: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Where a crop may start: an origin and a step in voxels, and the fewest and most steps from the origin."""
+    lowest, highest = np.minimum(room, 0), np.maximum(room, 0)
+    if beside is None:
+        return lowest, np.ones(3, int), np.zeros(3, int), highest - lowest
+    origin, step = np.array(beside.start), np.array((augmentation.slices_averaged, 1, 1))
+    size_beside = np.array(beside.augmentation.read_size)
+    shared = np.minimum(np.array(overlap) * step, np.minimum(size, size_beside))
+    fewest = -((origin - np.maximum(lowest, origin - size + shared)) // step)
+    most = (np.minimum(highest, origin + size_beside - shared) - origin) // step
+    return origin, step, fewest, np.maximum(most, fewest)
 
 
 def _fit_to_volume(augmentation: CropAugmentation, shape: np.ndarray, patch_size: Sequence[int]) -> CropAugmentation:

@@ -1,4 +1,4 @@
-"""A picture of fused samples beside their labels and the network's predictions.
+"""A picture of samples beside what a network makes of them: one row for each sample, one column for each panel.
 
 Tensors are (B, C, X, Y, Z) in plans axis order; the middle slice along X is shown, for the first channel.
 """
@@ -6,6 +6,9 @@ Tensors are (B, C, X, Y, Z) in plans axis order; the middle slice along X is sho
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,60 +18,69 @@ from torch import Tensor
 from nnunetv2_misfm.files import written_whole
 
 _MOST_SAMPLES = 4
+_SHOWN_PERCENTILES = (0.5, 99.5)
+Style = Callable[[np.ndarray], Mapping[str, Any]]  # of a slice: the arguments of matplotlib's imshow
 
 
-def write_fusion_picture(
-    path: str | os.PathLike[str], fused: Tensor, labels: Tensor, predictions: Tensor | None, num_fusion_classes: int
-) -> None:
-    """Write a PNG with one row per sample: fused image, label and, if given, prediction.
+@dataclass(frozen=True)
+class Panel:
+    """One column.
+
+    Attributes:
+        title: above it.
+        values: (B, C, X, Y, Z).
+        style: how a slice is coloured; `grey`, `grey_like`, `classes` or `heat`.
+    """
+
+    title: str
+    values: Tensor
+    style: Style
+
+
+def grey(image: np.ndarray) -> dict[str, Any]:
+    """An image by its own range."""
+    low, high = np.percentile(image, _SHOWN_PERCENTILES)
+    return {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6)}
+
+
+def classes(number: int) -> Style:
+    """Whole numbers 0 to `number` - 1."""
+    colours = matplotlib.colormaps["viridis"].resampled(number)
+    return lambda image: {"cmap": colours, "vmin": -0.5, "vmax": number - 0.5}
+
+
+def write_panels(path: str | os.PathLike[str], panels: Sequence[Panel], bar: str | None = None) -> None:
+    """Write a PNG, which appears complete or not at all.
 
     Args:
-        path: of the PNG; it appears complete or not at all.
-        fused: (B, C, X, Y, Z).
-        labels: (B, 1, X, Y, Z) fusion classes.
-        predictions: (B, 1, X, Y, Z) fusion classes, or None.
-        num_fusion_classes: K + 1, for the colours.
+        path: of the PNG.
+        panels: the columns, from left to right.
+        bar: what the colours of the last panel stand for, to be written beside a colour bar.
     """
-    columns = ["fused", "label"] + (["prediction"] if predictions is not None else [])
-    rows = min(_MOST_SAMPLES, fused.shape[0])
-    middle = fused.shape[2] // 2
     # nnU-Net's progress plot leaves its large fonts behind in matplotlib's global settings.
     with matplotlib.rc_context(matplotlib.rcParamsDefault):
-        figure = _draw(columns, rows, middle, fused, labels, predictions, num_fusion_classes)
+        figure = _draw(panels, bar)
         with written_whole(path) as temporary:
             figure.savefig(temporary, dpi=80, format="png")
 
 
-def _draw(
-    columns: list[str],
-    rows: int,
-    middle: int,
-    fused: Tensor,
-    labels: Tensor,
-    predictions: Tensor | None,
-    num_fusion_classes: int,
-) -> Figure:
+def _draw(panels: Sequence[Panel], bar: str | None) -> Figure:
+    rows = min(_MOST_SAMPLES, panels[0].values.shape[0])
     # The object interface of matplotlib: no global state, no display.
-    figure = Figure(figsize=(3 * len(columns), 3 * rows + 0.4), layout="constrained")
-    axes = figure.subplots(rows, len(columns), squeeze=False)
-    colours = matplotlib.colormaps["viridis"].resampled(num_fusion_classes)
+    figure = Figure(figsize=(3 * len(panels), 3 * rows + 0.4), layout="constrained")
+    axes = figure.subplots(rows, len(panels), squeeze=False)
     for row in range(rows):
-        image = _slice(fused, row, middle)
-        low, high = np.percentile(image, (0.5, 99.5))
-        axes[row][0].imshow(image, cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
-        for column, classes in enumerate([labels] + ([predictions] if predictions is not None else []), start=1):
-            shown = axes[row][column].imshow(
-                _slice(classes, row, middle), cmap=colours, vmin=-0.5, vmax=num_fusion_classes - 0.5
-            )
-        for axis in axes[row]:
+        for axis, panel in zip(axes[row], panels, strict=True):
+            image = _middle_slice(panel.values[row])
+            shown = axis.imshow(image, **panel.style(image))
             axis.set_xticks([])
             axis.set_yticks([])
-    for axis, title in zip(axes[0], columns, strict=True):
-        axis.set_title(title)
-    bar = figure.colorbar(shown, ax=axes, shrink=0.6, ticks=range(num_fusion_classes))
-    bar.set_label("fusion class k, coefficient k / K")
+    for axis, panel in zip(axes[0], panels, strict=True):
+        axis.set_title(panel.title)
+    if bar is not None:
+        figure.colorbar(shown, ax=axes, shrink=0.6).set_label(bar)
     return figure
 
 
-def _slice(x: Tensor, sample: int, middle: int) -> np.ndarray:
-    return np.asarray(x[sample, 0, middle].detach().float().cpu())
+def _middle_slice(volume: Tensor) -> np.ndarray:
+    return np.asarray(volume[0, volume.shape[1] // 2].detach().float().cpu())

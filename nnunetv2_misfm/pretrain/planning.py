@@ -1,4 +1,4 @@
-"""Pretraining plans: which network, patch and settings a Volume Fusion run has. Works on the dicts of plans files."""
+"""Pretraining plans: which network, patch and settings a run has. Works on the dicts of plans files."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ from nnunetv2_misfm.plans.network_entry import (
     own_network_name,
     set_sizes,
 )
-from nnunetv2_misfm.plans.run_settings import BLOCK, PretrainingSettings
-from nnunetv2_misfm.plans.settings import write_settings
-from nnunetv2_misfm.pretrain.settings import AugmentSettings, FusionSettings
+from nnunetv2_misfm.plans.run_settings import BLOCK, pretext_task_of
+from nnunetv2_misfm.pretrain.tasks import PretextSettings
 
 # Patch and batch of the paper.
 PUBLISHED_PATCH_SIZE = (64, 128, 128)
@@ -48,25 +47,14 @@ class RunRequest:
         arch_kwargs: constructor arguments of the network that the user chose.
         patch_size, batch_size: None keeps those of the plan, or takes the published ones for a new pool; the batch
             then grows where patches are too small for BatchNorm.
-        settings, fusion, augmentation: of the run.
+        pretext: the task and all settings of the run.
     """
 
     network: str | None
-    settings: PretrainingSettings
-    fusion: FusionSettings
-    augmentation: AugmentSettings
+    pretext: PretextSettings
     arch_kwargs: Mapping[str, Any] = field(default_factory=dict)
     patch_size: tuple[int, int, int] | None = None
     batch_size: int | None = None
-
-    def block(self) -> dict[str, Any]:
-        """The `misfm` block of the plans."""
-        return {
-            "task": PretrainingSettings.TASK,
-            **write_settings(self.settings),
-            "fusion": write_settings(self.fusion),
-            "augmentation": write_settings(self.augmentation),
-        }
 
 
 def new_pool_entry(
@@ -126,13 +114,13 @@ def run_plans(
         _check_stems(request, degree)
         entry["architecture"] = architecture_entry(network, degree, **{**kept, **request.arch_kwargs})
     set_sizes(entry, request.patch_size, request.batch_size)
-    if request.batch_size is None and base.get(BLOCK, {}).get("task") != PretrainingSettings.TASK:
+    if request.batch_size is None and pretext_task_of(base) is None:
         entry["batch_size"] = max(entry["batch_size"], enough_samples(entry["architecture"], entry["patch_size"]))
-    build_on_meta(entry["architecture"], 1, request.fusion.num_fusion_classes)
+    build_on_meta(entry["architecture"], 1, request.pretext.task().num_outputs(1))
     plans = deepcopy(dict(base))
     pool = plans.get(BLOCK, {}).get("pool")
     plans.update(plans_name=plans_name, dataset_name=dataset_name, configurations={configuration: entry})
-    plans[BLOCK] = request.block() | ({"pool": pool} if pool is not None else {})
+    plans[BLOCK] = request.pretext.block() | ({"pool": pool} if pool is not None else {})
     return plans
 
 

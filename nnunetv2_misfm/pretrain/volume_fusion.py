@@ -1,4 +1,4 @@
-"""Volume Fusion: which cuboids of a foreground sub-volume are mixed into a background one, and the mixing itself.
+"""Volume Fusion: a foreground sub-volume is mixed into a background one, and the mixing is to be told.
 
 Image tensors are (B, C, X, Y, Z) in plans axis order, so X is the depth; label tensors are (B, 1, X, Y, Z).
 
@@ -9,14 +9,79 @@ K = `num_fusion_classes` - 1. The network is asked for the class a * K of every 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from pydantic import ValidationInfo, field_validator
 from torch import Tensor
 
-from nnunetv2_misfm.pretrain.settings import FusionSettings
+from nnunetv2_misfm.architectures.resolution import output_weights
+from nnunetv2_misfm.plans.settings import Settings, setting
+from nnunetv2_misfm.pretrain.augment import sample_pair_augmentations
+from nnunetv2_misfm.pretrain.task import PretextTask, Scores, not_moving
+
+if TYPE_CHECKING:
+    from nnunetv2_misfm.pretrain.batches import CropBatch
+    from nnunetv2_misfm.pretrain.crop_reading import Crop
+    from nnunetv2_misfm.pretrain.crops import SampleReader
+
+_OF_THE_OTHER_GEOMETRY = {
+    "blocks": ("num_boxes", "box_size_unit", "box_size_min", "box_size_max", "background_boxes"),
+    "boxes": ("block_size_unit", "block_size_min", "block_size_max", "foreground_ratio"),
+}
+_ONE_CLASS = 0.999  # share of the voxels
+_EPOCHS_TO_START = 3
+_TOLD_APART = 0.2  # Dice
+
+
+class FusionSettings(Settings):
+    """How fused samples are made; every range includes both ends, and sizes are per axis (X, Y, Z).
+
+    Boxes are cuboids of random size and place, later ones on top; the default sizes are the paper's 8..40, 8..80 and
+    8..80 voxels at its patch size of 64x128x128. Blocks are cuboids of one random size per sample on a regular grid
+    with a random offset. Either has at least one voxel and at most the size of the patch; blocks longer than half the
+    patch are cut to half of it, so that even a small patch holds foreground and background.
+    """
+
+    geometry: Literal["boxes", "blocks"] = setting("boxes", "boxes (the paper), blocks (the authors' later code)")
+    num_fusion_classes: int = setting(5, "number of fusion coefficients, 0 included", low=2, high=1000)
+    num_boxes: tuple[int, int] = setting((10, 40), "fewest and most boxes of a sample", low=1)
+    box_size_unit: Literal["fraction", "voxels"] = setting("fraction", "unit of box sizes: of the patch, or voxels")
+    box_size_min: tuple[float, float, float] = setting((0.125, 0.0625, 0.0625), "smallest box, for each axis", above=0)
+    box_size_max: tuple[float, float, float] = setting((0.625, 0.625, 0.625), "largest box, for each axis", above=0)
+    background_boxes: bool = setting(False, "boxes may have coefficient 0, hiding those below them")
+    block_size_unit: Literal["fraction", "voxels"] = setting("voxels", "unit of block sizes: of the patch, or voxels")
+    block_size_min: tuple[float, float, float] = setting((8, 8, 8), "smallest block, for each axis", above=0)
+    block_size_max: tuple[float, float, float] = setting((32, 32, 32), "largest block, for each axis", above=0)
+    foreground_ratio: float = setting(0.7, "share of blocks whose coefficient is not 0", above=0, high=1)
+    pairs: Literal["two_volumes", "same_volume"] | None = setting(
+        None, "where the two crops come from (unset: two volumes for boxes, the same one for blocks, as published)"
+    )
+
+    @field_validator("box_size_min", "box_size_max", "block_size_min", "block_size_max")
+    @classmethod
+    def _fits_its_unit(cls, sizes: tuple[float, float, float], info: ValidationInfo) -> tuple[float, float, float]:
+        kind = str(info.field_name).partition("_")[0]
+        unit = info.data.get(f"{kind}_size_unit")
+        if unit == "fraction" and max(sizes) > 1:
+            raise ValueError("must be three shares of the patch, up to 1")
+        if unit == "voxels" and any(size != int(size) for size in sizes):
+            raise ValueError("must be three whole numbers of voxels")
+        smallest = info.data.get(f"{kind}_size_min")
+        if smallest is not None and any(low > high for low, high in zip(smallest, sizes, strict=True)):
+            raise ValueError(f"is below {kind}_size_min = {smallest} on an axis")
+        return sizes
+
+    @property
+    def two_volumes(self) -> bool:
+        """Whether the two sub-volumes of a sample come from different volumes."""
+        return (self.pairs or ("two_volumes" if self.geometry == "boxes" else "same_volume")) == "two_volumes"
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,3 +182,127 @@ def _voxel_range(
         bounds = bounds * patch
     smallest, largest = np.clip(np.rint(bounds).astype(int), 1, limit)
     return smallest, largest
+
+
+class VolumeFusion(PretextTask[FusionSettings]):
+    """The task; half Dice, half cross entropy over the fusion classes, on the outputs of all resolutions."""
+
+    name = "volume_fusion"
+    title = "Volume Fusion; sizes in plans axis order"
+    Settings = FusionSettings
+    deep_supervision = True
+    picture_name = "fused_samples.png"
+
+    @classmethod
+    def group(cls) -> str:
+        """`fusion`, as in the plans of the first versions."""
+        return "fusion"
+
+    @classmethod
+    def trainer(cls) -> str:
+        """A class of its own, after which the results folders of the first versions are named."""
+        return "VolumeFusionTrainer"
+
+    def ignored(self) -> tuple[Sequence[str], str]:
+        """Settings of the other geometry."""
+        return _OF_THE_OTHER_GEOMETRY[self.settings.geometry], f"-geometry {self.settings.geometry}"
+
+    def num_outputs(self, num_channels: int) -> int:
+        """One for each fusion class."""
+        return self.settings.num_fusion_classes
+
+    def sample(self, reader: SampleReader) -> tuple[Sequence[Crop], Fusion]:
+        """Foreground and background, and the cuboids."""
+        fusion = sample_fusion(reader.patch_size, self.settings, reader.generator)
+        pair = sample_pair_augmentations(
+            reader.patch_size, reader.augment, reader.generator, reader.num_channels, reader.anisotropy
+        )
+        if self.settings.two_volumes:
+            return [reader.read([augmentation])[0] for augmentation in pair], fusion
+        return reader.read(pair), fusion
+
+    def make(self, batch: CropBatch, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The fused images (B, C, X, Y, Z), float32, and their labels (B, 1, X, Y, Z), int16."""
+        foreground, background = batch.patches(device)
+        return fuse(foreground, background, batch.drawn, self.settings.num_fusion_classes)
+
+    def loss(self, outputs: Sequence[Tensor], target: Tensor) -> Tensor:
+        """Weighted sum over the outputs (B, K + 1, ...), finest first; the labels are brought to their sizes."""
+        # nnU-Net's take seconds to import, which help texts should not wait for.
+        from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
+        from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+
+        size = target.shape[2:]
+        scales = [[n / full for n, full in zip(output.shape[2:], size, strict=True)] for output in outputs]
+        # nnU-Net's transform works on one (C, X, Y, Z) segmentation; here the batch takes the place of its channels.
+        scaled = DownsampleSegForDSTransform(scales)(segmentation=target[:, 0])["segmentation"]
+        loss = DeepSupervisionWrapper(self._one_loss, output_weights(len(outputs)))
+        total: Tensor = loss(list(outputs), [labels[:, None] for labels in scaled])
+        return total
+
+    def compile_loss(self) -> None:
+        """As nnU-Net does with its Dice loss."""
+        self._one_loss.dc = torch.compile(self._one_loss.dc)
+
+    @cached_property
+    def _one_loss(self) -> Any:
+        from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+        from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+
+        # Coefficient 0 is a class like the others, so it is part of the Dice.
+        ddp = dist.is_available() and dist.is_initialized()
+        dice = {"batch_dice": True, "do_bg": True, "smooth": 1e-5, "ddp": ddp}
+        return DC_and_CE_loss(dice, {}, weight_ce=0.5, weight_dice=0.5, dice_class=MemoryEfficientSoftDiceLoss)
+
+    def count(self, outputs: Sequence[Tensor], target: Tensor) -> dict[str, Any]:
+        """True and false positives and false negatives of every class; voxels that are right, and all."""
+        from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
+
+        logits = outputs[0]
+        predicted = logits.argmax(1, keepdim=True)
+        one_hot = torch.zeros(logits.shape, device=logits.device).scatter_(1, predicted, 1)
+        tp, fp, fn, _ = get_tp_fp_fn_tn(one_hot, target, axes=[0, 2, 3, 4])
+        counts = {name: value.detach().cpu().numpy() for name, value in (("tp", tp), ("fp", fp), ("fn", fn))}
+        return {**counts, "correct": (predicted == target).sum().item(), "voxels": target.numel()}
+
+    def scores(self, sums: Mapping[str, Any]) -> Scores:
+        """Dice of every class, the mean of those above 0 as the main score, and the share of voxels that are right."""
+        tp, fp, fn = sums["tp"], sums["fp"], sums["fn"]
+        dice = [float(d) for d in 2 * tp / np.maximum(2 * tp + fp + fn, 1)]
+        predicted = [float(share) for share in (tp + fp) / max(1, np.sum(tp + fp))]
+        accuracy = sums["correct"] / sums["voxels"]
+        there = 2 * tp + fp + fn > 0
+        parts = np.where(there, 2 * tp / np.where(there, 2 * tp + fp + fn, 1), np.nan)[1:]
+        return Scores(
+            main=float(np.nanmean(parts)) if there[1:].any() else 0.0,
+            parts=list(parts),
+            values={"dice": dice, "predicted": predicted, "accuracy": accuracy},
+            text=f"Dice per fusion class 0..{len(dice) - 1}: {[round(d, 4) for d in dice]}, "
+            f"voxel accuracy {accuracy:.4f}",
+        )
+
+    def alarms(self, losses: Sequence[float], scores: Scores) -> list[str]:
+        """One class everywhere, or classes that stay mixed up."""
+        predicted, dice = (np.atleast_1d(scores.values[name]) for name in ("predicted", "dice"))
+        found = []
+        if len(losses) >= _EPOCHS_TO_START and predicted.max() > _ONE_CLASS:
+            found.append(
+                f"the network predicts class {predicted.argmax()} only. Try a lower -initial_lr (a third), or more "
+                f"contrast between the volumes; {self.picture_name} shows whether the task can be seen at all."
+            )
+        # Late in a good run the loss moves little too; there the classes are told apart.
+        if dice.min() < _TOLD_APART and (still := not_moving(losses)):
+            found.append(
+                f"{still}. Try another -initial_lr, -geometry blocks, or look at {self.picture_name} for volumes "
+                f"without contrast."
+            )
+        return found
+
+    def picture(self, path: Path, x: Tensor, target: Tensor, outputs: Sequence[Tensor]) -> None:
+        """A row for each sample: the fused image, the labels and the classes that were predicted."""
+        from nnunetv2_misfm.pretrain.picture import Panel, classes, grey, write_panels
+
+        number = self.settings.num_fusion_classes
+        predicted = outputs[0].argmax(1, keepdim=True)
+        told = [Panel("label", target, classes(number)), Panel("prediction", predicted, classes(number))]
+        write_panels(path, [Panel("fused", x, grey), *told], "fusion class k, coefficient k / K")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunetv2_misfm.architectures.checkpointing import set_checkpointing
-from nnunetv2_misfm.architectures.resolution import total_strides
+from nnunetv2_misfm.architectures.resolution import output_weights, total_strides
 from nnunetv2_misfm.cpu_threads import training_threads
-from nnunetv2_misfm.plans.run_settings import run_settings
+from nnunetv2_misfm.plans.run_settings import RunSettings, run_settings
 from nnunetv2_misfm.trainers.distributed import check_batch_size, device_of_process, wrap
 from nnunetv2_misfm.trainers.memory_fit import fit_into_memory
 from nnunetv2_misfm.trainers.own_network import with_own_network
@@ -53,7 +54,7 @@ class BaseTrainer(ResumableTrainer):
     ):
         plans = with_own_network(plans, configuration, self.SETTINGS)
         # Read before anything is created, so that a bad value leaves no half-made results folder behind.
-        self.settings = run_settings(plans, self.SETTINGS)
+        self.settings = self._read_settings(plans)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.was_initialized: bool
         if device.type == "cpu":
@@ -69,6 +70,9 @@ class BaseTrainer(ResumableTrainer):
         self.weight_decay = self.settings.weight_decay
         self._steps_done = 0
         self.save_every = min(50, max(1, self.num_epochs // 20))
+
+    def _read_settings(self, plans: Mapping[str, Any]) -> RunSettings:
+        return run_settings(plans, self.SETTINGS)
 
     # ---------------------------------------------------------------- randomness
 
@@ -94,9 +98,10 @@ class BaseTrainer(ResumableTrainer):
         if self._do_i_compile():
             self.print_to_log_file("Using torch.compile...")
             self.network = torch.compile(self.network)
+        self._network_is_made()
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
         if self.is_ddp:
-            self.network = wrap(self.network, self.device, some_unused=self._some_parameters_unused())
+            self._share_gradients()
         self.loss = self._build_loss()
         self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
         self.was_initialized = True
@@ -118,9 +123,12 @@ class BaseTrainer(ResumableTrainer):
         network: nn.Module = self.build_network_architecture(*described, *sizes)
         return network
 
-    def _some_parameters_unused(self) -> bool:
-        """Whether parameters go without a gradient in some iterations."""
-        return False
+    def _network_is_made(self) -> None:
+        """Make what is trained beside the network; the optimiser comes next."""
+
+    def _share_gradients(self) -> None:
+        """Wrap what is trained for several processes."""
+        self.network = wrap(self.network, self.device, some_unused=False)
 
     def on_epoch_start(self) -> None:
         """As in nnU-Net; each epoch has random streams of its own, so that a resumed run draws what it would have."""
@@ -151,15 +159,13 @@ class BaseTrainer(ResumableTrainer):
     def _with_deep_supervision(self, loss: nn.Module) -> nn.Module:
         if not self.enable_deep_supervision:
             return loss
-        # nnU-Net leaves the coarsest output untrained; here all are (1, 1/2, 1/4, 1/8 in the published recipe).
-        weights = np.array([0.5**i for i in range(len(self._network_strides()))])
-        return DeepSupervisionWrapper(loss, weights / weights.sum())
+        return DeepSupervisionWrapper(loss, output_weights(len(self._network_strides())))
 
     # ---------------------------------------------------------------- optimiser and schedule
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, Any]:
         """The optimiser of the settings, and the schedule that steers its groups."""
-        named = parameter_groups(self.bare_network, **self._group_options())
+        named = self._parameter_groups()
         common: dict[str, Any] = {"lr": self.initial_lr, "weight_decay": self.weight_decay}
         if self.settings.optimizer == "sgd":
             optimizer: torch.optim.Optimizer = torch.optim.SGD(named, momentum=0.99, nesterov=True, **common)
@@ -169,8 +175,12 @@ class BaseTrainer(ResumableTrainer):
             optimizer = torch.optim.Adam(named, **common)
         return optimizer, StagedSchedule(optimizer, self.settings.schedule, self.initial_lr, self.num_epochs)
 
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimiser trains, see `parameter_groups`."""
+        return parameter_groups(self.bare_network, **self._group_options())
+
     def _group_options(self) -> dict[str, float]:
-        """Which learning rates differ from one part of the network to another; see `parameter_groups`."""
+        """Which learning rates differ from one part of the network to another."""
         return {}
 
     def on_train_epoch_start(self) -> None:
@@ -228,10 +238,22 @@ class BaseTrainer(ResumableTrainer):
         if self.settings.checkpointing != "auto":
             set_checkpointing(self.bare_network, self.settings.checkpointing == "on")
             return
-        shape = (self.batch_size, self.num_input_channels, *self.configuration_manager.patch_size)
         fit_into_memory(
-            self.bare_network, self._same_network, shape, self.device, self._memory_remedy, self.print_to_log_file
+            self.bare_network,
+            self._trained_module,
+            (self._inputs_of_a_step(), self.num_input_channels, *self.configuration_manager.patch_size),
+            self.device,
+            self._memory_remedy,
+            self.print_to_log_file,
         )
+
+    def _trained_module(self) -> nn.Module:
+        """What a step runs, made anew."""
+        return self._same_network()
+
+    def _inputs_of_a_step(self) -> int:
+        """How many patches the network gets in a step of this process."""
+        return int(self.batch_size)
 
     def _memory_remedy(self, gigabytes: float) -> str:
         """What to do when a training step does not fit."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,15 @@ class MetricsFile:
         self.path = path
 
     def append(self, epoch: int, values: Mapping[str, Any]) -> None:
-        """Write the row of an epoch; rows of this and later epochs, left by an interrupted run, are dropped."""
+        """Write the row of an epoch; rows of this and later epochs, left by an interrupted run, are dropped.
+
+        Args:
+            epoch: from 0.
+            values: numbers or None, by column; a list fills the columns name_0, name_1, ...
+        """
+        columns = dict(pair for name, value in values.items() for pair in _columns(name, value))
         rows = [row for row in self.rows() if int(row["epoch"]) < epoch]
-        rows.append({"epoch": str(epoch), **{key: "" if v is None else f"{v:.6g}" for key, v in values.items()}})
+        rows.append({"epoch": str(epoch), **{key: "" if v is None else f"{v:.6g}" for key, v in columns.items()}})
         with written_whole(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[-1]), restval="", extrasaction="ignore")
             writer.writeheader()
@@ -35,3 +41,9 @@ class MetricsFile:
             return []
         with open(self.path, newline="", encoding="utf-8") as file:
             return list(csv.DictReader(file))
+
+
+def _columns(name: str, value: Any) -> Iterable[tuple[str, Any]]:
+    if not isinstance(value, (list, tuple)):
+        return [(name, value)]
+    return [(f"{name}_{i}", one) for i, one in enumerate(value)]

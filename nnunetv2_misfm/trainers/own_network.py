@@ -32,5 +32,5 @@ def with_own_network(plans: dict[str, Any], configuration: str, kind: type[RunSe
         entry["architecture"] = resolved["architecture"]
         if enlarge_for_augmentation(resolved):
             entry["patch_size"] = resolved["patch_size"]
-        plans[BLOCK] = {"task": kind.TASK, **write_settings(kind())}
+        plans[BLOCK] = {"task": kind.TASKS[0], **write_settings(kind())}
     return plans

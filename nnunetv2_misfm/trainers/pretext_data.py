@@ -1,4 +1,4 @@
-"""What a pretext run has instead of labels and folds: fusion classes, a hold-out list, and a clock on its data."""
+"""What a pretext run has instead of labels and folds: outputs, a hold-out list, and a clock on its data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnunetv2_misfm.errors import UserError, first_line
-from nnunetv2_misfm.pretrain.settings import FusionSettings
+from nnunetv2_misfm.pretrain.task import PretextTask
 
 _HELD_OUT_SHARE = 0.05
 _MOST_HELD_OUT = 50
@@ -58,13 +58,14 @@ def killed_workers_are_named() -> Iterator[None]:
         ) from None
 
 
-def fusion_dataset_json(dataset_json: Mapping[str, Any], fusion: FusionSettings) -> dict[str, Any]:
-    """The dataset.json of a pretext run: the dataset's channels, and the fusion classes as labels.
+def pretext_dataset_json(dataset_json: Mapping[str, Any], task: PretextTask) -> dict[str, Any]:
+    """The dataset.json of a pretext run: the dataset's channels, and as many labels as the task has outputs.
 
-    nnU-Net's label manager then gives one output per fusion class, and its pseudo Dice and progress plot work.
+    nnU-Net's label manager then gives the network as many.
     """
+    channels = dataset_json.get("channel_names", dataset_json.get("modality", ()))
     kept = {key: value for key, value in dataset_json.items() if key not in ("labels", "regions_class_order")}
-    labels = {"background": 0} | {f"fusion_{k}": k for k in range(1, fusion.num_fusion_classes)}
+    labels = {"background": 0} | {f"{task.group()}_{k}": k for k in range(1, task.num_outputs(len(channels)))}
     return {**kept, "labels": labels}
 
 

@@ -19,7 +19,6 @@ from nnunetv2_misfm.errors import PlanError, UserError, first_line
 from nnunetv2_misfm.files import TRAINING_LOCK, format_bytes, locked
 from nnunetv2_misfm.plans.compare import what_a_run_must_keep
 from nnunetv2_misfm.plans.run_settings import BLOCK, RunSettings
-from nnunetv2_misfm.plans.settings import Settings
 from nnunetv2_misfm.trainers.checkpoint_files import (
     LATEST,
     PREVIOUS,
@@ -49,7 +48,6 @@ class ResumableTrainer(nnUNetTrainer):
     """
 
     SETTINGS: ClassVar[type[RunSettings]]
-    GROUPS: ClassVar[dict[str, type[Settings]]] = {}  # nested in the block, by name
     settings: RunSettings
     network: Any  # within DDP and what torch.compile returns
     _was_loaded = False
@@ -118,8 +116,14 @@ class ResumableTrainer(nnUNetTrainer):
             )
 
     def _changes_since(self, plans: Mapping[str, Any]) -> str:
-        changes = what_a_run_must_keep(plans, self.plans_manager.plans, self.configuration_name, **self.GROUPS)
+        changes = what_a_run_must_keep(
+            plans, self.plans_manager.plans, self.configuration_name, **self._default_settings()
+        )
         return "".join(f"\n  {line}" for line in changes)
+
+    def _default_settings(self) -> dict[str, Any]:
+        """The defaults that `what_a_run_must_keep` should know, where they are not those declared."""
+        return {}
 
     def _clear_results_folder(self) -> None:
         """Leave no checkpoint that `--c` would take for one of this run."""
@@ -170,12 +174,20 @@ class ResumableTrainer(nnUNetTrainer):
         """What a kind of training keeps in its checkpoints besides nnU-Net's keys."""
         return {}
 
+    def _task_name(self) -> str:
+        """What the network learns, for the checkpoint."""
+        return self.SETTINGS.TASKS[0]
+
+    def _learnt(self) -> dict[str, Any]:
+        """What tells how well the network has learnt, for the checkpoint."""
+        return {}
+
     def _describe(self) -> CheckpointInfo:
         manager: ConfigurationManager = self.configuration_manager
         built = type(self.bare_network)
         as_planned = manager.network_arch_class_name.rpartition(".")[2] == built.__name__
         return CheckpointInfo(
-            task=self.SETTINGS.TASK,
+            task=self._task_name(),
             # A derived trainer may build a network of its own, whose arguments the plans do not tell.
             network_class_name=manager.network_arch_class_name
             if as_planned
@@ -184,7 +196,11 @@ class ResumableTrainer(nnUNetTrainer):
             input_channels=self.num_input_channels,
             num_classes=self.label_manager.num_segmentation_heads,
             preprocessing=preprocessing_of(self.plans_manager.plans, manager.configuration),
-            training={**self.plans_manager.plans.get(BLOCK, {}), "epochs_done": self._epochs_finished()},
+            training={
+                **self.plans_manager.plans.get(BLOCK, {}),
+                "epochs_done": self._epochs_finished(),
+                **self._learnt(),
+            },
             versions=installed_versions(),
         )
 

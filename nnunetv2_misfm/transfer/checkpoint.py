@@ -40,7 +40,7 @@ class CheckpointInfo:
     """What a checkpoint of ours says about itself.
 
     Attributes:
-        task: "volume_fusion" or "segmentation".
+        task: the name of a pretext task, or "segmentation".
         network_class_name, arch_kwargs, input_channels, num_classes: what builds the network.
         preprocessing: spacing, patch size, normalisation and axis order the network was trained with, as in plans.
         training: settings of the run (the plan's `misfm` block), seed and epochs done.

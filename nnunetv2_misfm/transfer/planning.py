@@ -27,7 +27,7 @@ from nnunetv2_misfm.plans.network_entry import (
     is_own_network,
     set_sizes,
 )
-from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, FinetuningSettings
+from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, SEGMENTATION, FinetuningSettings
 from nnunetv2_misfm.plans.settings import write_settings
 from nnunetv2_misfm.transfer.pretrained import Source, portable_path
 from nnunetv2_misfm.transfer.transfer import TransferReport, transfer
@@ -112,7 +112,7 @@ def finetuning_plans(
         name: _configuration(base, name, request, source, remarks) for name in request.configurations
     }
     _keep_normalisation(plans, source, request.ct_intensities, remarks)
-    plans[BLOCK] = {"task": FinetuningSettings.TASK, **write_settings(request.settings)}
+    plans[BLOCK] = {"task": SEGMENTATION, **write_settings(request.settings)}
     plans[PRETRAIN_INFO] = _pretrain_info(source, request, plans)
     plans["configurations"] |= deepcopy(dict(request.kept))
     _link_stages(plans["configurations"])

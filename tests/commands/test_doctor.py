@@ -133,6 +133,7 @@ def test_it_shows_where_each_trainer_comes_from(plugin: None) -> None:
     trainers = doctor.PACKAGE / "trainers"
     assert found == {
         "MisFMTrainer": str(trainers / "misfm_trainer.py"),
+        "PretrainingTrainer": str(trainers / "pretraining_trainer.py"),
         "VolumeFusionTrainer": str(trainers / "volume_fusion_trainer.py"),
     }
 

@@ -11,7 +11,11 @@ from nnunetv2_misfm.plans.compare import what_a_run_must_keep
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings, PretrainingSettings, run_settings
 from nnunetv2_misfm.plans.settings import Settings, SettingsError, read_settings, setting, write_settings
 from nnunetv2_misfm.pool.settings import PoolSettings
-from nnunetv2_misfm.pretrain.settings import GROUPS, AugmentSettings, FusionSettings
+from nnunetv2_misfm.pretrain.settings import AugmentSettings
+from nnunetv2_misfm.pretrain.tasks import default_settings
+from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings
+
+GROUPS = default_settings("volume_fusion")
 
 
 def test_all_problems_are_reported_together() -> None:

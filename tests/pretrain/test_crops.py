@@ -1,4 +1,4 @@
-"""Pairs of crops: what they depend on, where they are read, and what happens to damaged files."""
+"""Samples of crops: what they depend on, where they are read, and what happens to damaged files."""
 
 from __future__ import annotations
 
@@ -12,16 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from nnunetv2_misfm.pretrain.crops import (
-    CropPairs,
-    CropReadError,
-    FuseBatch,
-    PairSample,
-    fuse_batch,
-    pair_loader,
-    validation_pairs,
-)
-from nnunetv2_misfm.pretrain.settings import AugmentSettings, FusionSettings
+from nnunetv2_misfm.pretrain.batches import CropBatch, crop_loader
+from nnunetv2_misfm.pretrain.crops import CropReadError, CropSamples, Sample, validation_samples
+from nnunetv2_misfm.pretrain.settings import AugmentSettings
+from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings, VolumeFusion
 
 PATCH = (8, 12, 10)
 BLOCKS = FusionSettings(geometry="blocks", block_size_min=(2, 2, 2), block_size_max=(4, 4, 4))
@@ -40,20 +34,28 @@ def make_pool(folder: Path, num_cases: int = 4, shape: Sequence[int] = (1, 20, 2
     return names
 
 
-def make_pairs(folder: Path, names: Sequence[str], **changes) -> CropPairs:
+def make_pairs(folder: Path, names: Sequence[str], fusion: FusionSettings | None = None, **changes) -> CropSamples:
     arguments = {
         "patch_size": PATCH,
-        "fusion": FusionSettings(),
+        "task": VolumeFusion(fusion or FusionSettings()),
         "augment": AugmentSettings(),
         "seed": 3,
         "num_channels": 1,
         **changes,
     }
-    return CropPairs(folder, names, **arguments)
+    return CropSamples(folder, names, **arguments)
 
 
-def fused(batches: Sequence[FuseBatch], patch_size: Sequence[int] = PATCH) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    return [fuse_batch(batch, patch_size, "cpu", 5) for batch in batches]
+def fused(batches: Sequence[CropBatch]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [VolumeFusion(FusionSettings()).make(batch, torch.device("cpu")) for batch in batches]
+
+
+def foreground(sample: Sample) -> torch.Tensor:
+    return sample.crops[0].voxels
+
+
+def fixed_pairs(folder: Path, names: Sequence[str]) -> CropSamples:
+    return validation_samples(folder, names, PATCH, VolumeFusion(FusionSettings()), 3, 1)
 
 
 def same(first: Sequence[tuple[torch.Tensor, ...]], second: Sequence[tuple[torch.Tensor, ...]]) -> bool:
@@ -62,15 +64,15 @@ def same(first: Sequence[tuple[torch.Tensor, ...]], second: Sequence[tuple[torch
     )
 
 
-def cases_read(sample: PairSample) -> list[int]:
+def cases_read(sample: Sample) -> list[int]:
     """Which cases the voxels come from, by their intensities."""
-    return [round(float(crop.median()) / 100) for crop in (sample.foreground, sample.background)]
+    return [round(float(crop.voxels.median()) / 100) for crop in sample.crops]
 
 
 def test_batches_have_the_shapes_and_types_a_trainer_expects(tmp_path):
     names = make_pool(tmp_path, shape=(2, 20, 24, 22))
-    batch = next(pair_loader(make_pairs(tmp_path, names, num_channels=2), 3, 5))
-    data, target = fuse_batch(batch, PATCH, "cpu", 5)
+    batch = next(crop_loader(make_pairs(tmp_path, names, num_channels=2), 3, 5))
+    data, target = fused([batch])[0]
     assert data.shape == (3, 2, *PATCH) and data.dtype == torch.float32
     assert target.shape == (3, 1, *PATCH) and set(target.unique().tolist()) <= {0, 1, 2, 3, 4}
 
@@ -78,45 +80,45 @@ def test_batches_have_the_shapes_and_types_a_trainer_expects(tmp_path):
 def test_voxels_of_class_0_and_k_are_those_of_the_two_crops(tmp_path):
     pairs = make_pairs(tmp_path, make_pool(tmp_path), augment=AugmentSettings.off())
     sample = pairs[0, 0, 0]
-    data, target = fuse_batch(next(pair_loader(pairs, 1, 1)), PATCH, "cpu", 5)
-    assert torch.equal(data[0][target[0] == 0], sample.background[target[0] == 0])
-    assert torch.equal(data[0][target[0] == 4], sample.foreground[target[0] == 4])
+    data, target = fused([next(crop_loader(pairs, 1, 1))])[0]
+    assert torch.equal(data[0][target[0] == 0], sample.crops[1].voxels[target[0] == 0])
+    assert torch.equal(data[0][target[0] == 4], foreground(sample)[target[0] == 4])
 
 
 def test_crops_are_parts_of_their_volume_in_axis_order(tmp_path):
     shape = (20, 24, 22)
     write_case(tmp_path, "ramp", np.arange(np.prod(shape), dtype=np.float32).reshape(1, *shape))
     sample = make_pairs(tmp_path, ["ramp"], augment=AugmentSettings.off())[0, 0, 0]
-    x, y, z = np.unravel_index(int(sample.foreground[0, 0, 0, 0]), shape)
+    x, y, z = np.unravel_index(int(foreground(sample)[0, 0, 0, 0]), shape)
     volume = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     expected = volume[x : x + PATCH[0], y : y + PATCH[1], z : z + PATCH[2]]
-    assert np.array_equal(sample.foreground[0].numpy(), expected)
+    assert np.array_equal(foreground(sample)[0].numpy(), expected)
 
 
 def test_every_place_of_a_volume_is_read(tmp_path):
     write_case(tmp_path, "ramp", np.arange(10 * 12 * 10, dtype=np.float32).reshape(1, 10, 12, 10))
     pairs = make_pairs(tmp_path, ["ramp"], augment=AugmentSettings.off())
-    assert {int(pairs[0, i, 0].foreground[0, 0, 0, 0]) // 120 for i in range(40)} == {0, 1, 2}
+    assert {int(foreground(pairs[0, i, 0])[0, 0, 0, 0]) // 120 for i in range(40)} == {0, 1, 2}
 
 
 def test_the_number_of_workers_changes_nothing(tmp_path):
     pairs = make_pairs(tmp_path, make_pool(tmp_path))
-    results = [fused(list(islice(pair_loader(pairs, 2, 2, num_workers=n), 6))) for n in (0, 1, 2)]
+    results = [fused(list(islice(crop_loader(pairs, 2, 2, num_workers=n), 6))) for n in (0, 1, 2)]
     assert same(results[0], results[1]) and same(results[0], results[2])
 
 
 def test_no_sample_repeats_across_workers_and_epochs(tmp_path):
     pairs = make_pairs(tmp_path, make_pool(tmp_path))
-    data = torch.cat([data for data, _ in fused(list(islice(pair_loader(pairs, 2, 2, num_workers=2), 8)))])
+    data = torch.cat([data for data, _ in fused(list(islice(crop_loader(pairs, 2, 2, num_workers=2), 8)))])
     assert len(data.flatten(1).sum(1).unique()) == 16
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_slices_of_all_processes_make_the_same_batches(tmp_path, world_size):
     pairs = make_pairs(tmp_path, make_pool(tmp_path))
-    whole = fused(list(islice(pair_loader(pairs, 5, 2), 3)))
+    whole = fused(list(islice(crop_loader(pairs, 5, 2), 3)))
     slices = [
-        fused(list(islice(pair_loader(pairs, 5, 2, rank=rank, world_size=world_size), 3))) for rank in range(world_size)
+        fused(list(islice(crop_loader(pairs, 5, 2, rank=rank, world_size=world_size), 3))) for rank in range(world_size)
     ]
     joined = [tuple(torch.cat(parts) for parts in zip(*ranks, strict=True)) for ranks in zip(*slices, strict=True)]
     assert same(whole, joined)
@@ -124,21 +126,21 @@ def test_slices_of_all_processes_make_the_same_batches(tmp_path, world_size):
 
 def test_a_resumed_run_continues_with_the_same_batches(tmp_path):
     pairs = make_pairs(tmp_path, make_pool(tmp_path))
-    whole = fused(list(islice(pair_loader(pairs, 2, 3), 9)))
-    resumed = fused(list(islice(pair_loader(pairs, 2, 3, start_epoch=2), 3)))
+    whole = fused(list(islice(crop_loader(pairs, 2, 3), 9)))
+    resumed = fused(list(islice(crop_loader(pairs, 2, 3, start_epoch=2), 3)))
     assert same(whole[6:], resumed)
 
 
 def test_another_seed_gives_other_samples(tmp_path):
     names = make_pool(tmp_path)
-    first, second = (next(pair_loader(make_pairs(tmp_path, names, seed=seed), 2, 1)) for seed in (1, 2))
+    first, second = (next(crop_loader(make_pairs(tmp_path, names, seed=seed), 2, 1)) for seed in (1, 2))
     assert not same(fused([first]), fused([second]))
 
 
 def test_starting_a_loader_leaves_torch_random_numbers_alone(tmp_path):
     pairs = make_pairs(tmp_path, make_pool(tmp_path))
     before = torch.get_rng_state()
-    fused([next(pair_loader(pairs, 2, 1))])
+    fused([next(crop_loader(pairs, 2, 1))])
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -153,30 +155,31 @@ def test_boxes_take_two_volumes_and_blocks_two_crops_of_one(tmp_path):
 
 def test_a_pool_of_one_volume_gives_two_crops_of_it(tmp_path):
     sample = make_pairs(tmp_path, make_pool(tmp_path, 1), augment=AugmentSettings.off())[0, 0, 0]
-    assert not torch.equal(sample.foreground, sample.background)
+    assert not torch.equal(foreground(sample), sample.crops[1].voxels)
 
 
 def test_validation_samples_are_the_same_in_every_epoch_and_none_of_training(tmp_path):
     names = make_pool(tmp_path)
-    pairs = validation_pairs(tmp_path, names, PATCH, FusionSettings(), 3, 1)
-    first, second, third, fourth = fused(list(islice(pair_loader(pairs, 2, 2, anisotropy=(0, 1)), 4)))
+    pairs = fixed_pairs(tmp_path, names)
+    first, second, third, fourth = fused(list(islice(crop_loader(pairs, 2, 2, anisotropy=(0, 1)), 4)))
     assert same([first, second], [third, fourth]) and not same([first], [second])
     training = make_pairs(tmp_path, names, augment=AugmentSettings.off())
-    assert not torch.equal(training[0, 0, 0].foreground, pairs[0, 0, 0].foreground)
+    assert not torch.equal(foreground(training[0, 0, 0]), foreground(pairs[0, 0, 0]))
 
 
 def test_validation_crops_are_not_augmented(tmp_path):
-    sample = validation_pairs(tmp_path, make_pool(tmp_path), PATCH, FusionSettings(), 3, 1)[0, 0, 0]
-    assert sample.foreground.shape == (1, *PATCH)
-    assert sample.foreground_augmentation.gamma is None and not any(sample.foreground_augmentation.flips)
+    sample = fixed_pairs(tmp_path, make_pool(tmp_path))[0, 0, 0]
+    assert foreground(sample).shape == (1, *PATCH)
+    augmentation = sample.crops[0].augmentation
+    assert augmentation.gamma is None and not any(augmentation.flips)
 
 
 def test_a_volume_smaller_than_the_crop_is_padded_with_each_channels_minimum(tmp_path):
     volume = np.random.default_rng(0).standard_normal((2, 5, 20, 4)).astype(np.float32)
     write_case(tmp_path, "small", volume)
     sample = make_pairs(tmp_path, ["small"], num_channels=2, augment=AugmentSettings.off())[0, 0, 0]
-    assert sample.foreground.shape == (2, *PATCH)
-    for channel in sample.foreground:
+    assert foreground(sample).shape == (2, *PATCH)
+    for channel in foreground(sample):
         padding = channel == channel.min()
         assert padding.sum() == channel.numel() - 5 * 12 * 4 + 1
         assert (~padding).any(dim=2).any(dim=1).sum() == 5
@@ -185,12 +188,12 @@ def test_a_volume_smaller_than_the_crop_is_padded_with_each_channels_minimum(tmp
 def test_a_scaled_crop_pads_no_more_than_an_unscaled_one(tmp_path):
     names = make_pool(tmp_path, 1, (1, 5, 13, 40))
     pairs = make_pairs(tmp_path, names, augment=AugmentSettings(scale=(1.5, 1.5)))
-    assert pairs[0, 0, 0].foreground_augmentation.read_size == (8, 13, 15)
+    assert pairs[0, 0, 0].crops[0].augmentation.read_size == (8, 13, 15)
 
 
 def test_anisotropy_takes_turns_and_reads_deeper_crops(tmp_path):
     pairs = make_pairs(tmp_path, make_pool(tmp_path, shape=(1, 70, 24, 22)), augment=AugmentSettings.off())
-    batches = list(islice(pair_loader(pairs, 1, 3, anisotropy=(0, 1, 2)), 3))
+    batches = list(islice(crop_loader(pairs, 1, 3, anisotropy=(0, 1, 2)), 3))
     assert [batch.anisotropy for batch in batches] == [0, 1, 2]
     assert [batch.augmentations[0].read_size[0] for batch in batches] == [8, 16, 32]
     assert all(data.shape[2:] == PATCH for data, _ in fused(batches))
@@ -201,20 +204,20 @@ def test_places_that_are_mostly_air_are_drawn_again(tmp_path):
     volume[:, 16:] = np.random.default_rng(0).standard_normal((1, 16, 12, 10))
     write_case(tmp_path, "half_air", volume)
     pairs = make_pairs(tmp_path, ["half_air"], augment=AugmentSettings.off())
-    airy = [float((pairs[0, i, 0].foreground == -1).float().mean()) > 0.9 for i in range(100)]
+    airy = [float((foreground(pairs[0, i, 0]) == -1).float().mean()) > 0.9 for i in range(100)]
     assert sum(airy) < 10  # a third of them without drawing again
 
 
 def test_volumes_of_nothing_but_air_still_give_samples(tmp_path):
     write_case(tmp_path, "air", np.full((1, 20, 20, 20), -1.0, np.float32))
-    data, _ = fused([next(pair_loader(make_pairs(tmp_path, ["air"]), 2, 1))])[0]
+    data, _ = fused([next(crop_loader(make_pairs(tmp_path, ["air"]), 2, 1))])[0]
     assert torch.allclose(data, torch.full_like(data, -1.0), atol=1e-5)
 
 
 @pytest.mark.parametrize("patch_size", [(1, 1, 1), (3, 40, 9), (40, 56, 40)])
 def test_any_patch_size(tmp_path, patch_size):
     pairs = make_pairs(tmp_path, make_pool(tmp_path), patch_size=patch_size)
-    data, _ = fused([next(pair_loader(pairs, 2, 1))], patch_size)[0]
+    data, _ = fused([next(crop_loader(pairs, 2, 1))])[0]
     assert data.shape == (2, 1, *patch_size) and data.isfinite().all()
 
 
@@ -251,7 +254,7 @@ def test_a_bad_file_is_named_once_and_replaced_the_same_way_every_time(tmp_path,
     runs = []
     messages: list[str] = []
     for num_workers in (0, 2):
-        loader = pair_loader(pairs, 4, 5, num_workers=num_workers, report=messages.append)
+        loader = crop_loader(pairs, 4, 5, num_workers=num_workers, report=messages.append)
         runs.append(fused(list(islice(loader, 15))))
     assert same(*runs)
     assert len(messages) == 2 and all("case_2.b2nd" in message for message in messages)
@@ -261,7 +264,7 @@ def test_too_many_bad_files_are_an_error_that_names_them(tmp_path):
     names = make_pool(tmp_path, 10)
     for i in (1, 7):
         damage(tmp_path / f"case_{i}.b2nd", "cut off")
-    loader = pair_loader(make_pairs(tmp_path, names), 4, 5, report=lambda message: None)
+    loader = crop_loader(make_pairs(tmp_path, names), 4, 5, report=lambda message: None)
     with pytest.raises(CropReadError, match=r"2 of 10(.|\n)*case_1\.b2nd(.|\n)*") as error:
         list(islice(loader, 100))
     assert "case_7.b2nd" in str(error.value)
@@ -270,7 +273,7 @@ def test_too_many_bad_files_are_an_error_that_names_them(tmp_path):
 def test_a_wrong_folder_is_an_error_that_names_files_from_a_worker_too(tmp_path):
     pairs = make_pairs(tmp_path / "nowhere", ["a", "b"])
     with pytest.raises(CropReadError, match=r"nowhere.*a\.b2nd"):
-        next(pair_loader(pairs, 2, 1, num_workers=1))
+        next(crop_loader(pairs, 2, 1, num_workers=1))
 
 
 def test_only_the_images_are_opened(tmp_path):
@@ -278,7 +281,7 @@ def test_only_the_images_are_opened(tmp_path):
     for name in names:
         (tmp_path / f"{name}.pkl").write_bytes(b"not a pickle")
         (tmp_path / f"{name}_seg.b2nd").write_bytes(b"not an array")
-    assert len(fused(list(islice(pair_loader(make_pairs(tmp_path, names), 2, 2), 4)))) == 4
+    assert len(fused(list(islice(crop_loader(make_pairs(tmp_path, names), 2, 2), 4)))) == 4
 
 
 def test_a_pool_of_110000_cases_is_small_and_opens_nothing(tmp_path):
@@ -293,15 +296,15 @@ def test_samples_and_datasets_can_be_pickled(tmp_path):
     pairs = make_pairs(tmp_path, make_pool(tmp_path))
     sample, again = pairs[1, 2, 0], pickle.loads(pickle.dumps(pairs))[1, 2, 0]
     copy = pickle.loads(pickle.dumps(sample))
-    assert torch.equal(sample.foreground, again.foreground) and torch.equal(sample.foreground, copy.foreground)
-    assert sample.background_augmentation == again.background_augmentation == copy.background_augmentation
+    assert torch.equal(foreground(sample), foreground(again)) and torch.equal(foreground(sample), foreground(copy))
+    assert sample.crops[1].augmentation == again.crops[1].augmentation == copy.crops[1].augmentation
 
 
 @pytest.mark.parametrize(
     "changes", [{"patch_size": (8, 8)}, {"patch_size": (0, 8, 8)}, {"num_channels": 0}, {"seed": -1}]
 )
 def test_impossible_pairs_are_an_error(tmp_path, changes):
-    with pytest.raises(ValueError, match="pairs need"):
+    with pytest.raises(ValueError, match="samples need"):
         make_pairs(tmp_path, ["a"], **changes)
 
 
@@ -316,4 +319,4 @@ def test_an_empty_pool_is_an_error(tmp_path):
 )
 def test_impossible_batches_are_an_error(tmp_path, changes):
     with pytest.raises(ValueError, match="batches"):
-        pair_loader(make_pairs(tmp_path, ["a"]), **{"batch_size": 2, "num_iterations": 1, **changes})
+        crop_loader(make_pairs(tmp_path, ["a"]), **{"batch_size": 2, "num_iterations": 1, **changes})

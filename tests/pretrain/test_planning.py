@@ -9,9 +9,8 @@ import pytest
 from phantoms import ct, write
 
 from nnunetv2_misfm.commands.pretrain import main
-from nnunetv2_misfm.plans.run_settings import PretrainingSettings
 from nnunetv2_misfm.pretrain.planning import RunRequest, enough_samples, new_pool_entry, run_plans
-from nnunetv2_misfm.pretrain.settings import AugmentSettings, FusionSettings
+from nnunetv2_misfm.pretrain.tasks import PretextSettings
 from nnunetv2_misfm.start_up import add_plugin_folder
 
 ISOTROPIC = (1.0, 1.0, 1.0)
@@ -20,9 +19,7 @@ LARGE = (500, 500, 500)
 
 def request(**choices: Any) -> RunRequest:
     choices = {"network": None} | choices
-    return RunRequest(
-        settings=PretrainingSettings(), fusion=FusionSettings(), augmentation=AugmentSettings(), **choices
-    )
+    return RunRequest(pretext=PretextSettings.read({"task": "volume_fusion"}, "The test"), **choices)
 
 
 def batch_size(**choices: Any) -> int:

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunetv2_misfm.plans.settings import SettingsError, read_settings, write_settings
-from nnunetv2_misfm.pretrain.settings import FusionSettings
-from nnunetv2_misfm.pretrain.volume_fusion import Fusion, fuse, fusion_labels, sample_fusion
+from nnunetv2_misfm.pretrain.volume_fusion import Fusion, FusionSettings, fuse, fusion_labels, sample_fusion
 
 PAPER_PATCH = (64, 128, 128)
 BOXES = FusionSettings()

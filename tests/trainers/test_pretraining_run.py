@@ -21,8 +21,9 @@ from nnunetv2.run.run_training import get_trainer_from_args
 
 from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
 from nnunetv2_misfm.files import LockedError
+from nnunetv2_misfm.pretrain.task import Scores
+from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings, VolumeFusion
 from nnunetv2_misfm.start_up import add_plugin_folder
-from nnunetv2_misfm.trainers.alarms import alarms
 from nnunetv2_misfm.trainers.step_guard import MOST_IN_A_ROW, StepGuard, TrainingDivergedError
 from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
 
@@ -94,17 +95,17 @@ def test_steps_without_finite_gradients_change_nothing_and_are_counted(
     run.on_train_start()
     run.on_train_epoch_start()
     before = {key: value.clone() for key, value in run.bare_network.state_dict().items()}
-    fused = run._fused
+    made = run._made
 
     def overflowing(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        data, labels = fused(batch)
+        data, labels = made(batch)
         return torch.full_like(data, torch.inf), labels
 
-    monkeypatch.setattr(run, "_fused", overflowing)
+    monkeypatch.setattr(run, "_made", overflowing)
     outputs = [run.train_step(next(run.dataloader_train))]
     after = run.bare_network.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before if "num_batches_tracked" not in k)
-    monkeypatch.setattr(run, "_fused", fused)
+    monkeypatch.setattr(run, "_made", made)
     outputs.append(run.train_step(next(run.dataloader_train)))
     run.on_train_epoch_end(outputs)
     assert run._guard.skipped == 1
@@ -145,12 +146,25 @@ def test_all_stems_are_trained_in_turn(nnunet: Path) -> None:
 
 
 def test_alarms_name_the_trouble_and_what_to_try() -> None:
+    def alarms(losses: list[float], predicted: list[float], dice: list[float]) -> list[str]:
+        scores = Scores(0.0, [0.0], {"predicted": predicted, "dice": dice}, "")
+        return VolumeFusion(FusionSettings()).alarms(losses, scores)
+
     fine = [0.2] * 5
-    assert alarms([1.0, 0.9, 0.8], fine, fine, None) == []
-    assert "class 2 only" in alarms([1.0, 0.9, 0.8], [0, 0, 1.0, 0, 0], [0.0] * 5, None)[0]
-    assert "has not moved" in alarms([1.0] * 10, fine, [0.4, 0, 0, 0, 0], None)[0]
-    assert "encoder.stage4 (1 of 8); fine-tuning" in alarms([0.1], fine, fine, "encoder.stage4 (1 of 8)")[0]
-    assert alarms([0.1] * 10, fine, [0.9] * 5, None) == []
+    assert alarms([1.0, 0.9, 0.8], fine, fine) == []
+    assert "class 2 only" in alarms([1.0, 0.9, 0.8], [0, 0, 1.0, 0, 0], [0.0] * 5)[0]
+    assert "has not moved" in alarms([1.0] * 10, fine, [0.4, 0, 0, 0, 0])[0]
+    assert alarms([0.1] * 10, fine, [0.9] * 5) == []
+
+
+def test_an_alarm_names_weights_that_have_shrunk(nnunet: Path) -> None:
+    pretrain("Shrunk", "--only_prepare")
+    run = made_trainer("Shrunk")
+    run.initialize()
+    assert run._shrunk_weights() == []
+    with torch.no_grad():
+        run.bare_network.encoder.stage4.conv[2].weight.zero_()
+    assert "encoder.stage4 (1 of" in run._shrunk_weights()[0]
 
 
 def test_a_unet_checkpoint_says_where_its_encoder_is(nnunet: Path) -> None:

@@ -1,0 +1,437 @@
+"""PretrainingTrainer: nnU-Net's training loop on the pretext task that the plans name.
+
+Image tensors are (B, C, X, Y, Z) in plans axis order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import chain, repeat
+from pathlib import Path
+from time import perf_counter
+from typing import Any, ClassVar, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from batchgenerators.utilities.file_and_folder_operations import save_json
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from nnunetv2.utilities.helpers import dummy_context
+from torch import Tensor, autocast, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.plans.checks import configuration_3d
+from nnunetv2_misfm.plans.files import check_dataset_of_plans
+from nnunetv2_misfm.plans.run_settings import (
+    PretrainingSettings,
+    RunSettings,
+    block_for,
+    block_of,
+    pretext_task_of,
+)
+from nnunetv2_misfm.pretrain.batches import crop_loader
+from nnunetv2_misfm.pretrain.crops import CropSamples, validation_samples
+from nnunetv2_misfm.pretrain.task import PretextNetwork, Scores
+from nnunetv2_misfm.pretrain.tasks import PretextSettings, default_settings
+from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
+from nnunetv2_misfm.trainers.checkpoint_files import LATEST
+from nnunetv2_misfm.trainers.device_memory import peak_memory_gb
+from nnunetv2_misfm.trainers.distributed import any_process, from_all_processes, wrap
+from nnunetv2_misfm.trainers.interrupted_epoch import InterruptedEpoch
+from nnunetv2_misfm.trainers.metrics_file import MetricsFile
+from nnunetv2_misfm.trainers.pretext_data import TimedIterator, hold_out, killed_workers_are_named, pretext_dataset_json
+from nnunetv2_misfm.trainers.step_guard import StepGuard
+from nnunetv2_misfm.trainers.stop_request import BY_SIGNAL, StopRequest
+from nnunetv2_misfm.transfer.adaptation_plan import nnssl_adaptation_plan
+from nnunetv2_misfm.transfer.shrunk_weights import shrunk_weights
+
+_MOST_EPOCHS_LOST = 5  # by a crash
+_GRADIENT_NORM = 12.0  # nnU-Net's
+_HEAD = "pretext_head"  # in a checkpoint: what was trained beside the network
+
+
+class PretrainingTrainer(BaseTrainer):
+    """Pretrains the network a plan names on preprocessed volumes; labels, if there are any, are never read.
+
+    Inputs and targets are made on the training device from crops that workers read. Validation uses one fixed set of
+    samples, drawn from volumes held out of training where there are enough.
+    """
+
+    SETTINGS = PretrainingSettings
+    TASK: ClassVar[str | None] = None  # the one task that a derived trainer is for
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = CUDA,
+    ):
+        if str(fold) != "all":
+            raise PlanError(f"Pretraining is on all volumes: use fold all instead of {fold}.")
+        self.pretext = PretextSettings.read(self._pretext_block(plans), block_of(plans))
+        self.task = self.pretext.task()
+        check_dataset_of_plans(plans, dataset_json)
+        if configuration_3d(plans, configuration).get("previous_stage") is not None:
+            raise PlanError(f"{configuration} takes label channels, which pretraining has not. Use 3d_fullres.")
+        super().__init__(plans, configuration, fold, pretext_dataset_json(dataset_json, self.task), device)
+        self.enable_deep_supervision = self.task.deep_supervision
+        self.metrics = MetricsFile(Path(self.output_folder) / "metrics.csv") if self.output_folder else None
+        self._scores: Scores | None = None
+        stems = tuple(self.configuration_manager.network_arch_init_kwargs.get("stems") or ())
+        # A network with several stems trains them in turn, each on crops of its degree of anisotropy.
+        self._degrees: tuple[int, ...] = stems if len(stems) > 1 else ()
+        self._interrupted: InterruptedEpoch | None = None
+        self._losses: list[float] = []
+        self._stop = StopRequest()
+        self.dataloader_train: Any
+        self.dataloader_val: Any
+        self.save_every = min(_MOST_EPOCHS_LOST, max(1, self.num_epochs // 40))
+
+    def _pretext_block(self, plans: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The `misfm` block that says which task is trained, and how."""
+        block = block_for(plans, PretrainingSettings)
+        if self.TASK is None and pretext_task_of(plans) is None:
+            raise PlanError(
+                f"The plans {plans['plans_name']} name no pretext task. Plan and train with misfm_pretrain -d "
+                f"{plans['dataset_name']} -pretext NAME."
+            )
+        if self.TASK not in (None, block["task"]):
+            raise PlanError(
+                f"The plans {plans['plans_name']} are for the pretext task {block['task']}: use -tr "
+                f"{PretrainingTrainer.__name__}."
+            )
+        return block
+
+    def _read_settings(self, plans: Mapping[str, Any]) -> RunSettings:
+        return self.pretext.run
+
+    def _default_settings(self) -> dict[str, Any]:
+        return default_settings(self.task.name)
+
+    def _task_name(self) -> str:
+        return self.task.name
+
+    def run_training(self) -> None:
+        """As in nnU-Net; asked to stop, it saves first and goes on from there with --c.
+
+        Raises:
+            UserError: if a process that reads crops was killed.
+        """
+        with self._stop, killed_workers_are_named():
+            try:
+                super().run_training()
+            finally:
+                # Their workers end with them; at the end of the program they would be waited for.
+                self.dataloader_train = self.dataloader_val = None
+
+    # ---------------------------------------------------------------- network
+
+    def initialize(self) -> None:
+        """As in the base class."""
+        super().initialize()
+        self._guard = StepGuard(self._model)
+
+    def _network_is_made(self) -> None:
+        self._model: nn.Module = self._with_head(self.network).to(self.device)
+
+    def _with_head(self, network: nn.Module) -> PretextNetwork:
+        return PretextNetwork(network, self.task, self.num_input_channels)
+
+    def _share_gradients(self) -> None:
+        # nnU-Net's `network` stays bare: a task may go through parts of it only, but all go through the wrapper.
+        unused = bool(self._degrees) or not self.enable_deep_supervision
+        self._model = wrap(self._model, self.device, some_unused=unused)
+
+    @property
+    def bare_model(self) -> PretextNetwork:
+        """The network and what is trained beside it, without the wrapper of DDP."""
+        model = self._model.module if isinstance(self._model, DDP) else self._model
+        return cast(PretextNetwork, model)
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """As in nnU-Net, which takes the network of several processes to be wrapped."""
+        self.bare_network.decoder.deep_supervision = enabled  # type: ignore[union-attr]
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        groups = super()._parameter_groups()
+        if self.bare_model.head is not None:
+            groups.append({"params": list(self.bare_model.head.parameters()), "name": "head", "lr_scale": 1.0})
+        return groups
+
+    def _use_stem(self, degree: int) -> None:
+        """Choose the stem of a network that has several, and with it the sizes of the outputs."""
+        if self._degrees:
+            self.bare_network.use_anisotropy(degree)  # type: ignore[operator]
+
+    def _trained_module(self) -> nn.Module:
+        return self._with_head(self._same_network())
+
+    def _inputs_of_a_step(self) -> int:
+        return super()._inputs_of_a_step() * self.task.inputs_per_sample
+
+    def _memory_remedy(self, gigabytes: float) -> str:
+        return "Pretrain with a smaller -patch_size or -batch_size of misfm_pretrain."
+
+    # ---------------------------------------------------------------- data
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """Training and validation volumes: a stable hold-out of 5 % (at most 50), none in pools under 10 volumes."""
+        dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
+        return hold_out(dataset_class.get_identifiers(self.preprocessed_dataset_folder))
+
+    def _sample_options(self) -> dict[str, Any]:
+        """What the samples of training and of validation have in common."""
+        return {
+            "folder": self.preprocessed_dataset_folder,
+            "patch_size": self.configuration_manager.patch_size,
+            "task": self.pretext.task(),
+            "seed": self.pretext.run.seed,
+            "num_channels": self.num_input_channels,
+        }
+
+    def get_dataloaders(self) -> tuple[TimedIterator, TimedIterator]:
+        """Iterators over batches of crops; training goes on from the current epoch."""
+        training, validation = self.do_split()
+        few = " (the same: too few to hold any out)" if set(training) == set(validation) else ""
+        self.print_to_log_file(f"{len(training)} volumes for training, {len(validation)} for validation{few}.")
+        workers = get_allowed_n_proc_DA()
+        loading: dict[str, Any] = {
+            "rank": dist.get_rank() if self.is_ddp else 0,
+            "world_size": dist.get_world_size() if self.is_ddp else 1,
+            "pin_memory": self.device.type == "cuda",
+            "report": self.print_to_log_file,
+        }
+        batch_size = self.configuration_manager.batch_size
+        done = len(self._interrupted.losses) if self._interrupted else 0
+        epochs_done, start = divmod(done, self.num_iterations_per_epoch)  # it may have been stopped in the last one
+        samples = CropSamples(identifiers=training, augment=self.pretext.augmentation, **self._sample_options())
+        fixed = validation_samples(identifiers=validation, **self._sample_options())
+        if self._degrees:
+            loading["anisotropy"] = self._degrees
+        batches = crop_loader(
+            samples,
+            batch_size,
+            self.num_iterations_per_epoch,
+            start_epoch=self.current_epoch + epochs_done,
+            start_iteration=start,
+            num_workers=workers,
+            **loading,
+        )
+        return (
+            # None stands for an iteration that was done before the run was interrupted.
+            TimedIterator(chain(repeat(None, done), batches)),
+            TimedIterator(
+                crop_loader(
+                    fixed,
+                    batch_size,
+                    self.num_val_iterations_per_epoch,
+                    start_epoch=self.current_epoch,
+                    num_workers=min(1, workers),
+                    **loading,
+                )
+            ),
+        )
+
+    @torch.no_grad()
+    def _made(self, batch: Any) -> tuple[Tensor, Any]:
+        return self.task.make(batch, self.device)
+
+    # ---------------------------------------------------------------- loss and steps
+
+    def _build_loss(self) -> Any:
+        if self._do_i_compile():
+            self.task.compile_loss()
+        return self.task.loss
+
+    def train_step(self, batch: Any) -> dict:
+        """One optimiser step on a batch of crops, then the end of the run if that was asked for."""
+        if batch is None:
+            assert self._interrupted is not None
+            self._losses.append(self._interrupted.losses[len(self._losses)])
+            self._replayed += 1
+            return {"loss": np.array(self._losses[-1], np.float32)}
+        if self._interrupted is not None:
+            self._interrupted.restore_random_state(self.device)
+            self._interrupted = None
+        result = super().train_step(batch)
+        self._losses.append(float(result["loss"]))
+        if any_process(self._stop.signal is not None, self.device):
+            self._save_and_stop()
+        return result
+
+    def _optimise(self, batch: Any) -> dict:
+        self._use_stem(batch.anisotropy)
+        data, target = self._made(batch)
+        self._guard.before_step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with autocast(self.device.type, enabled=True) if self.device.type == "cuda" else dummy_context():
+            loss = self.loss(self._model(data), target)
+        if self.grad_scaler is not None:
+            self.grad_scaler.scale(loss).backward()
+            self.grad_scaler.unscale_(self.optimizer)
+        else:
+            loss.backward()
+        norm = nn.utils.clip_grad_norm_(self._model.parameters(), _GRADIENT_NORM)
+        accepted = self._guard.accept(norm)
+        if self.grad_scaler is not None:
+            self.grad_scaler.step(self.optimizer)  # which leaves out a step that does not count
+            self.grad_scaler.update()
+        elif accepted:
+            self.optimizer.step()
+        return {"loss": loss.detach().cpu().numpy() if accepted else np.array(np.nan, np.float32)}
+
+    def _save_and_stop(self) -> None:
+        self._interrupted = InterruptedEpoch.now(self._losses, self.device)
+        self.save_checkpoint(str(Path(self.output_folder) / LATEST))
+        self.print_to_log_file(
+            f"Asked to stop: saved after iteration {len(self._losses)} of epoch {self.current_epoch}. "
+            f"Continue with --c; the epoch goes on where it was."
+        )
+        if self.is_ddp:
+            dist.barrier()  # the launcher stops all processes soon after the first has ended
+        raise SystemExit(BY_SIGNAL + (self._stop.signal or 0))
+
+    def _epochs_finished(self) -> int:
+        return self.current_epoch if self._interrupted is not None else super()._epochs_finished()
+
+    def _more_to_save(self) -> dict[str, Any]:
+        more: dict[str, Any] = {"skipped_steps": self._guard.skipped, "trained_parts": list(self.task.trains)}
+        if self.bare_model.head is not None:
+            more[_HEAD] = self.bare_model.head.state_dict()
+        if self._interrupted is not None:
+            more["interrupted_epoch"] = self._interrupted.as_dict()
+        plan = nnssl_adaptation_plan(self.bare_network, self.plans_manager.plans, self.configuration_name)
+        return more if plan is None else {**more, "nnssl_adaptation_plan": plan}
+
+    def _learnt(self) -> dict[str, Any]:
+        return {} if self._scores is None else {"score": self._scores.main}
+
+    def _load_more(self, checkpoint: Mapping[str, Any]) -> None:
+        self._guard.skipped = checkpoint.get("skipped_steps", 0)
+        if self.bare_model.head is not None:
+            self.bare_model.head.load_state_dict(checkpoint[_HEAD])
+        if "interrupted_epoch" in checkpoint:
+            self._interrupted = InterruptedEpoch.read(checkpoint["interrupted_epoch"])
+
+    def on_validation_epoch_start(self) -> None:
+        """As in nnU-Net, for what is trained beside the network too."""
+        super().on_validation_epoch_start()
+        self._model.eval()
+
+    def validation_step(self, batch: Any) -> dict:
+        """Loss, and the task's counts."""
+        self._use_stem(batch.anisotropy)
+        data, target = self._made(batch)
+        with autocast(self.device.type, enabled=True) if self.device.type == "cuda" else dummy_context():
+            outputs = self._model(data)
+            loss = self.loss(outputs, target)
+        return {"loss": loss.detach().cpu().numpy(), "counts": self.task.count(outputs, target)}
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        """In place of nnU-Net's, which counts voxels of classes: the task's scores, under the same names."""
+        loss, self._scores = self._collect_scores(val_outputs)
+        self.logger.log("mean_fg_dice", self._scores.main, self.current_epoch)
+        self.logger.log("dice_per_class_or_region", list(self._scores.parts), self.current_epoch)
+        self.logger.log("val_losses", loss, self.current_epoch)
+
+    def _collect_scores(self, outputs: list[dict]) -> tuple[np.floating, Scores]:
+        """Mean loss and scores over the validation samples of all processes."""
+        everywhere = [output for part in from_all_processes(outputs) for output in part]
+        counts = [output["counts"] for output in everywhere]
+        sums = {name: sum(count[name] for count in counts) for name in counts[0]}
+        return np.mean([output["loss"] for output in everywhere]), self.task.scores(sums)
+
+    # ---------------------------------------------------------------- epochs
+
+    def on_train_epoch_start(self) -> None:
+        """As in the base class; starts the clock of the epoch."""
+        super().on_train_epoch_start()
+        if self.bare_model.head is not None:
+            self.bare_model.head.train()
+        self._losses, self._replayed = [], 0
+        self._started = perf_counter()
+        self.dataloader_train.waited = 0.0
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """As in nnU-Net; notes the speed and the share of time spent waiting for data."""
+        self._interrupted = None
+        counted = [output for output in train_outputs if np.isfinite(output["loss"])]
+        super().on_train_epoch_end(counted or train_outputs)
+        seconds = perf_counter() - self._started
+        self._speed = {
+            "iterations_per_s": (len(train_outputs) - self._replayed) / seconds,
+            "data_wait_share": min(1.0, self.dataloader_train.waited / seconds),
+            "peak_memory_gb": peak_memory_gb(self.device),
+        }
+
+    def on_epoch_end(self) -> None:
+        """As in nnU-Net, after writing our metrics and, every few epochs, the picture."""
+        epoch, scored, speed = self.current_epoch, self._scores, self._speed
+        assert scored is not None
+        self.print_to_log_file(scored.text)
+        iterations_left = (self.num_epochs - epoch - 1) * self.num_iterations_per_epoch
+        remaining = iterations_left / max(speed["iterations_per_s"], 1e-9)
+        self.print_to_log_file(
+            f"{speed['iterations_per_s']:.2f} iterations/s, {100 * speed['data_wait_share']:.0f} % of the time waiting "
+            f"for data, peak memory {speed['peak_memory_gb'] or 0:.1f} GB, about {remaining / 3600:.1f} h left"
+        )
+        if self._guard.skipped:
+            self.print_to_log_file(f"{self._guard.skipped} steps skipped so far, their gradients were not finite")
+        losses = self.logger.get_value("train_losses", step=None)
+        for alarm in [*self._shrunk_weights(), *self.task.alarms(losses, scored)]:
+            self.print_to_log_file(f"ALARM: {alarm}")
+        if self.local_rank == 0:
+            row = {"train_loss": losses[-1], "val_loss": self.logger.get_value("val_losses", step=-1)}
+            row |= {"lr": self.optimizer.param_groups[0]["lr"], **speed, "skipped_steps": self._guard.skipped}
+            assert self.metrics is not None
+            self.metrics.append(epoch, {**scored.values, **row})
+            if epoch % self.pretext.run.picture_every == 0 or epoch == self.num_epochs - 1:
+                self._draw()
+        super().on_epoch_end()
+
+    def _shrunk_weights(self) -> list[str]:
+        shrunk = shrunk_weights(dict(self.bare_network.named_parameters()))
+        if shrunk is None:
+            return []
+        return [
+            f"weight decay has shrunk weights to nothing in {shrunk}; fine-tuning would start from zero there. Start "
+            f"anew with -optimizer adamw."
+        ]
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        # Read directly, so that the picture does not take a batch from the running iterators.
+        _, validation = self.do_split()
+        samples = validation_samples(identifiers=validation, **self._sample_options())
+        degrees = self._degrees[:1] or (0,)
+        batch = next(crop_loader(samples, min(4, self.configuration_manager.batch_size), 1, anisotropy=degrees))
+        self._use_stem(batch.anisotropy)
+        data, target = self._made(batch)
+        # Without the DDP wrapper, whose forward pass waits for the other processes.
+        model = self.bare_model.eval()
+        self.task.picture(Path(self.output_folder) / self.task.picture_name, data, target, model(data))
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Validate the pretext task on the fixed samples and write validation/summary.json.
+
+        There are no segmentations to predict, so `--npz` has nothing to add here.
+        """
+        if not self.was_initialized:
+            self.initialize()
+        _, batches = self.get_dataloaders()
+        self._model.eval()
+        with torch.no_grad():
+            outputs = [self.validation_step(next(batches)) for _ in range(self.num_val_iterations_per_epoch)]
+        loss, scored = self._collect_scores(outputs)
+        if self.local_rank == 0:
+            folder = Path(self.output_folder) / "validation"
+            folder.mkdir(exist_ok=True)
+            summary = {**scored.values, "score": scored.main, "val_loss": float(loss)}
+            save_json(summary, str(folder / "summary.json"))
+            self.print_to_log_file(f"Pretext validation: loss {loss:.4f}, {scored.text}")
