@@ -18,6 +18,7 @@ SEGMENTATION = "segmentation"
 # The pretext tasks by the names that -pretext and the plans give them; the first is the default.
 PRETEXT_TASKS = {
     "volume_fusion": "nnunetv2_misfm.pretrain.volume_fusion.VolumeFusion",
+    "masked_autoencoder": "nnunetv2_misfm.pretrain.masked_autoencoder.MaskedAutoencoder",
 }
 TASKS = (SEGMENTATION, *PRETEXT_TASKS)
 # Groups of settings that stand inside the block and are read beside the code they steer; `fusion` is Volume Fusion's.

@@ -81,6 +81,10 @@ def sample_augmentation(
     """
     slices_averaged = 2**anisotropy
     scales = generator.uniform(*settings.scale, size=3)
+    # Certain and impossible events draw nothing: runs begun before there was this setting draw what they would have.
+    probability = settings.scale_probability
+    if probability < 1 and (probability == 0 or generator.random() >= probability):
+        scales = np.ones(3)
     depth, height, width = (max(1, round(n * scale)) for n, scale in zip(patch_size, scales.tolist(), strict=True))
     flips = tuple((generator.random(3) < settings.flip_probability).tolist())
     low = generator.uniform(*settings.low_percentiles, size=num_channels).tolist()

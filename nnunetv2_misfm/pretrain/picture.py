@@ -29,18 +29,26 @@ class Panel:
     Attributes:
         title: above it.
         values: (B, C, X, Y, Z).
-        style: how a slice is coloured; `grey`, `grey_like`, `classes` or `heat`.
+        style: how a slice is coloured: `grey`, `classes(number)` or `heat`.
+        like: (B, C, X, Y, Z), the image whose range the colours stand for; None for that of the values.
     """
 
     title: str
     values: Tensor
     style: Style
+    like: Tensor | None = None
 
 
 def grey(image: np.ndarray) -> dict[str, Any]:
     """An image by its own range."""
     low, high = np.percentile(image, _SHOWN_PERCENTILES)
     return {"cmap": "gray", "vmin": low, "vmax": max(high, low + 1e-6)}
+
+
+def heat(image: np.ndarray) -> dict[str, Any]:
+    """Distances from 0 to half of an image's range."""
+    low, high = np.percentile(image, _SHOWN_PERCENTILES)
+    return {"cmap": "magma", "vmin": 0, "vmax": max((high - low) / 2, 1e-6)}
 
 
 def classes(number: int) -> Style:
@@ -72,7 +80,8 @@ def _draw(panels: Sequence[Panel], bar: str | None) -> Figure:
     for row in range(rows):
         for axis, panel in zip(axes[row], panels, strict=True):
             image = _middle_slice(panel.values[row])
-            shown = axis.imshow(image, **panel.style(image))
+            like = image if panel.like is None else _middle_slice(panel.like[row])
+            shown = axis.imshow(image, **panel.style(like))
             axis.set_xticks([])
             axis.set_yticks([])
     for axis, panel in zip(axes[0], panels, strict=True):

@@ -13,6 +13,7 @@ class AugmentSettings(Settings):
     """How strongly crops are augmented; ranges are (lowest, highest), probabilities are per crop."""
 
     scale: tuple[float, float] = setting((0.7, 1.5), "size of crops, in patch sizes, for each axis", low=0.1, high=10)
+    scale_probability: float = setting(1.0, "probability of another size than the patch's", low=0, high=1)
     flip_probability: float = setting(0.5, "probability of a flip, for each axis on its own", low=0, high=1)
     contrast_probability: float = setting(1.0, "probability of stretching percentiles to the range", low=0, high=1)
     low_percentiles: tuple[float, float] = setting((0.1, 2.0), "range of the lower percentile", low=0, high=50)
@@ -28,10 +29,10 @@ class AugmentSettings(Settings):
     noise_std: tuple[float, float] = setting((0.0, 0.05), "its standard deviation, as a share of range", low=0, high=10)
 
     @classmethod
-    def off(cls) -> AugmentSettings:
-        """Crops are used as they are read."""
+    def off(cls, **but: Any) -> AugmentSettings:
+        """Crops are used as they are read, but for the settings given."""
         never: dict[str, Any] = {name: 0.0 for name in cls.model_fields if name.endswith("_probability")}
-        return cls(scale=(1.0, 1.0), **never)
+        return cls(**{"scale": (1.0, 1.0), **never, **but})
 
     @field_validator("high_percentiles")
     @classmethod

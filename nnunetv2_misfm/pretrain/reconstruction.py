@@ -1,0 +1,101 @@
+"""What tasks share whose target is an image: outputs, scores, alarms and the picture.
+
+The score is the variance explained: 1 - squared error / variance, both summed over the scored voxels, the variance
+about the mean of each sample's channel. It is 1 for the image itself, 0 for the mean and below 0 for anything worse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnunetv2_misfm.pretrain.task import PretextTask, Scores, SettingsT, not_moving
+
+_SPATIAL = (2, 3, 4)
+_EPOCHS_TO_START = 3
+_SAME_EVERYWHERE = 1e-3  # variance of the output, as a share of the image's
+_TRIVIAL = 0.02  # variance explained
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """What a network is asked for.
+
+    Attributes:
+        image: float32 (B, C, X, Y, Z).
+        scored: bool (B, 1, X, Y, Z), the voxels that count, at least one in each sample; None for all.
+    """
+
+    image: Tensor
+    scored: Tensor | None = None
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the scored voxels (B, C, 1, 1, 1) of values (B, C, X, Y, Z)."""
+        if self.scored is None:
+            return values.mean(_SPATIAL, keepdim=True)
+        return (values * self.scored).sum(_SPATIAL, keepdim=True) / self.scored.sum(_SPATIAL, keepdim=True)
+
+    def squared_error(self, output: Tensor) -> Tensor:
+        """Mean over the scored voxels, in which each sample weighs the same, so that processes may share a batch."""
+        return self.mean((output.float() - self.image).square()).mean()
+
+
+class ReconstructionTask(PretextTask[SettingsT]):
+    """A task whose `make` gives a `Target`; the finest output alone is trained, as in all published ones."""
+
+    def num_outputs(self, num_channels: int) -> int:
+        """One for each channel of the image."""
+        return num_channels
+
+    def loss(self, outputs: Tensor, target: Target) -> Tensor:
+        """Mean squared error."""
+        return target.squared_error(outputs)
+
+    def count(self, outputs: Tensor, target: Target) -> dict[str, Any]:
+        """Squared error and variances of image and output, as means over each sample's scored voxels, added up."""
+        output = outputs.detach().float()
+        deviations = {"image": target.image - target.mean(target.image), "output": output - target.mean(output)}
+        sums = {name: target.mean(values.square()).sum().item() for name, values in deviations.items()}
+        return {**sums, "error": target.mean((output - target.image).square()).sum().item()}
+
+    def scores(self, sums: Mapping[str, Any]) -> Scores:
+        """Variance explained, and the variance of the output as a share of the image's."""
+        variance = max(sums["image"], torch.finfo(torch.float32).tiny)
+        explained, spread = 1 - sums["error"] / variance, sums["output"] / variance
+        return Scores(
+            main=explained,
+            parts=[explained],
+            values={"variance_explained": explained, "output_variance": spread},
+            text=f"variance explained {explained:.4f} (0 for the mean, 1 for the image itself), variance of the output "
+            f"{spread:.4f} of the image's",
+        )
+
+    def alarms(self, losses: Sequence[float], scores: Scores) -> list[str]:
+        """The same output everywhere, or no better than the mean for long."""
+        found = []
+        if len(losses) >= _EPOCHS_TO_START and float(scores.values["output_variance"]) < _SAME_EVERYWHERE:  # type: ignore[arg-type]
+            found.append(
+                f"the network's output is nearly the same at all voxels. Try a lower -initial_lr (a third); "
+                f"{self.picture_name} shows whether the task can be seen at all."
+            )
+        if scores.main < _TRIVIAL and (still := not_moving(losses)):
+            found.append(
+                f"{still}, and the output is no better than the mean. Try another -initial_lr, or look at "
+                f"{self.picture_name} for volumes without contrast."
+            )
+        return found
+
+    def picture(self, path: Path, x: Tensor, target: Target, outputs: Tensor) -> None:
+        """A row for each sample: input, target and output in the same grey values, and the error where it counts."""
+        from nnunetv2_misfm.pretrain.picture import Panel, grey, heat, write_panels
+
+        image, error = target.image, (outputs.float() - target.image).abs()
+        if target.scored is not None:
+            error = error * target.scored
+        images = [Panel(*named, grey, like=image) for named in (("input", x), ("target", image), ("output", outputs))]
+        write_panels(path, [*images, Panel("error", error, heat, like=image)], "error; brightest: half of the range")
