@@ -1,23 +1,24 @@
-"""Models Genesis: a crop is flipped, shuffled locally, bent in its intensities and painted over; the network restores it.
+"""Models Genesis: a crop is flipped, shuffled locally, bent in its intensities and painted over, and to be restored.
 
-Image tensors are (B, C, X, Y, Z) in plans axis order, so X is the depth. Drawing what is done to a crop (numpy generator
-in, plain values out) is separate from doing it (tensors in, tensors out).
+Image tensors are (B, C, X, Y, Z) in plans axis order, so X is the depth. Drawing what is done to a crop (numpy
+generator in, plain values out) is separate from doing it (tensors in, tensors out).
 
-Order, rates and laws are those of the authors' code (MrGiovanni/ModelsGenesis, `pytorch/utils.py` and `config.py`). Its
-window and box sizes are parts of the patch already; so the same number of windows changes the same share of any patch.
-Where it says nothing, or stops:
+Order, rates and laws are those of the authors' code (MrGiovanni/ModelsGenesis, `pytorch/utils.py` and `config.py`),
+and so is the loss, the squared error over all voxels. Its windows and boxes are parts of the patch already, so the same
+number of windows changes the same share of any patch. What differs:
 
-- It works on CT between -1000 and 1000 HU, brought to [0, 1]. Here each channel of a crop is brought to [0, 1] by its own
-  range, and back, so any normalisation will do; a z-score fed into its curves would lose all that lies below the mean.
+- It works on CT between -1000 and 1000 HU, brought to [0, 1]. Here each channel of a crop is brought to [0, 1] by its
+  own range, and back, so any normalisation will do; of a z-score its curves would leave nothing below the mean.
 - Several channels share flips, windows and boxes, or one would show what another hides. Curves and noise are their own.
-- Sides of windows reach at least two voxels, and the border that painting keeps is narrower where a patch has no room for
-  it.
+- Sides of windows may always be two voxels, and the border that painting keeps is narrower where a patch has no room.
+OPTIM
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +26,13 @@ from torch import Tensor
 
 from nnunetv2_misfm.plans.settings import Settings, setting
 from nnunetv2_misfm.pretrain.augment import INTENSITY_RANGE_PERCENTILES, percentile_values
+from nnunetv2_misfm.pretrain.reconstruction import ReconstructionTask, Target
+from nnunetv2_misfm.pretrain.settings import AugmentSettings
+
+if TYPE_CHECKING:
+    from nnunetv2_misfm.pretrain.batches import CropBatch
+    from nnunetv2_misfm.pretrain.crop_reading import Crop
+    from nnunetv2_misfm.pretrain.crops import SampleReader
 
 # Fixed in the authors' code; lengths are parts of the patch's side, along each axis on its own.
 _WINDOW_SIDE = 1 / 10  # of a shuffled window, at most
@@ -219,9 +227,9 @@ def _place(sizes: np.ndarray, patch: np.ndarray, generator: np.random.Generator)
 def _shuffle(crop: Tensor, windows: Boxes, seed: int) -> None:
     """Move voxels of (C, X, Y, Z) within windows, in place.
 
-    Every window takes the voxels of the unchanged crop in a random order. All windows are worked on at once: their voxels
-    stand one window after another in a list, are sorted by window and a random number, and of the entries for one voxel
-    of the crop the last one counts.
+    Every window takes the voxels of the unchanged crop in a random order. All windows are worked on at once: their
+    voxels stand one window after another in a list, are sorted by window and a random number, and of the entries for
+    one voxel of the crop the last one counts.
     """
     voxels, window = _voxels_of(windows, crop.shape[1:], crop.device)
     generator = torch.Generator(crop.device).manual_seed(seed)
@@ -278,3 +286,23 @@ def _paint(crop: Tensor, low: Tensor, spread: Tensor, corruption: Corruption) ->
     noise = torch.rand(crop.shape, generator=generator, device=crop.device, dtype=crop.dtype)
     noise.mul_(spread.view(-1, 1, 1, 1)).add_(low.view(-1, 1, 1, 1))
     crop.copy_(torch.where(inside, crop, noise) if corruption.out_painting else torch.where(inside, noise, crop))
+
+
+class ModelsGenesis(ReconstructionTask[ModelsGenesisSettings]):
+    """The task."""
+
+    name = "models_genesis"
+    title = "Models Genesis"
+    Settings = ModelsGenesisSettings
+    augmentation_defaults = AugmentSettings.off()
+
+    def sample(self, reader: SampleReader) -> tuple[Sequence[Crop], Corruption]:
+        """One crop, and what is done to it."""
+        crops = reader.read([reader.augmentation()])
+        return crops, sample_corruption(reader.patch_size, self.settings, reader.generator, reader.num_channels)
+
+    def make(self, batch: CropBatch, device: torch.device) -> tuple[Tensor, Target]:
+        """The corrupted image, and the flipped one."""
+        (crops,) = batch.patches(device)
+        image = flip_crops(crops, batch.drawn)
+        return corrupt(image, batch.drawn), Target(image)

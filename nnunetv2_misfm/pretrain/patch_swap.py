@@ -2,26 +2,36 @@
 
 Image tensors are (B, C, X, Y, Z) in plans axis order, so X is the depth.
 
-Published as context restoration (Chen et al., Medical Image Analysis 2019). Number and size of the blocks are those of
-PyMIC's recipe (`pymic/transform/intensity.py`, `PatchSwaping`, 20 to 40 pairs of 8x16x16 blocks in 64x128x128): blocks are
-an eighth of any patch, so that the same share of it changes. Two differences to that code:
+Published as context restoration (Chen et al., Medical Image Analysis 2019). Number and size of the blocks, the loss
+(absolute error over all voxels) and the length of a run are those of PyMIC's recipe (`PatchSwaping` in
+`pymic/transform/intensity.py`: 20 to 40 pairs of 8x16x16 blocks in 64x128x128). Blocks are an eighth of any patch, so
+that the same share of it changes. What differs from that code:
 
-- As in the paper the two blocks of a pair lie apart, and each pair is swapped in what earlier ones left, so that no value
-  is lost. PyMIC copies from the unchanged crop into blocks that may overlap: of about one pair in sixty a part is then
-  there twice.
-- Its crops are in [-1, 1] and its network ends in a tanh. Crops here have any normalisation, so the output is unbounded.
+- As in the paper the two blocks of a pair lie apart, and each pair is swapped in what earlier ones left, so that no
+  value is lost. PyMIC copies from the unchanged crop, into blocks that may overlap.
+- Its crops are in [-1, 1] and its network ends in a tanh. Crops here have any normalisation, so outputs are unbounded.
+- The optimiser is AdamW in place of Adam, and the learning rate is halved after each fifth of a run, not each third.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nnunetv2_misfm.plans.run_settings import PretrainingSettings
 from nnunetv2_misfm.plans.settings import Settings, setting
+from nnunetv2_misfm.pretrain.reconstruction import ReconstructionTask, Target
+from nnunetv2_misfm.pretrain.settings import AugmentSettings
+
+if TYPE_CHECKING:
+    from nnunetv2_misfm.pretrain.batches import CropBatch
+    from nnunetv2_misfm.pretrain.crop_reading import Crop
+    from nnunetv2_misfm.pretrain.crops import SampleReader
 
 
 class PatchSwapSettings(Settings):
@@ -86,3 +96,27 @@ def apply_swaps(crops: Tensor, swaps: Sequence[Swaps]) -> Tensor:
             first.copy_(second)
             second.copy_(kept)
     return swapped
+
+
+class PatchSwap(ReconstructionTask[PatchSwapSettings]):
+    """The task."""
+
+    name = "patch_swap"
+    title = "patch swapping; sizes in plans axis order"
+    Settings = PatchSwapSettings
+    run_defaults = PretrainingSettings(num_epochs=480)
+    augmentation_defaults = AugmentSettings.off()
+
+    def sample(self, reader: SampleReader) -> tuple[Sequence[Crop], Swaps]:
+        """One crop, and what is swapped in it."""
+        crops = reader.read([reader.augmentation()])
+        return crops, sample_swaps(reader.patch_size, self.settings, reader.generator)
+
+    def make(self, batch: CropBatch, device: torch.device) -> tuple[Tensor, Target]:
+        """The image with its blocks swapped, and the image."""
+        (image,) = batch.patches(device)
+        return apply_swaps(image, batch.drawn), Target(image)
+
+    def loss(self, outputs: Tensor, target: Target) -> Tensor:
+        """Mean absolute error."""
+        return (outputs.float() - target.image).abs().mean()
