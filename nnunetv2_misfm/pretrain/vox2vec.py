@@ -1,31 +1,47 @@
-"""vox2vec: two overlapping crops of a volume, changed each in its own way; a voxel's vectors in both are to be alike.
+"""vox2vec: two overlapping crops of a volume, each changed in its own way; a voxel's vectors in both are to be alike.
 
 Image tensors are (B, C, X, Y, Z) in plans axis order, so X is the depth.
 
 Published by Goncharov et al. (MICCAI 2023). Figures are those of the authors' code (mishgon/vox2vec,
 `vox2vec/pretrain/data.py` and `model.py`), in the form that PyMIC gives them (`pymic/transform/crop4vox2vec.py`,
 `self_vox2vec.py`): a network's encoder in place of a feature pyramid, crops that share three quarters of each axis, and
-voxels that are told from others of the same two crops, not of the batch. Differences:
+voxels that are told from others of the same two crops, not of the batch. What differs:
 
-- Intensities are in parts of each channel's range in the crop, in place of Hounsfield units, so any normalisation will do.
-- A voxel is of the body if it is brighter than the lowest twentieth of that range, in place of a threshold of -500 HU and
-  filling. Voxels are drawn from all of the overlap if none is.
+- Intensities are in parts of each channel's range in the crop, in place of Hounsfield units, so any normalisation will
+  do. Each channel has a window of its own.
+- A voxel is of the body if it is brighter than the lowest twentieth of that range, in place of a threshold of -500 HU
+  and filling. Voxels are drawn from all of the overlap if none is.
 - The projection has LayerNorm in place of BatchNorm: a voxel's vector does not depend on which others were drawn, and
   several processes do what one does.
+- The optimiser is AdamW in place of Adam, and the learning rate is halved after each fifth of a run, as in the other
+  tasks.
+
+The decoder is not trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.plans.run_settings import PretrainingSettings
 from nnunetv2_misfm.plans.settings import Settings, setting
-from nnunetv2_misfm.pretrain.augment import INTENSITY_RANGE_PERCENTILES, CropAugmentation, blur, percentile_values
+from nnunetv2_misfm.pretrain.augment import INTENSITY_RANGE_PERCENTILES, blur, percentile_values
+from nnunetv2_misfm.pretrain.settings import AugmentSettings
+from nnunetv2_misfm.pretrain.task import ENCODER, STEM, PretextTask, Scores, not_moving
+
+if TYPE_CHECKING:
+    from nnunetv2_misfm.pretrain.batches import CropBatch
+    from nnunetv2_misfm.pretrain.crop_reading import Crop
+    from nnunetv2_misfm.pretrain.crops import SampleReader
 
 # Strengths of the authors' code; noise and window ends as parts of their widest window, -1350 to 1000 HU.
 _BLUR_SIGMA = (0.25, 1.5)  # voxels, in plane
@@ -35,6 +51,8 @@ _WINDOW_START, _WINDOW_STOP = (0.0, 350 / 2350), (1650 / 2350, 1.0)
 _IN_PLANE = (2, 3)  # axes Y and Z of (C, X, Y, Z)
 
 _BODY = 0.05  # of a channel's range, above its low end
+_MUCH_MORE = 3  # times as often as by chance
+_SLICES_SHOWN = 32  # in a picture: voxels within this part of the depth are drawn into one slice
 _CANDIDATES_PER_POINT = 4  # voxels looked at for each one that is wanted, so that a quarter of body is enough
 
 
@@ -72,24 +90,6 @@ class ViewChanges:
 
 
 @dataclass(frozen=True, eq=False)
-class Placement:
-    """Where a patch lies in its volume.
-
-    Attributes:
-        start: of the crop it is made of, in voxels of the volume.
-        augmentation: what that crop becomes a patch by.
-    """
-
-    start: tuple[int, int, int]
-    augmentation: CropAugmentation
-
-    def read_positions(self, axis: int, patch_length: int) -> np.ndarray:
-        """Centres of the patch's voxels along an axis, in voxels from the beginning of the crop."""
-        centres = (np.arange(patch_length) + 0.5) * self.augmentation.read_size[axis] / patch_length
-        return centres[::-1] if self.augmentation.flips[axis] else centres
-
-
-@dataclass(frozen=True, eq=False)
 class Views:
     """What two crops of a volume have in common, and how each is changed.
 
@@ -100,6 +100,19 @@ class Views:
 
     points: np.ndarray
     changes: tuple[ViewChanges, ViewChanges]
+
+
+@dataclass(frozen=True, eq=False)
+class Matches:
+    """The same voxels in both views of B pairs.
+
+    Attributes:
+        points: (2 B, N, 3) places: of the B first views, then of the B second ones.
+        there: (B, N), False for places that hold no voxel, because another pair has more.
+    """
+
+    points: Tensor
+    there: Tensor
 
 
 def overlap_voxels(patch_size: Sequence[int], settings: Vox2VecSettings) -> tuple[int, int, int]:
@@ -131,33 +144,27 @@ def sample_changes(settings: Vox2VecSettings, generator: np.random.Generator, nu
 
 
 def sample_points(
-    crop: Tensor,
-    first: Placement,
-    second: Placement,
-    patch_size: Sequence[int],
-    num_points: int,
-    generator: np.random.Generator,
+    first: Crop, second: Crop, patch_size: Sequence[int], num_points: int, generator: np.random.Generator
 ) -> np.ndarray:
-    """Draw voxels of the body that lie in both patches.
+    """Draw voxels of the body that lie in both of the patches that two crops of a volume become.
 
     Args:
-        crop: (C, *read_size) that the first patch is made of, as it was read.
-        first, second: where the two patches lie.
+        first, second: as they were read.
         patch_size: (X, Y, Z) in voxels.
         num_points: at most.
         generator: of the choice.
 
     Returns:
-        (2, N, 3) whole numbers, N from 1 to `num_points`: each voxel of the first patch, and the one of the second patch
-        that its centre lies in.
+        (2, N, 3) whole numbers, N from 1 to `num_points`: each voxel of the first patch, and the one of the second
+        patch that its centre lies in.
 
     Raises:
-        ValueError: if the patches do not overlap.
+        ValueError: if the crops do not overlap.
     """
     places = [_shared(first, second, axis, int(n)) for axis, n in enumerate(patch_size)]
     shape = [len(place[0]) for place in places]
     if min(shape) == 0:
-        raise ValueError(f"patches that start at {first.start} and {second.start} do not overlap")
+        raise ValueError(f"crops that start at {first.start} and {second.start} do not overlap")
     number = int(np.prod(shape))
     wanted = min(number, _CANDIDATES_PER_POINT * num_points)
     chosen = np.unravel_index(generator.choice(number, wanted, replace=False), shape)
@@ -165,7 +172,7 @@ def sample_points(
         np.stack([place[which][index] for place, index in zip(places, chosen, strict=True)], axis=1)
         for which in range(3)
     )
-    body = np.flatnonzero(_is_body(crop, in_crop))
+    body = np.flatnonzero(_is_body(first.voxels, in_crop))
     kept = (body if len(body) else np.arange(wanted))[:num_points]
     return np.stack([in_first[kept], in_second[kept]])
 
@@ -264,19 +271,20 @@ def info_nce(first: Tensor, second: Tensor, there: Tensor, temperature: float) -
     return (losses * there / 2).sum(1).div(there.sum(1)).mean()
 
 
-def num_retrieved(first: Tensor, second: Tensor, there: Tensor) -> Tensor:
-    """How many voxels of the first view are most like themselves among all of the second; arguments as in `info_nce`."""
+def retrieved(first: Tensor, second: Tensor, there: Tensor) -> Tensor:
+    """Which voxels of the first view are most like themselves among all of the second: (B, N); see `info_nce`."""
     similarity = (first @ second.mT).masked_fill(~there[:, None], -torch.inf)
-    return ((similarity.argmax(2) == torch.arange(first.shape[1], device=first.device)) & there).sum()
+    return (similarity.argmax(2) == torch.arange(first.shape[1], device=first.device)) & there
 
 
-def _shared(
-    first: Placement, second: Placement, axis: int, patch_length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _shared(first: Crop, second: Crop, axis: int, patch_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Along one axis, the voxels of the first patch that the second has too: their places in both, and in the crop."""
-    in_crop = first.read_positions(axis, patch_length)
-    read_length = second.augmentation.read_size[axis]
+    # Centres of the first patch's voxels, in voxels from the beginning of the first crop.
+    in_crop = (np.arange(patch_length) + 0.5) * first.augmentation.read_size[axis] / patch_length
+    if first.augmentation.flips[axis]:
+        in_crop = in_crop[::-1]
     from_second = in_crop + first.start[axis] - second.start[axis]
+    read_length = second.augmentation.read_size[axis]
     shared = np.flatnonzero((from_second >= 0) & (from_second < read_length))
     in_second = np.minimum(np.floor(from_second[shared] * patch_length / read_length).astype(int), patch_length - 1)
     if second.augmentation.flips[axis]:
@@ -291,3 +299,144 @@ def _is_body(crop: Tensor, places: np.ndarray) -> np.ndarray:
     x, y, z = places.T
     body: np.ndarray = (crop.numpy()[:, x, y, z] > threshold[:, None]).any(axis=0)
     return body
+
+
+def _places_of(views: Sequence[Views], device: torch.device) -> Matches:
+    most = max(pair.points.shape[1] for pair in views)
+    points = np.zeros((2, len(views), most, 3), dtype=np.int64)
+    there = np.zeros((len(views), most), dtype=bool)
+    for index, pair in enumerate(views):
+        number = pair.points.shape[1]
+        points[:, index, :number] = pair.points
+        there[index, :number] = True
+    flat = torch.from_numpy(points).flatten(0, 1)
+    return Matches(flat.to(device, non_blocking=True), torch.from_numpy(there).to(device, non_blocking=True))
+
+
+def _voxels_to_show(target: Matches, pair: int, depth: int) -> tuple[tuple[int, int], np.ndarray]:
+    """The slice of the first patch that most voxels of a pair are in, the slice of the second patch that they are in
+    there, and which voxels lie in or near it."""
+    number = int(target.there[pair].sum())
+    first, second = (points[pair, :number, 0].cpu().numpy() for points in target.points.chunk(2))
+    middle = int(np.bincount(first).argmax())
+    near = np.flatnonzero(np.abs(first - middle) <= depth // _SLICES_SHOWN)
+    return (middle, int(np.median(second[first == middle]))), near
+
+
+def encoder_channels(network: nn.Module) -> list[int]:
+    """Channels of the feature maps that a network's encoder gives.
+
+    Raises:
+        PlanError: if it has no encoder that tells.
+    """
+    channels = getattr(getattr(network, "encoder", None), "output_channels", None)
+    if channels is None:
+        raise PlanError(
+            f"vox2vec compares what the levels of an encoder hold, and {type(network).__name__} has no encoder with "
+            f"levels. Choose another -pretext, or -network pctnet."
+        )
+    return [int(number) for number in channels]
+
+
+def encoder_maps(network: nn.Module, x: Tensor) -> tuple[list[Tensor], list[int]]:
+    """The feature maps of a network's encoder, and the size (X, Y, Z) of the input that they divide."""
+    if hasattr(network, "encode"):  # one of ours, which pads inside
+        return network.encode(x), [n + -n % d for n, d in zip(x.shape[2:], network.size_divisor, strict=True)]  # type: ignore[operator, arg-type]
+    return network.encoder(x), list(x.shape[2:])  # type: ignore[operator]
+
+
+class Vox2Vec(PretextTask[Vox2VecSettings]):
+    """The task."""
+
+    name = "vox2vec"
+    title = "vox2vec; shares in plans axis order"
+    Settings = Vox2VecSettings
+    trains = (STEM, ENCODER)
+    inputs_per_sample = 2
+    run_defaults = PretrainingSettings(num_epochs=320, initial_lr=3e-4)
+    augmentation_defaults = AugmentSettings.off()
+
+    def num_outputs(self, num_channels: int) -> int:
+        """The least that a network is built with: its segmentation layers are left out."""
+        return 1
+
+    def sample(self, reader: SampleReader) -> tuple[Sequence[Crop], Views]:
+        """Two crops of a volume, voxels that both have, and how each is changed."""
+        generator = reader.generator
+        augmentations = [reader.augmentation(), reader.augmentation()]
+        first, second = reader.read(augmentations, overlap_voxels(reader.patch_size, self.settings))
+        points = sample_points(first, second, reader.patch_size, self.settings.num_points, generator)
+        changes = [sample_changes(self.settings, generator, reader.num_channels) for _ in range(2)]
+        return [first, second], Views(points, (changes[0], changes[1]))
+
+    def make(self, batch: CropBatch, device: torch.device) -> tuple[Tensor, Matches]:
+        """All first views, then all second ones, and the voxels that they share."""
+        views = [
+            change_intensities(patches, [pair.changes[which] for pair in batch.drawn])
+            for which, patches in enumerate(batch.patches(device))
+        ]
+        return torch.cat(views), _places_of(batch.drawn, device)
+
+    def head(self, network: nn.Module, num_channels: int) -> Projection:
+        """The projection of a voxel's vector."""
+        return Projection(sum(encoder_channels(network)), self.settings.embedding_size)
+
+    def forward(self, network: nn.Module, head: nn.Module | None, x: Tensor, target: Matches | None) -> Tensor:
+        """(2 B, N, E) projected vectors of the voxels asked for."""
+        assert head is not None
+        if target is None:
+            points = torch.zeros((len(x), self.settings.num_points, 3), dtype=torch.int64, device=x.device)
+        else:
+            points = target.points
+        maps, size = encoder_maps(network, x)
+        vectors: Tensor = head(voxel_vectors(maps, points, size))
+        return vectors
+
+    def loss(self, outputs: Tensor, target: Matches) -> Tensor:
+        """See `info_nce`; in full precision, for similarities are divided by a small temperature."""
+        with torch.autocast(outputs.device.type, enabled=False):
+            first, second = outputs.float().chunk(2)
+            return info_nce(first, second, target.there, self.settings.temperature)
+
+    def count(self, outputs: Tensor, target: Matches) -> dict[str, Any]:
+        """Voxels that are found again, and all; and, for chance, what guessing would find."""
+        first, second = outputs.chunk(2)
+        found = retrieved(first, second, target.there)
+        return {"found": found.sum().item(), "voxels": target.there.sum().item(), "guessed": len(found)}
+
+    def scores(self, sums: Mapping[str, Any]) -> Scores:
+        """Share of the voxels that are most like themselves among all compared ones of the other crop."""
+        found, guessed = sums["found"] / sums["voxels"], sums["guessed"] / sums["voxels"]
+        return Scores(
+            main=found,
+            parts=[found],
+            values={"retrieved": found, "retrieved_by_chance": guessed},
+            text=f"{100 * found:.1f} % of voxels found again in the other crop ({100 * guessed:.1f} % by chance)",
+        )
+
+    def alarms(self, losses: Sequence[float], scores: Scores) -> list[str]:
+        """A loss that stays while hardly more is found than by chance."""
+        chance = float(scores.values["retrieved_by_chance"])  # type: ignore[arg-type]
+        if scores.main > _MUCH_MORE * chance or not (still := not_moving(losses)):
+            return []
+        return [
+            f"{still}, and voxels are found again hardly more often than by chance. Try another -initial_lr, or look "
+            f"at {self.picture_name} for volumes without contrast."
+        ]
+
+    def picture(self, path: Path, x: Tensor, target: Matches, outputs: Tensor) -> None:
+        """A row for each pair: a slice of either crop with its matched voxels, green if found again, red if not."""
+        from nnunetv2_misfm.pretrain.picture import Panel, grey, write_panels
+
+        vectors = outputs.chunk(2)
+        found = retrieved(vectors[0], vectors[1], target.there).cpu().numpy()
+        shown = [_voxels_to_show(target, pair, x.shape[2]) for pair in range(len(found))]
+        panels = []
+        for view, title in enumerate(("first crop", "second crop")):
+            images = x.chunk(2)[view]
+            # Each pair has a slice of its own.
+            slices = torch.stack([image[:, [rows[view]]] for image, (rows, _) in zip(images, shown, strict=True)])
+            points = target.points.chunk(2)[view].cpu().numpy()
+            marks = [(points[pair, which, 1:], found[pair, which]) for pair, (_, which) in enumerate(shown)]
+            panels.append(Panel(title, slices, grey, marks=marks))
+        write_panels(path, panels)

@@ -3,24 +3,41 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 
+import blosc2
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+from nnunetv2_misfm.architectures import FMUNet, PCTNet
+from nnunetv2_misfm.architectures.memory import estimate_training_memory
+from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.pretrain.augment import CropAugmentation, apply_augmentation
+from nnunetv2_misfm.pretrain.batches import CropBatch, crop_loader
+from nnunetv2_misfm.pretrain.crop_reading import Crop
+from nnunetv2_misfm.pretrain.crops import CropSamples
+from nnunetv2_misfm.pretrain.settings import AugmentSettings
+from nnunetv2_misfm.pretrain.task import PretextNetwork
 from nnunetv2_misfm.pretrain.vox2vec import (
-    Placement,
+    Matches,
     Projection,
     ViewChanges,
+    Vox2Vec,
     Vox2VecSettings,
     change_intensities,
+    encoder_channels,
+    encoder_maps,
     info_nce,
-    num_retrieved,
     overlap_voxels,
+    retrieved,
     sample_changes,
     sample_points,
     voxel_vectors,
@@ -29,8 +46,10 @@ from nnunetv2_misfm.pretrain.vox2vec import (
 SETTINGS = Vox2VecSettings()
 
 
-def placement(start=(0, 0, 0), size=(8, 8, 8), **changes) -> Placement:
-    return Placement(start, CropAugmentation(size, **changes))
+def cut(volume: torch.Tensor, start=(0, 0, 0), size=(8, 8, 8), **changes) -> Crop:
+    """A crop of (C, X, Y, Z) as it would be read."""
+    stops = np.add(start, size).tolist()
+    return Crop(volume[(slice(None), *map(slice, start, stops))], CropAugmentation(size, **changes), start)
 
 
 def volume_of_positions(shape: tuple[int, int, int]) -> torch.Tensor:
@@ -38,9 +57,8 @@ def volume_of_positions(shape: tuple[int, int, int]) -> torch.Tensor:
     return torch.stack(torch.meshgrid(*(torch.arange(float(n)) for n in shape), indexing="ij"))
 
 
-def cut(volume: torch.Tensor, place: Placement) -> torch.Tensor:
-    stops = np.add(place.start, place.augmentation.read_size).tolist()
-    return volume[(slice(None), *map(slice, place.start, stops))]
+def patches_of(crops: Sequence[Crop], patch_size: tuple[int, int, int]) -> torch.Tensor:
+    return apply_augmentation([crop.voxels for crop in crops], [crop.augmentation for crop in crops], patch_size)
 
 
 def at(patch: torch.Tensor, points: np.ndarray) -> torch.Tensor:
@@ -66,17 +84,15 @@ flips = st.tuples(*[st.booleans()] * 3)
 small = st.tuples(*[st.integers(0, 2)] * 3)
 
 
-@given(first_flips=flips, second_flips=flips, starts=st.tuples(small, small), seed=st.integers(0, 2**32))
-def test_matched_voxels_are_the_same_voxel_of_the_volume(first_flips, second_flips, starts, seed):
+@given(both_flips=st.tuples(flips, flips), starts=st.tuples(small, small), seed=st.integers(0, 2**32))
+def test_matched_voxels_are_the_same_voxel_of_the_volume(both_flips, starts, seed):
     patch = (6, 7, 8)
     volume = volume_of_positions((12, 12, 12))
-    first = placement(starts[0], patch, flips=first_flips)
-    second = placement(starts[1], patch, flips=second_flips)
-    crops = [cut(volume, place) for place in (first, second)]
-    patches = apply_augmentation(crops, [first.augmentation, second.augmentation], patch)
-    points = sample_points(crops[0], first, second, patch, 64, np.random.default_rng(seed))
+    crops = [cut(volume, start, patch, flips=flip) for start, flip in zip(starts, both_flips, strict=True)]
+    points = sample_points(*crops, patch, 64, np.random.default_rng(seed))
     assert points.shape == (2, 64, 3) and len(np.unique(points[0], axis=0)) == 64
-    assert torch.equal(at(patches[0], points[0]), at(patches[1], points[1]))
+    first, second = patches_of(crops, patch)
+    assert torch.equal(at(first, points[0]), at(second, points[1]))
 
 
 @given(
@@ -85,45 +101,41 @@ def test_matched_voxels_are_the_same_voxel_of_the_volume(first_flips, second_fli
 def test_matched_voxels_of_resized_crops_lie_within_a_voxel(sizes, flips, seed):
     patch = (8, 8, 8)
     volume = volume_of_positions((20, 20, 20))
-    places = [
-        placement((start, start, start), size, flips=flip)
+    crops = [
+        cut(volume, (start, start, start), size, flips=flip)
         for start, size, flip in zip((1, 3), sizes, flips, strict=True)
     ]
-    crops = [cut(volume, place) for place in places]
-    patches = apply_augmentation(crops, [place.augmentation for place in places], patch)
-    points = sample_points(crops[0], places[0], places[1], patch, 50, np.random.default_rng(seed))
+    points = sample_points(*crops, patch, 50, np.random.default_rng(seed))
     assert points.min() >= 0 and points.max() < 8
+    first, second = patches_of(crops, patch)
     # Half a voxel of the second patch; interpolation cuts off as much at the border of either patch.
     limit = 1 + max(max(size) for size in sizes) / 8
-    assert (at(patches[0], points[0]) - at(patches[1], points[1])).abs().max() <= limit
+    assert (at(first, points[0]) - at(second, points[1])).abs().max() <= limit
 
 
 def test_slices_that_are_averaged_are_matched_too():
     patch = (4, 4, 4)
     volume = volume_of_positions((16, 4, 4))
-    first, second = (placement((start, 0, 0), (8, 4, 4), slices_averaged=2) for start in (0, 4))
-    crops = [cut(volume, place) for place in (first, second)]
-    patches = apply_augmentation(crops, [first.augmentation, second.augmentation], patch)
-    points = sample_points(crops[0], first, second, patch, 1024, np.random.default_rng(0))
+    crops = [cut(volume, (start, 0, 0), (8, 4, 4), slices_averaged=2) for start in (0, 4)]
+    points = sample_points(*crops, patch, 1024, np.random.default_rng(0))
+    first, second = patches_of(crops, patch)
     assert len(points[0]) == 2 * 4 * 4
-    assert torch.equal(at(patches[0], points[0]), at(patches[1], points[1]))
+    assert torch.equal(at(first, points[0]), at(second, points[1]))
 
 
 def test_only_voxels_of_the_body_are_matched_where_there_are_any():
-    crop = torch.full((1, 16, 16, 16), -1.5)
-    crop[:, :, :8] = 1.0
-    place = placement((0, 0, 0), (16, 16, 16))
-    points = sample_points(crop, place, place, (16, 16, 16), 1024, np.random.default_rng(0))
+    volume = torch.full((1, 16, 16, 16), -1.5)
+    volume[:, :, :8] = 1.0
+    body, air = cut(volume, size=(16, 16, 16)), cut(torch.full_like(volume, -1.5), size=(16, 16, 16))
+    points = sample_points(body, body, (16, 16, 16), 1024, np.random.default_rng(0))
     assert len(points[0]) == 1024 and points[0][:, 1].max() == 7
-    air = torch.full((1, 16, 16, 16), -1.5)
-    assert len(sample_points(air, place, place, (16, 16, 16), 1024, np.random.default_rng(0))[0]) == 1024
+    assert len(sample_points(air, air, (16, 16, 16), 1024, np.random.default_rng(0))[0]) == 1024
 
 
 def test_crops_side_by_side_are_an_error():
+    crops = [cut(torch.zeros((1, 16, 8, 8)), (start, 0, 0)) for start in (0, 8)]
     with pytest.raises(ValueError, match="do not overlap"):
-        sample_points(
-            torch.zeros((1, 8, 8, 8)), placement(), placement((8, 0, 0)), (8, 8, 8), 4, np.random.default_rng(0)
-        )
+        sample_points(*crops, (8, 8, 8), 4, np.random.default_rng(0))
 
 
 # ---------------------------------------------------------------- intensities
@@ -223,8 +235,9 @@ def test_places_without_a_voxel_change_neither_loss_nor_score():
     padded = F.pad(there, (0, 3))
     rest = random_unit(2, 3, 8, seed=2)
     longer = [torch.cat([vectors, rest], dim=1) for vectors in (first, second)]
-    for function in (lambda *a: info_nce(*a, 0.1), num_retrieved):
-        assert torch.allclose(function(*longer, padded).float(), function(first, second, there).float())
+    assert torch.allclose(info_nce(*longer, padded, 0.1), info_nce(first, second, there, 0.1))
+    assert torch.equal(retrieved(*longer, padded)[:, :6], retrieved(first, second, there))
+    assert not retrieved(*longer, padded)[:, 6:].any()
 
 
 def test_pairs_do_not_see_each_other():
@@ -237,8 +250,8 @@ def test_pairs_do_not_see_each_other():
 def test_perfect_vectors_retrieve_every_voxel_and_random_ones_hardly_any():
     there = torch.ones((1, 256), dtype=torch.bool)
     vectors = random_unit(1, 256, 32)
-    assert num_retrieved(vectors, vectors, there) == 256
-    assert num_retrieved(vectors, random_unit(1, 256, 32, seed=1), there) < 8
+    assert retrieved(vectors, vectors, there).all()
+    assert retrieved(vectors, random_unit(1, 256, 32, seed=1), there).sum() < 8
 
 
 def test_gradients_pull_the_two_views_of_a_voxel_together():
@@ -251,3 +264,121 @@ def test_gradients_pull_the_two_views_of_a_voxel_together():
 
 def test_projected_vectors_have_unit_length():
     assert torch.allclose(Projection(12, 5)(torch.randn(2, 7, 12)).norm(dim=-1), torch.ones(2, 7))
+
+
+# ---------------------------------------------------------------- the task
+
+
+@pytest.fixture
+def pool(tmp_path: Path) -> Path:
+    """One volume whose three channels say where each voxel is."""
+    volume = volume_of_positions((30, 34, 38)).numpy()
+    blosc2.asarray(np.ascontiguousarray(volume), urlpath=str(tmp_path / "0.b2nd"), mode="w")
+    return tmp_path
+
+
+def first_batch(pool: Path, augment: AugmentSettings, patch: tuple[int, int, int], **settings) -> CropBatch:
+    task = Vox2Vec(Vox2VecSettings(**settings))
+    return next(crop_loader(CropSamples(pool, ["0"], patch, task, augment, 3, 3), 6, 1))
+
+
+def test_views_of_a_pool_show_the_same_voxels_at_the_matched_points(pool: Path) -> None:
+    no_changes = {"sharpness_rate": 0.0, "noise_rate": 0.0, "window_rate": 0.0, "num_points": 200}
+    batch = first_batch(pool, AugmentSettings.off(flip_probability=0.5), (16, 20, 12), **no_changes)
+    assert len({augmentation.flips for augmentation in batch.augmentations}) > 1
+    x, target = Vox2Vec(Vox2VecSettings(**no_changes)).make(batch, torch.device("cpu"))
+    assert x.shape == (12, 3, 16, 20, 12) and target.points.shape == (12, 200, 3) and target.there.all()
+    for index in range(6):
+        first, second = (at(x[i], target.points[i].numpy()) for i in (index, index + 6))
+        assert torch.equal(first, second)
+        # Places of the two crops in the volume, by which they share three quarters of each axis.
+        ends = [(x[i].amin((1, 2, 3)), x[i].amax((1, 2, 3))) for i in (index, index + 6)]
+        shared = torch.minimum(ends[0][1], ends[1][1]) - torch.maximum(ends[0][0], ends[1][0]) + 1
+        assert (shared >= torch.tensor([12, 15, 9])).all()
+
+
+def test_shifts_between_the_two_crops_cover_all_that_the_overlap_allows(pool: Path) -> None:
+    task = Vox2Vec(SETTINGS)
+    samples = CropSamples(pool, ["0"], (8, 8, 8), task, task.augmentation_defaults, 3, 3)
+    crops = [samples[0, index, 0].crops for index in range(200)]
+    shifts = np.array([np.subtract(second.start, first.start) for first, second in crops])
+    assert shifts.min(0).tolist() == [-2, -2, -2] and shifts.max(0).tolist() == [2, 2, 2]
+    assert {crop.augmentation.read_size for pair in crops for crop in pair} == {(8, 8, 8)}
+
+
+def test_pairs_with_fewer_voxels_are_filled_up(pool: Path) -> None:
+    batch = first_batch(pool, AugmentSettings.off(), (4, 4, 4))
+    _, target = Vox2Vec(SETTINGS).make(batch, torch.device("cpu"))
+    counts = [pair.points.shape[1] for pair in batch.drawn]
+    assert min(counts) >= 27 and max(counts) <= 64
+    assert target.there.sum(1).tolist() == counts and target.points.shape == (12, max(counts), 3)
+
+
+PLAIN = {
+    "n_stages": 3,
+    "features_per_stage": [4, 8, 8],
+    "conv_op": nn.Conv3d,
+    "kernel_sizes": 3,
+    "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
+    "n_conv_per_stage": 1,
+    "n_conv_per_stage_decoder": 1,
+    "norm_op": nn.InstanceNorm3d,
+    "nonlin": nn.LeakyReLU,
+}
+
+
+@pytest.mark.parametrize(
+    ("network", "channels"),
+    [
+        (PCTNet(2, 1, strides_of(1), (4, 4, 4, 8, 16)), 36),
+        (FMUNet(2, 1, strides_of(2), (4, 4, 8, 8, 16)), 40),
+        (PlainConvUNet(2, num_classes=1, deep_supervision=False, **PLAIN), 20),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_encoders_of_all_networks_learn_and_decoders_stay(network: nn.Module, channels: int) -> None:
+    task = Vox2Vec(SETTINGS)
+    assert sum(encoder_channels(network)) == channels
+    model = PretextNetwork(network, task, 2)
+    size = (18, 20, 20)
+    points = torch.stack([torch.randint(0, n, (4, 30), generator=torch.Generator().manual_seed(0)) for n in size], 2)
+    target = Matches(points, torch.ones((2, 30), dtype=torch.bool))
+    outputs = model(torch.randn((4, 2, *size), generator=torch.Generator().manual_seed(0)), target)
+    assert outputs.shape == (4, 30, 128)
+    task.loss(outputs, target).backward()
+    touched = {name.partition(".")[0] for name, value in network.named_parameters() if value.grad is not None}
+    assert touched == {"encoder"}
+    assert all(value.grad is not None for value in model.head.parameters())
+
+
+def test_a_voxels_vector_of_a_padded_input_is_at_its_own_place() -> None:
+    network = FMUNet(1, 1, strides_of(0), (4, 4, 4, 4, 4)).eval()
+    x = torch.randn((1, 1, 20, 17, 33), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        maps, size = encoder_maps(network, x)
+    assert size == [32, 32, 48]
+    vectors = voxel_vectors(maps, torch.tensor([[[19, 16, 32]]]), size)
+    expected = [m[0, :, 19 // s, 16 // s, 32 // s] for m, s in zip(maps, (1, 2, 4, 8, 16), strict=True)]
+    assert torch.equal(vectors[0, 0], torch.cat(expected))
+
+
+def test_a_network_without_levels_is_refused() -> None:
+    with pytest.raises(PlanError, match="Linear has no encoder with levels.*-network pctnet"):
+        Vox2Vec(SETTINGS).head(nn.Linear(2, 2), 1)
+
+
+def test_memory_can_be_estimated_without_a_target() -> None:
+    estimate = estimate_training_memory(
+        lambda: PretextNetwork(FMUNet(1, 1, strides_of(0), (4, 4, 4, 8, 8)), Vox2Vec(SETTINGS), 1), (4, 1, 32, 32, 32)
+    )
+    assert estimate.activations > 4 * 32**3 * 4 * 4
+
+
+def test_scores_are_shares_of_all_voxels_and_alarms_name_a_loss_that_stays() -> None:
+    task = Vox2Vec(SETTINGS)
+    good = task.scores({"found": 150, "voxels": 200, "guessed": 2})
+    assert good.main == 0.75 and good.values["retrieved_by_chance"] == 0.01
+    assert task.alarms([3.0] * 10, good) == []
+    bad = task.scores({"found": 3, "voxels": 200, "guessed": 2})
+    assert "hardly more often than by chance" in task.alarms([3.0] * 10, bad)[0]
+    assert task.alarms([3.0], bad) == []
