@@ -9,8 +9,7 @@ voxels that are told from others of the same two crops, not of the batch. What d
 
 - Intensities are in parts of each channel's range in the crop, in place of Hounsfield units, so any normalisation will
   do. Each channel has a window of its own.
-- A voxel is of the body if it is brighter than the lowest twentieth of that range, in place of a threshold of -500 HU
-  and filling. Voxels are drawn from all of the overlap if none is.
+- Which voxels are of the body is told by that range too, see `shared_voxels.py`, not by -500 HU and filling.
 - The projection has LayerNorm in place of BatchNorm: a voxel's vector does not depend on which others were drawn, and
   several processes do what one does.
 - The optimiser is AdamW in place of Adam, and the learning rate is halved after each fifth of a run, as in the other
@@ -36,6 +35,7 @@ from nnunetv2_misfm.plans.run_settings import PretrainingSettings
 from nnunetv2_misfm.plans.settings import Settings, setting
 from nnunetv2_misfm.pretrain.augment import INTENSITY_RANGE_PERCENTILES, blur, percentile_values
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
+from nnunetv2_misfm.pretrain.shared_voxels import sample_points
 from nnunetv2_misfm.pretrain.task import ENCODER, STEM, PretextTask, Scores, not_moving
 
 if TYPE_CHECKING:
@@ -49,11 +49,8 @@ _SHARPENING_SIGMA, _SHARPENING_NARROW_SIGMA, _SHARPENING = (0.5, 1.0), 0.5, (10.
 _NOISE_STD = (0.0, 30 / 2350)
 _WINDOW_START, _WINDOW_STOP = (0.0, 350 / 2350), (1650 / 2350, 1.0)
 _IN_PLANE = (2, 3)  # axes Y and Z of (C, X, Y, Z)
-
-_BODY = 0.05  # of a channel's range, above its low end
 _MUCH_MORE = 3  # times as often as by chance
 _SLICES_SHOWN = 32  # in a picture: voxels within this part of the depth are drawn into one slice
-_CANDIDATES_PER_POINT = 4  # voxels looked at for each one that is wanted, so that a quarter of body is enough
 
 
 class Vox2VecSettings(Settings):
@@ -141,40 +138,6 @@ def sample_changes(settings: Vox2VecSettings, generator: np.random.Generator, nu
     if drawn(settings.window_rate):
         windows = tuple((between(_WINDOW_START), between(_WINDOW_STOP)) for _ in range(num_channels))
     return ViewChanges(sigma, sharpening, noise_std, int(generator.integers(2**63)), windows)
-
-
-def sample_points(
-    first: Crop, second: Crop, patch_size: Sequence[int], num_points: int, generator: np.random.Generator
-) -> np.ndarray:
-    """Draw voxels of the body that lie in both of the patches that two crops of a volume become.
-
-    Args:
-        first, second: as they were read.
-        patch_size: (X, Y, Z) in voxels.
-        num_points: at most.
-        generator: of the choice.
-
-    Returns:
-        (2, N, 3) whole numbers, N from 1 to `num_points`: each voxel of the first patch, and the one of the second
-        patch that its centre lies in.
-
-    Raises:
-        ValueError: if the crops do not overlap.
-    """
-    places = [_shared(first, second, axis, int(n)) for axis, n in enumerate(patch_size)]
-    shape = [len(place[0]) for place in places]
-    if min(shape) == 0:
-        raise ValueError(f"crops that start at {first.start} and {second.start} do not overlap")
-    number = int(np.prod(shape))
-    wanted = min(number, _CANDIDATES_PER_POINT * num_points)
-    chosen = np.unravel_index(generator.choice(number, wanted, replace=False), shape)
-    in_first, in_second, in_crop = (
-        np.stack([place[which][index] for place, index in zip(places, chosen, strict=True)], axis=1)
-        for which in range(3)
-    )
-    body = np.flatnonzero(_is_body(first.voxels, in_crop))
-    kept = (body if len(body) else np.arange(wanted))[:num_points]
-    return np.stack([in_first[kept], in_second[kept]])
 
 
 @torch.no_grad()
@@ -275,30 +238,6 @@ def retrieved(first: Tensor, second: Tensor, there: Tensor) -> Tensor:
     """Which voxels of the first view are most like themselves among all of the second: (B, N); see `info_nce`."""
     similarity = (first @ second.mT).masked_fill(~there[:, None], -torch.inf)
     return (similarity.argmax(2) == torch.arange(first.shape[1], device=first.device)) & there
-
-
-def _shared(first: Crop, second: Crop, axis: int, patch_length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Along one axis, the voxels of the first patch that the second has too: their places in both, and in the crop."""
-    # Centres of the first patch's voxels, in voxels from the beginning of the first crop.
-    in_crop = (np.arange(patch_length) + 0.5) * first.augmentation.read_size[axis] / patch_length
-    if first.augmentation.flips[axis]:
-        in_crop = in_crop[::-1]
-    from_second = in_crop + first.start[axis] - second.start[axis]
-    read_length = second.augmentation.read_size[axis]
-    shared = np.flatnonzero((from_second >= 0) & (from_second < read_length))
-    in_second = np.minimum(np.floor(from_second[shared] * patch_length / read_length).astype(int), patch_length - 1)
-    if second.augmentation.flips[axis]:
-        in_second = patch_length - 1 - in_second
-    return shared, in_second, np.floor(in_crop[shared]).astype(int)
-
-
-def _is_body(crop: Tensor, places: np.ndarray) -> np.ndarray:
-    """Whether voxels (N, 3) of a crop (C, X, Y, Z) are no background in one of its channels."""
-    low, high = percentile_values(crop, INTENSITY_RANGE_PERCENTILES)
-    threshold = (low + _BODY * (high - low)).numpy()
-    x, y, z = places.T
-    body: np.ndarray = (crop.numpy()[:, x, y, z] > threshold[:, None]).any(axis=0)
-    return body
 
 
 def _places_of(views: Sequence[Views], device: torch.device) -> Matches:

@@ -25,6 +25,7 @@ from nnunetv2_misfm.pretrain.batches import CropBatch, crop_loader
 from nnunetv2_misfm.pretrain.crop_reading import Crop
 from nnunetv2_misfm.pretrain.crops import CropSamples
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
+from nnunetv2_misfm.pretrain.shared_voxels import sample_points
 from nnunetv2_misfm.pretrain.task import PretextNetwork
 from nnunetv2_misfm.pretrain.vox2vec import (
     Matches,
@@ -39,7 +40,6 @@ from nnunetv2_misfm.pretrain.vox2vec import (
     overlap_voxels,
     retrieved,
     sample_changes,
-    sample_points,
     voxel_vectors,
 )
 
