@@ -57,10 +57,12 @@ def voxel_masks(
     masks: Sequence[np.ndarray], patch_size: Sequence[int], settings: MaskSettings, device: torch.device | str
 ) -> Tensor:
     """Which voxels are hidden: bool (B, 1, X, Y, Z) on `device`, for B drawn masks."""
-    spread = torch.from_numpy(np.stack(masks)).to(device, non_blocking=True)
-    for axis, (n, size) in enumerate(zip(patch_size, block_size(patch_size, settings), strict=True), start=1):
-        spread = spread.repeat_interleave(size, dim=axis).narrow(axis, 0, n)
-    return spread.unsqueeze(1)
+    hidden = torch.from_numpy(np.stack(masks)).to(device, non_blocking=True)
+    number, *grid = hidden.shape
+    size = block_size(patch_size, settings)
+    blocks = hidden[:, :, None, :, None, :, None].expand(number, grid[0], size[0], grid[1], size[1], grid[2], size[2])
+    x, y, z = patch_size
+    return blocks.reshape(number, 1, *np.multiply(grid, size).tolist())[..., :x, :y, :z]
 
 
 class MaskedAutoencoder(ReconstructionTask[MaskSettings]):
@@ -81,4 +83,4 @@ class MaskedAutoencoder(ReconstructionTask[MaskSettings]):
         """The image with hidden voxels at 0, and the image, of which the hidden voxels count."""
         (image,) = batch.patches(device)
         hidden = voxel_masks(batch.drawn, batch.patch_size, self.settings, device)
-        return image.masked_fill(hidden, 0), Target(image, hidden)
+        return torch.where(hidden, 0.0, image), Target(image, hidden)

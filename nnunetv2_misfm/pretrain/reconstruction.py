@@ -98,4 +98,4 @@ class ReconstructionTask(PretextTask[SettingsT]):
         if target.scored is not None:
             error = error * target.scored
         images = [Panel(*named, grey, like=image) for named in (("input", x), ("target", image), ("output", outputs))]
-        write_panels(path, [*images, Panel("error", error, heat, like=image)], "error; brightest: half of the range")
+        write_panels(path, [*images, Panel("error, to half of the range", error, heat, like=image)])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -41,7 +42,7 @@ class Scores:
         text: one phrase for the log.
     """
 
-    main: float
+    main: float | np.floating[Any]
     parts: Sequence[float]
     values: Mapping[str, float | Sequence[float]]
     text: str

@@ -274,7 +274,7 @@ class VolumeFusion(PretextTask[FusionSettings]):
         there = 2 * tp + fp + fn > 0
         parts = np.where(there, 2 * tp / np.where(there, 2 * tp + fp + fn, 1), np.nan)[1:]
         return Scores(
-            main=float(np.nanmean(parts)) if there[1:].any() else 0.0,
+            main=np.nanmean(parts) if there[1:].any() else 0.0,
             parts=list(parts),
             values={"dice": dice, "predicted": predicted, "accuracy": accuracy},
             text=f"Dice per fusion class 0..{len(dice) - 1}: {[round(d, 4) for d in dice]}, "

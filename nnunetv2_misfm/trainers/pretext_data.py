@@ -1,4 +1,4 @@
-"""What a pretext run has instead of labels and folds: outputs, a hold-out list, and a clock on its data."""
+"""What a pretext run has instead of labels and folds: a task, outputs, a hold-out list, and a clock on its data."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
-from nnunetv2_misfm.errors import UserError, first_line
+from nnunetv2_misfm.errors import PlanError, UserError, first_line
+from nnunetv2_misfm.plans.run_settings import PretrainingSettings, block_for, pretext_task_of
 from nnunetv2_misfm.pretrain.task import PretextTask
 
 _HELD_OUT_SHARE = 0.05
@@ -56,6 +57,28 @@ def killed_workers_are_named() -> Iterator[None]:
             f"out of memory: use fewer of them (nnUNet_n_proc_DA, now {get_allowed_n_proc_DA()}), and continue the run "
             f"with --c."
         ) from None
+
+
+def pretext_block(plans: Mapping[str, Any], only: str | None) -> Mapping[str, Any]:
+    """The `misfm` block that says which task is trained, and how.
+
+    Args:
+        plans: of the run.
+        only: the one task that the trainer is for, which it takes plans without a task to mean; None for any.
+
+    Raises:
+        PlanError: if the plans name no task or another one.
+        SettingsError: if they name one that is not known.
+    """
+    block, name = block_for(plans, PretrainingSettings), plans["plans_name"]
+    if only is None and pretext_task_of(plans) is None:
+        raise PlanError(
+            f"The plans {name} name no pretext task. Plan and train with misfm_pretrain -d {plans['dataset_name']} "
+            f"-pretext NAME."
+        )
+    if only not in (None, block["task"]):
+        raise PlanError(f"The plans {name} are for the pretext task {block['task']}. Use -tr PretrainingTrainer.")
+    return block
 
 
 def pretext_dataset_json(dataset_json: Mapping[str, Any], task: PretextTask) -> dict[str, Any]:

@@ -6,9 +6,9 @@ Image tensors are (B, C, X, Y, Z) in plans axis order.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from itertools import chain, repeat
 from pathlib import Path
-from time import perf_counter
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -24,28 +24,28 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.checks import configuration_3d
 from nnunetv2_misfm.plans.files import check_dataset_of_plans
-from nnunetv2_misfm.plans.run_settings import (
-    PretrainingSettings,
-    RunSettings,
-    block_for,
-    block_of,
-    pretext_task_of,
-)
+from nnunetv2_misfm.plans.run_settings import PretrainingSettings, RunSettings, block_of
 from nnunetv2_misfm.pretrain.batches import crop_loader
 from nnunetv2_misfm.pretrain.crops import CropSamples, validation_samples
 from nnunetv2_misfm.pretrain.task import PretextNetwork, Scores
 from nnunetv2_misfm.pretrain.tasks import PretextSettings, default_settings
+from nnunetv2_misfm.trainers.alarms import shrunk_alarm
 from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
 from nnunetv2_misfm.trainers.checkpoint_files import LATEST
-from nnunetv2_misfm.trainers.device_memory import peak_memory_gb
 from nnunetv2_misfm.trainers.distributed import any_process, from_all_processes, wrap
+from nnunetv2_misfm.trainers.epoch_clock import EpochClock
 from nnunetv2_misfm.trainers.interrupted_epoch import InterruptedEpoch
 from nnunetv2_misfm.trainers.metrics_file import MetricsFile
-from nnunetv2_misfm.trainers.pretext_data import TimedIterator, hold_out, killed_workers_are_named, pretext_dataset_json
+from nnunetv2_misfm.trainers.pretext_data import (
+    TimedIterator,
+    hold_out,
+    killed_workers_are_named,
+    pretext_block,
+    pretext_dataset_json,
+)
 from nnunetv2_misfm.trainers.step_guard import StepGuard
 from nnunetv2_misfm.trainers.stop_request import BY_SIGNAL, StopRequest
 from nnunetv2_misfm.transfer.adaptation_plan import nnssl_adaptation_plan
-from nnunetv2_misfm.transfer.shrunk_weights import shrunk_weights
 
 _MOST_EPOCHS_LOST = 5  # by a crash
 _GRADIENT_NORM = 12.0  # nnU-Net's
@@ -72,7 +72,7 @@ class PretrainingTrainer(BaseTrainer):
     ):
         if str(fold) != "all":
             raise PlanError(f"Pretraining is on all volumes: use fold all instead of {fold}.")
-        self.pretext = PretextSettings.read(self._pretext_block(plans), block_of(plans))
+        self.pretext = PretextSettings.read(pretext_block(plans, self.TASK), block_of(plans))
         self.task = self.pretext.task()
         check_dataset_of_plans(plans, dataset_json)
         if configuration_3d(plans, configuration).get("previous_stage") is not None:
@@ -90,21 +90,6 @@ class PretrainingTrainer(BaseTrainer):
         self.dataloader_train: Any
         self.dataloader_val: Any
         self.save_every = min(_MOST_EPOCHS_LOST, max(1, self.num_epochs // 40))
-
-    def _pretext_block(self, plans: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The `misfm` block that says which task is trained, and how."""
-        block = block_for(plans, PretrainingSettings)
-        if self.TASK is None and pretext_task_of(plans) is None:
-            raise PlanError(
-                f"The plans {plans['plans_name']} name no pretext task. Plan and train with misfm_pretrain -d "
-                f"{plans['dataset_name']} -pretext NAME."
-            )
-        if self.TASK not in (None, block["task"]):
-            raise PlanError(
-                f"The plans {plans['plans_name']} are for the pretext task {block['task']}: use -tr "
-                f"{PretrainingTrainer.__name__}."
-            )
-        return block
 
     def _read_settings(self, plans: Mapping[str, Any]) -> RunSettings:
         return self.pretext.run
@@ -353,56 +338,34 @@ class PretrainingTrainer(BaseTrainer):
         if self.bare_model.head is not None:
             self.bare_model.head.train()
         self._losses, self._replayed = [], 0
-        self._started = perf_counter()
-        self.dataloader_train.waited = 0.0
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        self._clock = EpochClock(self.dataloader_train, self.device)
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """As in nnU-Net; notes the speed and the share of time spent waiting for data."""
         self._interrupted = None
         counted = [output for output in train_outputs if np.isfinite(output["loss"])]
         super().on_train_epoch_end(counted or train_outputs)
-        seconds = perf_counter() - self._started
-        self._speed = {
-            "iterations_per_s": (len(train_outputs) - self._replayed) / seconds,
-            "data_wait_share": min(1.0, self.dataloader_train.waited / seconds),
-            "peak_memory_gb": peak_memory_gb(self.device),
-        }
+        self._speed = self._clock.speed(len(train_outputs) - self._replayed)
 
     def on_epoch_end(self) -> None:
         """As in nnU-Net, after writing our metrics and, every few epochs, the picture."""
         epoch, scored, speed = self.current_epoch, self._scores, self._speed
         assert scored is not None
         self.print_to_log_file(scored.text)
-        iterations_left = (self.num_epochs - epoch - 1) * self.num_iterations_per_epoch
-        remaining = iterations_left / max(speed["iterations_per_s"], 1e-9)
-        self.print_to_log_file(
-            f"{speed['iterations_per_s']:.2f} iterations/s, {100 * speed['data_wait_share']:.0f} % of the time waiting "
-            f"for data, peak memory {speed['peak_memory_gb'] or 0:.1f} GB, about {remaining / 3600:.1f} h left"
-        )
+        self.print_to_log_file(speed.text((self.num_epochs - epoch - 1) * self.num_iterations_per_epoch))
         if self._guard.skipped:
             self.print_to_log_file(f"{self._guard.skipped} steps skipped so far, their gradients were not finite")
         losses = self.logger.get_value("train_losses", step=None)
-        for alarm in [*self._shrunk_weights(), *self.task.alarms(losses, scored)]:
+        for alarm in [*shrunk_alarm(self.bare_network), *self.task.alarms(losses, scored)]:
             self.print_to_log_file(f"ALARM: {alarm}")
         if self.local_rank == 0:
             row = {"train_loss": losses[-1], "val_loss": self.logger.get_value("val_losses", step=-1)}
-            row |= {"lr": self.optimizer.param_groups[0]["lr"], **speed, "skipped_steps": self._guard.skipped}
+            row |= {"lr": self.optimizer.param_groups[0]["lr"], **asdict(speed), "skipped_steps": self._guard.skipped}
             assert self.metrics is not None
             self.metrics.append(epoch, {**scored.values, **row})
             if epoch % self.pretext.run.picture_every == 0 or epoch == self.num_epochs - 1:
                 self._draw()
         super().on_epoch_end()
-
-    def _shrunk_weights(self) -> list[str]:
-        shrunk = shrunk_weights(dict(self.bare_network.named_parameters()))
-        if shrunk is None:
-            return []
-        return [
-            f"weight decay has shrunk weights to nothing in {shrunk}; fine-tuning would start from zero there. Start "
-            f"anew with -optimizer adamw."
-        ]
 
     @torch.no_grad()
     def _draw(self) -> None:
@@ -432,6 +395,6 @@ class PretrainingTrainer(BaseTrainer):
         if self.local_rank == 0:
             folder = Path(self.output_folder) / "validation"
             folder.mkdir(exist_ok=True)
-            summary = {**scored.values, "score": scored.main, "val_loss": float(loss)}
+            summary = {**scored.values, "score": float(scored.main), "val_loss": float(loss)}
             save_json(summary, str(folder / "summary.json"))
             self.print_to_log_file(f"Pretext validation: loss {loss:.4f}, {scored.text}")

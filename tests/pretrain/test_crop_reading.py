@@ -66,3 +66,46 @@ def test_older_arrays_of_nnunet_give_the_same_crops(tmp_path: Path, unpacked: bo
     assert torch.equal(now, before)
     with pytest.raises(ValueError, match="2 channels, not 1"):
         open_case(path, 1)
+
+
+def coordinates(shape: tuple[int, int, int]) -> np.ndarray:
+    """A volume of three channels, in which every voxel holds its place."""
+    return np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij")).astype(np.float32)
+
+
+def test_the_place_of_a_crop_is_told() -> None:
+    volume = coordinates((20, 24, 22))
+    for seed in range(10):
+        crop = read_crop(volume, CropAugmentation((8, 10, 12)), (8, 10, 12), np.random.default_rng(seed))
+        assert tuple(crop.voxels[:, 0, 0, 0].tolist()) == crop.start
+    small = read_crop(coordinates((4, 24, 22)), CropAugmentation((8, 10, 12)), (8, 10, 12), np.random.default_rng(0))
+    assert small.start[0] <= 0 and small.voxels[0, -small.start[0], 0, 0] == 0
+
+
+@pytest.mark.parametrize("averaged", [1, 2])
+def test_crops_beside_each_other_share_what_is_asked_for(averaged: int) -> None:
+    """Every distance that leaves enough in common is found, and slices that are averaged are the same in both."""
+    patch, overlap = (8, 10, 12), (6, 5, 12)
+    volume = coordinates((40, 24, 30))
+    augmentation = CropAugmentation((8 * averaged, 10, 12), slices_averaged=averaged)
+    seen = set()
+    for seed in range(300):
+        generator = np.random.default_rng(seed)
+        first = read_crop(volume, augmentation, patch, generator)
+        second = read_crop(volume, augmentation, patch, generator, beside=first, overlap=overlap)
+        assert tuple(second.voxels[:, 0, 0, 0].tolist()) == second.start
+        distance = np.subtract(second.start, first.start)
+        assert distance[0] % averaged == 0
+        seen.add(tuple((distance // (averaged, 1, 1)).tolist()))
+    assert {x for x, _, _ in seen} == {-2, -1, 0, 1, 2}
+    assert {y for _, y, _ in seen} == set(range(-5, 6)) and {z for _, _, z in seen} == {0}
+
+
+def test_crops_beside_each_other_in_a_volume_without_room() -> None:
+    generator = np.random.default_rng(0)
+    volume = coordinates((6, 10, 12))
+    first, second = (CropAugmentation(size) for size in ((8, 10, 12), (6, 9, 12)))
+    for _ in range(20):
+        one = read_crop(volume, first, (8, 10, 12), generator)
+        other = read_crop(volume, second, (8, 10, 12), generator, beside=one, overlap=(8, 10, 12))
+        assert other.voxels.shape[1:] == (6, 9, 12) and other.voxels.isfinite().all()

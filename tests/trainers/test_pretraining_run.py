@@ -18,12 +18,14 @@ import torch
 from filelock import FileLock
 from nnunet_dataset import NAME
 from nnunetv2.run.run_training import get_trainer_from_args
+from torch import nn
 
 from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
 from nnunetv2_misfm.files import LockedError
 from nnunetv2_misfm.pretrain.task import Scores
 from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings, VolumeFusion
 from nnunetv2_misfm.start_up import add_plugin_folder
+from nnunetv2_misfm.trainers.alarms import shrunk_alarm
 from nnunetv2_misfm.trainers.step_guard import MOST_IN_A_ROW, StepGuard, TrainingDivergedError
 from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
 
@@ -157,14 +159,12 @@ def test_alarms_name_the_trouble_and_what_to_try() -> None:
     assert alarms([0.1] * 10, fine, [0.9] * 5) == []
 
 
-def test_an_alarm_names_weights_that_have_shrunk(nnunet: Path) -> None:
-    pretrain("Shrunk", "--only_prepare")
-    run = made_trainer("Shrunk")
-    run.initialize()
-    assert run._shrunk_weights() == []
+def test_an_alarm_names_weights_that_have_shrunk() -> None:
+    network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    assert shrunk_alarm(network) == []
     with torch.no_grad():
-        run.bare_network.encoder.stage4.conv[2].weight.zero_()
-    assert "encoder.stage4 (1 of" in run._shrunk_weights()[0]
+        network[1].weight.zero_()
+    assert "shrunk weights to nothing in 1.weight (1 of 1); fine-tuning" in shrunk_alarm(network)[0]
 
 
 def test_a_unet_checkpoint_says_where_its_encoder_is(nnunet: Path) -> None:

@@ -1,0 +1,50 @@
+"""How fast an epoch of pretraining is, and what it waits for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+
+from nnunetv2_misfm.trainers.device_memory import peak_memory_gb
+from nnunetv2_misfm.trainers.pretext_data import TimedIterator
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one epoch; columns of metrics.csv."""
+
+    iterations_per_s: float
+    data_wait_share: float
+    peak_memory_gb: float | None
+
+    def text(self, iterations_left: int) -> str:
+        """A sentence for the log."""
+        hours = iterations_left / max(self.iterations_per_s, 1e-9) / 3600
+        return (
+            f"{self.iterations_per_s:.2f} iterations/s, {100 * self.data_wait_share:.0f} % of the time waiting for "
+            f"data, peak memory {self.peak_memory_gb or 0:.1f} GB, about {hours:.1f} h left"
+        )
+
+
+class EpochClock:
+    """Starts with an epoch.
+
+    Args:
+        batches: what the epoch waits for.
+        device: that trains.
+    """
+
+    def __init__(self, batches: TimedIterator, device: torch.device):
+        self.batches = batches
+        self.device = device
+        self.started = perf_counter()
+        batches.waited = 0.0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def speed(self, iterations: int) -> Speed:
+        """The speed of so many iterations since the start."""
+        seconds = perf_counter() - self.started
+        return Speed(iterations / seconds, min(1.0, self.batches.waited / seconds), peak_memory_gb(self.device))
