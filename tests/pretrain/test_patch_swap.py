@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunetv2_misfm.plans.settings import SettingsError, read_settings
-from nnunetv2_misfm.pretrain.patch_swap import PatchSwapSettings, Swaps, apply_swaps, sample_swaps
+from nnunetv2_misfm.pretrain.patch_swap import (
+    PatchSwap,
+    PatchSwapSettings,
+    Swaps,
+    apply_swaps,
+    sample_swaps,
+    swapped_voxels,
+)
+from nnunetv2_misfm.pretrain.reconstruction import Target
 
 PATCH = (64, 128, 128)
 SETTINGS = PatchSwapSettings()
@@ -76,6 +84,24 @@ def test_as_much_changes_as_in_the_published_code():
         for i in range(50)
     ]
     assert np.mean(changed) == pytest.approx(0.109, abs=0.011) and np.std(changed) == pytest.approx(0.020, abs=0.008)
+
+
+def test_the_loss_is_of_all_voxels_and_the_score_of_swapped_ones():
+    task = PatchSwap(SETTINGS)
+    image = torch.randn((1, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0))
+    drawn = [swaps(((0, 0, 0), (4, 4, 4)), size=(4, 4, 4))]
+    target = Target(image, swapped_voxels(drawn, (8, 8, 8), "cpu"))
+    assert target.scored.sum() == 2 * 4**3 and target.scored[0, 0, :4, :4, :4].all()
+    swapped = apply_swaps(image, drawn)
+    assert task.loss(swapped, target).item() == pytest.approx((swapped - image).abs().mean().item())
+    # The input itself has twice the variance as its error; wrong voxels elsewhere do not count.
+    assert task.scores(task.count(swapped, target)).main == pytest.approx(-1, abs=0.3)
+    assert task.scores(task.count(torch.where(target.scored, image, 9.0), target)).main == 1
+
+
+def test_a_patch_of_one_voxel_is_scored_as_a_whole():
+    drawn = [sample_swaps((1, 1, 1), SETTINGS, np.random.default_rng(0))]
+    assert swapped_voxels(drawn, (1, 1, 1), "cpu").all()
 
 
 def test_the_target_is_left_alone():
