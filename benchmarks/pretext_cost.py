@@ -124,13 +124,13 @@ def gigabytes(task: PretextTask, entry: dict[str, Any]) -> float:
 
 def make_report(lines: list[str], device: str) -> str:
     patch, batch_size, steps = SIZES[device]
-    sizes = "x".join(map(str, patch))
+    sizes, published = ("x".join(map(str, size)) for size in (patch, PUBLISHED_PATCH_SIZE))
     return "\n".join(
         [
             "# What a step of each pretext task costs",
             "",
-            f"Time: {batch_size} samples of {sizes}, the least of {steps} steps. Memory: estimated, {PUBLISHED_BATCH_SIZE} "
-            f"samples of {'x'.join(map(str, PUBLISHED_PATCH_SIZE))} under automatic mixed precision.",
+            f"Time: {batch_size} samples of {sizes}, the least of {steps} steps. Memory: estimated, "
+            f"{PUBLISHED_BATCH_SIZE} samples of {published} under automatic mixed precision.",
             "",
             "| network | task | s per step | times Volume Fusion's | GB | times Volume Fusion's |",
             "| --- | --- | --- | --- | --- | --- |",

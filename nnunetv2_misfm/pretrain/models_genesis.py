@@ -104,13 +104,7 @@ class Corruption:
 def sample_corruption(
     shape: Sequence[int], settings: ModelsGenesisSettings, generator: np.random.Generator, num_channels: int
 ) -> Corruption:
-    """Draw what is done to one crop of `shape` voxels (X, Y, Z).
-
-    Raises:
-        ValueError: if the shape is not three positive numbers.
-    """
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(f"the shape of a patch must be three positive numbers of voxels, not {tuple(shape)}")
+    """Draw what is done to one crop of `shape` voxels (X, Y, Z)."""
     patch = np.asarray(shape)
 
     def drawn(rate: float) -> bool:
@@ -236,7 +230,7 @@ def _shuffle(crop: Tensor, windows: Boxes, seed: int) -> None:
     # 32 bits are sorted in half the time that 64 take. Next to 10,000 windows 17 are left for the random number.
     random_bits = 31 - len(windows.sizes).bit_length()
     keys = torch.empty_like(voxels).random_(2**random_bits, generator=generator).add_(window, alpha=2**random_bits)
-    shuffled = voxels.index_select(0, keys.argsort())
+    shuffled = voxels.index_select(0, keys.argsort(stable=True))
     flat = crop.flatten(1)
     entries = torch.arange(len(voxels), dtype=torch.int32, device=crop.device)
     last = torch.full_like(flat[0], -1, dtype=torch.int32).scatter_reduce_(0, voxels.long(), entries, "amax")

@@ -59,13 +59,7 @@ class Swaps:
 
 
 def sample_swaps(shape: Sequence[int], settings: PatchSwapSettings, generator: np.random.Generator) -> Swaps:
-    """Draw the swaps of one crop of `shape` voxels (X, Y, Z); none if it has but one voxel.
-
-    Raises:
-        ValueError: if the shape is not three positive numbers.
-    """
-    if len(shape) != 3 or min(shape) < 1:
-        raise ValueError(f"the shape of a patch must be three positive numbers of voxels, not {tuple(shape)}")
+    """Draw the swaps of one crop of `shape` voxels (X, Y, Z); none if it has but one voxel."""
     patch = np.asarray(shape)
     # At most half the patch along each axis, so that there is room for two.
     size = np.clip(np.rint(patch * settings.swap_size).astype(int), 1, np.maximum(patch // 2, 1))

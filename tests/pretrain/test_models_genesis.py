@@ -126,11 +126,6 @@ def test_the_same_generator_and_seeds_give_the_same_input():
     assert torch.equal(first, again)
 
 
-def test_a_shape_that_is_no_patch_is_an_error():
-    with pytest.raises(ValueError, match="three positive numbers"):
-        sample_corruption((64, 64), FEW_WINDOWS, np.random.default_rng(0), 1)
-
-
 # ---------------------------------------------------------------- what is done
 
 
