@@ -63,7 +63,11 @@ class Merge(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Stages 0 to 4, each followed by a strided convolution but the last."""
+    """Stages 0 to 4, each followed by a strided convolution but the last.
+
+    Attributes:
+        output_channels: of the map of each stage, as in nnU-Net's encoders.
+    """
 
     def __init__(
         self,
@@ -75,6 +79,7 @@ class Encoder(nn.Module):
         dropout: Sequence[float],
     ):
         super().__init__()
+        self.output_channels = list(features)
         self.stem = _conv(input_channels, features[0], (1, 1, 1), flat[0])
         self.stages = nn.ModuleList(
             ResidualConvs(c, depth, f, d) for c, f, d in zip(features, flat, dropout, strict=True)
@@ -181,9 +186,13 @@ class FMUNet(AnySizeNetwork):
                 nn.init.kaiming_normal_(module.weight, a=1e-2)
                 nn.init.zeros_(module.bias)
 
+    def feature_maps(self, x: Tensor, checkpointed: bool) -> list[Tensor]:
+        """See `AnySizeNetwork`."""
+        return self.encoder(x, checkpointed)
+
     def logits(self, x: Tensor, checkpointed: bool) -> list[Tensor]:
         """See `AnySizeNetwork`."""
-        return self.decoder(self.encoder(x, checkpointed), checkpointed)
+        return self.decoder(self.feature_maps(x, checkpointed), checkpointed)
 
     def checkpointed_modules(self) -> list[nn.Module]:
         """The modules whose activations are recomputed, one at a time, when `checkpointing` is on."""

@@ -161,10 +161,15 @@ class Head(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The stem of the chosen degree of anisotropy and the parallel blocks of stages 2 to 4."""
+    """The stem of the chosen degree of anisotropy and the parallel blocks of stages 2 to 4.
+
+    Attributes:
+        output_channels: of the map of each stage, as in nnU-Net's encoders.
+    """
 
     def __init__(self, stems: dict[str, Stem], features: Sequence[int], blocks: Sequence[ParallelBlock]):
         super().__init__()
+        self.output_channels = list(features)
         self.stems = nn.ModuleDict(stems)
         self.stage2, self.stage3, self.stage4 = blocks
         self.down3 = Downsample(features[2], features[3], False, False)
@@ -326,9 +331,13 @@ class PCTNet(AnySizeNetwork):
             raise ValueError(f"this network has no stem for degree of anisotropy {anisotropy}; it has: {built}")
         self.anisotropy = anisotropy
 
+    def feature_maps(self, x: Tensor, checkpointed: bool) -> list[Tensor]:
+        """See `AnySizeNetwork`."""
+        return self.encoder(x, self.anisotropy, checkpointed)
+
     def logits(self, x: Tensor, checkpointed: bool) -> list[Tensor]:
         """See `AnySizeNetwork`."""
-        return self.decoder(self.encoder(x, self.anisotropy, checkpointed), self.anisotropy, checkpointed)
+        return self.decoder(self.feature_maps(x, checkpointed), self.anisotropy, checkpointed)
 
     def checkpointed_modules(self) -> list[nn.Module]:
         """The modules whose activations are recomputed, one at a time, when `checkpointing` is on."""

@@ -119,9 +119,17 @@ class AnySizeNetwork(nn.Module):
         """What inputs are padded to a multiple of, along each axis."""
         return total_strides(strides_of(self.anisotropy))[-1]
 
+    def feature_maps(self, x: Tensor, checkpointed: bool) -> list[Tensor]:
+        """The encoder's maps for (B, C, X, Y, Z) whose size all strides divide, finest first."""
+        raise TypeError(f"{type(self).__name__} has to define feature_maps")
+
     def logits(self, x: Tensor, checkpointed: bool) -> list[Tensor]:
         """The outputs for (B, C, X, Y, Z) whose size all strides divide, finest first; one without deep supervision."""
         raise TypeError(f"{type(self).__name__} has to define logits")
+
+    def encode(self, x: Tensor) -> list[Tensor]:
+        """(B, C, X, Y, Z) image of any size to the encoder's maps of the padded image, finest first."""
+        return self.feature_maps(pad_to_multiple(x, self.size_divisor), self.checkpointing and self.training)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(B, C, X, Y, Z) image of any size to logits (B, num_classes, X, Y, Z).

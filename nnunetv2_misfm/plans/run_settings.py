@@ -19,6 +19,9 @@ SEGMENTATION = "segmentation"
 PRETEXT_TASKS = {
     "volume_fusion": "nnunetv2_misfm.pretrain.volume_fusion.VolumeFusion",
     "masked_autoencoder": "nnunetv2_misfm.pretrain.masked_autoencoder.MaskedAutoencoder",
+    "models_genesis": "nnunetv2_misfm.pretrain.models_genesis.ModelsGenesis",
+    "patch_swap": "nnunetv2_misfm.pretrain.patch_swap.PatchSwap",
+    "vox2vec": "nnunetv2_misfm.pretrain.vox2vec.Vox2Vec",
 }
 TASKS = (SEGMENTATION, *PRETEXT_TASKS)
 # Groups of settings that stand inside the block and are read beside the code they steer; `fusion` is Volume Fusion's.

@@ -163,7 +163,7 @@ def apply_augmentation(
         axes = [axis for axis, flip in enumerate(augmentation.flips, start=1) if flip]
         out.copy_(resized.flip(axes) if axes else resized)
         if augmentation.blur_sigma is not None:
-            out.copy_(_blur(out, augmentation.blur_sigma))
+            out.copy_(blur(out, augmentation.blur_sigma))
         if augmentation.changes_intensities:
             for index, channel in enumerate(out):
                 _change_intensities(channel, augmentation, index)
@@ -172,21 +172,19 @@ def apply_augmentation(
     return batch
 
 
-def _resize(crop: Tensor, slices_averaged: int, patch_size: Sequence[int]) -> Tensor:
-    if slices_averaged > 1:
-        crop = crop.unflatten(1, (-1, slices_averaged)).mean(dim=2)
-    if tuple(crop.shape[1:]) == tuple(patch_size):
-        return crop
-    return F.interpolate(crop[None], size=tuple(patch_size), mode="trilinear", align_corners=False)[0]
+def blur(crop: Tensor, sigma: float, axes: Sequence[int] = (1, 2, 3)) -> Tensor:
+    """Gaussian filter of (C, X, Y, Z) along some axes, with the border voxels repeated outside.
 
-
-def _blur(crop: Tensor, sigma: float) -> Tensor:
-    """Gaussian filter of (C, X, Y, Z), three standard deviations wide, with the border voxels repeated outside."""
+    Args:
+        crop: floating point.
+        sigma: standard deviation in voxels; the filter reaches three of them.
+        axes: of the tensor.
+    """
     radius = math.ceil(3 * sigma)
     offsets = np.arange(-radius, radius + 1)
     weights = np.exp(-0.5 * (offsets / sigma) ** 2)
     weights /= weights.sum()
-    for axis in (1, 2, 3):
+    for axis in axes:
         pads = [0] * 6
         pads[2 * (3 - axis)] = pads[2 * (3 - axis) + 1] = radius
         padded = F.pad(crop[None], pads, mode="replicate")[0]
@@ -197,6 +195,14 @@ def _blur(crop: Tensor, sigma: float) -> Tensor:
     return crop
 
 
+def _resize(crop: Tensor, slices_averaged: int, patch_size: Sequence[int]) -> Tensor:
+    if slices_averaged > 1:
+        crop = crop.unflatten(1, (-1, slices_averaged)).mean(dim=2)
+    if tuple(crop.shape[1:]) == tuple(patch_size):
+        return crop
+    return F.interpolate(crop[None], size=tuple(patch_size), mode="trilinear", align_corners=False)[0]
+
+
 def _change_intensities(channel: Tensor, augmentation: CropAugmentation, index: int) -> None:
     """Contrast, gamma, inversion and brightness of one channel (X, Y, Z), in place.
 
@@ -205,7 +211,7 @@ def _change_intensities(channel: Tensor, augmentation: CropAugmentation, index: 
     low, high = target_low, target_high = torch.aminmax(channel)
     if augmentation.percentiles is not None:
         percentiles = (*augmentation.percentiles[index], *INTENSITY_RANGE_PERCENTILES)
-        values = _percentile_values(channel, percentiles)
+        values = percentile_values(channel, percentiles)
         # Percentiles may coincide, as in a crop that is mostly air: then the whole range is kept.
         usable = values[1] > values[0]
         low, target_low = torch.where(usable, values[0::2], low)
@@ -222,10 +228,15 @@ def _change_intensities(channel: Tensor, augmentation: CropAugmentation, index: 
     channel.mul_(-target_spread if augmentation.invert else target_spread).add_(start)
 
 
-def _percentile_values(channel: Tensor, percentiles: Sequence[float]) -> Tensor:
-    """Percentiles (0..100) of a channel, from an evenly spread sample of its voxels."""
-    values = channel.flatten()[:: spread_stride(channel.numel(), PERCENTILE_SAMPLE)].sort().values
-    return torch.stack([values[round(p / 100 * (len(values) - 1))] for p in percentiles])
+def percentile_values(images: Tensor, percentiles: Sequence[float]) -> Tensor:
+    """Percentiles (0..100) of each image of (..., X, Y, Z), from an evenly spread sample of its voxels.
+
+    Returns:
+        one for each percentile along the first axis: (P, ...).
+    """
+    voxels = images.flatten(-3)
+    values = voxels[..., :: spread_stride(voxels.shape[-1], PERCENTILE_SAMPLE)].sort().values
+    return torch.stack([values[..., round(p / 100 * (values.shape[-1] - 1))] for p in percentiles])
 
 
 def _add_noise(crop: Tensor, std: float, seed: int) -> None:

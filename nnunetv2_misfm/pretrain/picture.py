@@ -31,12 +31,14 @@ class Panel:
         values: (B, C, X, Y, Z).
         style: how a slice is coloured: `grey`, `classes(number)` or `heat`.
         like: (B, C, X, Y, Z), the image whose range the colours stand for; None for that of the values.
+        marks: for each row, places (N, 2) along Y and Z, and whether each is right: green if so, else red.
     """
 
     title: str
     values: Tensor
     style: Style
     like: Tensor | None = None
+    marks: Sequence[tuple[np.ndarray, np.ndarray]] | None = None
 
 
 def grey(image: np.ndarray) -> dict[str, Any]:
@@ -82,6 +84,9 @@ def _draw(panels: Sequence[Panel], bar: str | None) -> Figure:
             image = _middle_slice(panel.values[row])
             like = image if panel.like is None else _middle_slice(panel.like[row])
             shown = axis.imshow(image, **panel.style(like))
+            if panel.marks is not None:
+                places, right = panel.marks[row]
+                axis.scatter(places[:, 1], places[:, 0], s=12, c=np.where(right, "lime", "red"), linewidths=0)
             axis.set_xticks([])
             axis.set_yticks([])
     for axis, panel in zip(axes[0], panels, strict=True):

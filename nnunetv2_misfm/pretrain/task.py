@@ -126,8 +126,15 @@ class PretextTask(ABC, Generic[SettingsT]):
         """
         return None
 
-    def forward(self, network: nn.Module, head: nn.Module | None, x: Tensor) -> Any:
-        """What comes out for an input; a task that leaves parts of the network out calls those it needs."""
+    def forward(self, network: nn.Module, head: nn.Module | None, x: Tensor, target: Any) -> Any:
+        """What comes out for an input; a task that leaves parts of the network out calls those it needs.
+
+        Args:
+            network: as planned.
+            head: as `head` made it.
+            x: as `make` gave it.
+            target: beside it, for tasks that ask about some places only; None when only memory is estimated.
+        """
         return network(x)
 
     @abstractmethod
@@ -186,9 +193,9 @@ class PretextNetwork(nn.Module):
         self.head = task.head(network, num_channels)
         self._task = task
 
-    def forward(self, x: Tensor) -> Any:
-        """The task's outputs for an input (B, C, X, Y, Z)."""
-        return self._task.forward(self.network, self.head, x)
+    def forward(self, x: Tensor, target: Any = None) -> Any:
+        """The task's outputs for an input (B, C, X, Y, Z) and what is asked for."""
+        return self._task.forward(self.network, self.head, x, target)
 
     # For the estimate of memory, which sees this module in the network's place.
 

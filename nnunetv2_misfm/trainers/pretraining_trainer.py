@@ -254,7 +254,7 @@ class PretrainingTrainer(BaseTrainer):
         self._guard.before_step()
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device.type, enabled=True) if self.device.type == "cuda" else dummy_context():
-            loss = self.loss(self._model(data), target)
+            loss = self.loss(self._model(data, target), target)
         if self.grad_scaler is not None:
             self.grad_scaler.scale(loss).backward()
             self.grad_scaler.unscale_(self.optimizer)
@@ -312,7 +312,7 @@ class PretrainingTrainer(BaseTrainer):
         self._use_stem(batch.anisotropy)
         data, target = self._made(batch)
         with autocast(self.device.type, enabled=True) if self.device.type == "cuda" else dummy_context():
-            outputs = self._model(data)
+            outputs = self._model(data, target)
             loss = self.loss(outputs, target)
         return {"loss": loss.detach().cpu().numpy(), "counts": self.task.count(outputs, target)}
 
@@ -378,7 +378,7 @@ class PretrainingTrainer(BaseTrainer):
         data, target = self._made(batch)
         # Without the DDP wrapper, whose forward pass waits for the other processes.
         model = self.bare_model.eval()
-        self.task.picture(Path(self.output_folder) / self.task.picture_name, data, target, model(data))
+        self.task.picture(Path(self.output_folder) / self.task.picture_name, data, target, model(data, target))
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Validate the pretext task on the fixed samples and write validation/summary.json.

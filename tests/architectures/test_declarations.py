@@ -41,3 +41,16 @@ def test_strides_and_divisor_are_those_of_the_outputs(build, degree: int) -> Non
     assert [tuple(n // s for n, s in zip(size, stride, strict=True)) for stride in network.output_strides] == [
         tuple(output.shape[2:]) for output in outputs
     ]
+
+
+@pytest.mark.parametrize("build", NETWORKS, ids=IDS)
+def test_the_encoder_gives_a_map_for_every_stage(build) -> None:
+    network = build(1, 1).eval()
+    with torch.no_grad():
+        maps = network.encode(torch.zeros(1, 1, 20, 33, 16))
+    padded = [n + -n % divisor for n, divisor in zip((20, 33, 16), network.size_divisor, strict=True)]
+    assert [m.shape[1] for m in maps] == network.encoder.output_channels
+    assert [list(m.shape[2:]) for m in maps[:-1]] == [
+        [n // s for n, s in zip(padded, stride, strict=True)] for stride in network.output_strides
+    ]
+    assert [n // m for n, m in zip(padded, maps[-1].shape[2:], strict=True)] == list(network.size_divisor)

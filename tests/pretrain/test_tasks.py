@@ -86,7 +86,7 @@ def test_a_batch_gives_an_input_a_loss_and_gradients(name: str, pool: Path) -> N
     assert x.shape == (2 * task.inputs_per_sample, CHANNELS, *PATCH) and x.dtype == torch.float32
     assert x.isfinite().all()
     model = network_for(task)
-    loss = task.loss(model(x), target)
+    loss = task.loss(model(x, target), target)
     assert loss.ndim == 0 and loss.isfinite()
     loss.backward()
     learns = {STEM: "encoder.stem", ENCODER: "encoder.stage", DECODER: "decoder.up"}
@@ -104,7 +104,7 @@ def test_a_few_steps_make_the_loss_smaller(name: str, pool: Path) -> None:
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     losses = []
     for _ in range(5):
-        loss = task.loss(model(x), target)
+        loss = task.loss(model(x, target), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -143,7 +143,7 @@ def test_counts_of_all_processes_make_the_scores_of_one(name: str, pool: Path) -
     def counts(rank: int, world_size: int) -> dict[str, Any]:
         x, target = task.make(first_batch(name, pool, 4, rank=rank, world_size=world_size), CPU)
         with torch.no_grad():
-            return task.count(model(x), target)
+            return task.count(model(x, target), target)
 
     one, parts = counts(0, 1), [counts(rank, 2) for rank in range(2)]
     scores = [task.scores(sums) for sums in (one, {key: parts[0][key] + parts[1][key] for key in one})]
@@ -159,7 +159,7 @@ def test_the_picture_is_written(name: str, pool: Path, tmp_path: Path) -> None:
     task = pretext(name).task()
     x, target = task.make(first_batch(name, pool), CPU)
     with torch.no_grad():
-        task.picture(tmp_path / "picture.png", x, target, network_for(task).eval()(x))
+        task.picture(tmp_path / "picture.png", x, target, network_for(task).eval()(x, target))
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -178,7 +178,7 @@ def test_images_without_contrast_are_safe(name: str, tmp_path: Path) -> None:
     fixed = validation_samples(tmp_path, ["0"], PATCH, task, 1, CHANNELS)
     x, target = task.make(next(crop_loader(fixed, 2, 1)), CPU)
     assert all(tensor.isfinite().all() for tensor in tensors((x, target)) if tensor.is_floating_point())
-    outputs = network_for(task).eval()(x)
+    outputs = network_for(task).eval()(x, target)
     assert task.loss(outputs, target).isfinite()
     assert np.isfinite(task.scores(task.count(outputs, target)).main)
 

@@ -107,7 +107,7 @@ class WithHead(MaskedAutoencoder):
         """A convolution."""
         return nn.Conv3d(num_channels, num_channels, 1)
 
-    def forward(self, network: nn.Module, head: nn.Module | None, x: torch.Tensor) -> Any:
+    def forward(self, network: nn.Module, head: nn.Module | None, x: torch.Tensor, target: Any) -> Any:
         """Through both."""
         assert head is not None
         return head(network(x))

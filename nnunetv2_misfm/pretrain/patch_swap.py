@@ -1,0 +1,129 @@
+"""Patch swapping: pairs of blocks of a crop change places, and the network puts them back.
+
+Image tensors are (B, C, X, Y, Z) in plans axis order, so X is the depth.
+
+Published as context restoration (Chen et al., Medical Image Analysis 2019). Number and size of the blocks, the loss
+(absolute error over all voxels) and the length of a run are those of PyMIC's recipe (`PatchSwaping` in
+`pymic/transform/intensity.py`: 20 to 40 pairs of 8x16x16 blocks in 64x128x128). Blocks are an eighth of any patch, so
+that the same share of it changes. What differs from that code:
+
+- As in the paper the two blocks of a pair lie apart, and each pair is swapped in what earlier ones left, so that no
+  value is lost. PyMIC copies from the unchanged crop, into blocks that may overlap.
+- Its crops are in [-1, 1] and its network ends in a tanh. Crops here have any normalisation, so outputs are unbounded.
+- The score is of the voxels of swapped blocks: of all voxels, an output that is the input explains four fifths.
+- The optimiser is AdamW in place of Adam, and the learning rate is halved after each fifth of a run, not each third.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nnunetv2_misfm.plans.run_settings import PretrainingSettings
+from nnunetv2_misfm.plans.settings import Settings, setting
+from nnunetv2_misfm.pretrain.reconstruction import ReconstructionTask, Target
+from nnunetv2_misfm.pretrain.settings import AugmentSettings
+
+if TYPE_CHECKING:
+    from nnunetv2_misfm.pretrain.batches import CropBatch
+    from nnunetv2_misfm.pretrain.crop_reading import Crop
+    from nnunetv2_misfm.pretrain.crops import SampleReader
+
+
+class PatchSwapSettings(Settings):
+    """How many blocks of which size change places."""
+
+    num_swaps: tuple[int, int] = setting((20, 40), "fewest and most pairs of blocks that change places", low=1)
+    swap_size: tuple[float, float, float] = setting(
+        (0.125, 0.125, 0.125), "size of a block that changes places, as a share of the patch", above=0, high=0.5
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Swaps:
+    """Pairs of blocks that change places, one pair after another.
+
+    Attributes:
+        first, second: (N, 3) whole numbers: the blocks' first voxels; the two blocks of a pair do not overlap.
+        size: voxels (X, Y, Z) of every block.
+    """
+
+    first: np.ndarray
+    second: np.ndarray
+    size: tuple[int, int, int]
+
+
+def sample_swaps(shape: Sequence[int], settings: PatchSwapSettings, generator: np.random.Generator) -> Swaps:
+    """Draw the swaps of one crop of `shape` voxels (X, Y, Z); none if it has but one voxel."""
+    patch = np.asarray(shape)
+    # At most half the patch along each axis, so that there is room for two.
+    size = np.clip(np.rint(patch * settings.swap_size).astype(int), 1, np.maximum(patch // 2, 1))
+    count = int(generator.integers(*settings.num_swaps, endpoint=True)) if patch.max() > 1 else 0
+    pairs = np.zeros((2, count, 3), dtype=int)
+    overlap = np.ones(count, dtype=bool)
+    while overlap.any():
+        pairs[:, overlap] = generator.integers(0, patch - size, size=(2, int(overlap.sum()), 3), endpoint=True)
+        overlap = (np.abs(pairs[0] - pairs[1]) < size).all(axis=1)
+    x, y, z = size.tolist()
+    return Swaps(pairs[0], pairs[1], (x, y, z))
+
+
+@torch.no_grad()
+def apply_swaps(crops: Tensor, swaps: Sequence[Swaps]) -> Tensor:
+    """The crops with their blocks swapped; all channels of a crop alike.
+
+    Args:
+        crops: (B, C, X, Y, Z).
+        swaps: B of them, drawn for patches of (X, Y, Z).
+    """
+    swapped = crops.clone()
+    for crop, drawn in zip(swapped, swaps, strict=True):
+        depth, height, width = drawn.size
+        for (x0, y0, z0), (x1, y1, z1) in zip(drawn.first.tolist(), drawn.second.tolist(), strict=True):
+            first = crop[:, x0 : x0 + depth, y0 : y0 + height, z0 : z0 + width]
+            second = crop[:, x1 : x1 + depth, y1 : y1 + height, z1 : z1 + width]
+            kept = first.clone()
+            first.copy_(second)
+            second.copy_(kept)
+    return swapped
+
+
+def swapped_voxels(swaps: Sequence[Swaps], shape: Sequence[int], device: torch.device | str) -> Tensor:
+    """Which voxels belong to blocks that change places: bool (B, 1, *shape); all where nothing does."""
+    mask = torch.zeros((len(swaps), 1, *shape), dtype=torch.bool, device=device)
+    for (voxels,), drawn in zip(mask, swaps, strict=True):
+        depth, height, width = drawn.size
+        for x, y, z in np.concatenate([drawn.first, drawn.second]).tolist():
+            voxels[x : x + depth, y : y + height, z : z + width] = True
+        if len(drawn.first) == 0:
+            voxels.fill_(True)
+    return mask
+
+
+class PatchSwap(ReconstructionTask[PatchSwapSettings]):
+    """The task."""
+
+    name = "patch_swap"
+    title = "patch swapping; sizes in plans axis order"
+    Settings = PatchSwapSettings
+    run_defaults = PretrainingSettings(num_epochs=480)
+    augmentation_defaults = AugmentSettings.off()
+
+    def sample(self, reader: SampleReader) -> tuple[Sequence[Crop], Swaps]:
+        """One crop, and what is swapped in it."""
+        crops = reader.read([reader.augmentation()])
+        return crops, sample_swaps(reader.patch_size, self.settings, reader.generator)
+
+    def make(self, batch: CropBatch, device: torch.device) -> tuple[Tensor, Target]:
+        """The image with its blocks swapped, and the image, of which the blocks' voxels are scored."""
+        (image,) = batch.patches(device)
+        return apply_swaps(image, batch.drawn), Target(image, swapped_voxels(batch.drawn, batch.patch_size, device))
+
+    def loss(self, outputs: Tensor, target: Target) -> Tensor:
+        """Mean absolute error of all voxels."""
+        return (outputs.float() - target.image).abs().mean()

@@ -1,0 +1,116 @@
+"""Patch swapping: number and size of the blocks, and what a swap keeps."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nnunetv2_misfm.plans.settings import SettingsError, read_settings
+from nnunetv2_misfm.pretrain.patch_swap import (
+    PatchSwap,
+    PatchSwapSettings,
+    Swaps,
+    apply_swaps,
+    sample_swaps,
+    swapped_voxels,
+)
+from nnunetv2_misfm.pretrain.reconstruction import Target
+
+PATCH = (64, 128, 128)
+SETTINGS = PatchSwapSettings()
+
+
+def swaps(*pairs: tuple[tuple[int, int, int], tuple[int, int, int]], size: tuple[int, int, int]) -> Swaps:
+    first, second = zip(*pairs, strict=True)
+    return Swaps(np.array(first), np.array(second), size)
+
+
+def test_number_and_size_of_blocks_are_the_published_ones():
+    drawn = [sample_swaps(PATCH, SETTINGS, np.random.default_rng(i)) for i in range(500)]
+    counts = [len(d.first) for d in drawn]
+    assert {d.size for d in drawn} == {(8, 16, 16)}
+    assert min(counts) == 20 and max(counts) == 40 and np.mean(counts) == pytest.approx(30, abs=1)
+    starts = np.concatenate([np.concatenate([d.first, d.second]) for d in drawn])
+    assert starts.min(0).tolist() == [0, 0, 0] and starts.max(0).tolist() == [56, 112, 112]
+    assert starts.mean(0) == pytest.approx([28, 56, 56], abs=1)
+
+
+@pytest.mark.parametrize(("patch", "size"), [((160, 160, 160), (20, 20, 20)), ((16, 320, 256), (2, 40, 32))])
+def test_blocks_scale_with_the_patch(patch, size):
+    assert sample_swaps(patch, SETTINGS, np.random.default_rng(0)).size == size
+
+
+@given(shape=st.tuples(*[st.integers(1, 40)] * 3), share=st.floats(0.01, 0.5), seed=st.integers(0, 2**32))
+def test_blocks_of_a_pair_lie_apart_within_any_patch(shape, share, seed):
+    settings = PatchSwapSettings(num_swaps=(1, 5), swap_size=(share, share, share))
+    drawn = sample_swaps(shape, settings, np.random.default_rng(seed))
+    assert (len(drawn.first) == 0) == (max(shape) == 1)
+    for starts in (drawn.first, drawn.second):
+        assert (starts >= 0).all() and (starts + drawn.size <= shape).all()
+    assert (np.abs(drawn.first - drawn.second) >= drawn.size).any(axis=1).all()
+
+
+def test_two_blocks_change_places():
+    crop = torch.arange(60.0).view(1, 1, 3, 4, 5)
+    swapped = apply_swaps(crop, [swaps(((0, 0, 0), (2, 2, 3)), size=(1, 2, 2))])
+    expected = crop.clone()
+    expected[..., 0, 0:2, 0:2], expected[..., 2, 2:4, 3:5] = crop[..., 2, 2:4, 3:5], crop[..., 0, 0:2, 0:2]
+    assert torch.equal(swapped, expected)
+
+
+def test_a_later_swap_moves_what_an_earlier_one_left():
+    crop = torch.arange(4.0).view(1, 1, 1, 1, 4)
+    drawn = swaps(((0, 0, 0), (0, 0, 1)), ((0, 0, 1), (0, 0, 3)), size=(1, 1, 1))
+    assert apply_swaps(crop, [drawn]).flatten().tolist() == [1, 3, 2, 0]
+
+
+@given(shape=st.tuples(*[st.integers(1, 24)] * 3), seed=st.integers(0, 2**32))
+def test_swaps_keep_every_value_and_channels_together(shape, seed):
+    crop = torch.arange(float(np.prod(shape))).view(1, 1, *shape)
+    crops = torch.cat([crop, crop + 0.5], dim=1)
+    swapped = apply_swaps(crops, [sample_swaps(shape, SETTINGS, np.random.default_rng(seed))])
+    assert torch.equal(swapped[0, 0].flatten().sort().values, crop.flatten())
+    assert torch.equal(swapped[:, 1], swapped[:, 0] + 0.5)
+
+
+def test_as_much_changes_as_in_the_published_code():
+    # PyMIC's PatchSwaping: .109 of the voxels of such a crop, with a standard deviation of .020.
+    crops = torch.rand((1, 1, *PATCH), generator=torch.Generator().manual_seed(0))
+    changed = [
+        (apply_swaps(crops, [sample_swaps(PATCH, SETTINGS, np.random.default_rng(i))]) != crops).float().mean().item()
+        for i in range(50)
+    ]
+    assert np.mean(changed) == pytest.approx(0.109, abs=0.011) and np.std(changed) == pytest.approx(0.020, abs=0.008)
+
+
+def test_the_loss_is_of_all_voxels_and_the_score_of_swapped_ones():
+    task = PatchSwap(SETTINGS)
+    image = torch.randn((1, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0))
+    drawn = [swaps(((0, 0, 0), (4, 4, 4)), size=(4, 4, 4))]
+    target = Target(image, swapped_voxels(drawn, (8, 8, 8), "cpu"))
+    assert target.scored.sum() == 2 * 4**3 and target.scored[0, 0, :4, :4, :4].all()
+    swapped = apply_swaps(image, drawn)
+    assert task.loss(swapped, target).item() == pytest.approx((swapped - image).abs().mean().item())
+    # The input itself has twice the variance as its error; wrong voxels elsewhere do not count.
+    assert task.scores(task.count(swapped, target)).main == pytest.approx(-1, abs=0.3)
+    assert task.scores(task.count(torch.where(target.scored, image, 9.0), target)).main == 1
+
+
+def test_a_patch_of_one_voxel_is_scored_as_a_whole():
+    drawn = [sample_swaps((1, 1, 1), SETTINGS, np.random.default_rng(0))]
+    assert swapped_voxels(drawn, (1, 1, 1), "cpu").all()
+
+
+def test_the_target_is_left_alone():
+    crops = torch.rand((2, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0))
+    before = crops.clone()
+    apply_swaps(crops, [sample_swaps((8, 8, 8), SETTINGS, np.random.default_rng(i)) for i in range(2)])
+    assert torch.equal(crops, before)
+
+
+def test_blocks_of_more_than_half_a_patch_are_refused():
+    with pytest.raises(SettingsError, match="swap_size"):
+        read_settings(PatchSwapSettings, {"swap_size": [0.1, 0.1, 0.6]}, "patch_swap")
