@@ -175,3 +175,23 @@ def test_what_volumes_are_left_out_for_can_be_changed_by_options(tmp_path: Path,
     data = ["-i", str(tmp_path / "scans"), "-d", "900", "-n", "All", "-np", "1", "--only_prepare"]
     main([*data, "--no_skip_label_maps", "-min_size", "4"])
     assert "left out" not in (nnunet / "nnUNet_preprocessed/Dataset900_All/report.csv").read_text()
+
+
+def test_a_pool_serves_several_tasks_by_plans_of_their_own(
+    nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "scans" / "a.nii.gz", ct())
+    volumes = ["-i", str(tmp_path / "scans"), "-d", "900", "-n", "Pool", "-modality", "ct", *TINY, "--only_prepare"]
+    main(volumes)
+    message = refused(capsys, *volumes, "-pretext", "masked_autoencoder")
+    assert "nnUNetPlans of the pool Dataset900_Pool are for volume_fusion. Leave -i out" in message
+    main(["-d", "900", "-pretext", "masked_autoencoder", "--only_prepare"])
+    folder = nnunet / "nnUNet_preprocessed" / "Dataset900_Pool"
+    first, second = (
+        json.loads((folder / f"{name}.json").read_text())
+        for name in ("nnUNetPlans", "nnUNetMisFMPretrainMaskedAutoencoderPlans")
+    )
+    assert (first["misfm"]["task"], second["misfm"]["task"]) == ("volume_fusion", "masked_autoencoder")
+    assert second["misfm"]["pool"] == first["misfm"]["pool"] and "fusion" not in second["misfm"]
+    ours, theirs = (plans["configurations"]["3d_fullres"] for plans in (first, second))
+    assert ours["architecture"] == theirs["architecture"] and ours["data_identifier"] == theirs["data_identifier"]
