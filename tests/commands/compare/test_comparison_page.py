@@ -64,7 +64,7 @@ def test_where_nothing_was_shown_the_verdict_says_how_many_more_seeds_it_takes()
     records += [record("VF", seed, 0.5 + 0.01 * gain) for seed, gain in enumerate((1, 2, 3))]
     verdict = summarise(ARMS, records).verdict
     assert verdict.startswith("No difference could be shown with 3 seeds: VF minus scratch is +2.0 points")
-    assert "1 more seeds would show it (-seeds 4)" in verdict
+    assert "1 more seed would show it (-seeds 4)" in verdict
 
 
 def test_one_seed_shows_nothing() -> None:
