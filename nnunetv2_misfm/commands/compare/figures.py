@@ -137,45 +137,38 @@ def _svg(draw: Any, width: float, height: float) -> str:
     )
 
 
-def case_picture(image: Path, segmentations: Mapping[str, Path]) -> str:
+def case_picture(image: Path, segmentations: Sequence[Path]) -> str:
     """The slice of a case with most of its truth, once for each segmentation, as the data URI of a PNG.
 
     Args:
         image: first channel of the case.
-        segmentations: by title, the truth first.
+        segmentations: the truth first.
     """
-    voxels = _read(image)
-    labels = {title: _read(path) for title, path in segmentations.items()}
-    truth = next(iter(labels.values()))
-    middle = int(np.argmax((truth > 0).sum((1, 2))))
-    spacing = sitk.ReadImage(str(image)).GetSpacing()
+    voxels, (width, height, _) = _read(image), sitk.ReadImage(str(image)).GetSpacing()
+    labels = [_read(path) for path in segmentations]
+    middle = int(np.argmax((labels[0] > 0).sum((1, 2))))
     low, high = np.percentile(voxels, (1, 99))
-    figure = Figure(figsize=(2.6 * len(labels), 2.9), layout="constrained")
+    figure = Figure(figsize=(2.6 * len(labels), 2.6), layout="constrained")
     with matplotlib.rc_context(matplotlib.rcParamsDefault):
-        for axis, (title, segmentation) in zip(
-            figure.subplots(1, len(labels), squeeze=False)[0], labels.items(), strict=True
-        ):
-            axis.imshow(
-                voxels[middle], cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=spacing[1] / spacing[0]
-            )
-            for label in _present(labels.values()):
+        for axis, segmentation in zip(figure.subplots(1, len(labels), squeeze=False)[0], labels, strict=True):
+            axis.imshow(voxels[middle], cmap="gray", vmin=low, vmax=max(high, low + 1e-6), aspect=height / width)
+            for label in _present(labels):
                 if (segmentation[middle] == label).any():
                     colour = _LABELS[(label - 1) % len(_LABELS)]
                     axis.contour(segmentation[middle] == label, [0.5], colors=colour, linewidths=1.5)
-            axis.set_title(title, fontsize=10)
             axis.axis("off")
-        return _data_uri(figure)
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", dpi=110, transparent=True)
+    return _as_uri(stream.getvalue())
 
 
 def png_file(path: Path) -> str:
     """A PNG as a data URI."""
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    return _as_uri(path.read_bytes())
 
 
-def _data_uri(figure: Figure) -> str:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110)
-    return f"data:image/png;base64,{base64.b64encode(stream.getvalue()).decode()}"
+def _as_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _present(segmentations: Iterable[np.ndarray]) -> list[int]:

@@ -220,6 +220,14 @@ def _parser() -> argparse.ArgumentParser:
     add("-c", default="3d_fullres", metavar="CONFIG", help="a 3D configuration (default: 3d_fullres)")
     add("-p", default="nnUNetPlans", metavar="PLANS", help="the dataset's plans to start from (default: nnUNetPlans)")
     add("-o", metavar="FOLDER", help="for all results (default: ./misfm_compare_DATASET)")
+    _add_arms(parser)
+    _add_terms(parser)
+    _add_place_and_plans(parser)
+    add_setting_options(parser, "the runs (all arms alike; schedule: default)", FinetuningSettings, *_OWN_OPTION)
+    return parser
+
+
+def _add_arms(parser: argparse.ArgumentParser) -> None:
     arms = parser.add_argument_group("the arms")
     arms.add_argument(
         "-pretrained_weights",
@@ -235,6 +243,9 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="do not fine-tune: a linear classifier on the frozen features of each network, in minutes",
     )
+
+
+def _add_terms(parser: argparse.ArgumentParser) -> None:
     terms = parser.add_argument_group("on which terms")
     terms.add_argument(
         "-num_labelled",
@@ -271,6 +282,9 @@ def _parser() -> argparse.ArgumentParser:
     terms.add_argument(
         "-tuning_seeds", type=int, default=1, metavar="N", help="draws to choose learning rates with (default: 1)"
     )
+
+
+def _add_place_and_plans(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("where and how")
     where.add_argument("-device", choices=("cuda", "cpu", "mps"), help="default: cuda if there is one, else cpu")
     where.add_argument(
@@ -287,5 +301,3 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("-batch_size", type=int, metavar="N", help="default: the plan's")
     plan.add_argument("-spacing", nargs="+", metavar="MM", help="dataset, pretrained, or three numbers in mm")
     plan.add_argument("-ct_intensities", choices=("pretrained", "dataset"), help="how CT is clipped and scaled")
-    add_setting_options(parser, "the runs (all arms alike; schedule: default)", FinetuningSettings, *_OWN_OPTION)
-    return parser

@@ -29,10 +29,11 @@ class Section:
 
 @dataclass(frozen=True)
 class CasePicture:
-    """A case, its mean gain in points, and a picture as a data URI."""
+    """A case, its mean gain in points, what is shown from left to right, and a picture as a data URI."""
 
     case: str
     gain: float
+    titles: tuple[str, ...]
     picture: str
 
 

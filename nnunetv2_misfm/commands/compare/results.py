@@ -126,7 +126,8 @@ def _pictures(study: Study, summary: Summary, chosen: Mapping[tuple[str, int], f
         for arm in (first.other, first.arm):
             run = Run(arm, first.labelled, seed, chosen[arm, first.labelled])
             shown[arm] = study.workspace.run_folder(run) / "predictions" / f"{case}{study.file_ending}"
-        yield CasePicture(case, summary.gains[case], figures.case_picture(Path(images[0]), shown))
+        picture = figures.case_picture(Path(images[0]), list(shown.values()))
+        yield CasePicture(case, summary.gains[case], tuple(shown), picture)
 
 
 def _commands(words: list[str]) -> str:

@@ -246,7 +246,7 @@ def _nothing_shown(largest: Comparison, comparisons: int) -> str:
         advice = "a difference that small would take more seeds than can be run"
     else:
         advice = (
-            f"if it stays what it is, {largest.more_seeds} more seeds would show it "
+            f"if it stays what it is, {largest.more_seeds} more seed{'s' * (largest.more_seeds != 1)} would show it "
             f"(-seeds {seeds + largest.more_seeds})"
         )
     return (

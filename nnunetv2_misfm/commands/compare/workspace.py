@@ -46,6 +46,12 @@ class Workspace:
             raise PlanError(f"-c {configuration} needs predictions of another stage. Compare 3d_fullres or 3d_lowres.")
         if not (self.users_raw / "dataset.json").is_file():
             raise PlanError(f"{self.users_raw} has no dataset.json; the test images are read there. Set nnUNet_raw.")
+        for name in ("dataset.json", "dataset_fingerprint.json"):
+            if not (self.users_preprocessed / name).is_file():
+                raise PlanError(
+                    f"{self.users_preprocessed} has no {name}. Plan and preprocess the dataset with nnU-Net first: "
+                    f"nnUNetv2_plan_and_preprocess -d {dataset}"
+                )
         self.folder = (folder or Path(f"misfm_compare_{self.dataset}")).resolve()
         self.raw = self.folder / "nnUNet_raw" / self.dataset
         self.preprocessed = self.folder / "nnUNet_preprocessed" / self.dataset

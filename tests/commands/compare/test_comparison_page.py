@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
+import SimpleITK as sitk
 
 from nnunetv2_misfm.commands.compare.arms import Arm, Run, choose_rates, test_runs, tuning_runs
+from nnunetv2_misfm.commands.compare.figures import case_picture
 from nnunetv2_misfm.commands.compare.page import Page, write_page
 from nnunetv2_misfm.commands.compare.records import RunRecord, read_record, write_csv
 from nnunetv2_misfm.commands.compare.summary import summarise
@@ -64,7 +70,7 @@ def test_where_nothing_was_shown_the_verdict_says_how_many_more_seeds_it_takes()
     records += [record("VF", seed, 0.5 + 0.01 * gain) for seed, gain in enumerate((1, 2, 3))]
     verdict = summarise(ARMS, records).verdict
     assert verdict.startswith("No difference could be shown with 3 seeds: VF minus scratch is +2.0 points")
-    assert "1 more seeds would show it (-seeds 4)" in verdict
+    assert "1 more seed would show it (-seeds 4)" in verdict
 
 
 def test_one_seed_shows_nothing() -> None:
@@ -147,3 +153,19 @@ def test_every_arm_is_tuned_with_the_same_effort_and_gets_its_own_best_rate() ->
     chosen = choose_rates(arms, [5], {run: 60.0 if run.rate == best[run.arm] else 50.0 for run in runs})
     assert chosen == {("VF", 5): 1e-3, ("scratch", 5): 3e-3}
     assert test_runs(arms, [5], 1, chosen) == [Run("VF", 5, 0, 1e-3), Run("scratch", 5, 0, 3e-3)]
+
+
+def test_a_case_is_shown_with_the_outline_of_each_label(tmp_path: Path) -> None:
+    files = []
+    for name in ("image", "truth", "predicted"):
+        voxels = np.zeros((6, 20, 20), np.uint8)
+        voxels[2:4, 5:15, 5:15] = 1
+        sitk.WriteImage(
+            sitk.GetImageFromArray(voxels if name != "predicted" else 0 * voxels), str(tmp_path / f"{name}.nii.gz")
+        )
+        files.append(tmp_path / f"{name}.nii.gz")
+    uri = case_picture(files[0], files[1:])
+    pixels = plt.imread(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+    red = (pixels[..., 0] > 0.8) & (pixels[..., 1] < 0.4) & (pixels[..., 3] > 0.9)
+    half = pixels.shape[1] // 2
+    assert red[:, :half].any() and not red[:, half:].any()  # the label is in the truth, not in the prediction
