@@ -76,7 +76,11 @@ def read_options(arguments: list[str] | None, under_torchrun: bool) -> PretrainO
         PlanError: naming all combinations of options that make no sense.
     """
     options = _parser().parse_args(arguments)
-    problems = [*_problems_of_data(options), *_problems_of_run(options, under_torchrun)]
+    problems = [
+        *_problems_of_data(options),
+        *_problems_of_parts(options),
+        *_problems_of_run(options, under_torchrun),
+    ]
     if problems:
         raise PlanError("; ".join(problems) + ".")
     network = {"features_per_stage": options.features_per_stage} if options.features_per_stage else {}
@@ -126,6 +130,11 @@ def _problems_of_data(options: argparse.Namespace) -> Iterator[str]:
         yield "-i needs -n NAME, the name of the pool's dataset"
     if options.plans_from and (options.modality or options.spacing):
         yield "-plans_from takes modality and spacing from those plans; leave -modality and -spacing out"
+    if options.np < 1:
+        yield f"-np {options.np} must be at least 1"
+
+
+def _problems_of_parts(options: argparse.Namespace) -> Iterator[str]:
     if (options.num_parts is None) != (options.part_id is None):
         yield "-num_parts (how many) and -part_id (which one, from 0) belong together; give both"
     elif options.num_parts is not None and not 0 <= options.part_id < options.num_parts:
@@ -133,8 +142,6 @@ def _problems_of_data(options: argparse.Namespace) -> Iterator[str]:
             f"-num_parts {options.num_parts} -part_id {options.part_id}: there is at least one part, and -part_id "
             f"counts from 0 to one less than -num_parts"
         )
-    if options.np < 1:
-        yield f"-np {options.np} must be at least 1"
 
 
 def _problems_of_run(options: argparse.Namespace, under_torchrun: bool) -> Iterator[str]:
