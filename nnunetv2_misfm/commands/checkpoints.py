@@ -108,6 +108,7 @@ def inspect(options: argparse.Namespace) -> None:
     Raises:
         UserError: if the checkpoint or the dataset cannot be used.
     """
+    from nnunetv2_misfm.plans.files import preprocessed_dataset
     from nnunetv2_misfm.transfer.inspection import describe
     from nnunetv2_misfm.transfer.pretrained import read_source
 
@@ -115,7 +116,8 @@ def inspect(options: argparse.Namespace) -> None:
     print(describe(source))
     if options.d is None:
         return
-    attempts = list(_attempts(options, source))
+    folder = preprocessed_dataset(options.d)
+    attempts = list(_attempts(options, folder, source))
     asked_for, best = attempts[0], max(attempts, key=lambda attempt: attempt.share)
     if best.report is None:
         raise asked_for.error or PlanError(f"{options.checkpoint} cannot be used here.")
@@ -123,7 +125,7 @@ def inspect(options: argparse.Namespace) -> None:
         print(f"\nWith the options given, the weights give {asked_for.report.share()}.")
     elif best is not asked_for:
         print(f"\nWith the options given: {str(asked_for.error).splitlines()[0]}")
-    print(f"\nTransfer to {options.d}, {options.c} of {options.p}{' with ' if best.options else ''}", end="")
+    print(f"\nTransfer to {folder.name}, {options.c} of {options.p}{' with ' if best.options else ''}", end="")
     print(f"{' '.join(best.options)}:\n{best.report.table()}")
     for remark in best.remarks:
         print(f"Note: {remark}")
@@ -159,12 +161,11 @@ class Attempt:
         return shlex.join(["misfm_plan", "-d", options.d, "-c", options.c, *plans, *weights, *self.options, *partial])
 
 
-def _attempts(options: argparse.Namespace, source: Source) -> Iterator[Attempt]:
+def _attempts(options: argparse.Namespace, folder: Path, source: Source) -> Iterator[Attempt]:
     """What was asked for, then what else may use more of the checkpoint."""
-    from nnunetv2_misfm.plans.files import preprocessed_dataset, read_dataset_json, read_plans
+    from nnunetv2_misfm.plans.files import read_dataset_json, read_plans
     from nnunetv2_misfm.transfer.planning import check_fit, finetuning_plans
 
-    folder = preprocessed_dataset(options.d)
     base, dataset = read_plans(folder, options.p, [options.c]), read_dataset_json(folder)
     networks = [options.network] if options.network else [None, "pretrained"]
     for mixed in [options.mix_input_channels] if options.mix_input_channels else [None, True]:
