@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
+from unittest.mock import patch
 
 from nnunetv2_misfm.commands.compare.options import CompareOptions, read_options
 from nnunetv2_misfm.cpu_threads import keep_cores_free
@@ -40,9 +41,10 @@ def compare(options: CompareOptions, words: list[str]) -> None:
     keep_cores_free()
     os.environ.setdefault("MPLBACKEND", "Agg")
     workspace = Workspace(options.folder, options.dataset, options.configuration, options.plans)
-    workspace.prepare()
-    with locked(workspace.folder / ".lock", 0.0, "another misfm_compare works in this folder"):
-        written = run_and_report(options, words, workspace, say_time=True)
+    with patch.dict(os.environ):  # afterwards it names the user's folders again
+        workspace.prepare()
+        with locked(workspace.folder / ".lock", 0.0, "another misfm_compare works in this folder"):
+            written = run_and_report(options, words, workspace, say_time=True)
     print(written.verdict)
     print(f"Page: {written.path}")
 

@@ -7,7 +7,7 @@ The classifier stands behind the network as a last layer, so that nnU-Net predic
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import read_json
+from nnunetv2_misfm.plans.network_entry import with_own_network
 from nnunetv2_misfm.plans.run_settings import PRETRAIN_INFO, FinetuningSettings, run_settings
 from nnunetv2_misfm.start_up import add_plugin_folder
 from nnunetv2_misfm.trainers.misfm_trainer import MisFMTrainer
@@ -40,13 +41,11 @@ class ProbedNetwork(nn.Module):
 
     Args:
         network: with an `encoder` that returns its maps and a decoder whose stages are found by their names.
-        random: whether its weights are random; its BatchNorm then uses the statistics of each batch, for it has none.
     """
 
-    def __init__(self, network: nn.Module, random: bool):
+    def __init__(self, network: nn.Module):
         super().__init__()
         self.network = network
-        self.random = random
         self.classifier: nn.Linear | None = None
         self._maps: list[Tensor] = []
         network.get_submodule("encoder").register_forward_hook(self._keep)
@@ -57,13 +56,18 @@ class ProbedNetwork(nn.Module):
     def _keep(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._maps += list(output) if isinstance(output, (list, tuple)) else [output]
 
-    def train(self, mode: bool = True) -> ProbedNetwork:
-        """Never in training mode, but for the BatchNorm of random weights."""
-        super().train(False)
-        for module in self.network.modules():
-            if self.random and isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.train()
-        return self
+    @torch.no_grad()
+    def measure_statistics(self, batches: Sequence[Tensor]) -> None:
+        """Give BatchNorm the statistics of some images, where a network of random weights has none of its own."""
+        norms = [module for module in self.network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        for module in norms:
+            module.reset_running_stats()
+            module.momentum = None  # the plain mean over the batches
+            module.train()
+        for batch in batches:
+            self.features(batch)
+        for module in norms:
+            module.eval()
 
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
@@ -92,6 +96,7 @@ def fitted_predictor(request: Mapping[str, Any], device: torch.device) -> nnUNet
     """
     add_plugin_folder()
     plans = read_json(Path(request["plans_file"]), "Start the comparison again.")
+    plans = with_own_network(plans, request["configuration"], FinetuningSettings)
     manager = PlansManager(plans)
     configuration = manager.get_configuration(request["configuration"])
     dataset_json = read_json(Path(request["dataset_json"]), "Start the comparison again.")
@@ -107,7 +112,7 @@ def fitted_predictor(request: Mapping[str, Any], device: torch.device) -> nnUNet
         settings = cast(FinetuningSettings, run_settings(plans, FinetuningSettings))
         weights, _ = transfer_source(load_source(info), network, dataset_json, settings)
         network.load_state_dict(weights)
-    probed = ProbedNetwork(network, random=not pretrained).to(device).eval()
+    probed = ProbedNetwork(network).to(device).eval()
     fit_classifier(
         probed,
         Path(request["arrays"]),
@@ -115,6 +120,7 @@ def fitted_predictor(request: Mapping[str, Any], device: torch.device) -> nnUNet
         configuration.patch_size,
         labels.num_segmentation_heads,
         request["about"]["seed"],
+        with_statistics=not pretrained,
     )
     predictor = nnUNetPredictor(
         device=device, use_mirroring=False, perform_everything_on_device=device.type == "cuda", allow_tqdm=False
@@ -126,7 +132,14 @@ def fitted_predictor(request: Mapping[str, Any], device: torch.device) -> nnUNet
 
 
 def fit_classifier(
-    probed: ProbedNetwork, arrays: Path, cases: list[str], patch_size: list[int], num_classes: int, seed: int
+    probed: ProbedNetwork,
+    arrays: Path,
+    cases: Sequence[str],
+    patch_size: Sequence[int],
+    num_classes: int,
+    seed: int,
+    *,
+    with_statistics: bool,
 ) -> None:
     """Fit the classifier by multinomial logistic regression to voxels of random patches.
 
@@ -137,24 +150,33 @@ def fit_classifier(
         patch_size: (X, Y, Z).
         num_classes: background included.
         seed: of the patches and voxels.
+        with_statistics: measure the statistics of BatchNorm on the patches first.
     """
     generator = np.random.default_rng(seed)
     device = next(probed.parameters()).device
     data = infer_dataset_class(str(arrays))(str(arrays))
-    chosen, targets = [], []
+    images: list[Tensor] = []
+    labels: list[np.ndarray] = []
     for case in cases:
         image, segmentation = (np.asarray(array) for array in data.load_case(case)[:2])
-        for number in range(PATCHES_OF_A_CASE):
-            x, y = _patch(image, segmentation[0], patch_size, 1 + number % (num_classes - 1), generator)
-            features = probed.features(torch.as_tensor(x, dtype=torch.float32, device=device)[None])[0].flatten(1).T
-            voxels = _voxels(y.ravel(), generator)
-            chosen.append(features[torch.as_tensor(voxels, device=device)])
-            targets.append(torch.as_tensor(y.ravel()[voxels].astype(np.int64), device=device))
+        patches = [
+            _patch(image, segmentation[0], patch_size, 1 + number % (num_classes - 1), generator)
+            for number in range(PATCHES_OF_A_CASE)
+        ]
+        images.append(torch.as_tensor(np.stack([x for x, _ in patches]), dtype=torch.float32, device=device))
+        labels += [y.ravel() for _, y in patches]
+    if with_statistics:
+        probed.measure_statistics(images)
+    chosen, targets = [], []
+    for patch, of_patch in zip(torch.cat(images), labels, strict=True):
+        voxels = _voxels(of_patch, generator)
+        chosen.append(probed.features(patch[None])[0].flatten(1).T[torch.as_tensor(voxels, device=device)])
+        targets.append(torch.as_tensor(of_patch[voxels].astype(np.int64), device=device))
     probed.classifier = logistic_regression(torch.cat(chosen), torch.cat(targets), num_classes)
 
 
 def _patch(
-    image: np.ndarray, labels: np.ndarray, size: list[int], label: int, generator: np.random.Generator
+    image: np.ndarray, labels: np.ndarray, size: Sequence[int], label: int, generator: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """A patch around a voxel of a label, or anywhere without one, of an image (C, X, Y, Z) that is padded to it."""
     found = np.argwhere(labels == label)

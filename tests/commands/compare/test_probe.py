@@ -21,7 +21,7 @@ def test_the_classifier_separates_what_a_line_separates_whatever_the_scale_of_th
 
 def test_a_probed_network_gives_logits_of_the_image_from_all_its_stages() -> None:
     for network in (PCTNet(1, 3, features_per_stage=FEATURES), FMUNet(1, 3, features_per_stage=FEATURES)):
-        probed = ProbedNetwork(network, random=False).eval()
+        probed = ProbedNetwork(network).eval()
         x = torch.randn(1, 1, 16, 32, 32)
         features = probed.features(x)
         # Five stages of the encoder and four of the decoder.
@@ -33,11 +33,14 @@ def test_a_probed_network_gives_logits_of_the_image_from_all_its_stages() -> Non
         torch.testing.assert_close(logits[0, :, 3, 5, 7], voxel)
 
 
-def test_random_weights_use_the_statistics_of_each_batch_and_no_dropout() -> None:
+def test_random_weights_get_the_statistics_of_the_patches_and_keep_them() -> None:
     torch.manual_seed(0)
-    network = PCTNet(1, 3, features_per_stage=FEATURES)
-    probed = ProbedNetwork(network, random=True).eval()
-    x = 100 * torch.randn(1, 1, 16, 16, 16)
-    first, second = probed.features(x), probed.features(x)
+    probed = ProbedNetwork(PCTNet(1, 3, features_per_stage=FEATURES)).eval()
+    # Patches so small that one alone would leave BatchNorm a single value in the deepest stage.
+    patches = 100 * torch.randn(6, 1, 16, 16, 16)
+    before = probed.features(patches[:1])
+    probed.measure_statistics([patches])
+    first, second = probed.features(patches[:1]), probed.features(patches[:1])
     torch.testing.assert_close(first, second)
-    assert float(first.abs().max()) < 100
+    assert not torch.allclose(first, before)
+    assert not any(module.training for module in probed.modules())
