@@ -129,11 +129,13 @@ def _about_pretraining(pretrained: Path, minutes: float) -> list[Section]:
             "Volume Fusion mixes boxes of one volume into another, with three shares here, and the network says for "
             "every voxel which share it has. The volumes were made on the spot: organs of any brightness and place, "
             f"which their texture tells apart. Making, preparing and pretraining took {minutes:.1f} minutes, which "
-            "training from scratch does not have; the fine-tunings have the same length, schedule and learning rate.",
+            "training from scratch does not have; the fine-tunings have the same length, schedule and learning rate, "
+            "which was tuned for neither. They are short: both arms would go on to improve, and the difference is "
+            "that of a start, not of an end.",
             svg=curve,
         ),
         Section(
-            "The pretext task, learnt",
+            "The pretext task",
             "Fused validation samples, what the network should say, and what it says.",
             picture=figures.png_file(pretrained / "fused_samples.png"),
         ),
