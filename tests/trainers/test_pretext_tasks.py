@@ -29,10 +29,32 @@ from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
 
 SMALL = ["-features_per_stage", "4", "4", "4", "8", "16", "-patch_size", "16", "16", "16", "-batch_size", "2"]
 SHORT = ["-num_iterations_per_epoch", "2", "-num_val_iterations_per_epoch", "1", "-num_epochs", "1", "-device", "cpu"]
-# The trainer is the same for all tasks, and tests/pretrain/test_tasks.py looks at each: one is enough by default.
+# The trainer is the same for all tasks, and tests/pretrain/test_tasks.py looks at each: one task is enough by default, and
+# one with a head of its own besides for CI.
 every_task = pytest.mark.parametrize(
     "name",
-    [name if name == "masked_autoencoder" else pytest.param(name, marks=pytest.mark.slow) for name in PRETEXT_TASKS],
+    [
+        "masked_autoencoder",
+        pytest.param("vox2vec", marks=pytest.mark.slow),
+        *(
+            pytest.param(name, marks=pytest.mark.variants)
+            for name in PRETEXT_TASKS
+            if name not in ("masked_autoencoder", "vox2vec")
+        ),
+    ],
+)
+whole_jobs = pytest.mark.parametrize(
+    ("name", "network"),
+    [
+        pytest.param("masked_autoencoder", "plan", marks=pytest.mark.end_to_end),
+        pytest.param("vox2vec", "pctnet", marks=pytest.mark.end_to_end),
+        *(
+            pytest.param(name, network, marks=pytest.mark.variants)
+            for name in PRETEXT_TASKS
+            for network in ("pctnet", "plan")
+            if (name, network) not in (("masked_autoencoder", "plan"), ("vox2vec", "pctnet"))
+        ),
+    ],
 )
 
 
@@ -130,8 +152,13 @@ def test_what_a_task_trains_beside_the_network_is_saved_and_continued(
     assert_same_state(whole, pretrain("masked_autoencoder", "Stopped", "--c"))
 
 
-@every_task
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name == "vox2vec" else pytest.mark.variants)
+        for name in PRETEXT_TASKS
+    ],
+)
 def test_two_processes_train_as_one_does(nnunet: Path, name: str) -> None:
     """nnU-Net's U-Net: it has no BatchNorm, which processes on CPUs cannot share, and no dropout."""
     arguments = [
@@ -188,9 +215,7 @@ def test_a_trainer_says_which_plans_it_cannot_use(nnunet: Path) -> None:
         made_trainer("PretrainingTrainer", "nnUNetPlans")
 
 
-@pytest.mark.end_to_end
-@pytest.mark.parametrize("network", ["pctnet", "plan"])
-@pytest.mark.parametrize("name", PRETEXT_TASKS)
+@whole_jobs
 def test_from_volumes_to_a_segmentation(nnunet: Path, tmp_path: Path, name: str, network: str) -> None:
     sizes = SMALL if network == "pctnet" else ["-patch_size", "16", "16", "16"]
     add_plugin_folder()
