@@ -29,8 +29,8 @@ from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
 
 SMALL = ["-features_per_stage", "4", "4", "4", "8", "16", "-patch_size", "16", "16", "16", "-batch_size", "2"]
 SHORT = ["-num_iterations_per_epoch", "2", "-num_val_iterations_per_epoch", "1", "-num_epochs", "1", "-device", "cpu"]
-# The trainer is the same for all tasks, and tests/pretrain/test_tasks.py looks at each: one task is enough by default, and
-# one with a head of its own besides for CI.
+# The trainer is the same for all tasks, and tests/pretrain/test_tasks.py looks at each: by default one task is enough,
+# and for CI one with a head of its own besides.
 every_task = pytest.mark.parametrize(
     "name",
     [
