@@ -8,6 +8,7 @@ from parity.reference import load, recorded_noise, recorded_weights, reference_f
 
 from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.transfer.foreign import PUBLISHED_PCTNET
 from nnunetv2_misfm.transfer.pretrained import read_source
 from nnunetv2_misfm.transfer.published_weights import convert_pctnet
 
@@ -51,7 +52,7 @@ def test_outputs_are_the_same_in_training_code(name: str) -> None:
 def test_an_imported_file_gives_the_recorded_outputs(name: str) -> None:
     description, recorded = load(name)
     source = read_source(reference_folder() / f"{name}.pt")
-    assert source.kind == "published" and source.info is not None
+    assert source.kind is PUBLISHED_PCTNET and source.info is not None
     arguments = dict(source.info.arch_kwargs, strides=strides_of(description["params"]["resolution_mode"]))
     net = PCTNet(source.info.input_channels, source.info.num_classes, **arguments).eval()
     net.load_state_dict(source.weights)
