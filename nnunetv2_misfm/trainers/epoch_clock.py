@@ -8,7 +8,6 @@ from time import perf_counter
 import torch
 
 from nnunetv2_misfm.trainers.device_memory import peak_memory_gb
-from nnunetv2_misfm.trainers.pretext_data import TimedIterator
 
 
 @dataclass(frozen=True)
@@ -32,19 +31,16 @@ class EpochClock:
     """Starts with an epoch.
 
     Args:
-        batches: what the epoch waits for.
         device: that trains.
     """
 
-    def __init__(self, batches: TimedIterator, device: torch.device):
-        self.batches = batches
+    def __init__(self, device: torch.device):
         self.device = device
         self.started = perf_counter()
-        batches.waited = 0.0
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
 
-    def speed(self, iterations: int) -> Speed:
-        """The speed of so many iterations since the start."""
+    def speed(self, iterations: int, waited: float) -> Speed:
+        """The speed of so many iterations since the start, of which so many seconds were spent waiting for data."""
         seconds = perf_counter() - self.started
-        return Speed(iterations / seconds, min(1.0, self.batches.waited / seconds), peak_memory_gb(self.device))
+        return Speed(iterations / seconds, min(1.0, waited / seconds), peak_memory_gb(self.device))

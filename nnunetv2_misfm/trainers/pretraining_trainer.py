@@ -338,14 +338,15 @@ class PretrainingTrainer(BaseTrainer):
         if self.bare_model.head is not None:
             self.bare_model.head.train()
         self._losses, self._replayed = [], 0
-        self._clock = EpochClock(self.dataloader_train, self.device)
+        self.dataloader_train.waited = 0.0
+        self._clock = EpochClock(self.device)
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """As in nnU-Net; notes the speed and the share of time spent waiting for data."""
         self._interrupted = None
         counted = [output for output in train_outputs if np.isfinite(output["loss"])]
         super().on_train_epoch_end(counted or train_outputs)
-        self._speed = self._clock.speed(len(train_outputs) - self._replayed)
+        self._speed = self._clock.speed(len(train_outputs) - self._replayed, self.dataloader_train.waited)
 
     def on_epoch_end(self) -> None:
         """As in nnU-Net, after writing our metrics and, every few epochs, the picture."""
