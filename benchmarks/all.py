@@ -21,7 +21,9 @@ def main() -> None:
     parser.add_argument(
         "--reference", help="checkout of openmedlab/MIS-FM: run network_speed.py, with --pymic gradient_parity.py"
     )
-    parser.add_argument("--nnssl", help="checkout of MIC-DKFZ/nnssl: run fusion_speed.py, with --pymic")
+    parser.add_argument(
+        "--nnssl", help="checkout of MIC-DKFZ/nnssl: run fusion_speed.py and pretext_speed.py, with --pymic"
+    )
     parser.add_argument("--pymic", help="checkout of HiLab-git/PyMIC")
     parser.add_argument("--run", action="store_true", help="run the scripts that need no checkout")
     options = parser.parse_args()
@@ -30,10 +32,12 @@ def main() -> None:
     if options.reference and options.pymic:
         run("gradient_parity.py", "--reference", options.reference, "--pymic", options.pymic)
     if options.nnssl and options.pymic:
-        run("fusion_speed.py", "--nnssl", options.nnssl, "--pymic", options.pymic)
+        for script in ("fusion_speed.py", "pretext_speed.py"):
+            run(script, "--nnssl", options.nnssl, "--pymic", options.pymic)
     if options.run:
-        for script in ("memory_estimate.py", "class_shares.py", "pool_index.py", "pretraining_speed.py"):
-            run(script)
+        scripts = ("memory_estimate", "class_shares", "pool_index", "pretraining_speed", "pretext_cost")
+        for script in scripts:
+            run(f"{script}.py")
     pages = sorted(path for path in RESULTS.glob("*.md") if path != PAGE)
     text = "\n\n".join(re.sub("^#", "##", path.read_text().strip(), flags=re.MULTILINE) for path in pages)
     head = "# Measurements\n\nGathered by `python benchmarks/all.py` from the files beside this one."

@@ -7,8 +7,9 @@ pandas, pytorch-msssim, scikit-image; h5py, imops) must be installed. All volume
 axis order.
 
 - A sample is all that is done from volumes in memory to the network's input and target: with our tasks' defaults, with
-  the transforms of nnssl's `ModelGenesisTrainer`, and with the transforms of PyMIC's recipes (its Models Genesis is a
-  recipe of its own: blocks of one size, intensities bent in blocks). Volume Fusion is in fusion_speed.py.
+  the transforms of nnssl's `ModelGenesisTrainer` and `BaseMAETrainer` (which also rotates a fifth of the crops), and
+  with the transforms of PyMIC's recipes (its Models Genesis is a recipe of its own: blocks of one size, intensities
+  bent in blocks). Volume Fusion is in fusion_speed.py.
 - The corruption alone starts from a crop.
 
 Times are those of the process (all threads), and all take turns, so that other load on the machine hits all.
@@ -137,6 +138,8 @@ def nnssl_comparisons(checkout: Path, volumes: list[np.ndarray]) -> list[Compari
     from nnssl.training.nnsslTrainer.models_genesis.ModelGenesisTrainer import ModelGenesisTrainer
 
     genesis = ModelGenesisTrainer.get_training_transforms()
+    angles = dict.fromkeys("xyz", (-np.pi / 6, np.pi / 6))
+    spatial = BaseMAETrainer.get_training_transforms(PATCH, angles, (0, 1, 2), False)
     no_labels = np.zeros((1, 1, *PATCH), np.float32)
 
     def of_crop(crop: np.ndarray, index: int) -> object:
@@ -144,22 +147,31 @@ def nnssl_comparisons(checkout: Path, volumes: list[np.ndarray]) -> list[Compari
         np.random.seed(index)
         return genesis(data=crop[None].copy(), seg=no_labels.copy())
 
-    def sample(index: int) -> object:
-        crop = random_crop(volumes[index % NUM_VOLUMES][0], PATCH, np.random.default_rng(index))
-        return of_crop(crop[None], index)
+    def drawn_crop(index: int) -> np.ndarray:
+        return random_crop(volumes[index % NUM_VOLUMES][0], PATCH, np.random.default_rng(index))[None]
 
-    def masks(index: int) -> object:
+    def masked(data: torch.Tensor, index: int) -> object:
         torch.manual_seed(index)
         mask = BaseMAETrainer.mask_creation(1, PATCH, 0.75)
         for axis in (2, 3, 4):
             mask = mask.repeat_interleave(PATCH[axis - 2] // mask.shape[axis], dim=axis)
-        return crop * mask
+        return data * mask
+
+    def masked_sample(index: int) -> object:
+        np.random.seed(index)
+        return masked(spatial(data=drawn_crop(index)[None], seg=no_labels.copy())["data"], index)
 
     crop = first_crop(volumes)
     return [
-        ("models_genesis, sample", our_sample("models_genesis", volumes), "nnssl", sample),
+        (
+            "models_genesis, sample",
+            our_sample("models_genesis", volumes),
+            "nnssl",
+            lambda index: of_crop(drawn_crop(index), index),
+        ),
         ("models_genesis, corruption", our_genesis(crop), "nnssl", lambda index: of_crop(crop[0].numpy(), index)),
-        ("masked_autoencoder, masking", our_masks(crop), "nnssl", masks),
+        ("masked_autoencoder, sample", our_sample("masked_autoencoder", volumes), "nnssl", masked_sample),
+        ("masked_autoencoder, masking", our_masks(crop), "nnssl", lambda index: masked(crop, index)),
     ]
 
 

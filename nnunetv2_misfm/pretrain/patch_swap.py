@@ -95,14 +95,15 @@ def apply_swaps(crops: Tensor, swaps: Sequence[Swaps]) -> Tensor:
 
 def swapped_voxels(swaps: Sequence[Swaps], shape: Sequence[int], device: torch.device | str) -> Tensor:
     """Which voxels belong to blocks that change places: bool (B, 1, *shape); all where nothing does."""
-    mask = torch.zeros((len(swaps), 1, *shape), dtype=torch.bool, device=device)
+    # Filled on the CPU: a GPU would be told of each small block on its own.
+    mask = np.zeros((len(swaps), 1, *shape), dtype=bool)
     for (voxels,), drawn in zip(mask, swaps, strict=True):
         depth, height, width = drawn.size
         for x, y, z in np.concatenate([drawn.first, drawn.second]).tolist():
             voxels[x : x + depth, y : y + height, z : z + width] = True
         if len(drawn.first) == 0:
-            voxels.fill_(True)
-    return mask
+            voxels[:] = True
+    return torch.from_numpy(mask).to(device, non_blocking=True)
 
 
 class PatchSwap(ReconstructionTask[PatchSwapSettings]):
