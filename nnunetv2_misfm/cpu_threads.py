@@ -29,5 +29,9 @@ def training_threads() -> int:
     chosen = os.environ.get("OMP_NUM_THREADS", "")
     if processes_here == 1 and chosen.isdigit() and int(chosen) > 0:
         return int(chosen)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // processes_here)
+    return max(1, usable_cores() // processes_here)
+
+
+def usable_cores() -> int:
+    """The cores that this process may use, which schedulers and containers make fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return content
 
 
-def write_json(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+def write_json(content: Mapping[str, Any] | Sequence[Any], path: str | os.PathLike[str]) -> None:
     """Write JSON, indented as nnU-Net does."""
     with written_whole(path) as temporary:
         # Undecodable bytes in the names of files are written as escapes.

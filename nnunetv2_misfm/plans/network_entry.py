@@ -18,6 +18,8 @@ from nnunetv2_misfm.plans.settings import write_settings
 
 # nnU-Net blurs with a sigma of up to 1 voxel, and mirrors 3 voxels at the border for it.
 _FEWEST_VOXELS_TO_BLUR = 4
+STEM, ENCODER, DECODER = "stem", "encoder", "decoder"
+"""The parts of a network that pretraining can train."""
 NETWORKS = {
     "pctnet": "nnunetv2_misfm.architectures.PCTNet",
     "fmunet": "nnunetv2_misfm.architectures.FMUNet",

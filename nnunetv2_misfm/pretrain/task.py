@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nnunetv2_misfm.plans.network_entry import DECODER, ENCODER, STEM
 from nnunetv2_misfm.plans.run_settings import PretrainingSettings
 from nnunetv2_misfm.plans.settings import Settings as SettingsGroup
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from nnunetv2_misfm.pretrain.crop_reading import Crop
     from nnunetv2_misfm.pretrain.crops import SampleReader
 
-STEM, ENCODER, DECODER = "stem", "encoder", "decoder"
 SettingsT = TypeVar("SettingsT", bound=SettingsGroup)
 _EPOCHS_TO_MOVE = 10
 _LEAST_MOVE = 0.002  # of the loss, over _EPOCHS_TO_MOVE epochs

@@ -31,12 +31,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.plans.network_entry import ENCODER, STEM
 from nnunetv2_misfm.plans.run_settings import PretrainingSettings
 from nnunetv2_misfm.plans.settings import Settings, setting
 from nnunetv2_misfm.pretrain.augment import INTENSITY_RANGE_PERCENTILES, blur, percentile_values
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
 from nnunetv2_misfm.pretrain.shared_voxels import sample_points
-from nnunetv2_misfm.pretrain.task import ENCODER, STEM, PretextTask, Scores, not_moving
+from nnunetv2_misfm.pretrain.task import PretextTask, Scores, not_moving
 
 if TYPE_CHECKING:
     from nnunetv2_misfm.pretrain.batches import CropBatch

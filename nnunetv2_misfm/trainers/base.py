@@ -18,13 +18,13 @@ from torch import nn
 from nnunetv2_misfm.architectures.checkpointing import set_checkpointing
 from nnunetv2_misfm.architectures.resolution import output_weights, total_strides
 from nnunetv2_misfm.cpu_threads import training_threads
-from nnunetv2_misfm.plans.network_entry import with_own_network
+from nnunetv2_misfm.plans.network_entry import ENCODER, STEM, with_own_network
 from nnunetv2_misfm.plans.run_settings import RunSettings, run_settings
 from nnunetv2_misfm.trainers.distributed import check_batch_size, device_of_process, wrap
 from nnunetv2_misfm.trainers.memory_fit import fit_into_memory
 from nnunetv2_misfm.trainers.resumable import ResumableTrainer
 from nnunetv2_misfm.trainers.schedules import StagedSchedule, parameter_groups
-from nnunetv2_misfm.transfer.names import ENCODER, STEM, names_of
+from nnunetv2_misfm.transfer.names import names_of
 
 _FIRST_LOSSES = 5
 # What nnU-Net tells its loggers about a run.

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from batchgenerators.utilities.file_and_folder_operations import save_json
-from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from nnunetv2.utilities.helpers import dummy_context
 from torch import Tensor, autocast, nn
@@ -46,6 +45,7 @@ from nnunetv2_misfm.trainers.pretext_data import (
 from nnunetv2_misfm.trainers.step_guard import StepGuard
 from nnunetv2_misfm.trainers.stop_request import BY_SIGNAL, StopRequest
 from nnunetv2_misfm.transfer.adaptation_plan import nnssl_adaptation_plan
+from nnunetv2_misfm.transfer.checkpoint import TRAINED_PARTS
 
 _MOST_EPOCHS_LOST = 5  # by a crash
 _GRADIENT_NORM = 12.0  # nnU-Net's
@@ -165,8 +165,7 @@ class PretrainingTrainer(BaseTrainer):
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """Training and validation volumes: a stable hold-out of 5 % (at most 50), none in pools under 10 volumes."""
-        dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
-        return hold_out(dataset_class.get_identifiers(self.preprocessed_dataset_folder))
+        return hold_out(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder))
 
     def _sample_options(self) -> dict[str, Any]:
         """What the samples of training and of validation have in common."""
@@ -284,7 +283,7 @@ class PretrainingTrainer(BaseTrainer):
         return self.current_epoch if self._interrupted is not None else super()._epochs_finished()
 
     def _more_to_save(self) -> dict[str, Any]:
-        more: dict[str, Any] = {"skipped_steps": self._guard.skipped, "trained_parts": list(self.task.trains)}
+        more: dict[str, Any] = {"skipped_steps": self._guard.skipped, TRAINED_PARTS: list(self.task.trains)}
         if self.bare_model.head is not None:
             more[_HEAD] = self.bare_model.head.state_dict()
         if self._interrupted is not None:

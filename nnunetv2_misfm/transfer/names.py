@@ -15,8 +15,9 @@ from torch import nn
 
 from nnunetv2_misfm.architectures import FMUNet, PCTNet
 from nnunetv2_misfm.architectures.resolution import total_strides
+from nnunetv2_misfm.plans.network_entry import DECODER, ENCODER, STEM
 
-STEM, ENCODER, DECODER, SEG_LAYERS = "stem", "encoder", "decoder", "segmentation layers"
+SEG_LAYERS = "segmentation layers"
 PARTS = (STEM, ENCODER, DECODER, SEG_LAYERS)
 OTHER = "other"
 """What a file holds besides the parts of a network: projectors, densifiers, mask tokens."""

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nnunetv2_misfm import architectures
-from nnunetv2_misfm.plans.network_entry import NETWORKS
+from nnunetv2_misfm.plans.network_entry import DECODER, NETWORKS
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings
 from nnunetv2_misfm.transfer.checkpoint import (
     TRAINED_PARTS,
@@ -26,7 +26,7 @@ from nnunetv2_misfm.transfer.checkpoint import (
 from nnunetv2_misfm.transfer.described import channel_names, channels_of_checkpoint, describe_unet, how_well_learnt
 from nnunetv2_misfm.transfer.foreign import PUBLISHED_FMUNET, PUBLISHED_PCTNET, Kind
 from nnunetv2_misfm.transfer.hub import ADAPTATION_PLAN, download, is_hub_name
-from nnunetv2_misfm.transfer.names import DECODER, SEG_LAYERS, names_in_class
+from nnunetv2_misfm.transfer.names import SEG_LAYERS, names_in_class
 from nnunetv2_misfm.transfer.published_weights import read_published
 from nnunetv2_misfm.transfer.report import LEARNING_PARTS, TransferReport
 from nnunetv2_misfm.transfer.state_dicts import find_weights

@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from nnunetv2_misfm.errors import UserError
+from nnunetv2_misfm.plans.network_entry import DECODER
 from nnunetv2_misfm.transfer.adaptation import fit_bias_table, fit_input_channels, fit_kernel, fit_upsampling_kernel
 from nnunetv2_misfm.transfer.names import (
-    DECODER,
     OTHER,
     SEG_LAYERS,
     Names,

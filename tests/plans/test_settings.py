@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 import pytest
+from run_plans import run_plans
 
 from nnunetv2_misfm.commands.setting_options import add_setting_options, flag_of, given
 from nnunetv2_misfm.plans.compare import what_a_run_must_keep
@@ -62,14 +63,7 @@ def test_limits_and_order_are_those_of_the_declaration() -> None:
 
 
 def plans(**block: object) -> dict[str, object]:
-    architecture = {"network_class_name": "a.Net", "arch_kwargs": {}, "_kw_requires_import": []}
-    configuration = {"architecture": architecture, "patch_size": [8, 8, 8], "batch_size": 2, "spacing": [1, 1, 1]}
-    return {
-        "dataset_name": "Dataset001_A",
-        "plans_name": "P",
-        "configurations": {"3d_fullres": configuration},
-        "misfm": {"task": "volume_fusion", **block},
-    }
+    return run_plans({"task": "volume_fusion", **block})
 
 
 def test_a_setting_that_older_plans_lack_has_its_default() -> None:

@@ -11,19 +11,21 @@ import blosc2
 import numpy as np
 import pytest
 import torch
+from run_plans import run_plans
 from torch import nn
 
 from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
 from nnunetv2_misfm.commands.setting_options import add_setting_options, given
 from nnunetv2_misfm.plans.compare import what_a_run_must_keep
+from nnunetv2_misfm.plans.network_entry import DECODER, ENCODER, STEM
 from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS, PretrainingSettings
 from nnunetv2_misfm.plans.settings import read_settings, write_settings
 from nnunetv2_misfm.pool.settings import PoolSettings
 from nnunetv2_misfm.pretrain.batches import CropBatch, crop_loader
 from nnunetv2_misfm.pretrain.crops import CropSamples, validation_samples
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
-from nnunetv2_misfm.pretrain.task import DECODER, ENCODER, STEM, PretextNetwork, PretextTask, Scores
+from nnunetv2_misfm.pretrain.task import PretextNetwork, PretextTask, Scores
 from nnunetv2_misfm.pretrain.tasks import PretextSettings, default_settings, task_class, task_classes
 
 PATCH = (16, 16, 16)
@@ -193,19 +195,8 @@ def test_the_block_of_the_plans_is_read_back(name: str) -> None:
     older = {key: value for key, value in chosen.block().items() if key not in ("optimizer", "initial_lr")}
     older["augmentation"] = {}
     assert PretextSettings.read(older, "x") == chosen
-    plans = [described(block) for block in (chosen.block(), older)]
+    plans = [run_plans(block) for block in (chosen.block(), older)]
     assert what_a_run_must_keep(plans[0], plans[1], "3d_fullres", **default_settings(name)) == []
-
-
-def described(block: dict[str, Any]) -> dict[str, Any]:
-    architecture = {"network_class_name": "a.Net", "arch_kwargs": {}, "_kw_requires_import": []}
-    configuration = {"architecture": architecture, "patch_size": [8, 8, 8], "batch_size": 2, "spacing": [1, 1, 1]}
-    return {
-        "dataset_name": "Dataset001_A",
-        "plans_name": "P",
-        "configurations": {"3d_fullres": configuration},
-        "misfm": block,
-    }
 
 
 @every_task
@@ -227,6 +218,6 @@ def test_no_two_settings_share_a_name() -> None:
 
 
 def test_tasks_of_another_name_are_the_end_of_a_comparison() -> None:
-    plans = [described(pretext(name).block()) for name in ("volume_fusion", "masked_autoencoder")]
+    plans = [run_plans(pretext(name).block()) for name in ("volume_fusion", "masked_autoencoder")]
     changes = what_a_run_must_keep(*plans, "3d_fullres", **default_settings("masked_autoencoder"))
     assert changes == ["task: volume_fusion then, masked_autoencoder now"]

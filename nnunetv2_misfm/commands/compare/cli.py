@@ -74,7 +74,7 @@ def run_and_report(
     from nnunetv2_misfm.commands.compare.runner import Runner
     from nnunetv2_misfm.commands.compare.study import Study
 
-    device = options.device or _best_device()
+    device = options.device or best_device()
     study = Study(replace(options, device=device), workspace)
     study.plan_arms()
     runner = Runner(device, options.gpus, options.jobs)
@@ -97,7 +97,8 @@ def run_and_report(
     return written
 
 
-def _best_device() -> str:
+def best_device() -> str:
+    """The device that is taken where none is named."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -12,8 +13,9 @@ from jinja2 import Environment
 
 from nnunetv2_misfm.commands.compare import figures
 from nnunetv2_misfm.commands.compare.arms import MEANINGS
+from nnunetv2_misfm.commands.compare.records import mean
 from nnunetv2_misfm.commands.compare.statistics import CONFIDENCE
-from nnunetv2_misfm.commands.compare.summary import Comparison, Summary, interval, label_means
+from nnunetv2_misfm.commands.compare.summary import Comparison, Summary, interval, label_means, points
 from nnunetv2_misfm.files import written_whole
 
 
@@ -64,7 +66,7 @@ def write_page(page: Page, path: Path) -> None:
     """Write the page; it appears complete or not at all."""
     source = files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"points": _points, "interval": interval, "labels": _labels, "number": _number}
+    environment.filters |= {"points": points, "interval": interval, "labels": _labels, "number": _number}
     summary = page.summary
     text = environment.from_string(source).render(
         page=page,
@@ -92,15 +94,13 @@ def _score_rows(summary: Summary) -> list[dict[str, object]]:
             if not runs:
                 continue
             values = [run.score for run in runs.values()]
-            mean = sum(values) / len(values)
-            spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)) if len(values) > 1 else None
             rows.append(
                 {
                     "labelled": number,
                     "arm": arm.name,
                     "seeds": len(values),
-                    "dice": mean,
-                    "spread": spread,
+                    "dice": mean(values),
+                    "spread": statistics.stdev(values) if len(values) > 1 else None,
                     "labels": label_means(runs.values()),
                     "rate": ", ".join(f"{rate:g}" for rate in sorted({run.rate for run in runs.values()})),
                 }
@@ -135,10 +135,6 @@ def _hours(summary: Summary) -> list[tuple[str, int, float, float]]:
         training = sum(run.training_seconds for run in runs) / 3600
         rows.append((arm.name, len(runs), training, sum(run.seconds for run in runs) / 3600))
     return rows
-
-
-def _points(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _number(value: float, digits: int = 1) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nnunetv2_misfm.commands.compare.one_run import END_WITH_PARENT
+from nnunetv2_misfm.cpu_threads import usable_cores
 from nnunetv2_misfm.files import write_json
 
 _EPOCH = re.compile(r".*Epoch time")
@@ -120,8 +121,7 @@ class Runner:
         if place is not None:
             environment["CUDA_VISIBLE_DEVICES"] = place
         if self.device == "cpu":
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // self.jobs)))
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // self.jobs)))
             # In the run's own process its seed reaches nnU-Net's augmentation, and nothing waits for workers.
             for name, value in (("nnUNet_n_proc_DA", "0"), ("nnUNet_def_n_proc", "1"), ("nnUNet_compile", "0")):
                 environment.setdefault(name, value)

@@ -228,7 +228,7 @@ def _by_importance(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 def _shown(comparison: Comparison) -> str:
     return (
-        f"{_points(comparison.difference.mean)} points of Dice against {comparison.other} with {comparison.labelled} "
+        f"{points(comparison.difference.mean)} points of Dice against {comparison.other} with {comparison.labelled} "
         f"labelled {interval(comparison.together)}"
     )
 
@@ -239,7 +239,7 @@ def _nothing_shown(largest: Comparison, comparisons: int) -> str:
     if seeds < 2:
         return (
             f"Nothing can be shown with one seed: {largest.arm} minus {largest.other} is "
-            f"{_points(largest.difference.mean)} points of Dice with {largest.labelled} labelled. Give "
+            f"{points(largest.difference.mean)} points of Dice with {largest.labelled} labelled. Give "
             f"-seeds 3 or more."
         )
     if largest.more_seeds is None:
@@ -251,7 +251,7 @@ def _nothing_shown(largest: Comparison, comparisons: int) -> str:
         )
     return (
         f"No difference could be shown with {seeds} seeds: {largest.arm} minus {largest.other}{of_all} is "
-        f"{_points(largest.difference.mean)} points of Dice with {largest.labelled} labelled "
+        f"{points(largest.difference.mean)} points of Dice with {largest.labelled} labelled "
         f"{interval(largest.together)}; {advice}."
     )
 
@@ -260,11 +260,12 @@ def interval(difference: Difference) -> str:
     """`[+1.0, +3.2]`."""
     if math.isinf(difference.low):
         return "[no interval from one seed]"
-    return f"[{_points(difference.low)}, {_points(difference.high)}]"
+    return f"[{points(difference.low)}, {points(difference.high)}]"
 
 
-def _points(value: float) -> str:
-    return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
+def points(value: float) -> str:
+    """`+1.0`, with a dash for nan."""
+    return "–" if math.isnan(value) else f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _comparison_as_json(comparison: Comparison) -> dict[str, Any]:

@@ -99,9 +99,7 @@ class Workspace:
             if fold_key(fold) not in known:
                 known[fold_key(fold)] = len(there)
                 there.append(dict(fold))
-        temporary = path.with_name(".splits_final.json")
-        temporary.write_text(json.dumps(there, indent=1))
-        os.replace(temporary, path)
+        write_json(there, path)
         return known
 
     def plans_of(self, name: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from time import perf_counter
 
-from nnunetv2_misfm.cpu_threads import keep_cores_free
+from nnunetv2_misfm.cpu_threads import keep_cores_free, usable_cores
 from nnunetv2_misfm.errors import PlanError, exit_with_message
 
 _NUM_UNLABELLED, _NUM_LABELLED = 48, 14
@@ -56,7 +56,7 @@ def demo(folder: Path, device: str | None, seed: int) -> None:
     pretrained = job.pretrain(*_PRETRAINING, [*_FUSION, *sizes])
     epochs, iterations = map(str, _FINETUNING)
     length = ["-num_epochs", epochs, "-num_iterations_per_epoch", iterations, "-num_val_iterations_per_epoch", "2"]
-    jobs = ["-jobs", str(min(2, os.cpu_count() or 1))] if job.device == "cpu" else []
+    jobs = ["-jobs", str(min(2, usable_cores()))] if job.device == "cpu" else []
     written = job.compare(pretrained, [*_COMPARISON, *length, *jobs], (perf_counter() - started) / 60)
     print(f"\n{written.verdict}\n{(perf_counter() - started) / 60:.1f} minutes. Page: {written.path}")
     print(f"\nNext:\n{_next_commands()}")

@@ -17,7 +17,7 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import (
 )
 
 from nnunetv2_misfm.commands.compare import figures
-from nnunetv2_misfm.commands.compare.cli import run_and_report
+from nnunetv2_misfm.commands.compare.cli import best_device, run_and_report
 from nnunetv2_misfm.commands.compare.options import read_options
 from nnunetv2_misfm.commands.compare.page import Section
 from nnunetv2_misfm.commands.compare.results import Written
@@ -49,7 +49,7 @@ class Demo:
 
     def __init__(self, folder: Path, device: str | None, seed: int):
         self.folder = folder
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device or best_device()
         self.seed = seed
         self.log = folder / "demo.log"
         self.volumes = folder / "volumes"

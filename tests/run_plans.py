@@ -1,0 +1,18 @@
+"""Plans of a pretraining run, with just what its checks and comparisons read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def run_plans(block: Mapping[str, Any]) -> dict[str, Any]:
+    """Plans whose `misfm` block is `block`."""
+    architecture = {"network_class_name": "a.Net", "arch_kwargs": {}, "_kw_requires_import": []}
+    configuration = {"architecture": architecture, "patch_size": [8, 8, 8], "batch_size": 2, "spacing": [1, 1, 1]}
+    return {
+        "dataset_name": "Dataset001_A",
+        "plans_name": "P",
+        "configurations": {"3d_fullres": configuration},
+        "misfm": dict(block),
+    }
