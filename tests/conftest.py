@@ -16,6 +16,8 @@ for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_
     os.environ.pop(variable, None)
 os.environ["MPLBACKEND"] = "Agg"
 os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # tests that run side by side must not take each other's cores
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 settings.register_profile("the same examples every time", derandomize=True, deadline=None)
 settings.load_profile("the same examples every time")

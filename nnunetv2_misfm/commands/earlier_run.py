@@ -10,7 +10,7 @@ from typing import Any
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import TRAINING_LOCK, locked, read_json
 from nnunetv2_misfm.plans.compare import what_a_run_must_keep
-from nnunetv2_misfm.plans.files import nnunet_folder
+from nnunetv2_misfm.plans.files import FINAL, nnunet_folder
 from nnunetv2_misfm.plans.run_settings import BLOCK
 from nnunetv2_misfm.pretrain.tasks import default_settings, task_class
 
@@ -52,7 +52,7 @@ class EarlierRun:
         """Raise a PlanError if there is a run."""
         if not self.exists:
             return
-        finished = (self.folder / "checkpoint_final.pth").is_file()
+        finished = (self.folder / FINAL).is_file()
         state, remedy = ("a finished", "") if finished else ("an unfinished", "--c to continue it, ")
         raise PlanError(
             f"{self.folder} holds {state} run. Use {remedy}--overwrite to delete it and start anew, or, "
@@ -75,7 +75,7 @@ class EarlierRun:
 
     def is_finished(self, plans: Mapping[str, Any]) -> bool:
         """Whether the run has done all epochs that its plans ask for."""
-        final = self.folder / "checkpoint_final.pth"
+        final = self.folder / FINAL
         if not final.is_file():
             return False
         from nnunetv2_misfm.transfer.checkpoint import read_checkpoint

@@ -95,7 +95,7 @@ class Target:
         from nnunetv2_misfm.transfer.planning import PlanRequest
 
         scratch = options.from_scratch or source is None
-        settings = {"schedule": "scratch" if scratch else "sawtooth", **given(options, FinetuningSettings)}
+        settings = {"schedule": "poly" if scratch else "sawtooth", **given(options, FinetuningSettings)}
         return PlanRequest(
             plans_name=self.plans_name,
             configurations=tuple(options.c),
@@ -162,7 +162,7 @@ def _about_the_weights(options: argparse.Namespace, request: PlanRequest, source
     if iterations <= _FEW_ITERATIONS and options.initial_lr is None:
         yield (
             f"{iterations} iterations are few for the default learning rate, which is for 250,000; in a study "
-            f"with 300 iterations -schedule default -initial_lr 5e-3 did best."
+            f"with 300 iterations -schedule poly -initial_lr 5e-3 did best."
         )
 
 

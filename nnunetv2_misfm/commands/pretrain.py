@@ -11,7 +11,7 @@ from nnunetv2_misfm.commands.pretrain_options import PretrainOptions, read_optio
 from nnunetv2_misfm.commands.processes import Processes
 from nnunetv2_misfm.cpu_threads import keep_cores_free
 from nnunetv2_misfm.errors import exit_with_message
-from nnunetv2_misfm.plans.files import nnunet_folder
+from nnunetv2_misfm.plans.files import FINAL, nnunet_folder
 
 # nnU-Net and torch take seconds to import: --help and wrong options should not wait for them, so the functions below
 # import what needs them.
@@ -52,7 +52,7 @@ def pretrain(arguments: list[str] | None = None) -> None:
             options.continue_training,
         )
     if processes.rank == 0:
-        weights = run_folder(task, dataset, plans, options.configuration) / "checkpoint_final.pth"
+        weights = run_folder(task, dataset, plans, options.configuration) / FINAL
         print(f"Pretrained weights: {weights}")
         command = f"misfm_plan -d DATASET_ID -c 3d_fullres -pretrained_weights {quote(str(weights))}"
         print(f"Plan a fine-tuning with: {command}")

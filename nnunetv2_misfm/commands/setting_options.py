@@ -6,7 +6,7 @@ import argparse
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-from nnunetv2_misfm.plans.settings import Settings
+from nnunetv2_misfm.plans.settings import Settings, declared
 
 
 def add_setting_options(parser: argparse.ArgumentParser, title: str, kind: type[Settings], *but: str) -> None:
@@ -30,7 +30,8 @@ def add_setting_options(parser: argparse.ArgumentParser, title: str, kind: type[
             continue
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
         text = help if default is None or "default" in help else f"{help} (default: {shown})"
-        group.add_argument(flag, help=text, **_reading(field.annotation))
+        former = declared(kind, name, "former")
+        group.add_argument(flag, help=text, **_reading(field.annotation, former))
 
 
 def flag_of(kind: type[Settings], name: str) -> str:
@@ -47,14 +48,14 @@ def given(options: argparse.Namespace, kind: type[Settings]) -> dict[str, Any]:
     return {name: _as_setting(value) for name, value in values.items() if value is not None}
 
 
-def _reading(annotation: Any) -> dict[str, Any]:
+def _reading(annotation: Any, former: dict[str, str]) -> dict[str, Any]:
     """How argparse reads a value of this type."""
     kinds = [kind for kind in _alternatives(annotation) if kind is not type(None)]
     if len(kinds) > 1:
         return {"nargs": "+", "metavar": "V"}  # words or numbers, told apart by `given`
     (kind,) = kinds
     if get_origin(kind) is Literal:
-        return {"choices": get_args(kind)}
+        return {"choices": get_args(kind), "type": lambda word: former.get(word, word)}
     if get_origin(kind) is tuple:
         parts = get_args(kind)
         return {"nargs": len(parts), "type": parts[0], "metavar": "N"}

@@ -9,7 +9,7 @@ from typing import Any
 
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, RUNS, RunSettings
-from nnunetv2_misfm.plans.settings import Settings, declared, write_settings
+from nnunetv2_misfm.plans.settings import Settings, as_of_today, declared, write_settings
 
 # How long a run is, and what it shows or checks on the way.
 _MAY_CHANGE = {name for kind in RUNS for name in kind.model_fields if declared(kind, name, "may_change")}
@@ -97,7 +97,7 @@ def _everything(
     settings.pop("pool", None)  # what the volumes are, which may become more
     for kind in RUNS:
         if settings.get("task") in kind.TASKS:
-            settings = write_settings(run or kind()) | settings
+            settings = write_settings(run or kind()) | as_of_today(kind, settings)
     for name, defaults in groups.items():
         values = write_settings(defaults) | settings.pop(name, {})
         settings |= {f"{name}.{key}": value for key, value in values.items()}

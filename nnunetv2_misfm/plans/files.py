@@ -14,6 +14,7 @@ from nnunetv2_misfm.files import read_json
 from nnunetv2_misfm.plans.checks import check_complete, check_dataset, with_present_names
 from nnunetv2_misfm.plans.run_settings import PRETRAIN_INFO
 
+FINAL, LATEST = "checkpoint_final.pth", "checkpoint_latest.pth"  # nnU-Net's, in a results folder
 _FOLDS = 5  # of nnU-Net's cross-validation
 _OF_A_POOL = "for a pool, remove it and run misfm_pretrain with the -i and the options that made the pool"
 

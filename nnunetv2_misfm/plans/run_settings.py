@@ -57,11 +57,12 @@ class FinetuningSettings(RunSettings):
 
     TASKS = (SEGMENTATION,)
 
-    schedule: Literal["scratch", "default", "warmup", "sawtooth", "decoder_only"] = setting(
-        "scratch",
+    schedule: Literal["poly", "warmup", "sawtooth", "decoder_only"] = setting(
+        "poly",
         "learning rate: sawtooth, the decoder's rises while the encoder stays as it is, then that of the whole network "
-        "rises and falls (default with weights); warmup, that of the whole network rises and falls; default and "
-        "scratch, it falls from the start; decoder_only, the encoder stays as it is",
+        "rises and falls (default with weights); warmup, that of the whole network rises and falls; poly, it falls "
+        "from the start, as nnU-Net's does; decoder_only, the encoder stays as it is",
+        former={"default": "poly", "scratch": "poly"},
     )
     min_coverage: float = setting(
         1.0,

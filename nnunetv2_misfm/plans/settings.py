@@ -26,6 +26,7 @@ def setting(
     high: float | None = None,
     above: float | None = None,
     may_change: bool = False,
+    former: Mapping[str, str] | None = None,
 ) -> Any:
     """Declare a setting as a field of a `Settings` class.
 
@@ -34,9 +35,11 @@ def setting(
         help: what it does, with its unit, as one phrase; the help text of its option too.
         low, high, above: limits of a number, or of each of several numbers; `above` is not reached itself.
         may_change: whether a run that goes on may have another value.
+        former: values under the names that older plans and scripts give them, with the names of today.
     """
     limits: dict[str, Any] = {"low": low, "high": high, "above": above}
-    return Field(default, description=help, json_schema_extra={"limits": limits, "may_change": may_change})
+    extra = {"limits": limits, "may_change": may_change, "former": dict(former or {})}
+    return Field(default, description=help, json_schema_extra=extra)
 
 
 class Settings(BaseModel):
@@ -78,10 +81,19 @@ class SettingsError(UserError, ValueError):
 
 
 def declared(cls: type[Settings], name: str, what: str) -> Any:
-    """What `setting` was told about a field: its `limits` or `may_change`."""
+    """What `setting` was told about a field: its `limits`, `may_change` or `former`."""
     extra = cls.model_fields[name].json_schema_extra
     assert isinstance(extra, dict)
     return extra[what]
+
+
+def as_of_today(cls: type[Settings], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the values that have had another name under the name of today."""
+    former = {name: declared(cls, name, "former") for name in cls.model_fields}
+    return {
+        name: former[name].get(value, value) if name in former and isinstance(value, str) else value
+        for name, value in values.items()
+    }
 
 
 def read_settings(
@@ -103,7 +115,7 @@ def read_settings(
     if defaults is not None:
         values = {**defaults.model_dump(mode="json", exclude_defaults=True), **values}
     try:
-        return cls(**{str(name): as_tuples(value) for name, value in values.items()})
+        return cls(**as_of_today(cls, {str(name): as_tuples(value) for name, value in values.items()}))
     except ValidationError as error:
         problems: dict[str, str] = {}
         for detail in error.errors():

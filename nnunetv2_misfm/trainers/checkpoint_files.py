@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_misfm.plans.files import FINAL, LATEST
 from nnunetv2_misfm.trainers.distributed import from_all_processes
 from nnunetv2_misfm.transfer.checkpoint import CheckpointError, read_checkpoint
 
-FINAL, LATEST, PREVIOUS = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_previous.pth"
+PREVIOUS = "checkpoint_previous.pth"
 _ALL = (FINAL, LATEST, PREVIOUS, "checkpoint_best.pth")
 
 

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.checks import configuration_3d
-from nnunetv2_misfm.plans.files import check_dataset_of_plans
+from nnunetv2_misfm.plans.files import LATEST, check_dataset_of_plans
 from nnunetv2_misfm.plans.run_settings import PretrainingSettings, RunSettings, block_of
 from nnunetv2_misfm.pretrain.batches import crop_loader
 from nnunetv2_misfm.pretrain.crops import CropSamples, validation_samples
@@ -30,7 +30,6 @@ from nnunetv2_misfm.pretrain.task import PretextNetwork, Scores
 from nnunetv2_misfm.pretrain.tasks import PretextSettings, default_settings
 from nnunetv2_misfm.trainers.alarms import shrunk_alarm
 from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
-from nnunetv2_misfm.trainers.checkpoint_files import LATEST
 from nnunetv2_misfm.trainers.distributed import any_process, from_all_processes, wrap
 from nnunetv2_misfm.trainers.epoch_clock import EpochClock
 from nnunetv2_misfm.trainers.interrupted_epoch import InterruptedEpoch

@@ -3,13 +3,12 @@
 A schedule is a pure function of the epoch, so a resumed run is at the stage an uninterrupted one would be at. Stage
 lengths scale with the number of epochs.
 
-- `scratch`, `default`: the whole network, poly decay (nnU-Net's exponent 0.9).
+- `poly`: the whole network, nnU-Net's decay (exponent 0.9).
 - `warmup`: a linear rise over the first 5 % of the epochs, then poly.
 - `sawtooth`: the decoder alone rises for 5 %, the whole network rises for another 5 %, then poly (the best of the
   fine-tuning schedules for Volume Fusion in arXiv 2412.17041).
 - `decoder_only`: the encoder stays as it is throughout.
 - `halving`: pretraining; halved after each fifth of the run (paper: every 20k of 100k iterations).
-- `poly`: pretraining with nnU-Net's decay.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class Stage:
 
 def stage_at(schedule: str, epoch: int, num_epochs: int) -> Stage:
     """The stage of `schedule` at an epoch counted from 0."""
-    if schedule in ("scratch", "default", "poly"):
+    if schedule == "poly":
         factor = _poly(epoch, num_epochs)
         return Stage("whole network", factor, factor)
     if schedule == "decoder_only":

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from nnunetv2_misfm.errors import UserError, first_line
 from nnunetv2_misfm.files import format_bytes, written_whole
+from nnunetv2_misfm.plans.files import FINAL
 
 FORMAT_VERSION = 1
 BLOCK = "misfm"
@@ -192,7 +193,7 @@ def _file_of_pytorch(path: Path) -> Path | IO[bytes]:
 
 def _first_fold(name: str) -> tuple[bool, str]:
     """Sorts the checkpoints of a trained model: the final ones by fold, then the others."""
-    return Path(name).name not in ("checkpoint_final.pth", "model_final_checkpoint.model"), name
+    return Path(name).name not in (FINAL, "model_final_checkpoint.model"), name
 
 
 def write_safetensors(

@@ -13,13 +13,14 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from nnunetv2_misfm.errors import first_line
+from nnunetv2_misfm.plans.files import FINAL
 from nnunetv2_misfm.transfer.checkpoint import CheckpointError
 
 EXPORTED = "model.safetensors"
 """The name of our exported checkpoints."""
 ADAPTATION_PLAN = "adaptation_plan.json"
 """What lies beside nnssl's checkpoints on the OpenMind pages."""
-_USUAL_FILES = (EXPORTED, "checkpoint_final.pth")
+_USUAL_FILES = (EXPORTED, FINAL)
 _ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".model", ".bin", ".zip")
 _NAME = re.compile(r"hf:(?://)?(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:]+))?(?::(?P<file>.+))?")
 _ADDRESS = re.compile(

@@ -88,7 +88,7 @@ def test_without_weights_the_plan_trains_from_scratch(nnunet: Path) -> None:
     assert (written["misfm"]["num_epochs"], written["misfm"]["initial_lr"], written["misfm"]["schedule"]) == (
         7,
         0.01,
-        "scratch",
+        "poly",
     )
     assert list(written["configurations"]) == ["3d_fullres"]
     entry = written["configurations"]["3d_fullres"]["architecture"]

@@ -45,6 +45,15 @@ def test_nested_groups_are_left_to_their_own_readers() -> None:
     assert run_settings(plans, PretrainingSettings) == PretrainingSettings()
 
 
+@pytest.mark.parametrize("former", ["default", "scratch"])
+def test_values_have_their_names_of_today_wherever_the_former_stand(former: str) -> None:
+    assert read_settings(FinetuningSettings, {"schedule": former}, "Older plans").schedule == "poly"
+    parser = argparse.ArgumentParser()
+    add_setting_options(parser, "runs", FinetuningSettings)
+    assert given(parser.parse_args(["-schedule", former]), FinetuningSettings) == {"schedule": "poly"}
+    assert what_a_run_must_keep(plans(schedule=former), plans(schedule="poly"), "3d_fullres") == []
+
+
 def test_limits_and_order_are_those_of_the_declaration() -> None:
     class Strange(Settings):
         share: float = setting(0.5, "a share", low=0, high=1)

@@ -31,7 +31,7 @@ def test_halving_halves_after_each_fifth() -> None:
 
 
 def test_poly_is_nnunets() -> None:
-    assert stage_at("scratch", 250, 1000).decoder_factor == pytest.approx(0.75**0.9)
+    assert stage_at("poly", 250, 1000).decoder_factor == pytest.approx(0.75**0.9)
 
 
 SCHEDULES = [name for run in RUNS for name in get_args(run.model_fields["schedule"].annotation)]
@@ -58,7 +58,7 @@ def test_layer_decay_slows_each_stage_of_the_encoder_more_than_the_next(kind: ty
     groups = parameter_groups(network, layer_decay=0.5)
     assert [group["lr_scale"] for group in groups] == [1, 0.5, 0.25, 0.125, 0.0625, 0.03125]
     assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
-    schedule = StagedSchedule(torch.optim.Adam(groups, lr=1.0), "default", 0.01, 10)
+    schedule = StagedSchedule(torch.optim.Adam(groups, lr=1.0), "poly", 0.01, 10)
     assert schedule.get_last_lr() == [pytest.approx(0.01 * group["lr_scale"]) for group in groups]
     deepest = {id(parameter) for parameter in network.encoder.stage4.parameters()} if kind is PCTNet else set()
     assert deepest <= {id(parameter) for parameter in groups[1]["params"]}

@@ -203,7 +203,7 @@ def test_the_baseline_differs_in_nothing_but_weights_and_schedule(nnunet: Path) 
     folder = nnunet / "nnUNet_preprocessed" / NAME
     names = ("nnUNetMisFMPlans", "nnUNetMisFMScratchPlans")
     ours, twin = (json.loads((folder / f"{name}.json").read_text()) for name in names)
-    assert (ours["misfm"].pop("schedule"), twin["misfm"].pop("schedule")) == ("sawtooth", "scratch")
+    assert (ours["misfm"].pop("schedule"), twin["misfm"].pop("schedule")) == ("sawtooth", "poly")
     assert ours.pop("pretrain_info")["checkpoint_path"] is not None
     assert twin.pop("pretrain_info")["checkpoint_path"] is None
     for plans in (ours, twin):

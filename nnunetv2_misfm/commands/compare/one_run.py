@@ -23,6 +23,7 @@ from nnunetv2_misfm.commands.threads import in_this_process
 from nnunetv2_misfm.cpu_threads import keep_cores_free, training_threads
 from nnunetv2_misfm.errors import exit_with_message
 from nnunetv2_misfm.files import write_json
+from nnunetv2_misfm.plans.files import FINAL, LATEST
 
 END_WITH_PARENT = "--end_with_parent"
 _CURVE, _STARTS, _ENDS = "mean_fg_dice", "epoch_start_timestamps", "epoch_end_timestamps"
@@ -88,9 +89,9 @@ def _train(request: dict[str, Any], device: Any) -> dict[str, Any]:
     import torch
 
     fold = Path(request["results"], f"fold_{request['fold']}")
-    final = fold / "checkpoint_final.pth"
+    final = fold / FINAL
     if not final.is_file():
-        continues = _can_go_on(fold / "checkpoint_latest.pth", request["trainer"])
+        continues = _can_go_on(fold / LATEST, request["trainer"])
         _trainer(request, device, continues).run_training()
     logged = torch.load(final, map_location="cpu", weights_only=False)["logging"]  # written by this comparison
     seconds = [float(end) - float(start) for start, end in zip(logged[_STARTS], logged[_ENDS], strict=True)]

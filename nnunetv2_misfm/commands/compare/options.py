@@ -84,7 +84,7 @@ def read_options(arguments: list[str] | None) -> CompareOptions:
     weights, problems = _named_weights(options.pretrained_weights)
     problems += _problems(options, weights)
     asked = {name: value for name, value in given(options, FinetuningSettings).items() if name not in _OWN_OPTION}
-    settings = {"schedule": "default", **asked}
+    settings = {"schedule": "poly", **asked}
     rates = tuple(options.initial_lr or [FinetuningSettings().initial_lr])
     problems += _problems_of_settings(settings, rates)
     if problems:
@@ -223,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_arms(parser)
     _add_terms(parser)
     _add_place_and_plans(parser)
-    add_setting_options(parser, "the runs (all arms alike; schedule: default)", FinetuningSettings, *_OWN_OPTION)
+    add_setting_options(parser, "the runs (all arms alike; schedule: poly)", FinetuningSettings, *_OWN_OPTION)
     return parser
 
 

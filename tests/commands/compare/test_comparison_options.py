@@ -58,14 +58,14 @@ def test_arms_are_named_by_their_files_or_the_dataset_they_were_pretrained_on(tm
 
 def test_one_schedule_and_one_learning_rate_for_all_arms_by_default(checkpoint: Path) -> None:
     options = read_options(["-d", "4", "-pretrained_weights", str(checkpoint), "--from_scratch"])
-    assert options.rates == (1e-3,) and options.settings["schedule"] == "default" and not options.tuned
+    assert options.rates == (1e-3,) and options.settings["schedule"] == "poly" and not options.tuned
 
 
 def test_several_learning_rates_are_to_choose_from(checkpoint: Path) -> None:
     words = ["-d", "4", "-pretrained_weights", str(checkpoint), "--from_scratch", "-initial_lr", "1e-3", "5e-3"]
     options = read_options([*words, "-weight_decay", "0.1"])
     assert options.rates == (1e-3, 5e-3) and options.tuned
-    assert options.settings == {"schedule": "default", "weight_decay": 0.1}  # no learning rate: that is each run's own
+    assert options.settings == {"schedule": "poly", "weight_decay": 0.1}  # no learning rate: that is each run's own
 
 
 @pytest.mark.parametrize("name", ["scratch", "a b", "a__b", "-x"])

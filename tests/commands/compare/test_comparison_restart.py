@@ -99,7 +99,7 @@ def test_both_arms_of_a_seed_have_the_same_cases(tmp_path: Path, nnunet: Path, m
     assert all(len(of_seed) == 2 and of_seed[0] == of_seed[1] for of_seed in by_seed.values())
     own = next(request for request in runner.requests if request["trainer"] == "MisFMTrainer")
     plans = made.workspace.plans_of(own["plans"])
-    assert plans["misfm"]["seed"] == own["about"]["seed"] and plans["misfm"]["schedule"] == "default"
+    assert plans["misfm"]["seed"] == own["about"]["seed"] and plans["misfm"]["schedule"] == "poly"
 
 
 def test_a_folder_keeps_its_terms(tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
