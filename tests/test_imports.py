@@ -26,8 +26,9 @@ MAY_IMPORT = {
     "pretrain": {"architectures", "plans"},
     "transfer": {"architectures", "plans"},
     "pool": {"architectures", "plans"},
-    "trainers": {"architectures", "plans", "pretrain", "transfer", "pool"},
-    "commands": {"architectures", "plans", "pretrain", "transfer", "pool", "trainers"},
+    "pages": set(),
+    "trainers": {"architectures", "plans", "pretrain", "transfer", "pool", "pages"},
+    "commands": {"architectures", "plans", "pretrain", "transfer", "pool", "pages", "trainers"},
     "nnunet_plugin": {"trainers"},
     "": set(),
 }

@@ -1,13 +1,10 @@
-"""The figures of the page: SVG that takes the page's text colour, in light and dark, and PNG for images."""
+"""The figures of a comparison's page."""
 
 from __future__ import annotations
 
-import base64
 import io
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -16,17 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nnunetv2_misfm.commands.compare.summary import Comparison, Summary
+from nnunetv2_misfm.pages.figures import COLOURS, TEXT, png_uri, svg
 
-COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#14b8a6", "#ec4899", "#84cc16")
-_TEXT = "#7b7c7d"  # a colour that nothing else has; in the SVG it becomes that of the page's text
 _LABELS = ("#ef4444", "#22c55e", "#3b82f6", "#eab308", "#a855f7", "#14b8a6", "#f97316", "#ec4899")
-_STYLE: Any = {
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _TEXT),
-    "svg.fonttype": "none",
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-}
 
 
 def differences(summary: Summary) -> str:
@@ -41,12 +30,12 @@ def differences(summary: Summary) -> str:
             if np.isfinite(difference.low):
                 axis.plot([difference.low, difference.high], [row, row], color=colour, linewidth=2.5)
             axis.plot(difference.mean, row, "D", color=colour, markersize=8)
-        axis.axvline(0, color=_TEXT, linewidth=1)
+        axis.axvline(0, color=TEXT, linewidth=1)
         axis.set_yticks(range(len(shown)), [_name(comparison) for comparison in reversed(shown)])
         axis.set_ylim(-0.6, len(shown) - 0.4)
         axis.set_xlabel("points of Dice on the test cases")
 
-    return _svg(draw, 7.2, 0.9 + 0.5 * len(shown))
+    return svg(draw, 7.2, 0.9 + 0.5 * len(shown))
 
 
 def _name(comparison: Comparison) -> str:
@@ -70,7 +59,7 @@ def learning_curves(summary: Summary, labelled: int) -> str | None:
         axis.set(xlabel="iteration", ylabel="pseudo Dice, validation")
         axis.legend(frameon=False)
 
-    return _svg(draw, 7.2, 3.4)
+    return svg(draw, 7.2, 3.4)
 
 
 def dice_by_labelled(summary: Summary) -> str | None:
@@ -94,19 +83,7 @@ def dice_by_labelled(summary: Summary) -> str | None:
         axis.set(xlabel="labelled", ylabel="Dice on the test cases")
         axis.legend(frameon=False)
 
-    return _svg(draw, 7.2, 3.4)
-
-
-def curve(values: Mapping[str, Sequence[float]], xlabel: str, ylabel: str) -> str:
-    """Lines by name, as SVG."""
-
-    def draw(axis: Axes) -> None:
-        for (name, line), colour in zip(values.items(), COLOURS, strict=False):
-            axis.plot(range(1, len(line) + 1), line, color=colour, label=name)
-        axis.set(xlabel=xlabel, ylabel=ylabel)
-        axis.legend(frameon=False)
-
-    return _svg(draw, 7.2, 3.0)
+    return svg(draw, 7.2, 3.4)
 
 
 def _band(axis: Axes, x: np.ndarray, values: np.ndarray, colour: str, name: str) -> None:
@@ -119,22 +96,6 @@ def _band(axis: Axes, x: np.ndarray, values: np.ndarray, colour: str, name: str)
 
 def _colour(summary: Summary, arm: str) -> str:
     return COLOURS[[known.name for known in summary.arms].index(arm) % len(COLOURS)]
-
-
-def _svg(draw: Any, width: float, height: float) -> str:
-    with matplotlib.rc_context(matplotlib.rcParamsDefault), matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axis = figure.subplots()
-        axis.grid(alpha=0.25, color=_TEXT)
-        draw(axis)
-        stream = io.StringIO()
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
-    text = stream.getvalue()
-    text = text[text.index("<svg") :].replace(_TEXT, "currentColor")
-    # The page decides how wide the figure is; its own size is in the viewBox.
-    return re.sub(
-        r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", re.sub(r' height="[^"]*pt"', "", text, count=1), count=1
-    )
 
 
 def case_picture(image: Path, segmentations: Sequence[Path]) -> str:
@@ -159,16 +120,7 @@ def case_picture(image: Path, segmentations: Sequence[Path]) -> str:
             axis.axis("off")
         stream = io.BytesIO()
         figure.savefig(stream, format="png", dpi=110, transparent=True)
-    return _as_uri(stream.getvalue())
-
-
-def png_file(path: Path) -> str:
-    """A PNG as a data URI."""
-    return _as_uri(path.read_bytes())
-
-
-def _as_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return png_uri(stream.getvalue())
 
 
 def _present(segmentations: Iterable[np.ndarray]) -> list[int]:

@@ -1,4 +1,4 @@
-"""The page: one HTML file that needs nothing else, made from a summary by a template."""
+"""The page of a comparison."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment
-
 from nnunetv2_misfm.commands.compare import figures
 from nnunetv2_misfm.commands.compare.arms import MEANINGS
 from nnunetv2_misfm.commands.compare.records import mean
 from nnunetv2_misfm.commands.compare.statistics import CONFIDENCE
 from nnunetv2_misfm.commands.compare.summary import Comparison, Summary, interval, label_means, points
-from nnunetv2_misfm.files import written_whole
+from nnunetv2_misfm.pages import html
 
 
 @dataclass(frozen=True)
@@ -64,25 +62,22 @@ class Page:
 
 def write_page(page: Page, path: Path) -> None:
     """Write the page; it appears complete or not at all."""
-    source = files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"points": points, "interval": interval, "labels": _labels, "number": _number}
     summary = page.summary
-    text = environment.from_string(source).render(
-        page=page,
-        summary=summary,
-        confidence=round(100 * CONFIDENCE),
-        meanings=MEANINGS,
-        differences=figures.differences(summary) if summary.comparisons else None,
-        curves=[(number, svg) for number in summary.labelled if (svg := figures.learning_curves(summary, number))],
-        by_labelled=figures.dice_by_labelled(summary),
-        scores=_score_rows(summary),
-        label_names=_label_names(summary),
-        case_rows=_case_rows(summary),
-        hours=_hours(summary),
-    )
-    with written_whole(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    values = {
+        "page": page,
+        "summary": summary,
+        "confidence": round(100 * CONFIDENCE),
+        "meanings": MEANINGS,
+        "differences": figures.differences(summary) if summary.comparisons else None,
+        "curves": [(number, svg) for number in summary.labelled if (svg := figures.learning_curves(summary, number))],
+        "by_labelled": figures.dice_by_labelled(summary),
+        "scores": _score_rows(summary),
+        "label_names": _label_names(summary),
+        "case_rows": _case_rows(summary),
+        "hours": _hours(summary),
+    }
+    template = files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
+    html.write_page(path, template, values, {"points": points, "interval": interval, "labels": _labels})
 
 
 def _score_rows(summary: Summary) -> list[dict[str, object]]:
@@ -135,10 +130,6 @@ def _hours(summary: Summary) -> list[tuple[str, int, float, float]]:
         training = sum(run.training_seconds for run in runs) / 3600
         rows.append((arm.name, len(runs), training, sum(run.seconds for run in runs) / 3600))
     return rows
-
-
-def _number(value: float, digits: int = 1) -> str:
-    return "–" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _labels(comparison: Comparison, summary: Summary) -> str:

@@ -16,7 +16,6 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import (
     preprocess,
 )
 
-from nnunetv2_misfm.commands.compare import figures
 from nnunetv2_misfm.commands.compare.cli import best_device, run_and_report
 from nnunetv2_misfm.commands.compare.options import read_options
 from nnunetv2_misfm.commands.compare.page import Section
@@ -28,6 +27,8 @@ from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
 from nnunetv2_misfm.commands.threads import in_this_process
 from nnunetv2_misfm.cpu_threads import training_threads
 from nnunetv2_misfm.files import read_json, write_json
+from nnunetv2_misfm.pages import figures
+from nnunetv2_misfm.plans.files import FINAL
 from nnunetv2_misfm.start_up import add_plugin_folder
 from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
 
@@ -104,7 +105,7 @@ class Demo:
 
     def compare(self, pretrained: Path, options: Sequence[str], minutes_so_far: float) -> Written:
         """misfm_compare of the pretrained weights with the same network from scratch, and its page."""
-        weights = str(pretrained / "checkpoint_final.pth")
+        weights = str(pretrained / FINAL)
         words = ["-d", _DATASET_ID, "-p", _PLANS, "-pretrained_weights", f"{_ARM}={weights}", "--from_scratch"]
         words += ["-o", str(self.folder / "comparison"), "-device", self.device, "--disable_tta", *options]
         read = read_options(words)
@@ -121,7 +122,7 @@ class Demo:
 
 def _about_pretraining(pretrained: Path, minutes: float) -> list[Section]:
     """What the page says of the pretraining."""
-    log = read_checkpoint(pretrained / "checkpoint_final.pth")["logging"]
+    log = read_checkpoint(pretrained / FINAL)["logging"]
     curve = figures.curve({"training": log["train_losses"], "validation": log["val_losses"]}, "epoch", "loss")
     return [
         Section(

@@ -1,0 +1,79 @@
+"""Figures of the pages: SVG that takes the page's text colour, in light and dark, and PNG as data URIs."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#14b8a6", "#ec4899", "#84cc16")
+TEXT = "#7b7c7d"  # a colour that nothing else has; in the SVG it becomes that of the page's text
+_STYLE: Any = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT),
+    "svg.fonttype": "none",
+    "font.size": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+
+def curve(
+    lines: Mapping[str, Sequence[float]],
+    xlabel: str,
+    ylabel: str,
+    x: Sequence[float] | None = None,
+    *,
+    log: bool = False,
+) -> str:
+    """Lines by name, as SVG.
+
+    Args:
+        lines: values, nan where there is none.
+        xlabel, ylabel: of the axes.
+        x: of the values; 1, 2, 3, ... if there is none.
+        log: whether the y axis is logarithmic.
+    """
+
+    def draw(axis: Axes) -> None:
+        for (name, line), colour in zip(lines.items(), cycle(COLOURS)):
+            marker = "o" if len(line) == 1 else None
+            axis.plot(range(1, len(line) + 1) if x is None else x, line, color=colour, label=name, marker=marker)
+        axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
+        axis.legend(frameon=False)
+
+    return svg(draw, 7.2, 3.0)
+
+
+def svg(draw: Callable[[Axes], None], width: float, height: float) -> str:
+    """What `draw` draws, as SVG of this size in inches."""
+    with matplotlib.rc_context(matplotlib.rcParamsDefault), matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axis = figure.subplots()
+        axis.grid(alpha=0.25, color=TEXT)
+        draw(axis)
+        stream = io.StringIO()
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :].replace(TEXT, "currentColor")
+    # The page decides how wide the figure is; its own size is in the viewBox.
+    return re.sub(
+        r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", re.sub(r' height="[^"]*pt"', "", text, count=1), count=1
+    )
+
+
+def png_file(path: Path) -> str:
+    """A PNG file as a data URI."""
+    return png_uri(path.read_bytes())
+
+
+def png_uri(png: bytes) -> str:
+    """A PNG as a data URI."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
