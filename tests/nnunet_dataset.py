@@ -125,3 +125,4 @@ def use_folders(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("nnUNet_compile", "0")
     monkeypatch.setattr("multiprocessing.get_context", threads_for_processes)
     monkeypatch.setitem(matplotlib.rcParams, "savefig.dpi", 10)  # nnU-Net draws its progress after every epoch
+    monkeypatch.setattr("nnunetv2_misfm.pages.figures.svg", lambda draw, width, height: "<svg></svg>")  # and we ours

@@ -38,7 +38,7 @@ def setting(
         former: values under the names that older plans and scripts give them, with the names of today.
     """
     limits: dict[str, Any] = {"low": low, "high": high, "above": above}
-    extra = {"limits": limits, "may_change": may_change, "former": dict(former or {})}
+    extra: dict[str, Any] = {"limits": limits, "may_change": may_change, "former": dict(former or {})}
     return Field(default, description=help, json_schema_extra=extra)
 
 

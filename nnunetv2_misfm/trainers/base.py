@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import random
+import time
 from collections.abc import Mapping
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +25,9 @@ from nnunetv2_misfm.plans.network_entry import ENCODER, STEM, with_own_network
 from nnunetv2_misfm.plans.run_settings import RunSettings, run_settings
 from nnunetv2_misfm.trainers.distributed import check_batch_size, device_of_process, wrap
 from nnunetv2_misfm.trainers.memory_fit import fit_into_memory
+from nnunetv2_misfm.trainers.metrics_file import METRICS, MetricsFile
 from nnunetv2_misfm.trainers.resumable import ResumableTrainer
+from nnunetv2_misfm.trainers.run_page import write_run_page
 from nnunetv2_misfm.trainers.schedules import StagedSchedule, parameter_groups
 from nnunetv2_misfm.transfer.names import names_of
 
@@ -141,6 +146,34 @@ class BaseTrainer(ResumableTrainer):
         np.random.seed(numpy_seed)  # nnU-Net's loader draws from it when it runs in this process
         random.seed(python_seed)
         super().on_epoch_start()
+
+    def on_epoch_end(self) -> None:
+        """As in nnU-Net, after a row of metrics.csv; every few epochs the page of the run is written."""
+        if self.local_rank == 0:
+            seconds = time.time() - self.logger.get_value("epoch_start_timestamps", step=-1)
+            row = {
+                **self._metrics(),
+                "train_loss": self.logger.get_value("train_losses", step=-1),
+                "val_loss": self.logger.get_value("val_losses", step=-1),
+                "lr": self.optimizer.param_groups[0]["lr"],
+                "stage": self.lr_scheduler.stage.name if isinstance(self.lr_scheduler, StagedSchedule) else None,
+                "seconds": seconds,
+                "ended": f"{datetime.now():%Y-%m-%dT%H:%M:%S}",
+            }
+            MetricsFile(Path(self.output_folder) / METRICS).append(self.current_epoch, row)
+            for logger in self.logger.loggers:
+                for name, value in row.items():
+                    if isinstance(value, (int, float)):
+                        logger.log(name, value, self.current_epoch)
+        super().on_epoch_end()
+        done = self.current_epoch
+        if self.local_rank == 0 and (done % self.save_every == 0 or done == self.num_epochs):
+            write_run_page(Path(self.output_folder))
+
+    def _metrics(self) -> dict[str, Any]:
+        """The scores of an epoch, by their columns of metrics.csv."""
+        names = ("dice_per_class_or_region", "mean_fg_dice", "ema_fg_dice")
+        return {name: self.logger.get_value(name, step=-1) for name in names}
 
     # ---------------------------------------------------------------- outputs and loss
 

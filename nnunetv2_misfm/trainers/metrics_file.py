@@ -9,6 +9,9 @@ from typing import Any
 
 from nnunetv2_misfm.files import written_whole
 
+METRICS = "metrics.csv"
+"""In a results folder."""
+
 
 class MetricsFile:
     """A CSV that a resumed run continues: rows of epochs that are run again are replaced.
@@ -25,11 +28,11 @@ class MetricsFile:
 
         Args:
             epoch: from 0.
-            values: numbers or None, by column; a list fills the columns name_0, name_1, ...
+            values: numbers, words or None, by column; a list fills the columns name_0, name_1, ...
         """
         columns = dict(pair for name, value in values.items() for pair in _columns(name, value))
         rows = [row for row in self.rows() if int(row["epoch"]) < epoch]
-        rows.append({"epoch": str(epoch), **{key: "" if v is None else f"{v:.6g}" for key, v in columns.items()}})
+        rows.append({"epoch": str(epoch), **{key: _as_text(value) for key, value in columns.items()}})
         with written_whole(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[-1]), restval="", extrasaction="ignore")
             writer.writeheader()
@@ -47,3 +50,9 @@ def _columns(name: str, value: Any) -> Iterable[tuple[str, Any]]:
     if not isinstance(value, (list, tuple)):
         return [(name, value)]
     return [(f"{name}_{i}", one) for i, one in enumerate(value)]
+
+
+def _as_text(value: Any) -> str:
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else f"{value:.6g}"

@@ -14,6 +14,7 @@ from nnunetv2_misfm.plans.checks import check_labels
 from nnunetv2_misfm.plans.files import check_dataset_of_plans
 from nnunetv2_misfm.plans.run_settings import DEFAULT_FINETUNING_PLANS, PRETRAIN_INFO, FinetuningSettings
 from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
+from nnunetv2_misfm.trainers.run_page import TRANSFER_REPORT
 from nnunetv2_misfm.transfer.arrays import check_labels_unchanged
 from nnunetv2_misfm.transfer.pretrained import load_source, transfer_source
 from nnunetv2_misfm.transfer.transfer import TransferError
@@ -101,7 +102,7 @@ class MisFMTrainer(BaseTrainer):
         self.print_to_log_file(report.table(), add_timestamp=False)
         if self.local_rank == 0:
             Path(self.output_folder).mkdir(parents=True, exist_ok=True)
-            save_json(report.as_json(), join(self.output_folder, "transfer_report.json"))
+            save_json(report.as_json(), join(self.output_folder, TRANSFER_REPORT))
         if self.is_ddp:
             dist.barrier()
 

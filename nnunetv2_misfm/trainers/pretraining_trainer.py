@@ -5,6 +5,7 @@ Image tensors are (B, C, X, Y, Z) in plans axis order.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import chain, repeat
@@ -33,7 +34,6 @@ from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
 from nnunetv2_misfm.trainers.distributed import any_process, from_all_processes, wrap
 from nnunetv2_misfm.trainers.epoch_clock import EpochClock
 from nnunetv2_misfm.trainers.interrupted_epoch import InterruptedEpoch
-from nnunetv2_misfm.trainers.metrics_file import MetricsFile
 from nnunetv2_misfm.trainers.pretext_data import (
     TimedIterator,
     hold_out,
@@ -41,6 +41,7 @@ from nnunetv2_misfm.trainers.pretext_data import (
     pretext_block,
     pretext_dataset_json,
 )
+from nnunetv2_misfm.trainers.run_page import PICTURES
 from nnunetv2_misfm.trainers.step_guard import StepGuard
 from nnunetv2_misfm.trainers.stop_request import BY_SIGNAL, StopRequest
 from nnunetv2_misfm.transfer.adaptation_plan import nnssl_adaptation_plan
@@ -78,7 +79,6 @@ class PretrainingTrainer(BaseTrainer):
             raise PlanError(f"{configuration} takes label channels, which pretraining has not. Use 3d_fullres.")
         super().__init__(plans, configuration, fold, pretext_dataset_json(dataset_json, self.task), device)
         self.enable_deep_supervision = self.task.deep_supervision
-        self.metrics = MetricsFile(Path(self.output_folder) / "metrics.csv") if self.output_folder else None
         self._scores: Scores | None = None
         stems = tuple(self.configuration_manager.network_arch_init_kwargs.get("stems") or ())
         # A network with several stems trains them in turn, each on crops of its degree of anisotropy.
@@ -347,24 +347,23 @@ class PretrainingTrainer(BaseTrainer):
         self._speed = self._clock.speed(len(train_outputs) - self._replayed, self.dataloader_train.waited)
 
     def on_epoch_end(self) -> None:
-        """As in nnU-Net, after writing our metrics and, every few epochs, the picture."""
-        epoch, scored, speed = self.current_epoch, self._scores, self._speed
+        """As in the base class, after the task's alarms and, every few epochs, its picture."""
+        epoch, scored = self.current_epoch, self._scores
         assert scored is not None
-        self.print_to_log_file(scored.text)
-        self.print_to_log_file(speed.text((self.num_epochs - epoch - 1) * self.num_iterations_per_epoch))
+        iterations_left = (self.num_epochs - epoch - 1) * self.num_iterations_per_epoch
+        self.print_to_log_file(f"{scored.text}\n{self._speed.text(iterations_left)}")
         if self._guard.skipped:
             self.print_to_log_file(f"{self._guard.skipped} steps skipped so far, their gradients were not finite")
         losses = self.logger.get_value("train_losses", step=None)
         for alarm in [*shrunk_alarm(self.bare_network), *self.task.alarms(losses, scored)]:
             self.print_to_log_file(f"ALARM: {alarm}")
-        if self.local_rank == 0:
-            row = {"train_loss": losses[-1], "val_loss": self.logger.get_value("val_losses", step=-1)}
-            row |= {"lr": self.optimizer.param_groups[0]["lr"], **asdict(speed), "skipped_steps": self._guard.skipped}
-            assert self.metrics is not None
-            self.metrics.append(epoch, {**scored.values, **row})
-            if epoch % self.pretext.run.picture_every == 0 or epoch == self.num_epochs - 1:
-                self._draw()
+        if self.local_rank == 0 and (epoch % self.pretext.run.picture_every == 0 or epoch == self.num_epochs - 1):
+            self._draw()
         super().on_epoch_end()
+
+    def _metrics(self) -> dict[str, Any]:
+        assert self._scores is not None
+        return {**self._scores.values, **asdict(self._speed), "skipped_steps": self._guard.skipped}
 
     @torch.no_grad()
     def _draw(self) -> None:
@@ -377,7 +376,10 @@ class PretrainingTrainer(BaseTrainer):
         data, target = self._made(batch)
         # Without the DDP wrapper, whose forward pass waits for the other processes.
         model = self.bare_model.eval()
-        self.task.picture(Path(self.output_folder) / self.task.picture_name, data, target, model(data, target))
+        newest = Path(self.output_folder) / PICTURES / f"epoch_{self.current_epoch:04d}.png"
+        newest.parent.mkdir(exist_ok=True)
+        self.task.picture(newest, data, target, model(data, target))
+        shutil.copyfile(newest, Path(self.output_folder) / self.task.picture_name)
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Validate the pretext task on the fixed samples and write validation/summary.json.

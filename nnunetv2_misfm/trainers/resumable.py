@@ -18,15 +18,16 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 from nnunetv2_misfm.errors import PlanError, UserError, first_line
 from nnunetv2_misfm.files import TRAINING_LOCK, format_bytes, locked
 from nnunetv2_misfm.plans.compare import what_a_run_must_keep
+from nnunetv2_misfm.plans.files import LATEST
 from nnunetv2_misfm.plans.run_settings import BLOCK, RunSettings
 from nnunetv2_misfm.trainers.checkpoint_files import (
-    LATEST,
     PREVIOUS,
     put_aside,
     read_latest_or_previous,
     remove_half_written,
     reopen,
 )
+from nnunetv2_misfm.trainers.tensorboard_logger import TensorBoardLogger
 from nnunetv2_misfm.transfer.checkpoint import (
     CheckpointError,
     CheckpointInfo,
@@ -68,6 +69,8 @@ class ResumableTrainer(nnUNetTrainer):
         for one in logger.loggers:
             if isinstance(one, WandbLogger):
                 one.update_config = partial(one.run.config.update, allow_val_change=True)
+        if self.local_rank == 0 and TensorBoardLogger.is_wanted():
+            logger.loggers.append(TensorBoardLogger(self.output_folder))
         self._logger = logger
 
     @property

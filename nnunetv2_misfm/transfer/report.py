@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -69,6 +69,19 @@ class TransferReport:
     expected: tuple[str, ...] = LEARNING_PARTS
     unused: tuple[Unused, ...] = ()
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> TransferReport:
+        """The report that `as_json` has written."""
+        entries = (Entry(**{**entry, "shape": tuple(entry["shape"])}) for entry in content["parameters"])
+        unused = (Unused(**tensor) for tensor in content.get("unused", ()))
+        return cls(
+            content["source"],
+            tuple(entries),
+            tuple(content.get("expected", LEARNING_PARTS)),
+            tuple(unused),
+            tuple(content.get("notes", ())),
+        )
 
     def coverage(self, parts: Iterable[str] = PARTS) -> float:
         """Share of elements in `parts` that came from the source, adapted ones included; 1 if there are none."""

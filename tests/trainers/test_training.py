@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +18,12 @@ from program_end import ends_as_a_program
 from nnunetv2_misfm.architectures.memory import estimate_training_memory
 from nnunetv2_misfm.commands.plan import plan_main as misfm_plan
 from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
+from nnunetv2_misfm.commands.report import main as misfm_report
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.settings import SettingsError
 from nnunetv2_misfm.start_up import add_plugin_folder
 from nnunetv2_misfm.trainers.base import BaseTrainer
+from nnunetv2_misfm.trainers.metrics_file import MetricsFile
 from nnunetv2_misfm.transfer.checkpoint import CheckpointError, read_checkpoint
 from nnunetv2_misfm.transfer.transfer import TransferError
 
@@ -95,6 +98,13 @@ def test_pretrain_plan_finetune_and_predict(nnunet: Path, tmp_path: Path) -> Non
     image = nnunet / "nnUNet_raw" / NAME / "imagesTr" / "case_0_0000.nii.gz"
     predictor.predict_from_files_sequential([[str(image)]], str(tmp_path / "out"), overwrite=True)
     assert (tmp_path / "out" / "case_0.nii.gz").is_file()
+
+    for folder, said in ((checkpoint.parent, "Finished: all 2 epochs"), (Path(run.output_folder), "decoder")):
+        page = folder / "run.html"
+        assert said in page.read_text(), "the run has written it by itself"
+        page.unlink()
+        misfm_report([str(folder.parent)])
+        assert said in page.read_text()
 
 
 def test_an_ordinary_plan_trains_pctnet_and_the_results_folder_rebuilds_it(nnunet: Path) -> None:
@@ -336,6 +346,26 @@ def test_a_longer_run_goes_on_under_wandb(nnunet: Path, monkeypatch: pytest.Monk
         plan(*NETWORK, num_epochs=epochs)
         trainer("MisFMTrainer", "nnUNetMisFMPlans", continue_training=epochs > 1).run_training()
         assert wandb_run.config["hparas"]["num_epochs"] == wandb_run.config["plans"]["misfm"]["num_epochs"] == epochs
+
+
+def test_tensorboard_gets_what_metrics_csv_gets(nnunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scalars: dict[str, dict[int, float]] = {}
+
+    class SummaryWriter:
+        def __init__(self, folder: str):
+            self.folder = folder
+
+        def add_scalar(self, key: str, value: float, step: int) -> None:
+            scalars.setdefault(key, {})[step] = value
+
+        def flush(self) -> None: ...
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setenv("nnUNet_tensorboard_enabled", "1")
+    folder = pretrain(2).parent
+    rows = MetricsFile(folder / "metrics.csv").rows()
+    for column in ("train_loss", "iterations_per_s", "lr"):
+        assert [scalars[column][epoch] for epoch in (0, 1)] == pytest.approx([float(row[column]) for row in rows], 1e-5)
 
 
 def test_a_damaged_checkpoint_is_replaced_by_the_one_before_it(nnunet: Path) -> None:

@@ -1,0 +1,35 @@
+"""misfm_report: the page of a pretraining or fine-tuning run, to look at while it runs or afterwards."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from nnunetv2_misfm.errors import PlanError, exit_with_message
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of misfm_report."""
+    parser = argparse.ArgumentParser(prog="misfm_report", description=__doc__)
+    parser.add_argument(
+        "run",
+        metavar="RUN",
+        help="results folder of a fold (.../TRAINER__PLANS__CONFIGURATION/fold_0), or the one above it for all folds",
+    )
+    options = parser.parse_args(arguments)
+    exit_with_message("misfm_report", lambda: report(Path(options.run)))
+
+
+def report(run: Path) -> None:
+    """Write the page of each fold, and say where.
+
+    Raises:
+        PlanError: if there is no run.
+    """
+    from nnunetv2_misfm.trainers.run_page import write_run_page
+
+    if not run.is_dir():
+        raise PlanError(f"{run} is not a folder. Give the results folder of a run.")
+    folds = sorted(run.glob("fold_*")) or [run]
+    for fold in folds:
+        print(f"Page: {write_run_page(fold.resolve())}")

@@ -1,0 +1,206 @@
+"""The page of a run: what it does, how far it is, and whether all is well, from the files in its results folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.files import read_json
+from nnunetv2_misfm.pages import figures
+from nnunetv2_misfm.pages.html import write_page
+from nnunetv2_misfm.plans.checks import configuration_3d
+from nnunetv2_misfm.plans.files import FINAL
+from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, SEGMENTATION, FinetuningSettings, without_groups
+from nnunetv2_misfm.plans.settings import write_settings
+from nnunetv2_misfm.pretrain.tasks import default_settings
+from nnunetv2_misfm.trainers.metrics_file import METRICS, MetricsFile
+from nnunetv2_misfm.transfer.report import TransferReport
+
+PAGE = "run.html"
+PICTURES = "pictures"
+"""In a results folder: pictures of a pretext task, `epoch_0000.png` and so on."""
+TRANSFER_REPORT = "transfer_report.json"
+_MOST_PICTURES = 24
+_ALARM = re.compile(r"ALARM: (?P<text>.*)")
+_EPOCH = re.compile(r"Epoch (?P<epoch>\d+)\s*$")
+# Columns of metrics.csv that have a figure of their own; all others but these are scores.
+_LOSSES = ("train_loss", "val_loss")
+_SPEED = {
+    "iterations_per_s": "Iterations per second",
+    "data_wait_share": "Share of the time waiting for data",
+    "peak_memory_gb": "Peak memory in GB",
+}
+_NO_SCORES = (*_LOSSES, *_SPEED, "epoch", "lr", "stage", "seconds", "ended", "skipped_steps")
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """A warning of the run, with the first and the last epoch in which it was given, and how often."""
+
+    text: str
+    first: int
+    last: int
+    count: int
+
+
+def write_run_page(folder: Path) -> Path:
+    """Write the page of a run into its results folder.
+
+    Args:
+        folder: of a fold, with metrics.csv in it and plans.json in the folder above.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        PlanError: if it is not the results folder of a run of this package that has finished an epoch.
+    """
+    rows = MetricsFile(folder / METRICS).rows()
+    if not rows or not (folder.parent / "plans.json").is_file():
+        raise PlanError(
+            f"{folder} is not the results folder of a MisFM run that has finished an epoch: it has no {METRICS}, or "
+            f"there is no plans.json above it. Give a folder like "
+            f"nnUNet_results/DATASET/TRAINER__PLANS__CONFIGURATION/fold_0."
+        )
+    plans = read_json(folder.parent / "plans.json", "It is written anew when the run goes on.")
+    trainer, _, configuration = folder.parent.name.split("__")
+    block = plans.get(BLOCK) or {"task": SEGMENTATION}
+    settings = list(_settings(block))
+    columns = {name: [_number(row.get(name)) for row in rows] for name in rows[-1]}
+    values = {
+        "dataset": plans["dataset_name"],
+        "task": block["task"].replace("_", " "),
+        "pretraining": block["task"] != SEGMENTATION,
+        "state": _state(folder, rows, next(value for name, value, _ in settings if name == "num_epochs")),
+        "facts": _facts(folder, plans, trainer, configuration),
+        "alarms": _alarms(folder),
+        "skipped": columns.get("skipped_steps", [0])[-1],
+        "figures": list(_figures(columns)),
+        "stage": rows[-1].get("stage", ""),
+        "pictures": _pictures(folder),
+        "transfer": _transfer(folder),
+        "settings": sorted(settings, key=lambda row: row[1] == row[2]),
+        "command": f"nnUNetv2_train {plans['dataset_name']} {configuration} {folder.name.removeprefix('fold_')} "
+        f"-tr {trainer} -p {plans['plans_name']} --c",
+        "written": f"{datetime.now():%Y-%m-%d %H:%M}",
+    }
+    template = files(__package__).joinpath("run_page.html.j2").read_text(encoding="utf-8")
+    write_page(folder / PAGE, template, values)
+    return folder / PAGE
+
+
+def _state(folder: Path, rows: Sequence[Mapping[str, str]], num_epochs: int) -> str:
+    """One or two sentences: how far the run is, and how much time is left."""
+    done = int(rows[-1]["epoch"]) + 1
+    seconds = sorted(_number(row.get("seconds")) for row in rows)
+    usual = seconds[len(seconds) // 2]
+    ended = rows[-1].get("ended") or ""
+    when = f" The last one ended at {ended.replace('T', ' ')}." if ended else ""
+    if (folder / FINAL).is_file() and done >= num_epochs:
+        return f"Finished: all {num_epochs} epochs are done.{when}"
+    left = "" if math.isnan(usual) else f" About {_duration((num_epochs - done) * usual)} are left at the usual speed."
+    return f"{done} of {num_epochs} epochs are done.{when}{left}"
+
+
+def _facts(folder: Path, plans: Mapping[str, Any], trainer: str, configuration: str) -> list[tuple[str, str]]:
+    entry = configuration_3d(plans, configuration)
+    architecture = entry["architecture"]
+    first = MetricsFile(folder / METRICS).rows()[0]
+    facts = [
+        ("trainer", trainer),
+        ("plans, configuration, fold", f"{plans['plans_name']}, {configuration}, {folder.name.removeprefix('fold_')}"),
+        ("network", architecture["network_class_name"].rpartition(".")[2]),
+        ("patch size, batch size", f"{' x '.join(map(str, entry['patch_size']))}, {entry['batch_size']}"),
+        ("spacing in mm", " x ".join(f"{mm:g}" for mm in entry["spacing"])),
+    ]
+    if first.get("ended"):
+        began = datetime.fromisoformat(first["ended"]) - timedelta(seconds=_number(first["seconds"]))
+        facts.append(("first epoch began", f"{began:%Y-%m-%d %H:%M}"))
+    if weights := (plans.get(PRETRAIN_INFO) or {}).get("checkpoint_path"):
+        facts.append(("starts from", str(weights)))
+    return facts
+
+
+def _settings(block: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Each setting of a run: its name, its value, and its default."""
+    if block["task"] == SEGMENTATION:
+        defaults: dict[str, Any] = write_settings(FinetuningSettings())
+        groups: dict[str, Any] = {}
+    else:
+        groups = default_settings(block["task"])
+        defaults = write_settings(groups.pop("run"))
+    values = without_groups(block)
+    yield from ((name, values.get(name, default), default) for name, default in defaults.items())
+    for group, settings in groups.items():
+        values = block.get(group, {})
+        for name, default in write_settings(settings).items():
+            yield f"{group}.{name}", values.get(name, default), default
+
+
+def _figures(columns: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, str]]:
+    """Titles and curves, as SVG."""
+    epochs = [epoch + 1 for epoch in columns["epoch"]]
+
+    def shown(title: str, names: Sequence[str], *, log: bool = False) -> Iterator[tuple[str, str]]:
+        lines = {name.replace("_", " "): columns[name] for name in names if _has_values(columns.get(name, ()))}
+        if lines:
+            yield title, figures.curve(lines, "epoch", "", epochs, log=log)
+
+    yield from shown("Scores", [name for name in columns if name not in _NO_SCORES])
+    yield from shown("Losses", _LOSSES)
+    yield from shown("Learning rate", ["lr"], log=True)
+    yield from shown("Seconds of an epoch", ["seconds"])
+    for name, title in _SPEED.items():
+        yield from shown(title, [name])
+
+
+def _alarms(folder: Path) -> list[Alarm]:
+    """The alarms in the logs of the run, the one given last first."""
+    found: dict[str, Alarm] = {}
+    epoch = 0
+    for log in sorted(folder.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime):
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+            if match := _EPOCH.search(line):
+                epoch = int(match["epoch"])
+            elif match := _ALARM.search(line):
+                text = match["text"].strip()
+                before = found.pop(text, Alarm(text, epoch, epoch, 0))
+                found[text] = Alarm(text, before.first, epoch, before.count + 1)
+    return list(reversed(found.values()))
+
+
+def _pictures(folder: Path) -> list[tuple[int, str]]:
+    """Epochs, counted from 1, and pictures as data URIs; some of them, evenly spread, if there are many."""
+    paths = sorted((folder / PICTURES).glob("epoch_*.png"))
+    step = max(1, math.ceil(len(paths) / _MOST_PICTURES))
+    chosen = sorted({*paths[::step], *paths[-1:]})
+    return [(int(path.stem.removeprefix("epoch_")) + 1, figures.png_file(path)) for path in chosen]
+
+
+def _transfer(folder: Path) -> str | None:
+    path = folder / TRANSFER_REPORT
+    return TransferReport.from_json(json.loads(path.read_text(encoding="utf-8"))).table() if path.is_file() else None
+
+
+def _number(text: str | None) -> float:
+    try:
+        return float(text or "nan")
+    except ValueError:
+        return math.nan
+
+
+def _has_values(values: Sequence[float]) -> bool:
+    return any(not math.isnan(value) for value in values)
+
+
+def _duration(seconds: float) -> str:
+    hours = seconds / 3600
+    return f"{max(1, round(60 * hours))} minutes" if hours < 1.5 else f"{hours:.1f} hours"

@@ -1,0 +1,98 @@
+"""The page of a run: what it says of how far the run is, what went wrong, and how to go on."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_plans import run_plans
+
+from nnunetv2_misfm.commands.report import main as misfm_report
+from nnunetv2_misfm.trainers.metrics_file import MetricsFile
+from nnunetv2_misfm.trainers.run_page import write_run_page
+from nnunetv2_misfm.transfer.report import ADAPTED, FRESH, Entry, TransferReport, Unused
+
+PNG = bytes.fromhex("89504e470d0a1a0a")
+
+
+def make_run(root: Path, block: dict[str, Any], epochs: int, **columns: Any) -> Path:
+    folder = root / "Dataset001_A" / "VolumeFusionTrainer__P__3d_fullres" / "fold_all"
+    folder.mkdir(parents=True)
+    (folder.parent / "plans.json").write_text(json.dumps(run_plans(block)))
+    for epoch in range(epochs):
+        row = {"train_loss": 1 / (epoch + 1), "lr": 1e-3, "seconds": 120, "ended": f"2026-01-01T10:{epoch:02d}:00"}
+        MetricsFile(folder / "metrics.csv").append(epoch, {**row, **columns})
+    return folder
+
+
+def text_of(page: Path) -> str:
+    """What a reader sees, without figures and markup."""
+    html = re.sub(r"<(style|script|svg)\b.*?</\1>", " ", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html))
+
+
+def test_how_far_the_run_is_and_how_long_it_still_takes(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, {"task": "volume_fusion", "num_epochs": 400}, 10)
+    text = text_of(write_run_page(folder))
+    assert "10 of 400 epochs are done. The last one ended at 2026-01-01 10:09:00." in text
+    assert "About 13.0 hours are left" in text  # 390 epochs of 120 seconds
+    assert "first epoch began 2026-01-01 09:58" in text
+    assert "nnUNetv2_train Dataset001_A 3d_fullres all -tr VolumeFusionTrainer -p P --c" in text
+
+
+def test_a_finished_run_says_so(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, {"task": "volume_fusion", "num_epochs": 2}, 2)
+    (folder / "checkpoint_final.pth").touch()
+    assert "Finished: all 2 epochs are done." in text_of(write_run_page(folder))
+
+
+def test_what_differs_from_the_defaults_comes_first(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, {"task": "volume_fusion", "num_epochs": 7, "fusion": {"geometry": "blocks"}}, 1)
+    html = write_run_page(folder).read_text()
+    rows = re.findall(r"<tr><td>(\S+)</td><td>(.*?)</td><td>(.*?)</td></tr>", html[html.index("Settings") :])
+    assert {row[0] for row in rows[:2]} == {"num_epochs", "fusion.geometry"}
+    assert ("num_epochs", "<strong>7</strong>", "400") in rows and ("initial_lr", "0.001", "") in rows
+
+
+def test_an_alarm_is_listed_once_with_its_epochs(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, {"task": "volume_fusion"}, 1, skipped_steps=3)
+    log = "2026: Epoch 4\n2026: ALARM: the loss does not fall. Try another -initial_lr.\n2026: Epoch 5\n2026: fine\n"
+    (folder / "training_log_1.txt").write_text(log + log.replace("Epoch 4", "Epoch 6"))
+    text = text_of(write_run_page(folder))
+    assert text.count("the loss does not fall. Try another -initial_lr.") == 1
+    assert "Given 2 times, in epochs 5 to 7." in text and "3 training steps were skipped" in text
+
+
+def test_the_account_of_the_transfer_is_that_of_the_log(tmp_path: Path) -> None:
+    entries = (
+        Entry("encoder.a", "encoder", ADAPTED, "other input channels", 8, (2, 4)),
+        Entry("decoder.seg", "segmentation layers", FRESH, "belongs to the labels", 4, (4,)),
+    )
+    report = TransferReport("W.pth", entries, ("encoder",), (Unused("x", "other", "no place", 1),), ("a note",))
+    folder = make_run(tmp_path, {"task": "segmentation"}, 1, mean_fg_dice=0.5)
+    (folder / "transfer_report.json").write_text(json.dumps(report.as_json()))
+    html = write_run_page(folder).read_text()
+    assert TransferReport.from_json(report.as_json()) == report
+    assert report.table() in html.replace("&gt;", ">").replace("&#39;", "'")
+
+
+def test_pictures_are_spread_over_the_run_and_lie_in_the_page(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, {"task": "volume_fusion"}, 1)
+    (folder / "pictures").mkdir()
+    for epoch in range(100):
+        (folder / "pictures" / f"epoch_{epoch:04d}.png").write_bytes(PNG + bytes([epoch]))
+    html = write_run_page(folder).read_text()
+    (listed,) = re.findall(r"const pictures = (.*?);\n", html)
+    epochs = [epoch for epoch, _ in json.loads(listed)]
+    assert epochs[0] == 1 and epochs[-1] == 100 and len(epochs) <= 25
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", html), "the page needs nothing else"
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(SystemExit):
+            misfm_report([str(folder)])
+        assert str(folder) in capsys.readouterr().err
