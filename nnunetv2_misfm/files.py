@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +63,6 @@ def write_json(content: Mapping[str, Any] | Sequence[Any], path: str | os.PathLi
 # What a file system without locks answers, where FileLock does not raise NotImplementedError for it.
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
-TRAINING_LOCK = ".training.lock"
-"""In a results folder, held by the process that trains there."""
-
 
 class LockedError(UserError, RuntimeError):
     """Another process is doing the same; the message says what and where."""
@@ -103,6 +100,11 @@ def locked(path: Path, timeout: float, message: str) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def training_lock(results_folder: Path) -> AbstractContextManager[None]:
+    """For the one process that trains in a results folder, see `locked`."""
+    return locked(results_folder / ".training.lock", 0.0, "another process trains in this results folder")
 
 
 def format_bytes(number: float) -> str:

@@ -153,6 +153,7 @@ class FMUNet(AnySizeNetwork):
     """
 
     key_to_stem = "encoder.stem"
+    normalises_over_batch = False
     keys_to_in_proj = (key_to_stem,)
 
     def __init__(

@@ -263,6 +263,7 @@ class PCTNet(AnySizeNetwork):
     """
 
     key_to_stem = "encoder.stems"
+    normalises_over_batch = True
     keys_by_anisotropy = ("encoder.stems", "decoder.heads")
 
     def __init__(

@@ -90,6 +90,7 @@ class AnySizeNetwork(nn.Module):
             first part, which takes the image in, and a learned embedding of positions.
         key_to_seg_layers: name of the segmentation layers, which belong to the labels of one dataset.
         keys_by_anisotropy: names of dictionaries with one module for each degree of anisotropy.
+        normalises_over_batch: whether it has BatchNorm.
     """
 
     decoder: nn.Module
@@ -98,6 +99,7 @@ class AnySizeNetwork(nn.Module):
     key_to_lpe: str | None = None
     key_to_seg_layers = "decoder.seg_layers"
     keys_by_anisotropy: tuple[str, ...] = ()
+    normalises_over_batch: bool
 
     def __init__(self, strides: Sequence[Sequence[int]], checkpointing: bool):
         super().__init__()

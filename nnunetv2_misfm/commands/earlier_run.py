@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.files import TRAINING_LOCK, locked, read_json
+from nnunetv2_misfm.files import read_json, training_lock
 from nnunetv2_misfm.plans.compare import what_a_run_must_keep
 from nnunetv2_misfm.plans.files import FINAL, nnunet_folder
 from nnunetv2_misfm.plans.run_settings import BLOCK
@@ -19,18 +19,6 @@ def run_folder(task: str, dataset_name: str, plans_name: str, configuration: str
     """The results folder of a pretraining run."""
     name = f"{task_class(task).trainer()}__{plans_name}__{configuration}"
     return nnunet_folder("nnUNet_results") / dataset_name / name / "fold_all"
-
-
-def check_device(device: str, num_gpus: int) -> None:
-    """Raise a PlanError if the device is not there; better now than after hours of preparation."""
-    import torch
-
-    if device == "cuda":
-        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if there < num_gpus:
-            raise PlanError(f"-device cuda with -num_gpus {num_gpus}: there are {there} usable GPUs. Use -device cpu.")
-    if device == "mps" and not torch.backends.mps.is_available():
-        raise PlanError("-device mps: PyTorch has no MPS device here. Use -device cpu.")
 
 
 class EarlierRun:
@@ -85,6 +73,6 @@ class EarlierRun:
     def delete(self) -> None:
         """Remove what is there. Raises LockedError if another process trains there."""
         if self.folder.is_dir():
-            with locked(self.folder / TRAINING_LOCK, 0.0, "another process trains in this results folder"):
+            with training_lock(self.folder):
                 pass
             shutil.rmtree(self.folder)

@@ -46,14 +46,16 @@ def plan(options: argparse.Namespace) -> None:
     from nnunetv2_misfm.transfer.pretrained import read_source
 
     _check(options)
-    target = Target(options)
+    target = TargetDataset(options)
     source = read_source(options.pretrained_weights) if options.pretrained_weights else None
     request = target.request(options, source)
     plans, remarks = finetuning_plans(target.base, request, source)
     remarks += _about_the_weights(options, request, source)
-    for name in request.configurations if options.gpu_memory_target is not None else ():
-        remarks.append(fit_to_memory(plans, name, target.dataset_json, options.gpu_memory_target))
+    if options.gpu_memory_target is not None:
+        for name in request.configurations:
+            remarks.append(fit_to_memory(plans, name, target.dataset_json, options.gpu_memory_target))
     for name in request.configurations:
+        # Builds the network too, which says what is wrong with it before anything is written.
         report = check_fit(plans, name, target.dataset_json, source)
         if report is not None and not request.from_scratch:
             remarks += [*report.notes, f"{name}: the weights give {report.share()}."]
@@ -71,7 +73,7 @@ def plan(options: argparse.Namespace) -> None:
         print(f"  {command}")
 
 
-class Target:
+class TargetDataset:
     """The labelled dataset, its plans, and those that are to be written beside them."""
 
     def __init__(self, options: argparse.Namespace):
@@ -95,7 +97,7 @@ class Target:
         from nnunetv2_misfm.transfer.planning import PlanRequest
 
         scratch = options.from_scratch or source is None
-        settings = {"schedule": "poly" if scratch else "sawtooth", **given(options, FinetuningSettings)}
+        settings = {**({} if scratch else {"schedule": "sawtooth"}), **given(options, FinetuningSettings)}
         return PlanRequest(
             plans_name=self.plans_name,
             configurations=tuple(options.c),
@@ -160,8 +162,9 @@ def _about_the_weights(options: argparse.Namespace, request: PlanRequest, source
         yield f"{source.path} starts from zero in {shrunk}: weight decay has shrunk its weights to nothing."
     iterations = request.settings.num_epochs * request.settings.num_iterations_per_epoch
     if iterations <= _FEW_ITERATIONS and options.initial_lr is None:
+        usual = FinetuningSettings().num_epochs * FinetuningSettings().num_iterations_per_epoch
         yield (
-            f"{iterations} iterations are few for the default learning rate, which is for 250,000; in a study "
+            f"{iterations} iterations are few for the default learning rate, which is for {usual:,}; in a study "
             f"with 300 iterations -schedule poly -initial_lr 5e-3 did best."
         )
 

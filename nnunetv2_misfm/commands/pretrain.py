@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from shlex import quote
 from typing import Any
 
-from nnunetv2_misfm.commands.earlier_run import EarlierRun, check_device, run_folder
+from nnunetv2_misfm.commands.earlier_run import EarlierRun, run_folder
+from nnunetv2_misfm.commands.launch import check_device, launch
 from nnunetv2_misfm.commands.pretrain_options import PretrainOptions, read_options
 from nnunetv2_misfm.commands.processes import Processes
 from nnunetv2_misfm.cpu_threads import keep_cores_free
@@ -38,7 +39,6 @@ def pretrain(arguments: list[str] | None = None) -> None:
     if planned is None:
         return
     task, dataset, plans = planned
-    from nnunetv2_misfm.commands.launch import launch
     from nnunetv2_misfm.pretrain.tasks import task_class
 
     with processes.training(options.device):
@@ -72,13 +72,15 @@ def plan_and_prepare(options: PretrainOptions) -> tuple[str, str, str] | None:
 
     source = source_of(options)
     run = EarlierRun(run_folder(source.task, source.dataset_name, source.plans_name, options.configuration))
-    if not (options.continue_training or options.only_prepare or options.overwrite):
+    starts_anew = not (options.continue_training or options.only_prepare or options.overwrite)
+    if starts_anew:
         run.check_absent()
     request = run_request(options, source.task, source.earlier)
     plans = source.plan(request)
     architecture = plans["configurations"][options.configuration]["architecture"]
     build_on_meta(architecture, 1, request.pretext.task().num_outputs(1))
     if options.continue_training:
+        # Before anything is written, by the plans of the run; the trainer looks at its checkpoint too.
         run.check_same(plans, options.configuration)
     prepared = source.provide(plans)
     if prepared is None:
@@ -98,22 +100,21 @@ def plan_and_prepare(options: PretrainOptions) -> tuple[str, str, str] | None:
 def describe_choices(options: PretrainOptions, plans: Mapping[str, Any]) -> str:
     """Lines that tell what will be trained: network and sizes, what was given, and what else is not the default."""
     from nnunetv2_misfm.plans.run_settings import BLOCK
-    from nnunetv2_misfm.plans.settings import write_settings
     from nnunetv2_misfm.pretrain.planning import enough_samples
-    from nnunetv2_misfm.pretrain.tasks import AUGMENTATION, default_settings, task_class
+    from nnunetv2_misfm.pretrain.tasks import settings_of
 
     entry, block = plans["configurations"][options.configuration], plans[BLOCK]
     network = entry["architecture"]["network_class_name"].rpartition(".")[2]
-    task = task_class(block["task"])
     sizes = f"patch size {entry['patch_size']}, batch size {entry['batch_size']}"
-    lines = [f"{plans['plans_name']}: {task.name}, {network}, {sizes}"]
-    groups = [write_settings(group) for group in default_settings(task.name).values()]
-    defaults = {name: value for group in groups for name, value in group.items()}
-    run = {name: block[name] for name in write_settings(task.run_defaults)}
-    values = {**run, **block[task.group()], **block[AUGMENTATION]}
-    asked = {**options.run, **options.of_tasks[task.name], **options.augmentation}
-    given = [f"{name} {values[name]}" for name in asked]
-    kept = [f"{name} {value}" for name, value in values.items() if name not in asked and value != defaults.get(name)]
+    lines = [f"{plans['plans_name']}: {block['task']}, {network}, {sizes}"]
+    # No two settings share a name, whatever group they are in.
+    asked = {**options.run, **options.of_tasks[block["task"]], **options.augmentation}
+    given, kept = [], []
+    for _, name, value, default in settings_of(block):
+        if name in asked:
+            given.append(f"{name} {value}")
+        elif value != default:
+            kept.append(f"{name} {value}")
     lines.append(f"Given: {', '.join(given) or 'nothing'}. Kept from earlier plans: {', '.join(kept) or 'nothing'}.")
     enough = enough_samples(entry["architecture"], entry["patch_size"])
     if entry["batch_size"] < enough:

@@ -95,9 +95,9 @@ class PreprocessedDataset:
             )
         self.path = self.folder / f"{self.plans_name}.json"
         self.replaced = check_replaceable(self.path, self.task, [options.configuration])
-        planned_before = self.replaced is not None and options.configuration in self.replaced["configurations"]
-        of_run = self.replaced if planned_before else self.base if same else None
-        self.earlier: Mapping[str, Any] | None = of_run
+        self.earlier: Mapping[str, Any] | None = self.base if same else None
+        if self.replaced is not None and options.configuration in self.replaced["configurations"]:
+            self.earlier = self.replaced
 
     def plan(self, request: RunRequest) -> dict[str, Any]:
         """Plan a run on what is preprocessed."""

@@ -11,8 +11,6 @@ from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, RUNS, RunSettings
 from nnunetv2_misfm.plans.settings import Settings, as_of_today, declared, write_settings
 
-# How long a run is, and what it shows or checks on the way.
-_MAY_CHANGE = {name for kind in RUNS for name in kind.model_fields if declared(kind, name, "may_change")}
 _OF_THE_DATA = ("patch_size", "batch_size", "spacing", "data_identifier")
 
 
@@ -47,7 +45,18 @@ def what_a_run_must_keep(
     changed = run_changes(before, now, configuration, run, **groups)
     if "task" in changed:  # the settings of one task say nothing about another
         changed = {"task": changed["task"]}
-    return [f"{name}: {old} then, {new} now" for name, (old, new) in changed.items() if name not in _MAY_CHANGE]
+    free = _may_change((now.get(BLOCK) or {}).get("task"), groups)
+    return [f"{name}: {old} then, {new} now" for name, (old, new) in changed.items() if name not in free]
+
+
+def _may_change(task: str | None, groups: Mapping[str, Settings]) -> set[str]:
+    """The settings of a run, and of its groups as `group.name`, that are declared to be free."""
+    of_run = {name: kind for kind in RUNS if task in kind.TASKS for name in kind.model_fields}
+    free = {name for name, kind in of_run.items() if declared(kind, name, "may_change")}
+    for group, settings in groups.items():
+        kind = type(settings)
+        free |= {f"{group}.{name}" for name in kind.model_fields if declared(kind, name, "may_change")}
+    return free
 
 
 def what_changes(

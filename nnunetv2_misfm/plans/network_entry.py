@@ -1,6 +1,6 @@
 """The `architecture` entry of a plans file for the networks of this package.
 
-Works on the dicts of a plans file; needs neither nnU-Net nor the network itself.
+Works on the dicts of a plans file; needs neither nnU-Net nor a network that is built.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-from nnunetv2_misfm.architectures.resolution import strides_of, total_strides
+from nnunetv2_misfm import architectures
+from nnunetv2_misfm.architectures.resolution import AnySizeNetwork, strides_of, total_strides
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.checks import check_sizes, configuration_3d, with_present_names, without_trainer
 from nnunetv2_misfm.plans.run_settings import BLOCK, RunSettings, is_ours
@@ -103,6 +104,14 @@ def set_sizes(configuration: dict[str, Any], patch_size: Sequence[int] | None, b
         )
 
 
+def enlarged_patch(configuration: Mapping[str, Any], divisor: Sequence[int]) -> list[int]:
+    """A configuration's patch, enlarged to multiples of `divisor` and to what its network can normalise."""
+    patch = [-(-int(n) // d) * d for n, d in zip(configuration["patch_size"], divisor, strict=True)]
+    if leaves_a_single_value(configuration["architecture"], patch, configuration["batch_size"]):
+        patch[2] += divisor[2]  # nnU-Net pads images that are smaller than the patch
+    return patch
+
+
 def leaves_a_single_value(architecture: Mapping[str, Any], patch_size: Sequence[int], batch_size: int) -> bool:
     """Whether the deepest norm would have one value of a channel, which has no variance."""
     single_voxel = deepest_voxels(architecture, patch_size) == 1
@@ -110,8 +119,11 @@ def leaves_a_single_value(architecture: Mapping[str, Any], patch_size: Sequence[
 
 
 def normalises_over_batch(architecture: Mapping[str, Any]) -> bool:
-    """Whether a plan's network has BatchNorm: PCT-Net, and networks of nnU-Net's if the plan says so."""
-    return own_network_name(architecture) == "pctnet" or "BatchNorm" in architecture["arch_kwargs"].get("norm_op", "")
+    """Whether a plan's network has BatchNorm: ours declare it, and of nnU-Net's the plan says so."""
+    if is_own_network(architecture):
+        own: type[AnySizeNetwork] = getattr(architectures, architecture["network_class_name"].rpartition(".")[2])
+        return own.normalises_over_batch
+    return "BatchNorm" in architecture["arch_kwargs"].get("norm_op", "")
 
 
 def deepest_voxels(architecture: Mapping[str, Any], patch_size: Sequence[int]) -> int:

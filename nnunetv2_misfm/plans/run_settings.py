@@ -25,7 +25,7 @@ PRETEXT_TASKS = {
 }
 TASKS = (SEGMENTATION, *PRETEXT_TASKS)
 # Groups of settings that stand inside the block and are read beside the code they steer; `fusion` is Volume Fusion's.
-NESTED_GROUPS = ("fusion", *PRETEXT_TASKS, "augmentation", "pool", "network")
+NESTED_GROUPS = ("fusion", *PRETEXT_TASKS, "augmentation", "pool")
 
 
 class RunSettings(Settings):

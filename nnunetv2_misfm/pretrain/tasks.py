@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,16 @@ def default_settings(name: str) -> dict[str, Any]:
     """What a run of this task has where nothing is given: `run`, and its groups by their names in the plans."""
     kind = task_class(name)
     return {"run": kind.run_defaults, kind.group(): kind.Settings(), AUGMENTATION: kind.augmentation_defaults}
+
+
+def settings_of(block: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, Any]]:
+    """The group (empty for the run's own), name, value and default of each setting in the block of a pretraining."""
+    groups = default_settings(block["task"])
+    groups = {"": groups.pop("run"), **groups}
+    for group, settings in groups.items():
+        values = block.get(group, {}) if group else block
+        for name, default in write_settings(settings).items():
+            yield group, name, values.get(name, default), default
 
 
 @dataclass(frozen=True)

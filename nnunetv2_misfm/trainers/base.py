@@ -99,14 +99,14 @@ class BaseTrainer(ResumableTrainer):
         self.num_input_channels = determine_num_input_channels(
             self.plans_manager, self.configuration_manager, self.dataset_json
         )
-        self.network = self._same_network().to(self.device)
+        self.network = self._new_network().to(self.device)
         if self._do_i_compile():
             self.print_to_log_file("Using torch.compile...")
             self.network = torch.compile(self.network)
-        self._network_is_made()
+        self._make_head()
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
         if self.is_ddp:
-            self._share_gradients()
+            self._wrap_for_processes()
         self.loss = self._build_loss()
         self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
         self.was_initialized = True
@@ -114,7 +114,7 @@ class BaseTrainer(ResumableTrainer):
         parameters["batch_size"] = self.configuration_manager.batch_size
         self.logger.update_config({"hparas": parameters})
 
-    def _same_network(self, more_channels: int = 0, more_classes: int = 0) -> nn.Module:
+    def _new_network(self, more_channels: int = 0, more_classes: int = 0) -> nn.Module:
         """A network as `build_network_architecture` makes it; its older signature is taken too, as in nnU-Net."""
         manager: ConfigurationManager = self.configuration_manager
         described: tuple[Any, ...] = (self.plans_manager, manager)
@@ -131,10 +131,10 @@ class BaseTrainer(ResumableTrainer):
         )
         return network
 
-    def _network_is_made(self) -> None:
+    def _make_head(self) -> None:
         """Make what is trained beside the network; the optimiser comes next."""
 
-    def _share_gradients(self) -> None:
+    def _wrap_for_processes(self) -> None:
         """Wrap what is trained for several processes."""
         self.network = wrap(self.network, self.device, some_unused=False)
 
@@ -190,12 +190,10 @@ class BaseTrainer(ResumableTrainer):
 
     def _build_loss(self) -> nn.Module:
         loss = super()._build_loss()
-        return self._with_deep_supervision(loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss)
-
-    def _with_deep_supervision(self, loss: nn.Module) -> nn.Module:
         if not self.enable_deep_supervision:
             return loss
-        return DeepSupervisionWrapper(loss, output_weights(len(self._network_strides())))
+        bare = loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss
+        return DeepSupervisionWrapper(bare, output_weights(len(self._network_strides())))
 
     # ---------------------------------------------------------------- optimiser and schedule
 
@@ -213,11 +211,7 @@ class BaseTrainer(ResumableTrainer):
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """What the optimiser trains, see `parameter_groups`."""
-        return parameter_groups(self.bare_network, **self._group_options())
-
-    def _group_options(self) -> dict[str, float]:
-        """Which learning rates differ from one part of the network to another."""
-        return {}
+        return parameter_groups(self.bare_network)
 
     def on_train_epoch_start(self) -> None:
         """As in nnU-Net; a frozen encoder keeps its BatchNorm statistics too."""
@@ -287,7 +281,7 @@ class BaseTrainer(ResumableTrainer):
 
     def _trained_module(self) -> nn.Module:
         """What a step runs, made anew."""
-        return self._same_network()
+        return self._new_network()
 
     def _inputs_of_a_step(self) -> int:
         """How many patches the network gets in a step of this process."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,12 +34,8 @@ class InterruptedEpoch:
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> InterruptedEpoch:
-        """From what `as_dict` gave."""
+        """From the dict that a checkpoint holds."""
         return cls(list(content["losses"]), [list(states) for states in content["random_states"]])
-
-    def as_dict(self) -> dict[str, Any]:
-        """For a checkpoint."""
-        return asdict(self)
 
     def restore_random_state(self, device: torch.device) -> None:
         """Go on drawing where this process stopped; another number of processes draws from the epoch's own stream."""

@@ -15,6 +15,7 @@ from nnunetv2_misfm.plans.files import check_dataset_of_plans
 from nnunetv2_misfm.plans.run_settings import DEFAULT_FINETUNING_PLANS, PRETRAIN_INFO, FinetuningSettings
 from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
 from nnunetv2_misfm.trainers.run_page import TRANSFER_REPORT
+from nnunetv2_misfm.trainers.schedules import parameter_groups
 from nnunetv2_misfm.transfer.arrays import check_labels_unchanged
 from nnunetv2_misfm.transfer.pretrained import load_source, transfer_source
 from nnunetv2_misfm.transfer.transfer import TransferError
@@ -59,9 +60,9 @@ class MisFMTrainer(BaseTrainer):
     def _weights_checksum(self) -> float:
         return sum(float(p.detach().double().abs().sum()) for p in self.bare_network.parameters())
 
-    def _group_options(self) -> dict[str, float]:
+    def _parameter_groups(self) -> list[dict[str, Any]]:
         settings = cast(FinetuningSettings, self.settings)
-        return {"layer_decay": settings.layer_decay, "seg_layers_lr_factor": settings.seg_layers_lr_factor}
+        return parameter_groups(self.bare_network, settings.layer_decay, settings.seg_layers_lr_factor)
 
     def _memory_remedy(self, gigabytes: float) -> str:
         target = f"-gpu_memory_target {max(1, int(gigabytes))}"
@@ -109,4 +110,4 @@ class MisFMTrainer(BaseTrainer):
     def _rebuilt_network(self, more_channels: int, more_classes: int) -> torch.nn.Module:
         """The same network for other numbers of channels and classes, without memory for its weights."""
         with torch.device("meta"):
-            return self._same_network(more_channels, more_classes)
+            return self._new_network(more_channels, more_classes)

@@ -29,7 +29,6 @@ from nnunetv2_misfm.pretrain.batches import crop_loader
 from nnunetv2_misfm.pretrain.crops import CropSamples, validation_samples
 from nnunetv2_misfm.pretrain.task import PretextNetwork, Scores
 from nnunetv2_misfm.pretrain.tasks import PretextSettings, default_settings
-from nnunetv2_misfm.trainers.alarms import shrunk_alarm
 from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
 from nnunetv2_misfm.trainers.distributed import any_process, from_all_processes, wrap
 from nnunetv2_misfm.trainers.epoch_clock import EpochClock
@@ -46,6 +45,7 @@ from nnunetv2_misfm.trainers.step_guard import StepGuard
 from nnunetv2_misfm.trainers.stop_request import BY_SIGNAL, StopRequest
 from nnunetv2_misfm.transfer.adaptation_plan import nnssl_adaptation_plan
 from nnunetv2_misfm.transfer.checkpoint import TRAINED_PARTS
+from nnunetv2_misfm.transfer.shrunk_weights import shrunk_alarm
 
 _MOST_EPOCHS_LOST = 5  # by a crash
 _GRADIENT_NORM = 12.0  # nnU-Net's
@@ -119,15 +119,15 @@ class PretrainingTrainer(BaseTrainer):
         super().initialize()
         self._guard = StepGuard(self._model)
 
-    def _network_is_made(self) -> None:
+    def _make_head(self) -> None:
         self._model: nn.Module = self._with_head(self.network).to(self.device)
 
     def _with_head(self, network: nn.Module) -> PretextNetwork:
         return PretextNetwork(network, self.task, self.num_input_channels)
 
-    def _share_gradients(self) -> None:
+    def _wrap_for_processes(self) -> None:
         # nnU-Net's `network` stays bare: a task may go through parts of it only, but all go through the wrapper.
-        unused = bool(self._degrees) or not self.enable_deep_supervision
+        unused = bool(self._degrees) or not self.enable_deep_supervision  # other stems, layers of coarser outputs
         self._model = wrap(self._model, self.device, some_unused=unused)
 
     @property
@@ -152,7 +152,7 @@ class PretrainingTrainer(BaseTrainer):
             self.bare_network.use_anisotropy(degree)  # type: ignore[operator]
 
     def _trained_module(self) -> nn.Module:
-        return self._with_head(self._same_network())
+        return self._with_head(self._new_network())
 
     def _inputs_of_a_step(self) -> int:
         return super()._inputs_of_a_step() * self.task.inputs_per_sample
@@ -286,11 +286,11 @@ class PretrainingTrainer(BaseTrainer):
         if self.bare_model.head is not None:
             more[_HEAD] = self.bare_model.head.state_dict()
         if self._interrupted is not None:
-            more["interrupted_epoch"] = self._interrupted.as_dict()
+            more["interrupted_epoch"] = asdict(self._interrupted)
         plan = nnssl_adaptation_plan(self.bare_network, self.plans_manager.plans, self.configuration_name)
         return more if plan is None else {**more, "nnssl_adaptation_plan": plan}
 
-    def _learnt(self) -> dict[str, Any]:
+    def _more_to_say(self) -> dict[str, Any]:
         return {} if self._scores is None else {"score": self._scores.main}
 
     def _load_more(self, checkpoint: Mapping[str, Any]) -> None:
@@ -354,16 +354,15 @@ class PretrainingTrainer(BaseTrainer):
         self.print_to_log_file(f"{scored.text}\n{self._speed.text(iterations_left)}")
         if self._guard.skipped:
             self.print_to_log_file(f"{self._guard.skipped} steps skipped so far, their gradients were not finite")
-        losses = self.logger.get_value("train_losses", step=None)
-        for alarm in [*shrunk_alarm(self.bare_network), *self.task.alarms(losses, scored)]:
+        of_task = self.task.alarms(self.logger.get_value("train_losses", step=None), scored)
+        for alarm in [*shrunk_alarm(self.bare_network), *of_task]:
             self.print_to_log_file(f"ALARM: {alarm}")
         if self.local_rank == 0 and (epoch % self.pretext.run.picture_every == 0 or epoch == self.num_epochs - 1):
             self._draw()
         super().on_epoch_end()
 
     def _metrics(self) -> dict[str, Any]:
-        assert self._scores is not None
-        return {**self._scores.values, **asdict(self._speed), "skipped_steps": self._guard.skipped}
+        return {**cast(Scores, self._scores).values, **asdict(self._speed), "skipped_steps": self._guard.skipped}
 
     @torch.no_grad()
     def _draw(self) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from nnunetv2_misfm.errors import PlanError, UserError, first_line
-from nnunetv2_misfm.files import TRAINING_LOCK, format_bytes, locked
+from nnunetv2_misfm.files import format_bytes, training_lock
 from nnunetv2_misfm.plans.compare import what_a_run_must_keep
 from nnunetv2_misfm.plans.files import LATEST
 from nnunetv2_misfm.plans.run_settings import BLOCK, RunSettings
@@ -93,7 +93,7 @@ class ResumableTrainer(nnUNetTrainer):
             return
         folder = Path(self.output_folder)
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / TRAINING_LOCK, 0.0, "another process trains in this results folder"):
+        with training_lock(folder):
             super().run_training()
 
     def _check_disk(self) -> None:
@@ -181,8 +181,8 @@ class ResumableTrainer(nnUNetTrainer):
         """What the network learns, for the checkpoint."""
         return self.SETTINGS.TASKS[0]
 
-    def _learnt(self) -> dict[str, Any]:
-        """What tells how well the network has learnt, for the checkpoint."""
+    def _more_to_say(self) -> dict[str, Any]:
+        """What a kind of training tells of itself in its checkpoints besides settings and epochs."""
         return {}
 
     def _describe(self) -> CheckpointInfo:
@@ -202,7 +202,7 @@ class ResumableTrainer(nnUNetTrainer):
             training={
                 **self.plans_manager.plans.get(BLOCK, {}),
                 "epochs_done": self._epochs_finished(),
-                **self._learnt(),
+                **self._more_to_say(),
             },
             versions=installed_versions(),
         )

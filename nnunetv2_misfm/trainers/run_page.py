@@ -18,9 +18,9 @@ from nnunetv2_misfm.pages import figures
 from nnunetv2_misfm.pages.html import write_page
 from nnunetv2_misfm.plans.checks import configuration_3d
 from nnunetv2_misfm.plans.files import FINAL
-from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, SEGMENTATION, FinetuningSettings, without_groups
+from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, SEGMENTATION, FinetuningSettings
 from nnunetv2_misfm.plans.settings import write_settings
-from nnunetv2_misfm.pretrain.tasks import default_settings
+from nnunetv2_misfm.pretrain.tasks import settings_of
 from nnunetv2_misfm.trainers.metrics_file import METRICS, MetricsFile
 from nnunetv2_misfm.transfer.report import TransferReport
 
@@ -131,18 +131,12 @@ def _facts(folder: Path, plans: Mapping[str, Any], trainer: str, configuration: 
 
 def _settings(block: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """Each setting of a run: its name, its value, and its default."""
-    if block["task"] == SEGMENTATION:
-        defaults: dict[str, Any] = write_settings(FinetuningSettings())
-        groups: dict[str, Any] = {}
-    else:
-        groups = default_settings(block["task"])
-        defaults = write_settings(groups.pop("run"))
-    values = without_groups(block)
-    yield from ((name, values.get(name, default), default) for name, default in defaults.items())
-    for group, settings in groups.items():
-        values = block.get(group, {})
-        for name, default in write_settings(settings).items():
-            yield f"{group}.{name}", values.get(name, default), default
+    if block["task"] != SEGMENTATION:
+        for group, name, value, default in settings_of(block):
+            yield f"{group}.{name}" if group else name, value, default
+        return
+    for name, default in write_settings(FinetuningSettings()).items():
+        yield name, block.get(name, default), default
 
 
 def _figures(columns: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, str]]:

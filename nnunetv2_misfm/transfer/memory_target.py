@@ -19,7 +19,7 @@ from nnunetv2_misfm.architectures.resolution import total_strides
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.checks import build_network
 from nnunetv2_misfm.plans.files import nnunet_folder
-from nnunetv2_misfm.plans.network_entry import is_own_network, leaves_a_single_value
+from nnunetv2_misfm.plans.network_entry import enlarged_patch, is_own_network, leaves_a_single_value
 from nnunetv2_misfm.plans.run_settings import BLOCK
 
 _SMALLEST_BATCH = 2
@@ -112,10 +112,7 @@ class MemoryBudget:
         Raises:
             PlanError: if not even the smallest patch fits.
         """
-        patch = [-(-int(n) // s) * s for n, s in zip(entry["patch_size"], self.strides, strict=True)]
-        if leaves_a_single_value(self._architecture, patch, entry["batch_size"]):
-            patch[2] += self.strides[2]  # nnU-Net pads images that are smaller than the patch
-        entry["patch_size"] = patch
+        entry["patch_size"] = enlarged_patch(entry, self.strides)
         while (needed := self.needed(entry)) > self.gigabytes:
             if entry["batch_size"] > _SMALLEST_BATCH:
                 entry["batch_size"] -= 1

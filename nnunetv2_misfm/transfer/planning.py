@@ -19,13 +19,13 @@ from torch import nn
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.checks import build_on_meta, check_plans_name, configuration_3d, with_trainer
 from nnunetv2_misfm.plans.network_entry import (
-    NETWORKS,
     architecture_entry,
     degree_for_spacing,
     degree_of_anisotropy,
     enlarge_for_augmentation,
+    enlarged_patch,
     is_own_network,
-    leaves_a_single_value,
+    own_network_name,
     patch_divisor,
     set_sizes,
 )
@@ -71,7 +71,7 @@ class PlanRequest:
             axes, before the plans transpose them.
         ct_intensities: "pretrained" clips and scales CT as in pretraining, "dataset" as the dataset's plans do.
         patch_size, batch_size: instead of the plan's; None keeps them.
-        from_scratch: plan for a source but do not load it: the fair baseline.
+        from_scratch: start from random weights; with a source, as its fair baseline.
         kept: other configurations of the plans that are replaced, which stay as they are.
         channels: names of the dataset's image channels, which are matched with the checkpoint's.
         dataset: its ID or name, for messages.
@@ -210,7 +210,7 @@ def _configuration(
         remarks += (f"{name}: {remark}" for remark in about_spacing(configuration["spacing"], source))
     configuration["architecture"] = _architecture(configuration, degree, name, request, source, remarks)
     if request.network == "pretrained" and request.patch_size is None:
-        configuration["patch_size"] = _fitting_patch(configuration)
+        configuration["patch_size"] = enlarged_patch(configuration, patch_divisor(configuration["architecture"]))
     if request.patch_size is None and enlarge_for_augmentation(configuration):
         remarks.append(
             f"{name}: patch size {configuration['patch_size']}, because nnU-Net's augmentation cannot blur or scale "
@@ -224,16 +224,6 @@ def _configuration(
             f"voxels along an axis. Use -patch_size {' '.join(map(str, needed['patch_size']))}."
         )
     return configuration
-
-
-def _fitting_patch(configuration: Mapping[str, Any]) -> list[int]:
-    """A configuration's patch, enlarged to what another network than the planned one can halve and normalise."""
-    architecture = configuration["architecture"]
-    divisor = patch_divisor(architecture)
-    patch = [-(-n // d) * d for n, d in zip(configuration["patch_size"], divisor, strict=True)]
-    if leaves_a_single_value(architecture, patch, configuration["batch_size"]):
-        patch[2] += divisor[2]  # nnU-Net pads images that are smaller than the patch
-    return patch
 
 
 def _architecture(
@@ -315,8 +305,7 @@ def _network_of(source: Source | None) -> str | None:
     """The name of the checkpoint's network, PCT-Net without one; None for a network that only plans can describe."""
     if source is None:
         return "pctnet"
-    names = {class_name: name for name, class_name in NETWORKS.items()}
-    return None if source.info is None else names.get(source.info.network_class_name)
+    return None if source.info is None else own_network_name(vars(source.info))
 
 
 def require_trainer(plans: dict[str, Any]) -> None:

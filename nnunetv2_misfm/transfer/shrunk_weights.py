@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from nnunetv2_misfm.transfer.unet_weights import is_alias
 
@@ -39,3 +39,14 @@ def shrunk_weights(weights: Mapping[str, Tensor]) -> str | None:
         if (values.square().mean() * values[0].numel()).sqrt() < _SHRUNK:
             shrunk[part] += 1
     return ", ".join(f"{part} ({count} of {everywhere[part]})" for part, count in shrunk.items()) or None
+
+
+def shrunk_alarm(network: nn.Module) -> list[str]:
+    """A sentence for the log of a running run if weight decay has shrunk its weights to nothing."""
+    shrunk = shrunk_weights(dict(network.named_parameters()))
+    if shrunk is None:
+        return []
+    return [
+        f"weight decay has shrunk weights to nothing in {shrunk}; fine-tuning would start from zero there. Start anew "
+        f"with -optimizer adamw."
+    ]

@@ -25,9 +25,9 @@ from nnunetv2_misfm.files import LockedError
 from nnunetv2_misfm.pretrain.task import Scores
 from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings, VolumeFusion
 from nnunetv2_misfm.start_up import add_plugin_folder
-from nnunetv2_misfm.trainers.alarms import shrunk_alarm
 from nnunetv2_misfm.trainers.step_guard import MOST_IN_A_ROW, StepGuard, TrainingDivergedError
 from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
+from nnunetv2_misfm.transfer.shrunk_weights import shrunk_alarm
 
 SMALL = [
     "-patch_size",
