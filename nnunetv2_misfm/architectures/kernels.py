@@ -19,12 +19,11 @@ from torch.autograd.function import once_differentiable
 
 BYTE_MASKS = "dropout masks of bytes"
 WINDOWS_IN_TURN = "attention, a few windows at a time"
-ONE_PASS_WINDOWS = "windows cut in one pass"
 ONE_KEPT_MAP = "norm, activation and convolution, keeping one map"
 ONE_KEPT_MAP_CPU = "norm, activation and convolution in reused memory"
 WEIGHT_GRADIENTS = "gradients of flat weights in 2D"
 PREDICTION = "prediction in reused memory"
-KERNELS = (BYTE_MASKS, WINDOWS_IN_TURN, ONE_PASS_WINDOWS, ONE_KEPT_MAP, ONE_KEPT_MAP_CPU, WEIGHT_GRADIENTS, PREDICTION)
+KERNELS = (BYTE_MASKS, WINDOWS_IN_TURN, ONE_KEPT_MAP, ONE_KEPT_MAP_CPU, WEIGHT_GRADIENTS, PREDICTION)
 switched_off: set[str] = set()  # for the ablation and for tests
 
 
@@ -32,8 +31,6 @@ def chosen(kernel: str, x: Tensor) -> bool:
     """Whether a kernel runs on `x`; if not, PyTorch's own operations do."""
     if kernel in switched_off or is_traced():
         return False
-    if kernel == ONE_PASS_WINDOWS:
-        return True
     if torch.compiler.is_compiling():
         return False
     if kernel == ONE_KEPT_MAP:
@@ -139,21 +136,6 @@ class Dropped(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (keep,) = ctx.saved_tensors
         return drop_(grad.clone(), keep, ctx.factor), None, None, None
-
-
-class Rearranged(torch.autograd.Function):
-    """(B, T, C) tokens in another order. One pass over memory, where a shift and a partition take four."""
-
-    @staticmethod
-    def forward(ctx: Any, tokens: Tensor, order: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
-        return tokens.index_select(1, order)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (places,) = ctx.saved_tensors
-        # Both orders hold each token once, so the gradient is gathered, not added up in a random order.
-        return grad.index_select(1, places), None, None
 
 
 class WindowsInTurn(torch.autograd.Function):

@@ -48,45 +48,22 @@ def partition_windows(x: Tensor, window: int, shift: int) -> tuple[Tensor, Size3
     if any(pads):
         x = F.pad(x, (0, 0, 0, pads[2], 0, pads[1], 0, pads[0]))
     padded = (size[0] + pads[0], size[1] + pads[1], size[2] + pads[2])
-    order, places = _orders(padded, window, shift, x.device)
-    return _rearrange(x.reshape(batch, -1, channels), order, places).view(batch, -1, window**3, channels), padded
+    if shift:
+        x = torch.roll(x, (-shift,) * 3, (1, 2, 3))
+    nx, ny, nz = (length // window for length in padded)
+    x = x.reshape(batch, nx, window, ny, window, nz, window, channels).permute(0, 1, 3, 5, 2, 4, 6, 7)
+    return x.reshape(batch, nx * ny * nz, window**3, channels), padded
 
 
 def merge_windows(windows: Tensor, window: int, shift: int, padded: Size3, size: Size3) -> Tensor:
     """Undo `partition_windows`: (B, number of windows, window**3, C) to (B, X, Y, Z, C) of `size`."""
     batch, _, _, channels = windows.shape
-    order, places = _orders(padded, window, shift, windows.device)
-    x = _rearrange(windows.reshape(batch, -1, channels), places, order).view(batch, *padded, channels)
+    nx, ny, nz = (length // window for length in padded)
+    x = windows.view(batch, nx, ny, nz, window, window, window, channels).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    x = x.reshape(batch, *padded, channels)
+    if shift:
+        x = torch.roll(x, (shift,) * 3, (1, 2, 3))
     return x[:, : size[0], : size[1], : size[2]]
-
-
-def _rearrange(tokens: Tensor, order: Tensor, places: Tensor) -> Tensor:
-    """(B, T, C) tokens in another order; `places` is its inverse."""
-    if not kernels.chosen(kernels.ONE_PASS_WINDOWS, tokens):
-        return tokens.index_select(1, order)
-    rearranged: Tensor = kernels.Rearranged.apply(tokens, order, places)
-    return rearranged
-
-
-def _orders(padded: Size3, window: int, shift: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    order = _once_per_shape(window_order, padded, window, shift, device)
-    return order, _once_per_shape(window_places, padded, window, shift, device)
-
-
-def window_order(padded: Size3, window: int, shift: int, device: torch.device) -> Tensor:
-    """For each token of each window in turn, where in the flattened map it is: (X · Y · Z,) int64."""
-    tokens = torch.arange(padded[0] * padded[1] * padded[2], device=device).view(padded)
-    tokens = torch.roll(tokens, (-shift,) * 3, (0, 1, 2))
-    nx, ny, nz = (length // window for length in padded)
-    return tokens.view(nx, window, ny, window, nz, window).permute(0, 2, 4, 1, 3, 5).reshape(-1)
-
-
-def window_places(padded: Size3, window: int, shift: int, device: torch.device) -> Tensor:
-    """For each voxel of the flattened map, where among the tokens of all windows it is: (X · Y · Z,) int64."""
-    tokens = torch.arange(padded[0] * padded[1] * padded[2], device=device)
-    nx, ny, nz = (length // window for length in padded)
-    tokens = tokens.view(nx, ny, nz, window, window, window).permute(0, 3, 1, 4, 2, 5).reshape(padded)
-    return torch.roll(tokens, (shift,) * 3, (0, 1, 2)).flatten()
 
 
 def relative_position_index(window: int, table_window: int, device: torch.device) -> Tensor:
@@ -115,8 +92,7 @@ def shifted_window_mask(padded: Size3, window: int, shift: int, device: torch.de
         shape[axis] = length
         # Only the last window of an axis is split, so two regions per axis suffice to tell neighbours apart.
         regions = regions + wrapped.view(shape) * 2**axis
-    order = window_order(padded, window, 0, device)
-    ids = regions.flatten()[order].view(-1, window**3)  # (number of windows, window**3)
+    ids = partition_windows(regions[None, ..., None], window, 0)[0][0, ..., 0]  # (number of windows, window**3)
     different = ids[:, None, :] != ids[:, :, None]
     return torch.zeros(different.shape, device=device).masked_fill(different, float("-inf"))
 
