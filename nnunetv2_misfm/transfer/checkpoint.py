@@ -28,6 +28,7 @@ from torch import Tensor
 
 from nnunetv2_misfm.errors import UserError, first_line
 from nnunetv2_misfm.files import format_bytes, written_whole
+from nnunetv2_misfm.plans.checks import INTENSITIES
 
 FORMAT_VERSION = 1
 BLOCK = "misfm"
@@ -37,6 +38,8 @@ TRAINED_PARTS = "trained_parts"
 """Beside the weights: the parts of the network that learnt in pretraining; all of them where it is missing."""
 _CHECKPOINT_ENDINGS = (".pth", ".pt", ".model", ".ckpt")
 _PATHS = (pathlib.PosixPath, pathlib.PurePosixPath, pathlib.PureWindowsPath)
+_OF_PLANS = ("dataset_name", "transpose_forward", "image_reader_writer", INTENSITIES)
+_OF_CONFIGURATION = ("spacing", "patch_size", "normalization_schemes", "use_mask_for_norm")
 _RECORDED_PACKAGES = ("nnunetv2_misfm", "nnunetv2", "torch", "dynamic-network-architectures", "batchgeneratorsv2")
 
 
@@ -90,17 +93,9 @@ def installed_versions() -> dict[str, str]:
 
 
 def preprocessing_of(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a plan that decides what a network's input looks like."""
-    return {
-        "dataset_name": plans["dataset_name"],
-        "spacing": configuration["spacing"],
-        "patch_size": configuration["patch_size"],
-        "normalization_schemes": configuration["normalization_schemes"],
-        "use_mask_for_norm": configuration["use_mask_for_norm"],
-        "transpose_forward": plans["transpose_forward"],
-        "image_reader_writer": plans["image_reader_writer"],
-        "foreground_intensity_properties_per_channel": plans["foreground_intensity_properties_per_channel"],
-    }
+    """The part of a plan that decides what a network's input looks like, as far as the plan has it."""
+    found = {key: plans[key] for key in _OF_PLANS if plans.get(key) is not None}
+    return found | {key: configuration[key] for key in _OF_CONFIGURATION if configuration.get(key) is not None}
 
 
 def write_checkpoint(

@@ -11,13 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from nnunetv2_misfm.plans.checks import INTENSITIES, with_present_names
-from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo
+from nnunetv2_misfm.plans.checks import with_present_names
+from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, preprocessing_of
 from nnunetv2_misfm.transfer.foreign import RESIDUAL_UNET
 from nnunetv2_misfm.transfer.unet_weights import unet_description
 
-_OF_CONFIGURATION = ("spacing", "patch_size", "normalization_schemes", "use_mask_for_norm")
-_OF_PLANS = ("dataset_name", "transpose_forward", "image_reader_writer", INTENSITIES)
 # Of nnssl's presets (architectures/architecture_registry.py), what no weights tell.
 _PRESET_STRIDES = {
     "ResEncL": [[1, 1, 1], *[[2, 2, 2]] * 5],
@@ -108,7 +106,7 @@ def _nnunet(checkpoint: Mapping[str, Any]) -> _Described | None:
         arguments = dict(configuration["architecture"]["arch_kwargs"])
     except Exception:  # whatever a foreign file makes nnU-Net stumble over
         return None
-    return arguments, _preprocessing(plans, configuration)
+    return arguments, preprocessing_of(plans, configuration)
 
 
 def _nnssl(checkpoint: Mapping[str, Any], beside: Mapping[str, Any] | None) -> _Described | None:
@@ -121,11 +119,6 @@ def _nnssl(checkpoint: Mapping[str, Any], beside: Mapping[str, Any] | None) -> _
         arguments = dict(architecture.get("arch_kwargs") or {})
         if preset in _PRESET_STRIDES:
             arguments["strides"] = _PRESET_STRIDES[preset]
-        return arguments, _preprocessing(plans, configuration)
+        return arguments, preprocessing_of(plans, configuration)
     except (KeyError, TypeError, AttributeError, StopIteration):
         return None
-
-
-def _preprocessing(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> dict[str, Any]:
-    found = {key: plans[key] for key in _OF_PLANS if plans.get(key) is not None}
-    return found | {key: configuration[key] for key in _OF_CONFIGURATION if configuration.get(key) is not None}

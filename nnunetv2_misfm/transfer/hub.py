@@ -49,6 +49,16 @@ def is_hub_name(name: str) -> bool:
     return name.startswith(("hf:", "https://", "http://"))
 
 
+def repository_name(name: str) -> str:
+    """The repository's name without its owner's; empty if the name is malformed."""
+    match = _match(name)
+    return "" if match is None else match["repository"].rpartition("/")[2]
+
+
+def _match(name: str) -> re.Match[str] | None:
+    return _ADDRESS.fullmatch(name) if name.startswith("http") else _NAME.fullmatch(name)
+
+
 def download(name: str) -> HubFile:
     """The file a name stands for, downloaded if it is not in the cache.
 
@@ -57,7 +67,7 @@ def download(name: str) -> HubFile:
     Raises:
         CheckpointError: if the name is malformed or the file cannot be had.
     """
-    match = _ADDRESS.fullmatch(name) if name.startswith("http") else _NAME.fullmatch(name)
+    match = _match(name)
     if match is None:
         raise CheckpointError(
             f"{name} is not the name of a repository on the Hugging Face Hub. Write hf:OWNER/NAME, with :FILE if need "
