@@ -16,6 +16,8 @@ from nnunetv2_misfm.plans.settings import is_number
 NEEDS_TRAINER = "these plans are not for this trainer: use -tr MisFMTrainer"
 _OLD_INTENSITIES = "foreground_intensity_properties_by_modality"
 INTENSITIES = "foreground_intensity_properties_per_channel"
+WINDOW = ("percentile_00_5", "percentile_99_5", "mean", "std")
+"""What of a channel's intensities nnU-Net clips and scales CT by."""
 _PLANS_KEYS = (
     "dataset_name",
     "plans_name",

@@ -37,6 +37,7 @@ PUBLISHED_WEIGHTS = "model_state_dict"
 TRAINED_PARTS = "trained_parts"
 """Beside the weights: the parts of the network that learnt in pretraining; all of them where it is missing."""
 _CHECKPOINT_ENDINGS = (".pth", ".pt", ".model", ".ckpt")
+_CONFIGURATIONS = ("3d_fullres", "3d_cascade_fullres", "3d_lowres", "2d")  # of nnU-Net, the most useful first
 _PATHS = (pathlib.PosixPath, pathlib.PurePosixPath, pathlib.PureWindowsPath)
 _OF_PLANS = ("dataset_name", "transpose_forward", "image_reader_writer", INTENSITIES)
 _OF_CONFIGURATION = ("spacing", "patch_size", "normalization_schemes", "use_mask_for_norm")
@@ -136,7 +137,7 @@ def not_written(path: str | os.PathLike[str], error: Exception) -> CheckpointErr
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a file of PyTorch's, whoever wrote it, on the CPU, without running code from it.
 
-    In a zip archive, such as nnU-Net's exported models, the checkpoint of the first fold is read.
+    In a zip archive, such as nnU-Net's exported models, one of its checkpoints is read (see `name_in_archive`).
 
     Raises:
         CheckpointError: if the file is missing, unreadable, or holds anything but plain data.
@@ -152,7 +153,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a readable checkpoint; it is empty or a file of another kind.")
     try:
         with torch.serialization.safe_globals(_plain_classes()):
-            content = torch.load(_file_of_pytorch(path), map_location="cpu", weights_only=True)
+            content = torch.load(_opened(path), map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -171,23 +172,48 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return content
 
 
-def _file_of_pytorch(path: Path) -> Path | IO[bytes]:
-    """The file itself, or the checkpoint that an archive of other files holds."""
-    if not zipfile.is_zipfile(path):
+def _opened(path: Path) -> Path | IO[bytes]:
+    inside = name_in_archive(path)
+    if inside is None:
         return path
     with zipfile.ZipFile(path) as archive:
+        return io.BytesIO(archive.read(inside))
+
+
+def name_in_archive(path: Path) -> str | None:
+    """Which of the files in an archive of others is the checkpoint to read; None for a file of PyTorch's itself.
+
+    That is the final one of the first fold, of nnU-Net's full resolution if there are several configurations.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    names = checkpoints_in_archive(path)
+    if names is None:
+        return None
+    if not names:
+        raise CheckpointError(f"{path} is an archive without a checkpoint (.pth, .pt or .model) in it.")
+    return names[0]
+
+
+def checkpoints_in_archive(path: Path) -> list[str] | None:
+    """The checkpoints among the files of an archive, the one to read first; None for a file of PyTorch's itself."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
-        if any(name.endswith("data.pkl") for name in names):
-            return path
-        inside = sorted((name for name in names if name.endswith(_CHECKPOINT_ENDINGS)), key=_first_fold)
-        if not inside:
-            raise CheckpointError(f"{path} is an archive without a checkpoint (.pth, .pt or .model) in it.")
-        return io.BytesIO(archive.read(inside[0]))
+    if any(name.endswith("data.pkl") for name in names):
+        return None
+    named = (name for name in names if name.endswith(_CHECKPOINT_ENDINGS) and not Path(name).name.startswith("."))
+    return sorted(named, key=_preference)
 
 
-def _first_fold(name: str) -> tuple[bool, str]:
-    """Sorts the checkpoints of a trained model: the final ones by fold, then the others."""
-    return Path(name).name not in ("checkpoint_final.pth", "model_final_checkpoint.model"), name
+def _preference(name: str) -> tuple[bool, int, str]:
+    """Sorts the checkpoints of trained models: the final ones by configuration and fold, then the others."""
+    is_final = Path(name).name in ("checkpoint_final.pth", "model_final_checkpoint.model")
+    parts = re.split("/|__", name)
+    configuration = next((i for i, known in enumerate(_CONFIGURATIONS) if known in parts), 0)
+    return not is_final, configuration, name
 
 
 def write_safetensors(

@@ -6,12 +6,13 @@ Nothing that is missing or malformed in a foreign file is an error here: then it
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from nnunetv2_misfm.plans.checks import with_present_names
+from nnunetv2_misfm.plans.checks import INTENSITIES, WINDOW, with_present_names
+from nnunetv2_misfm.plans.settings import is_number
 from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, preprocessing_of
 from nnunetv2_misfm.transfer.foreign import RESIDUAL_UNET
 from nnunetv2_misfm.transfer.unet_weights import unet_description
@@ -58,7 +59,7 @@ def describe_unet(
     epochs = checkpoint.get("current_epoch", checkpoint.get("epoch"))
     if isinstance(epochs, int):
         training["epochs_done"] = epochs
-    return CheckpointInfo(task, class_name, arguments, channels, classes, preprocessing, training)
+    return CheckpointInfo(task, class_name, arguments, channels, classes, _well_formed(preprocessing), training)
 
 
 def channel_names(dataset_json: object) -> tuple[str, ...]:
@@ -79,8 +80,10 @@ def channels_of_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[str, ...]:
 
 def how_well_learnt(checkpoint: Mapping[str, Any]) -> str:
     """The last and the best main score of a training, from nnU-Net's log of it; empty if there is none."""
-    log = checkpoint.get("logging")
+    log, curves = checkpoint.get("logging"), checkpoint.get("plot_stuff")
     scores = log.get("mean_fg_dice") if isinstance(log, Mapping) else None
+    if isinstance(curves, (list, tuple)) and len(curves) == 4:  # nnU-Net v1: three losses, then the score
+        scores = curves[3]
     if not isinstance(scores, (list, tuple)) or not scores:
         return ""
     try:
@@ -122,3 +125,29 @@ def _nnssl(checkpoint: Mapping[str, Any], beside: Mapping[str, Any] | None) -> _
         return arguments, preprocessing_of(plans, configuration)
     except (KeyError, TypeError, AttributeError, StopIteration):
         return None
+
+
+def _well_formed(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a plan's preprocessing is of the kind that it should be."""
+    known = {key: value for key, value in preprocessing.items() if _IS_WELL_FORMED.get(key, bool)(value)}
+    windows = preprocessing.get(INTENSITIES)
+    if isinstance(windows, Mapping):
+        known[INTENSITIES] = {
+            str(channel): window
+            for channel, window in windows.items()
+            if isinstance(window, Mapping) and all(is_number(window.get(name)) for name in WINDOW)
+        }
+    return known
+
+
+def _is_list(value: object, of: Callable[[Any], bool]) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(of, value))
+
+
+_IS_WELL_FORMED: dict[str, Callable[[Any], bool]] = {
+    "spacing": lambda value: _is_list(value, lambda mm: is_number(mm) and mm > 0),
+    "patch_size": lambda value: _is_list(value, is_number),
+    "normalization_schemes": lambda value: _is_list(value, lambda scheme: isinstance(scheme, str)),
+    "transpose_forward": lambda value: _is_list(value, is_number) and sorted(value) == list(range(len(value))),
+    INTENSITIES: lambda value: False,  # looked at one by one
+}

@@ -8,7 +8,7 @@ from typing import Any
 
 from nnunetv2_misfm.architectures.resolution import total_strides
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.plans.checks import INTENSITIES
+from nnunetv2_misfm.plans.checks import INTENSITIES, WINDOW
 from nnunetv2_misfm.transfer.pretrained import Source
 from nnunetv2_misfm.transfer.transfer import channel_order
 
@@ -98,18 +98,17 @@ def keep_normalisation(
                     f"channel {channel} is normalised by {scheme}, but pretraining used {theirs}: the features may fit "
                     f"less well. Pretrain on volumes of the same kind if you can."
                 )
-            elif scheme == "CTNormalization" and INTENSITIES in pretrained:
-                windows = pretrained[INTENSITIES]
-                window = windows.get(str(in_source))
-                properties = plans[INTENSITIES][str(channel)]
-                if window is not None and (remark := take_window(properties, window, ct_intensities)):
+            elif scheme == "CTNormalization":
+                window = pretrained.get(INTENSITIES, {}).get(str(in_source))
+                if window is None:
+                    yield f"{source.path} does not say how CT was clipped and scaled; it is as the dataset's plans say."
+                elif remark := take_window(plans[INTENSITIES][str(channel)], window, ct_intensities):
                     yield remark
 
 
 def take_window(own: dict[str, float], pretrained: Mapping[str, float], ct_intensities: str) -> str:
     """Let a CT channel be clipped and scaled as in pretraining, if wanted; says how, empty if nothing differs."""
-    of_window = ("percentile_00_5", "percentile_99_5", "mean", "std")
-    if all(math.isclose(own[name], pretrained[name], rel_tol=1e-6) for name in of_window):
+    if all(math.isclose(own[name], pretrained[name], rel_tol=1e-6) for name in WINDOW):
         return ""
     ours, theirs = (
         f"{values['percentile_00_5']:.5g} to {values['percentile_99_5']:.5g} HU" for values in (own, pretrained)
@@ -119,7 +118,7 @@ def take_window(own: dict[str, float], pretrained: Mapping[str, float], ct_inten
             f"CT is clipped to {ours}, as the dataset's plans do; pretraining used {theirs}, so the weights meet other "
             f"values than they were made for."
         )
-    own.update(pretrained)
+    own.update({name: pretrained[name] for name in own if name in pretrained})
     return (
         f"CT is clipped to {theirs} and scaled as in pretraining, instead of {ours} as in the dataset's plans; "
         f"-ct_intensities dataset keeps those."

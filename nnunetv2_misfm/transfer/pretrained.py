@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,19 @@ from nnunetv2_misfm.transfer.checkpoint import (
     CheckpointError,
     CheckpointInfo,
     checkpoint_info,
+    checkpoints_in_archive,
     read_checkpoint,
     read_safetensors,
 )
 from nnunetv2_misfm.transfer.described import channel_names, channels_of_checkpoint, describe_unet, how_well_learnt
-from nnunetv2_misfm.transfer.foreign import PUBLISHED_FMUNET, PUBLISHED_PCTNET, Kind
+from nnunetv2_misfm.transfer.foreign import GENERIC_UNET, PUBLISHED_FMUNET, PUBLISHED_PCTNET, Kind
 from nnunetv2_misfm.transfer.hub import ADAPTATION_PLAN, download, is_hub_name
 from nnunetv2_misfm.transfer.names import DECODER, SEG_LAYERS, names_in_class
 from nnunetv2_misfm.transfer.published_weights import read_published
 from nnunetv2_misfm.transfer.report import LEARNING_PARTS, TransferReport
 from nnunetv2_misfm.transfer.state_dicts import find_weights
 from nnunetv2_misfm.transfer.transfer import SourceFacts, TransferOptions, transfer
+from nnunetv2_misfm.transfer.version_1 import init_args_beside
 
 
 @dataclass(frozen=True)
@@ -134,10 +136,13 @@ def read_source(given: str | os.PathLike[str]) -> Source:
     content = read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
     own = checkpoint_info(content, path)
     found = find_weights(content, path)
-    weights, info = found.weights, own
+    weights, info, notes = found.weights, own, [*_of_archive(path), *found.notes]
     if own is None and found.kind in (PUBLISHED_PCTNET, PUBLISHED_FMUNET):
         weights, info = read_published(found.weights, path)
     elif own is None:
+        if found.kind is GENERIC_UNET and "init_args" not in content:
+            told, note = init_args_beside(path)
+            content, notes = {**content, "init_args": told}, [*notes, *([note] if note else [])]
         info = describe_unet(content, found.weights, _read_plan(beside))
     return Source(
         path=path,
@@ -151,7 +156,7 @@ def read_source(given: str | os.PathLike[str]) -> Source:
         untrained=_untrained(content, path, info, weights),
         learnt=how_well_learnt(content),
         unused=found.unused,
-        notes=found.notes,
+        notes=tuple(notes),
     )
 
 
@@ -247,6 +252,13 @@ def _untrained(
         if not any(names.part_of(name) in (DECODER, SEG_LAYERS) for name in weights):
             untrained[DECODER] = "the checkpoint has no decoder"
     return untrained
+
+
+def _of_archive(path: Path) -> Iterator[str]:
+    """A note on which of several checkpoints was read."""
+    names = checkpoints_in_archive(path) or []
+    if len(names) > 1:
+        yield f"The archive holds {len(names)} checkpoints; {names[0]} is used. Unpack it to use another."
 
 
 def _read_plan(path: Path | None) -> dict[str, Any] | None:

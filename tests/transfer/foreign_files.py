@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
+import numpy as np
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import Tensor, nn
@@ -94,3 +96,23 @@ def as_generic_unet(network: PlainConvUNet) -> dict[str, Tensor]:
         else:
             renamed[f"conv_blocks_localization.{stage}.0.{inner}"] = value
     return renamed
+
+
+def version_1_plans(array: Any = np.array) -> dict[str, Any]:
+    """The plans of nnU-Net v1 for a CT dataset with two stages, as its pickles hold them."""
+    window = {"median": 88.0, "mean": 87.3, "sd": 359.0, "mn": -1024.0, "mx": 3000.0}
+    window |= {"percentile_99_5": np.float64(1098.0), "percentile_00_5": np.float32(-941.0)}
+    stages = {
+        stage: {"batch_size": 2, "patch_size": array([128, 128, 128]), "current_spacing": array([mm, mm, mm])}
+        for stage, mm in enumerate((3.0, 1.5))
+    }
+    return {
+        "num_modalities": 1,
+        "modalities": {0: "CT"},
+        "normalization_schemes": OrderedDict({0: "CT"}),
+        "use_mask_for_norm": OrderedDict({0: False}),
+        "dataset_properties": {"intensityproperties": OrderedDict({0: OrderedDict(window)}), "all_classes": [1]},
+        "preprocessed_data_folder": "/data/nnUNet_preprocessed/Task251_Organs",
+        "transpose_forward": [0, 1, 2],
+        "plans_per_stage": OrderedDict(stages),
+    }
