@@ -19,6 +19,7 @@ EXPORTED = "model.safetensors"
 """The name of our exported checkpoints."""
 ADAPTATION_PLAN = "adaptation_plan.json"
 """What lies beside nnssl's checkpoints on the OpenMind pages."""
+_OF_VERSION_1 = ".model"  # nnU-Net v1's checkpoints, with a pickle beside each
 _USUAL_FILES = (EXPORTED, "checkpoint_final.pth")
 _ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".model", ".bin", ".zip")
 _NAME = re.compile(r"hf:(?://)?(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:]+))?(?::(?P<file>.+))?")
@@ -82,9 +83,11 @@ def download(name: str) -> HubFile:
     else:
         file, path = repository.checkpoint()
     commit = path.parts[-1 - len(Path(file).parts)]
+    if file != EXPORTED and repository.is_reached:
+        described_by = f"{Path(file).name}.pkl" if file.endswith(_OF_VERSION_1) else ADAPTATION_PLAN
+        if not path.with_name(described_by).is_file():
+            _Repository(repository.name, commit).fetch_optional(str(Path(file).with_name(described_by)))
     beside = path.with_name(ADAPTATION_PLAN)
-    if file != EXPORTED and repository.is_reached and not beside.is_file():
-        _Repository(repository.name, commit).fetch_optional(str(Path(file).with_name(ADAPTATION_PLAN)))
     return HubFile(path, f"hf:{repository.name}@{commit}:{file}", beside if beside.is_file() else None)
 
 

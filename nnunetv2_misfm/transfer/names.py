@@ -77,6 +77,7 @@ OF_FMUNET = Names(
 
 _OF_CLASSES = {
     "PlainConvUNet": OF_PLAIN_UNET,
+    "GenericUNet": OF_PLAIN_UNET,
     "ResidualEncoderUNet": OF_RESIDUAL_UNET,
     "PCTNet": OF_PCTNET,
     "FMUNet": OF_FMUNET,

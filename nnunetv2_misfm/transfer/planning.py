@@ -31,7 +31,7 @@ from nnunetv2_misfm.plans.network_entry import (
 )
 from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, SEGMENTATION, FinetuningSettings, without_groups
 from nnunetv2_misfm.plans.settings import read_settings, write_settings
-from nnunetv2_misfm.transfer.foreign import PLAIN_UNET, RESIDUAL_UNET
+from nnunetv2_misfm.transfer.foreign import GENERIC_UNET_CLASS, PLAIN_UNET, RESIDUAL_UNET
 from nnunetv2_misfm.transfer.images import (
     about_channels,
     about_spacing,
@@ -53,6 +53,8 @@ _PLANNERS = {
     PLAIN_UNET: ("", "nnUNetPlans"),
     RESIDUAL_UNET: (" -pl nnUNetPlannerResEncL", "nnUNetResEncUNetLPlans"),
 }
+# Networks that differ so little from one of nnU-Net's that its plans take their weights.
+_LIKE = {GENERIC_UNET_CLASS: PLAIN_UNET}
 
 
 @dataclass(frozen=True)
@@ -275,7 +277,7 @@ def _architecture(
 def _held_architecture(source: Source | None) -> dict[str, Any]:
     """The network of a checkpoint with one of nnU-Net's, as plans describe it."""
     info = None if source is None else source.info
-    if info is None or info.network_class_name not in _PLANNERS or "strides" not in info.arch_kwargs:
+    if info is None or info.network_class_name not in (*_PLANNERS, *_LIKE) or "strides" not in info.arch_kwargs:
         held = "There is no checkpoint" if source is None else f"{source.path} holds a {source.network_name}"
         raise PlanError(
             f"{held}, so -network pretrained has no complete U-Net of nnU-Net's to plan. Use -network plan, the "
@@ -294,10 +296,11 @@ def _check_same_kind(planned: Mapping[str, Any], source: Source | None, request:
     """Refuse plans for another kind of network of nnU-Net's than the checkpoint holds, which would use little of it."""
     if source is None or source.info is None or request.settings.min_coverage < 1:
         return
-    held, wanted = (name.rpartition(".")[2] for name in (source.info.network_class_name, planned["network_class_name"]))
+    kinds = [_LIKE.get(name, name) for name in (source.info.network_class_name, planned["network_class_name"])]
+    held, wanted = (name.rpartition(".")[2] for name in kinds)
     if held == wanted:
         return
-    planner = _PLANNERS.get(source.info.network_class_name)
+    planner = _PLANNERS.get(kinds[0])
     if planner is None:
         raise PlanError(
             f"{source.path} holds a {held}, but the dataset's plans name a {wanted}. Name its class in a plans file, "

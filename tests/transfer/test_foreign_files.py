@@ -249,14 +249,6 @@ def test_a_generic_unet_of_version_1_is_the_same_network(tmp_path: Path) -> None
         assert all(torch.equal(a, b) for a, b in zip(network(IMAGE), target(IMAGE), strict=True))
 
 
-def test_a_decoder_of_version_1_may_have_larger_kernels_than_the_encoder(tmp_path: Path) -> None:
-    weights = as_generic_unet(unet())
-    name = "conv_blocks_context.0.blocks.0.conv.weight"
-    weights[name] = weights[name][:, :, :1]
-    info = put(tmp_path / "c.model", {"state_dict": weights}).info
-    assert info is not None and info.arch_kwargs["kernel_sizes"] == [[3, 3, 3]] * 3
-
-
 REFUSED = [kind for kind in KINDS if kind.refusal]
 
 

@@ -2,21 +2,52 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from pydoc import locate
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pytest
 import torch
 from foreign_files import as_generic_unet, unet, version_1_plans
+from torch import nn
 
+from nnunetv2_misfm.architectures.generic_unet import GenericUNet
 from nnunetv2_misfm.transfer.pretrained import Source, read_source
 
 CONTENT = {"state_dict": as_generic_unet(unet()), "plot_stuff": ([1.0], [1.0], [], [np.float64(0.5), 0.25])}
+
+
+def by_formula(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Values that depend on a parameter's name only."""
+    numbers = torch.arange(math.prod(shape), dtype=torch.float64)
+    return torch.sin(0.37 * numbers * numbers + crc32(name.encode()) % 1000).reshape(shape).float() * 0.3
+
+
+def test_outputs_are_those_of_version_1_where_flat_kernels_end(tmp_path: Path) -> None:
+    arguments = {"norm_op": nn.InstanceNorm3d, "norm_op_kwargs": {"eps": 1e-5, "affine": True}}
+    arguments |= {"nonlin": nn.LeakyReLU, "conv_bias": True, "deep_supervision": True}
+    kernels, strides = [[1, 3, 3], [1, 3, 3], [3, 3, 3], [3, 3, 3]], [[1, 1, 1], [1, 2, 2], [1, 2, 2], [2, 2, 2]]
+    network = GenericUNet(1, 4, [4, 8, 16, 32], nn.Conv3d, kernels, strides, 2, 2, 2, **arguments)
+    weights = {name: by_formula(name, tuple(value.shape)) for name, value in as_generic_unet(network).items()}
+    torch.save({"state_dict": weights}, tmp_path / "c.model")
+    source = read_source(tmp_path / "c.model")
+    assert source.info is not None and source.info.network_class_name.endswith("generic_unet.GenericUNet")
+    assert source.info.arch_kwargs["kernel_sizes"] == kernels and source.info.arch_kwargs["strides"] == strides
+    assert locate(source.info.network_class_name) is GenericUNet
+    network.load_state_dict(source.weights, strict=False)
+    with torch.no_grad():
+        outputs = network.eval()(by_formula("image", (1, 1, 8, 16, 16)))
+    # What Generic_UNet of nnunet 1.7.1 gives with these weights: mean and standard deviation, finest output first.
+    told = [(-0.0583184, 0.0520942), (0.0049803, 0.1674057), (0.1017378, 0.1418234)]
+    found = [(float(output.double().mean()), float(output.double().std())) for output in outputs]
+    assert found == [pytest.approx(expected, abs=1e-5) for expected in told]
 
 
 def beside(folder: Path, content: object, name: str = "model_final_checkpoint.model.pkl", protocol: int = 4) -> Source:
