@@ -62,6 +62,16 @@ def describe_unet(
     return CheckpointInfo(task, class_name, arguments, channels, classes, _well_formed(preprocessing), training)
 
 
+def told_preprocessing(checkpoint: Mapping[str, Any], beside: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a foreign checkpoint, whatever network it holds, tells of the images that it was trained on.
+
+    Args:
+        checkpoint: the file's content.
+        beside: nnssl's adaptation plan, if it lies beside the file.
+    """
+    return _well_formed((_nnunet(checkpoint) or _nnssl(checkpoint, beside) or ({}, {}))[1])
+
+
 def channel_names(dataset_json: object) -> tuple[str, ...]:
     """The names of a dataset's image channels, in order; empty if they are not known."""
     channels = (

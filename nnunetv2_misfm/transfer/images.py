@@ -25,7 +25,7 @@ def wanted_spacing(
     """
     if not isinstance(wanted, str):
         return [float(wanted[axis]) for axis in transpose]
-    spacing = source.info.preprocessing.get("spacing") if source is not None and source.info is not None else None
+    spacing = None if source is None else source.preprocessing.get("spacing")
     if spacing is None:
         whose = "there are no pretrained weights" if source is None else f"{source.path} does not say what it was"
         raise PlanError(f"-spacing pretrained: {whose}. Give three numbers in mm, or keep the dataset's.")
@@ -34,7 +34,7 @@ def wanted_spacing(
 
 def about_spacing(spacing: Sequence[float], source: Source | None) -> Iterator[str]:
     """That a dataset is kept at another spacing than that of pretraining, where it differs by a fifth or more."""
-    theirs = None if source is None or source.info is None else source.info.preprocessing.get("spacing")
+    theirs = None if source is None else source.preprocessing.get("spacing")
     if theirs is None or len(theirs) != len(spacing):
         return
     if any(max(mm / other, other / mm) > _ANOTHER_SPACING for mm, other in zip(spacing, theirs, strict=True)):
@@ -76,7 +76,7 @@ def keep_normalisation(
         source: the checkpoint.
         ct_intensities, channels: see `PlanRequest`.
     """
-    pretrained = {} if source.info is None else source.info.preprocessing
+    pretrained = source.preprocessing
     axes, theirs_axes = list(plans["transpose_forward"]), pretrained.get("transpose_forward")
     if theirs_axes is not None and list(theirs_axes) != axes:
         yield (

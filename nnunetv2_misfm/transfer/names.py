@@ -84,9 +84,9 @@ _OF_CLASSES = {
 }
 
 
-def names_in_class(class_name: str) -> Names:
-    """The names in networks of a class that plans name, as far as they are known without building it."""
-    return _OF_CLASSES.get(class_name.rpartition(".")[2], Names())
+def names_in_class(class_name: str) -> Names | None:
+    """The names in networks of a class that plans name; None if they are not known without building it."""
+    return _OF_CLASSES.get(class_name.rpartition(".")[2])
 
 
 def names_of(network: nn.Module, rebuilt: Callable[[int, int], nn.Module] | None = None) -> Names:

@@ -21,6 +21,7 @@ from nnunetv2_misfm.plans.checks import build_on_meta, check_plans_name, configu
 from nnunetv2_misfm.plans.network_entry import (
     NETWORKS,
     architecture_entry,
+    check_outputs,
     degree_for_spacing,
     degree_of_anisotropy,
     enlarge_for_augmentation,
@@ -39,7 +40,7 @@ from nnunetv2_misfm.transfer.images import (
     keep_normalisation,
     wanted_spacing,
 )
-from nnunetv2_misfm.transfer.names import names_in_class
+from nnunetv2_misfm.transfer.names import Names, names_in_class
 from nnunetv2_misfm.transfer.pretrained import Source, portable_path, transfer_source
 from nnunetv2_misfm.transfer.report import TransferReport
 
@@ -175,6 +176,7 @@ def check_fit(
     heads = manager.get_label_manager(dict(dataset_json)).num_segmentation_heads
     architecture = plans["configurations"][configuration]["architecture"]
     network = build_on_meta(architecture, channels, heads)
+    check_outputs(network, architecture, channels, plans["configurations"][configuration]["patch_size"])
     if source is None:
         return None
     settings = read_settings(FinetuningSettings, without_groups(plans[BLOCK]), "The run settings")
@@ -331,7 +333,8 @@ def require_trainer(plans: dict[str, Any]) -> None:
 
 def _pretrain_info(source: Source | None, request: PlanRequest, plans: Mapping[str, Any]) -> dict[str, Any]:
     # A superset of the keys that nnU-Net's main branch keeps under this name; scratch is a path of null.
-    names = names_in_class(next(iter(plans["configurations"].values()))["architecture"]["network_class_name"])
+    architecture = next(iter(plans["configurations"].values()))["architecture"]
+    names = names_in_class(architecture["network_class_name"]) or Names()
     info: dict[str, Any] = {
         "checkpoint_path": None,
         "checkpoint_name": None,
@@ -347,8 +350,8 @@ def _pretrain_info(source: Source | None, request: PlanRequest, plans: Mapping[s
     info["checkpoint_path"] = source.hub_name or portable_path(source.path)
     info["checkpoint_name"] = source.path.name
     info["sha256"] = source.sha256
+    info["pt_used_patchsize"] = source.preprocessing.get("patch_size")
     if source.info is not None:
         info["pt_num_in_channels"] = source.info.input_channels
-        info["pt_used_patchsize"] = source.info.preprocessing.get("patch_size")
         info["summary"] = {"task": source.info.task, "kind": source.network_name, "training": source.info.training}
     return info

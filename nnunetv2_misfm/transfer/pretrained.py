@@ -24,7 +24,13 @@ from nnunetv2_misfm.transfer.checkpoint import (
     read_checkpoint,
     read_safetensors,
 )
-from nnunetv2_misfm.transfer.described import channel_names, channels_of_checkpoint, describe_unet, how_well_learnt
+from nnunetv2_misfm.transfer.described import (
+    channel_names,
+    channels_of_checkpoint,
+    describe_unet,
+    how_well_learnt,
+    told_preprocessing,
+)
 from nnunetv2_misfm.transfer.foreign import GENERIC_UNET, PUBLISHED_FMUNET, PUBLISHED_PCTNET, Kind
 from nnunetv2_misfm.transfer.hub import ADAPTATION_PLAN, download, is_hub_name
 from nnunetv2_misfm.transfer.names import DECODER, SEG_LAYERS, names_in_class
@@ -44,6 +50,7 @@ class Source:
         kind: of network; None for one that is not known.
         weights: in float32, each parameter once, under the names of the network that they are read as.
         info: what the file says about itself, or its weights tell; None for networks that are not known.
+        preprocessing: of the images that the network was trained on, as far as it is known; as in plans.
         sha256: of the file.
         hub_name: the file's place on the Hugging Face Hub, with the exact revision; empty for a file given by its path.
         by_this_package: whether the file says that this package wrote it.
@@ -59,6 +66,7 @@ class Source:
     weights: dict[str, Tensor]
     info: CheckpointInfo | None
     sha256: str
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
     hub_name: str = ""
     by_this_package: bool = False
     channels: tuple[str, ...] = ()
@@ -70,7 +78,7 @@ class Source:
     @property
     def num_images(self) -> int | None:
         """How many of the network's input channels are images, if the file tells; the rest are labels of a cascade."""
-        schemes = None if self.info is None else self.info.preprocessing.get("normalization_schemes")
+        schemes = self.preprocessing.get("normalization_schemes")
         return len(schemes) if schemes else None
 
     @property
@@ -144,12 +152,14 @@ def read_source(given: str | os.PathLike[str]) -> Source:
             told, note = init_args_beside(path)
             content, notes = {**content, "init_args": told}, [*notes, *([note] if note else [])]
         info = describe_unet(content, found.weights, _read_plan(beside))
+    told = told_preprocessing(content, _read_plan(beside)) if info is None else info.preprocessing
     return Source(
         path=path,
         kind=found.kind,
         weights=weights,
         info=info,
         sha256=file_sha256(path),
+        preprocessing=told,
         hub_name=name,
         by_this_package=own is not None,
         channels=channels_of_checkpoint(content),
@@ -247,10 +257,9 @@ def _untrained(
         )
     task = "pretraining" if info is None else info.training.get("task", info.task)
     untrained = {part: f"the {part} was not trained by {task}" for part in LEARNING_PARTS if part not in trained}
-    if info is not None:
-        names = names_in_class(info.network_class_name)
-        if not any(names.part_of(name) in (DECODER, SEG_LAYERS) for name in weights):
-            untrained[DECODER] = "the checkpoint has no decoder"
+    names = None if info is None else names_in_class(info.network_class_name)
+    if names is not None and not any(names.part_of(name) in (DECODER, SEG_LAYERS) for name in weights):
+        untrained[DECODER] = "the checkpoint has no decoder"
     return untrained
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings
 from nnunetv2_misfm.transfer.checkpoint import CheckpointError, CheckpointInfo, read_checkpoint, write_checkpoint
-from nnunetv2_misfm.transfer.foreign import KINDS
+from nnunetv2_misfm.transfer.foreign import KINDS, recognised
 from nnunetv2_misfm.transfer.inspection import export
 from nnunetv2_misfm.transfer.pretrained import Source, read_source, transfer_source
 from nnunetv2_misfm.transfer.report import TransferReport
@@ -262,6 +262,18 @@ def test_other_networks_are_refused_by_name(tmp_path: Path, kind: Any) -> None:
             with pytest.raises(TransferError, match="which cannot be used: .{40}") as refused:
                 fill(source, unet(1), min_coverage=share)
             assert kind.name in str(refused.value)
+
+
+NAMES = [
+    line.split("; ") for line in Path(__file__).with_name("real_names.txt").read_text().splitlines() if line[0] != "#"
+]
+
+
+@pytest.mark.parametrize(("kind", "whose", "names"), NAMES, ids=[whose for _, whose, _ in NAMES])
+def test_networks_are_told_by_the_names_that_their_code_gives(kind: str, whose: str, names: str) -> None:
+    for wrapper in ("", "module.", "model.backbone."):
+        known = recognised([wrapper + name for name in names.split()])
+        assert known is not None and known[0].name == kind
 
 
 def test_nothing_used_is_an_error_whatever_was_allowed(tmp_path: Path) -> None:
