@@ -89,6 +89,9 @@ def names_in_class(class_name: str) -> Names | None:
     return _OF_CLASSES.get(class_name.rpartition(".")[2])
 
 
+_MORE_CLASSES = (1, 16)
+
+
 def names_of(network: nn.Module, rebuilt: Callable[[int, int], nn.Module] | None = None) -> Names:
     """The names in a network, as it declares them.
 
@@ -103,7 +106,8 @@ def names_of(network: nn.Module, rebuilt: Callable[[int, int], nn.Module] | None
     in_proj = [key for key in getattr(network, "keys_to_in_proj", ()) if key in own]
     seg_layers = [key for key in (getattr(network, "key_to_seg_layers", "decoder.seg_layers"),) if key in own]
     if rebuilt is not None and not seg_layers:
-        seg_layers = _changed(network, rebuilt(0, 1))
+        # The widths of whole decoders may follow from the number of classes, but not in every step of it.
+        seg_layers = [*dict.fromkeys(name for more in _MORE_CLASSES for name in _changed(network, rebuilt(0, more)))]
     if rebuilt is not None and not in_proj:
         in_proj = _changed(network, rebuilt(1, 0))
     if not in_proj:

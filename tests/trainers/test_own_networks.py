@@ -151,9 +151,9 @@ def test_a_constructor_may_look_at_values(preprocessed: Path, capsys: pytest.Cap
 
 def refused(capsys: pytest.CaptureFixture[str], *more: str) -> str:
     messages = []
-    for command in (plan_main, misfm_pretrain):
+    for command, options in ((plan_main, more), (misfm_pretrain, ("-device", "cpu"))):
         with pytest.raises(SystemExit) as stop:
-            command(["-d", "4", "-p", "ownPlans", "-network", "plan", *(more if command is plan_main else ())])
+            command(["-d", "4", "-p", "ownPlans", "-network", "plan", *options])
         assert stop.value.code == 2
         messages.append(capsys.readouterr().err.splitlines()[-1])
         if more:
@@ -188,7 +188,7 @@ def test_a_class_that_is_not_there_and_plans_without_strides_are_refused(
     assert "architecture.arch_kwargs.strides (a list for each stage)" in refused(capsys)
 
 
-@pytest.mark.parametrize("option", [["-patch_size", "16", "16", "16"], ["-gpu_memory_target", "0.01"]])
+@pytest.mark.parametrize("option", [["-patch_size", "16", "16", "16"], ["-gpu_memory_target", "0.0001"]])
 def test_a_patch_that_the_network_does_not_take_is_refused(
     preprocessed: Path, option: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
