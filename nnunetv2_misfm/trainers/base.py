@@ -156,7 +156,8 @@ class BaseTrainer(ResumableTrainer):
         return [[1 / s for s in stride] for stride in self._network_strides()]
 
     def _build_loss(self) -> nn.Module:
-        loss = super()._build_loss()
+        with np.errstate(invalid="ignore"):  # nnU-Net's weights of a single output, which are not used here
+            loss = super()._build_loss()
         return self._with_deep_supervision(loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss)
 
     def _with_deep_supervision(self, loss: nn.Module) -> nn.Module:

@@ -143,14 +143,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         CheckpointError: if the file is missing, unreadable, or holds anything but plain data.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path} does not exist or is not a file. Give the path of a checkpoint (.pth, .pt or .safetensors)."
-        )
-    with open(path, "rb") as file:
-        start = file.read(2)
-    if not start.startswith((b"PK", b"\x80")):  # PyTorch's zip files, and the pickles of PyTorch before 1.6
-        raise CheckpointError(f"{path} is not a readable checkpoint; it is empty or a file of another kind.")
+    _check_kind_of_file(path)
     try:
         with torch.serialization.safe_globals(_plain_classes()):
             content = torch.load(_opened(path), map_location="cpu", weights_only=True)
@@ -164,12 +157,35 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from None
     except Exception as error:  # whatever damaged bytes make the unpickler stumble over
         raise CheckpointError(
-            f"{path} is not a readable checkpoint; it may be truncated or of another format ({first_line(error)}). "
-            f"Copy or download it again."
+            f"{path} is not a readable checkpoint; it may be truncated or of another format "
+            f"({first_line(error).partition('. ')[0]}). Copy or download it again."
         ) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint. Give a checkpoint file.")
     return content
+
+
+def _check_kind_of_file(path: Path) -> None:
+    """Raise a CheckpointError for what the start of a file shows to be no checkpoint."""
+    if path.is_dir():
+        there = sorted(file for ending in _CHECKPOINT_ENDINGS for file in path.rglob(f"*{ending}"))
+        example = f", such as {min(there, key=lambda file: _preference(str(file)))}" if there else ""
+        raise CheckpointError(f"{path} is a folder, not a file. Give the path of a checkpoint{example}.")
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} does not exist or is not a file. Give the path of a checkpoint (.pth, .pt or .safetensors)."
+        )
+    with open(path, "rb") as file:
+        start = file.read(40)
+    if start.startswith((b"PK", b"\x80")):  # PyTorch's zip files, and the pickles of PyTorch before 1.6
+        return
+    if start.startswith(b"version https://git-lfs"):
+        what = "a pointer of Git LFS that stands for it: run git lfs pull where it lies"
+    elif start.lstrip().startswith(b"<"):
+        what = "a web page. Download the file itself, with a browser if need be"
+    else:
+        what = "empty or a file of another kind"
+    raise CheckpointError(f"{path} is not a readable checkpoint; it is {what}.")
 
 
 def _opened(path: Path) -> Path | IO[bytes]:
@@ -197,11 +213,20 @@ def name_in_archive(path: Path) -> str | None:
 
 
 def checkpoints_in_archive(path: Path) -> list[str] | None:
-    """The checkpoints among the files of an archive, the one to read first; None for a file of PyTorch's itself."""
+    """The checkpoints among the files of an archive, the one to read first; None for a file of PyTorch's itself.
+
+    Raises:
+        CheckpointError: for TorchScript, an archive of code.
+    """
     if not zipfile.is_zipfile(path):
         return None
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
+    if any(name.endswith("/code/__torch__.py") or "/code/__torch__/" in name for name in names):
+        raise CheckpointError(
+            f"{path} is a network as TorchScript, which holds code. If you trust its author, save its weights alone: "
+            f"torch.save(torch.jit.load(FILE, 'cpu').state_dict(), 'weights.pth')."
+        )
     if any(name.endswith("data.pkl") for name in names):
         return None
     named = (name for name in names if name.endswith(_CHECKPOINT_ENDINGS) and not Path(name).name.startswith("."))
@@ -349,9 +374,12 @@ def _refused(error: pickle.UnpicklingError) -> str:
 
 def _plain_classes() -> list[Any]:
     """Classes that only hold values, which foreign files keep beside their weights; nothing else is let through."""
-    scalar: Any = np.float64(0).__reduce__()[0]
-    # The function's module was renamed in numpy 2; files name it as the numpy that wrote them did.
-    named = [(scalar, f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")]
+    # The functions' module was renamed in numpy 2; files name it as the numpy that wrote them did.
+    named: list[Any] = [
+        (made.__reduce__()[0], f"numpy.{module}.multiarray.{name}")
+        for module in ("core", "_core")
+        for name, made in (("scalar", np.float64(0)), ("_reconstruct", np.zeros(1)))
+    ]
     numbers = ("float64", "float32", "float16", "int64", "int32", "int16", "uint8", "bool")
     dtypes = {type(np.dtype(name)) for name in numbers}
-    return [*named, np.dtype, *dtypes, argparse.Namespace, *_PATHS]
+    return [*named, np.ndarray, np.dtype, *dtypes, argparse.Namespace, *_PATHS]

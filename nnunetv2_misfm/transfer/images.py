@@ -139,8 +139,11 @@ def about_channels(source: Source, channels: Sequence[str]) -> Iterator[str]:
     if order is not None:
         taken = ", ".join(f"{theirs[i]} for {name}" for i, name in zip(order, channels, strict=True))
         yield f"input channels are matched by name: the weights of {taken}."
+    elif len(theirs) == 1:
+        yield f"the checkpoint's one channel, {theirs[0]}, is the start for all of {', '.join(channels)}."
     else:
+        how = "taken in order" if len(theirs) == len(channels) else "mixed, if --mix_input_channels allows it"
         yield (
             f"the checkpoint's channels are called {', '.join(theirs)}, the dataset's {', '.join(channels)}; they are "
-            f"taken in order."
+            f"{how}."
         )
