@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,15 @@ from nnunetv2_misfm.files import read_json
 from nnunetv2_misfm.plans.run_settings import BLOCK, pretext_task_of
 from nnunetv2_misfm.plans.settings import is_number
 
+_CALL = (
+    "nnU-Net calls a network with the arch_kwargs of the plans (strides among them), input_channels, num_classes and "
+    "deep_supervision. A class of yours around this one can take them: docs/own_networks.md."
+)
 NEEDS_TRAINER = "these plans are not for this trainer: use -tr MisFMTrainer"
 _OLD_INTENSITIES = "foreground_intensity_properties_by_modality"
 INTENSITIES = "foreground_intensity_properties_per_channel"
+WINDOW = ("percentile_00_5", "percentile_99_5", "mean", "std")
+"""What of a channel's intensities nnU-Net clips and scales CT by."""
 _PLANS_KEYS = (
     "dataset_name",
     "plans_name",
@@ -276,16 +282,31 @@ def build_on_meta(architecture: Mapping[str, Any], input_channels: int, num_clas
     """The network of a plan's `architecture` entry without memory for its weights.
 
     Raises:
-        PlanError: if it cannot be built.
+        PlanError: if it cannot be built, or not be trained as nnU-Net does.
     """
-    import torch
-
     features = architecture["arch_kwargs"].get("features_per_stage")
     if isinstance(features, (list, tuple)) and any(not isinstance(n, int) or n < 1 for n in features):
         raise PlanError(f"-features_per_stage {features}: each stage needs at least one channel.")
+    name = str(architecture.get("network_class_name")).rpartition(".")[2]
+    try:
+        network = without_memory(lambda: build_network(architecture, input_channels, num_classes))
+    except (TypeError, ValueError, KeyError, ImportError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+        own = f" {_CALL}" if isinstance(error, TypeError) else ""
+        raise PlanError(f"The network {name} of these plans cannot be built: {error}.{own}") from None
+    if not hasattr(getattr(network, "decoder", None), "deep_supervision"):
+        raise PlanError(
+            f"The network {name} of these plans has no decoder.deep_supervision, by which nnU-Net switches between all "
+            f"outputs and the finest one. {_CALL}"
+        )
+    return network
+
+
+def without_memory(build: Callable[[], Any]) -> Any:
+    """What `build` makes, without memory for its weights unless its constructor looks at their values."""
+    import torch
+
     try:
         with torch.device("meta"):
-            return build_network(architecture, input_channels, num_classes)
-    except (TypeError, ValueError, KeyError, ImportError, RuntimeError, AssertionError, ZeroDivisionError) as error:
-        name = str(architecture.get("network_class_name")).rpartition(".")[2]
-        raise PlanError(f"The network {name} of these plans cannot be built: {error}") from None
+            return build()
+    except RuntimeError:
+        return build()

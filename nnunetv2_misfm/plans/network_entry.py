@@ -12,7 +12,7 @@ from typing import Any
 
 from nnunetv2_misfm import architectures
 from nnunetv2_misfm.architectures.resolution import AnySizeNetwork, strides_of, total_strides
-from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.errors import PlanError, first_line
 from nnunetv2_misfm.plans.checks import check_sizes, configuration_3d, with_present_names, without_trainer
 from nnunetv2_misfm.plans.run_settings import BLOCK, RunSettings, is_ours
 from nnunetv2_misfm.plans.settings import write_settings
@@ -130,6 +130,37 @@ def deepest_voxels(architecture: Mapping[str, Any], patch_size: Sequence[int]) -
     """Voxels of the deepest feature map of one patch."""
     strides = total_strides(architecture["arch_kwargs"]["strides"])[-1]
     return math.prod(-(-n // stride) for n, stride in zip(patch_size, strides, strict=True))
+
+
+def check_outputs(network: Any, architecture: Mapping[str, Any], input_channels: int, patch: Sequence[int]) -> None:
+    """Raise a PlanError unless a network that is not of this package gives the outputs that nnU-Net trains.
+
+    Args:
+        network: with deep supervision, without memory for its weights; one that could not be built so is not looked at.
+        architecture: its entry in a plans file.
+        input_channels, patch: of its input.
+    """
+    import torch
+
+    first = next(network.parameters(), None)
+    if is_own_network(architecture) or first is None or not first.is_meta:
+        return
+    name = architecture["network_class_name"].rpartition(".")[2]
+    strides = total_strides(architecture["arch_kwargs"]["strides"])[:-1]
+    expected = [[n // s for n, s in zip(patch, stride, strict=True)] for stride in strides]
+    try:
+        with torch.no_grad():
+            outputs = network(torch.empty(2, input_channels, *patch, device="meta"))
+    except Exception as error:  # whatever a class of the user's own does with the input
+        raise PlanError(f"The network {name} does not take the patch size {list(patch)}: {first_line(error)}") from None
+    found = [list(output.shape[2:]) for output in outputs] if isinstance(outputs, (list, tuple)) else None
+    if found != expected:
+        gives = "a single tensor" if found is None else f"outputs of the sizes {found}"
+        raise PlanError(
+            f"The network {name} gives {gives} for the patch size {list(patch)}. With deep supervision nnU-Net trains "
+            f"a list, finest first, with one output for each of its strides but the last: {expected}. See "
+            f"docs/own_networks.md."
+        )
 
 
 def degree_of_anisotropy(configuration: Mapping[str, Any]) -> int:

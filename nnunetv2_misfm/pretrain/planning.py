@@ -16,6 +16,7 @@ from nnunetv2_misfm.plans.checks import build_on_meta, check_sizes, configuratio
 from nnunetv2_misfm.plans.network_entry import (
     NETWORKS,
     architecture_entry,
+    check_outputs,
     deepest_voxels,
     degree_for_spacing,
     degree_of_anisotropy,
@@ -116,7 +117,9 @@ def run_plans(
     set_sizes(entry, request.patch_size, request.batch_size)
     if request.batch_size is None and pretext_task_of(base) is None:
         entry["batch_size"] = max(entry["batch_size"], enough_samples(entry["architecture"], entry["patch_size"]))
-    build_on_meta(entry["architecture"], 1, request.pretext.task().num_outputs(1))
+    channels = len(entry["normalization_schemes"])
+    network = build_on_meta(entry["architecture"], channels, request.pretext.task().num_outputs(channels))
+    check_outputs(network, entry["architecture"], channels, entry["patch_size"])
     plans = deepcopy(dict(base))
     pool = plans.get(BLOCK, {}).get("pool")
     plans.update(plans_name=plans_name, dataset_name=dataset_name, configurations={configuration: entry})

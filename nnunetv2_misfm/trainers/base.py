@@ -189,7 +189,8 @@ class BaseTrainer(ResumableTrainer):
         return [[1 / s for s in stride] for stride in self._network_strides()]
 
     def _build_loss(self) -> nn.Module:
-        loss = super()._build_loss()
+        with np.errstate(invalid="ignore"):  # nnU-Net's weights of a single output, which are not used here
+            loss = super()._build_loss()
         if not self.enable_deep_supervision:
             return loss
         bare = loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss

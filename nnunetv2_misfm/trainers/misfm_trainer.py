@@ -10,7 +10,7 @@ import torch.distributed as dist
 from batchgenerators.utilities.file_and_folder_operations import join, save_json
 
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.plans.checks import check_labels
+from nnunetv2_misfm.plans.checks import check_labels, without_memory
 from nnunetv2_misfm.plans.files import check_dataset_of_plans
 from nnunetv2_misfm.plans.run_settings import DEFAULT_FINETUNING_PLANS, PRETRAIN_INFO, FinetuningSettings
 from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
@@ -109,5 +109,5 @@ class MisFMTrainer(BaseTrainer):
 
     def _rebuilt_network(self, more_channels: int, more_classes: int) -> torch.nn.Module:
         """The same network for other numbers of channels and classes, without memory for its weights."""
-        with torch.device("meta"):
-            return self._new_network(more_channels, more_classes)
+        network: torch.nn.Module = without_memory(lambda: self._new_network(more_channels, more_classes))
+        return network

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from nnunetv2_misfm.errors import UserError, first_line
 from nnunetv2_misfm.files import format_bytes, written_whole
+from nnunetv2_misfm.plans.checks import INTENSITIES
 from nnunetv2_misfm.plans.files import FINAL
 
 FORMAT_VERSION = 1
@@ -37,7 +38,10 @@ PUBLISHED_WEIGHTS = "model_state_dict"
 TRAINED_PARTS = "trained_parts"
 """Beside the weights: the parts of the network that learnt in pretraining; all of them where it is missing."""
 _CHECKPOINT_ENDINGS = (".pth", ".pt", ".model", ".ckpt")
+_CONFIGURATIONS = ("3d_fullres", "3d_cascade_fullres", "3d_lowres", "2d")  # of nnU-Net, the most useful first
 _PATHS = (pathlib.PosixPath, pathlib.PurePosixPath, pathlib.PureWindowsPath)
+_OF_PLANS = ("dataset_name", "transpose_forward", "image_reader_writer", INTENSITIES)
+_OF_CONFIGURATION = ("spacing", "patch_size", "normalization_schemes", "use_mask_for_norm")
 _RECORDED_PACKAGES = ("nnunetv2_misfm", "nnunetv2", "torch", "dynamic-network-architectures", "batchgeneratorsv2")
 
 
@@ -91,17 +95,9 @@ def installed_versions() -> dict[str, str]:
 
 
 def preprocessing_of(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of a plan that decides what a network's input looks like."""
-    return {
-        "dataset_name": plans["dataset_name"],
-        "spacing": configuration["spacing"],
-        "patch_size": configuration["patch_size"],
-        "normalization_schemes": configuration["normalization_schemes"],
-        "use_mask_for_norm": configuration["use_mask_for_norm"],
-        "transpose_forward": plans["transpose_forward"],
-        "image_reader_writer": plans["image_reader_writer"],
-        "foreground_intensity_properties_per_channel": plans["foreground_intensity_properties_per_channel"],
-    }
+    """The part of a plan that decides what a network's input looks like, as far as the plan has it."""
+    found = {key: plans[key] for key in _OF_PLANS if plans.get(key) is not None}
+    return found | {key: configuration[key] for key in _OF_CONFIGURATION if configuration.get(key) is not None}
 
 
 def write_checkpoint(
@@ -142,23 +138,16 @@ def not_written(path: str | os.PathLike[str], error: Exception) -> CheckpointErr
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a file of PyTorch's, whoever wrote it, on the CPU, without running code from it.
 
-    In a zip archive, such as nnU-Net's exported models, the checkpoint of the first fold is read.
+    In a zip archive, such as nnU-Net's exported models, one of its checkpoints is read (see `name_in_archive`).
 
     Raises:
         CheckpointError: if the file is missing, unreadable, or holds anything but plain data.
     """
     path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(
-            f"{path} does not exist or is not a file. Give the path of a checkpoint (.pth, .pt or .safetensors)."
-        )
-    with open(path, "rb") as file:
-        start = file.read(2)
-    if not start.startswith((b"PK", b"\x80")):  # PyTorch's zip files, and the pickles of PyTorch before 1.6
-        raise CheckpointError(f"{path} is not a readable checkpoint; it is empty or a file of another kind.")
+    _check_kind_of_file(path)
     try:
         with torch.serialization.safe_globals(_plain_classes()):
-            content = torch.load(_file_of_pytorch(path), map_location="cpu", weights_only=True)
+            content = torch.load(_opened(path), map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
@@ -169,31 +158,88 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from None
     except Exception as error:  # whatever damaged bytes make the unpickler stumble over
         raise CheckpointError(
-            f"{path} is not a readable checkpoint; it may be truncated or of another format ({first_line(error)}). "
-            f"Copy or download it again."
+            f"{path} is not a readable checkpoint; it may be truncated or of another format "
+            f"({first_line(error).partition('. ')[0]}). Copy or download it again."
         ) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}, not a checkpoint. Give a checkpoint file.")
     return content
 
 
-def _file_of_pytorch(path: Path) -> Path | IO[bytes]:
-    """The file itself, or the checkpoint that an archive of other files holds."""
-    if not zipfile.is_zipfile(path):
+def _check_kind_of_file(path: Path) -> None:
+    """Raise a CheckpointError for what the start of a file shows to be no checkpoint."""
+    if path.is_dir():
+        there = sorted(file for ending in _CHECKPOINT_ENDINGS for file in path.rglob(f"*{ending}"))
+        example = f", such as {min(there, key=lambda file: _preference(str(file)))}" if there else ""
+        raise CheckpointError(f"{path} is a folder, not a file. Give the path of a checkpoint{example}.")
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} does not exist or is not a file. Give the path of a checkpoint (.pth, .pt or .safetensors)."
+        )
+    with open(path, "rb") as file:
+        start = file.read(40)
+    if start.startswith((b"PK", b"\x80")):  # PyTorch's zip files, and the pickles of PyTorch before 1.6
+        return
+    if start.startswith(b"version https://git-lfs"):
+        what = "a pointer of Git LFS that stands for it: run git lfs pull where it lies"
+    elif start.lstrip().startswith(b"<"):
+        what = "a web page. Download the file itself, with a browser if need be"
+    else:
+        what = "empty or a file of another kind"
+    raise CheckpointError(f"{path} is not a readable checkpoint; it is {what}.")
+
+
+def _opened(path: Path) -> Path | IO[bytes]:
+    inside = name_in_archive(path)
+    if inside is None:
         return path
     with zipfile.ZipFile(path) as archive:
+        return io.BytesIO(archive.read(inside))
+
+
+def name_in_archive(path: Path) -> str | None:
+    """Which of the files in an archive of others is the checkpoint to read; None for a file of PyTorch's itself.
+
+    That is the final one of the first fold, of nnU-Net's full resolution if there are several configurations.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    names = checkpoints_in_archive(path)
+    if names is None:
+        return None
+    if not names:
+        raise CheckpointError(f"{path} is an archive without a checkpoint (.pth, .pt or .model) in it.")
+    return names[0]
+
+
+def checkpoints_in_archive(path: Path) -> list[str] | None:
+    """The checkpoints among the files of an archive, the one to read first; None for a file of PyTorch's itself.
+
+    Raises:
+        CheckpointError: for TorchScript, an archive of code.
+    """
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
-        if any(name.endswith("data.pkl") for name in names):
-            return path
-        inside = sorted((name for name in names if name.endswith(_CHECKPOINT_ENDINGS)), key=_first_fold)
-        if not inside:
-            raise CheckpointError(f"{path} is an archive without a checkpoint (.pth, .pt or .model) in it.")
-        return io.BytesIO(archive.read(inside[0]))
+    if any(name.endswith("/code/__torch__.py") or "/code/__torch__/" in name for name in names):
+        raise CheckpointError(
+            f"{path} is a network as TorchScript, which holds code. If you trust its author, save its weights alone: "
+            f"torch.save(torch.jit.load(FILE, 'cpu').state_dict(), 'weights.pth')."
+        )
+    if any(name.endswith("data.pkl") for name in names):
+        return None
+    named = (name for name in names if name.endswith(_CHECKPOINT_ENDINGS) and not Path(name).name.startswith("."))
+    return sorted(named, key=_preference)
 
 
-def _first_fold(name: str) -> tuple[bool, str]:
-    """Sorts the checkpoints of a trained model: the final ones by fold, then the others."""
-    return Path(name).name not in (FINAL, "model_final_checkpoint.model"), name
+def _preference(name: str) -> tuple[bool, int, str]:
+    """Sorts the checkpoints of trained models: the final ones by configuration and fold, then the others."""
+    is_final = Path(name).name in (FINAL, "model_final_checkpoint.model")
+    parts = re.split("/|__", name)
+    configuration = next((i for i, known in enumerate(_CONFIGURATIONS) if known in parts), 0)
+    return not is_final, configuration, name
 
 
 def write_safetensors(
@@ -329,9 +375,12 @@ def _refused(error: pickle.UnpicklingError) -> str:
 
 def _plain_classes() -> list[Any]:
     """Classes that only hold values, which foreign files keep beside their weights; nothing else is let through."""
-    scalar: Any = np.float64(0).__reduce__()[0]
-    # The function's module was renamed in numpy 2; files name it as the numpy that wrote them did.
-    named = [(scalar, f"numpy.{module}.multiarray.scalar") for module in ("core", "_core")]
+    # The functions' module was renamed in numpy 2; files name it as the numpy that wrote them did.
+    named: list[Any] = [
+        (made.__reduce__()[0], f"numpy.{module}.multiarray.{name}")
+        for module in ("core", "_core")
+        for name, made in (("scalar", np.float64(0)), ("_reconstruct", np.zeros(1)))
+    ]
     numbers = ("float64", "float32", "float16", "int64", "int32", "int16", "uint8", "bool")
     dtypes = {type(np.dtype(name)) for name in numbers}
-    return [*named, np.dtype, *dtypes, argparse.Namespace, *_PATHS]
+    return [*named, np.ndarray, np.dtype, *dtypes, argparse.Namespace, *_PATHS]

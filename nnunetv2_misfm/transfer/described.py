@@ -6,18 +6,17 @@ Nothing that is missing or malformed in a foreign file is an error here: then it
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from nnunetv2_misfm.plans.checks import INTENSITIES, with_present_names
-from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo
+from nnunetv2_misfm.plans.checks import INTENSITIES, WINDOW, with_present_names
+from nnunetv2_misfm.plans.settings import is_number
+from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, preprocessing_of
 from nnunetv2_misfm.transfer.foreign import RESIDUAL_UNET
 from nnunetv2_misfm.transfer.unet_weights import unet_description
 
-_OF_CONFIGURATION = ("spacing", "patch_size", "normalization_schemes", "use_mask_for_norm")
-_OF_PLANS = ("dataset_name", "transpose_forward", "image_reader_writer", INTENSITIES)
 # Of nnssl's presets (architectures/architecture_registry.py), what no weights tell.
 _PRESET_STRIDES = {
     "ResEncL": [[1, 1, 1], *[[2, 2, 2]] * 5],
@@ -60,7 +59,17 @@ def describe_unet(
     epochs = checkpoint.get("current_epoch", checkpoint.get("epoch"))
     if isinstance(epochs, int):
         training["epochs_done"] = epochs
-    return CheckpointInfo(task, class_name, arguments, channels, classes, preprocessing, training)
+    return CheckpointInfo(task, class_name, arguments, channels, classes, _well_formed(preprocessing), training)
+
+
+def told_preprocessing(checkpoint: Mapping[str, Any], beside: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What a foreign checkpoint, whatever network it holds, tells of the images that it was trained on.
+
+    Args:
+        checkpoint: the file's content.
+        beside: nnssl's adaptation plan, if it lies beside the file.
+    """
+    return _well_formed((_nnunet(checkpoint) or _nnssl(checkpoint, beside) or ({}, {}))[1])
 
 
 def channel_names(dataset_json: object) -> tuple[str, ...]:
@@ -81,8 +90,10 @@ def channels_of_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[str, ...]:
 
 def how_well_learnt(checkpoint: Mapping[str, Any]) -> str:
     """The last and the best main score of a training, from nnU-Net's log of it; empty if there is none."""
-    log = checkpoint.get("logging")
+    log, curves = checkpoint.get("logging"), checkpoint.get("plot_stuff")
     scores = log.get("mean_fg_dice") if isinstance(log, Mapping) else None
+    if isinstance(curves, (list, tuple)) and len(curves) == 4:  # nnU-Net v1: three losses, then the score
+        scores = curves[3]
     if not isinstance(scores, (list, tuple)) or not scores:
         return ""
     try:
@@ -108,7 +119,7 @@ def _nnunet(checkpoint: Mapping[str, Any]) -> _Described | None:
         arguments = dict(configuration["architecture"]["arch_kwargs"])
     except Exception:  # whatever a foreign file makes nnU-Net stumble over
         return None
-    return arguments, _preprocessing(plans, configuration)
+    return arguments, preprocessing_of(plans, configuration)
 
 
 def _nnssl(checkpoint: Mapping[str, Any], beside: Mapping[str, Any] | None) -> _Described | None:
@@ -121,11 +132,32 @@ def _nnssl(checkpoint: Mapping[str, Any], beside: Mapping[str, Any] | None) -> _
         arguments = dict(architecture.get("arch_kwargs") or {})
         if preset in _PRESET_STRIDES:
             arguments["strides"] = _PRESET_STRIDES[preset]
-        return arguments, _preprocessing(plans, configuration)
+        return arguments, preprocessing_of(plans, configuration)
     except (KeyError, TypeError, AttributeError, StopIteration):
         return None
 
 
-def _preprocessing(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> dict[str, Any]:
-    found = {key: plans[key] for key in _OF_PLANS if plans.get(key) is not None}
-    return found | {key: configuration[key] for key in _OF_CONFIGURATION if configuration.get(key) is not None}
+def _well_formed(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a plan's preprocessing is of the kind that it should be."""
+    known = {key: value for key, value in preprocessing.items() if _IS_WELL_FORMED.get(key, bool)(value)}
+    windows = preprocessing.get(INTENSITIES)
+    if isinstance(windows, Mapping):
+        known[INTENSITIES] = {
+            str(channel): window
+            for channel, window in windows.items()
+            if isinstance(window, Mapping) and all(is_number(window.get(name)) for name in WINDOW)
+        }
+    return known
+
+
+def _is_list(value: object, of: Callable[[Any], bool]) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(of, value))
+
+
+_IS_WELL_FORMED: dict[str, Callable[[Any], bool]] = {
+    "spacing": lambda value: _is_list(value, lambda mm: is_number(mm) and mm > 0),
+    "patch_size": lambda value: _is_list(value, is_number),
+    "normalization_schemes": lambda value: _is_list(value, lambda scheme: isinstance(scheme, str)),
+    "transpose_forward": lambda value: _is_list(value, is_number) and sorted(value) == list(range(len(value))),
+    INTENSITIES: lambda value: False,  # looked at one by one
+}

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from nnunetv2_misfm.transfer.names import OF_FMUNET, OF_PCTNET, OF_PLAIN_UNET, OF_RESIDUAL_UNET, Names
 
 PLAIN_UNET = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
+GENERIC_UNET_CLASS = "nnunetv2_misfm.architectures.generic_unet.GenericUNet"
 RESIDUAL_UNET = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
 
 _OWN_TRAINER = "Fine-tune it with the code of its authors"
 _IN_PLANS = (
-    "if its class can be imported here and takes nnU-Net's constructor call, name it in a plans file "
-    "(network_class_name) and use -network plan"
+    "if its class can be imported here, name one that takes nnU-Net's constructor call in a plans file "
+    "(network_class_name) and use -network plan: docs/own_networks.md"
 )
 _OTHER_BLOCKS = f"its blocks compute something else than those of nnU-Net's U-Nets or of PCT-Net. {_OWN_TRAINER}, or, "
 _TRANSFORMER = f"it is a transformer, whose weights no U-Net can take. {_OWN_TRAINER}, or, "
@@ -116,6 +117,11 @@ KINDS = (
         refusal=f"{_TRANSFORMER}for a network that needs no prompts, start from other weights",
     ),
     Kind(
+        "vision transformer",
+        ("patch_embed.proj.weight|patch_embedding.position_embeddings", "blocks.0.attn.qkv.weight"),
+        refusal=_TRANSFORMER + _IN_PLANS,
+    ),
+    Kind(
         "SegResNet",
         ("convInit.conv.weight|encoder.conv_init.weight",),
         refusal=_OTHER_BLOCKS + _IN_PLANS,
@@ -127,9 +133,15 @@ KINDS = (
     ),
     Kind(
         "U-Net of MONAI",
-        ("model.0.conv.unit0.conv.weight|conv_0.conv_0.conv.weight",),
+        ("model.0.conv.unit0.conv.weight|conv_0.conv_0.conv.weight|model.0.conv.0.conv.weight",),
         refusal=_OTHER_BLOCKS + _IN_PLANS,
     ),
+    Kind(
+        "U-Net of MONAI",
+        ("model.0.conv.weight", "model.1.submodule.conv.weight|model.1.submodule.0.conv.weight"),
+        refusal=_OTHER_BLOCKS + _IN_PLANS,
+    ),
+    Kind("V-Net of MONAI", ("in_tr.conv_block.conv.weight",), refusal=_OTHER_BLOCKS + _IN_PLANS),
     Kind(
         "U-Net of Models Genesis",
         ("down_tr64.ops.0.conv1.weight",),

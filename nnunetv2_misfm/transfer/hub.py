@@ -20,6 +20,7 @@ EXPORTED = "model.safetensors"
 """The name of our exported checkpoints."""
 ADAPTATION_PLAN = "adaptation_plan.json"
 """What lies beside nnssl's checkpoints on the OpenMind pages."""
+_OF_VERSION_1 = ".model"  # nnU-Net v1's checkpoints, with a pickle beside each
 _USUAL_FILES = (EXPORTED, FINAL)
 _ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".model", ".bin", ".zip")
 _NAME = re.compile(r"hf:(?://)?(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:]+))?(?::(?P<file>.+))?")
@@ -50,6 +51,16 @@ def is_hub_name(name: str) -> bool:
     return name.startswith(("hf:", "https://", "http://"))
 
 
+def repository_name(name: str) -> str:
+    """The repository's name without its owner's; empty if the name is malformed."""
+    match = _match(name)
+    return "" if match is None else match["repository"].rpartition("/")[2]
+
+
+def _match(name: str) -> re.Match[str] | None:
+    return _ADDRESS.fullmatch(name) if name.startswith("http") else _NAME.fullmatch(name)
+
+
 def download(name: str) -> HubFile:
     """The file a name stands for, downloaded if it is not in the cache.
 
@@ -58,7 +69,7 @@ def download(name: str) -> HubFile:
     Raises:
         CheckpointError: if the name is malformed or the file cannot be had.
     """
-    match = _ADDRESS.fullmatch(name) if name.startswith("http") else _NAME.fullmatch(name)
+    match = _match(name)
     if match is None:
         raise CheckpointError(
             f"{name} is not the name of a repository on the Hugging Face Hub. Write hf:OWNER/NAME, with :FILE if need "
@@ -73,9 +84,11 @@ def download(name: str) -> HubFile:
     else:
         file, path = repository.checkpoint()
     commit = path.parts[-1 - len(Path(file).parts)]
+    if file != EXPORTED and repository.is_reached:
+        described_by = f"{Path(file).name}.pkl" if file.endswith(_OF_VERSION_1) else ADAPTATION_PLAN
+        if not path.with_name(described_by).is_file():
+            _Repository(repository.name, commit).fetch_optional(str(Path(file).with_name(described_by)))
     beside = path.with_name(ADAPTATION_PLAN)
-    if file != EXPORTED and repository.is_reached and not beside.is_file():
-        _Repository(repository.name, commit).fetch_optional(str(Path(file).with_name(ADAPTATION_PLAN)))
     return HubFile(path, f"hf:{repository.name}@{commit}:{file}", beside if beside.is_file() else None)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from nnunetv2_misfm.architectures.resolution import total_strides
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.plans.checks import INTENSITIES
+from nnunetv2_misfm.plans.checks import INTENSITIES, WINDOW
 from nnunetv2_misfm.transfer.pretrained import Source
 from nnunetv2_misfm.transfer.transfer import channel_order
 
@@ -25,7 +25,7 @@ def wanted_spacing(
     """
     if not isinstance(wanted, str):
         return [float(wanted[axis]) for axis in transpose]
-    spacing = source.info.preprocessing.get("spacing") if source is not None and source.info is not None else None
+    spacing = None if source is None else source.preprocessing.get("spacing")
     if spacing is None:
         whose = "there are no pretrained weights" if source is None else f"{source.path} does not say what it was"
         raise PlanError(f"-spacing pretrained: {whose}. Give three numbers in mm, or keep the dataset's.")
@@ -34,7 +34,7 @@ def wanted_spacing(
 
 def about_spacing(spacing: Sequence[float], source: Source | None) -> Iterator[str]:
     """That a dataset is kept at another spacing than that of pretraining, where it differs by a fifth or more."""
-    theirs = None if source is None or source.info is None else source.info.preprocessing.get("spacing")
+    theirs = None if source is None else source.preprocessing.get("spacing")
     if theirs is None or len(theirs) != len(spacing):
         return
     if any(max(mm / other, other / mm) > _ANOTHER_SPACING for mm, other in zip(spacing, theirs, strict=True)):
@@ -76,7 +76,7 @@ def keep_normalisation(
         source: the checkpoint.
         ct_intensities, channels: see `PlanRequest`.
     """
-    pretrained = {} if source.info is None else source.info.preprocessing
+    pretrained = source.preprocessing
     axes, theirs_axes = list(plans["transpose_forward"]), pretrained.get("transpose_forward")
     if theirs_axes is not None and list(theirs_axes) != axes:
         yield (
@@ -98,18 +98,17 @@ def keep_normalisation(
                     f"channel {channel} is normalised by {scheme}, but pretraining used {theirs}: the features may fit "
                     f"less well. Pretrain on volumes of the same kind if you can."
                 )
-            elif scheme == "CTNormalization" and INTENSITIES in pretrained:
-                windows = pretrained[INTENSITIES]
-                window = windows.get(str(in_source))
-                properties = plans[INTENSITIES][str(channel)]
-                if window is not None and (remark := take_window(properties, window, ct_intensities)):
+            elif scheme == "CTNormalization":
+                window = pretrained.get(INTENSITIES, {}).get(str(in_source))
+                if window is None:
+                    yield f"{source.path} does not say how CT was clipped and scaled; it is as the dataset's plans say."
+                elif remark := take_window(plans[INTENSITIES][str(channel)], window, ct_intensities):
                     yield remark
 
 
 def take_window(own: dict[str, float], pretrained: Mapping[str, float], ct_intensities: str) -> str:
     """Let a CT channel be clipped and scaled as in pretraining, if wanted; says how, empty if nothing differs."""
-    of_window = ("percentile_00_5", "percentile_99_5", "mean", "std")
-    if all(math.isclose(own[name], pretrained[name], rel_tol=1e-6) for name in of_window):
+    if all(math.isclose(own[name], pretrained[name], rel_tol=1e-6) for name in WINDOW):
         return ""
     ours, theirs = (
         f"{values['percentile_00_5']:.5g} to {values['percentile_99_5']:.5g} HU" for values in (own, pretrained)
@@ -119,7 +118,7 @@ def take_window(own: dict[str, float], pretrained: Mapping[str, float], ct_inten
             f"CT is clipped to {ours}, as the dataset's plans do; pretraining used {theirs}, so the weights meet other "
             f"values than they were made for."
         )
-    own.update(pretrained)
+    own.update({name: pretrained[name] for name in own if name in pretrained})
     return (
         f"CT is clipped to {theirs} and scaled as in pretraining, instead of {ours} as in the dataset's plans; "
         f"-ct_intensities dataset keeps those."
@@ -140,8 +139,11 @@ def about_channels(source: Source, channels: Sequence[str]) -> Iterator[str]:
     if order is not None:
         taken = ", ".join(f"{theirs[i]} for {name}" for i, name in zip(order, channels, strict=True))
         yield f"input channels are matched by name: the weights of {taken}."
+    elif len(theirs) == 1:
+        yield f"the checkpoint's one channel, {theirs[0]}, is the start for all of {', '.join(channels)}."
     else:
+        how = "taken in order" if len(theirs) == len(channels) else "mixed, if --mix_input_channels allows it"
         yield (
             f"the checkpoint's channels are called {', '.join(theirs)}, the dataset's {', '.join(channels)}; they are "
-            f"taken in order."
+            f"{how}."
         )

@@ -55,7 +55,7 @@ def _kind(source: Source) -> str:
 def _parameters(source: Source) -> str:
     names = (source.kind.names if source.kind is not None else None) or Names()
     if source.info is not None:
-        names = names_in_class(source.info.network_class_name)
+        names = names_in_class(source.info.network_class_name) or names
     elements = dict.fromkeys((*PARTS, OTHER), 0)
     for name, value in source.weights.items():
         if not is_statistic(name):
@@ -70,8 +70,9 @@ def _shrunk(source: Source) -> str:
 
 def _description(source: Source) -> list[tuple[str, Any]]:
     info = source.info
+    images = [(f"  {name}", value) for name, value in _preprocessing(source.preprocessing)]
     if info is None:
-        return [("network", "not described"), ("learnt", source.learnt)]
+        return [("network", "not described"), ("learnt", source.learnt), ("trained on", _trained_on(source)), *images]
     training = {name: value for name, value in info.training.items() if name != "task"}
     return [
         ("network", info.network_class_name),
@@ -80,10 +81,14 @@ def _description(source: Source) -> list[tuple[str, Any]]:
         ("  classes", info.num_classes or "none"),
         ("task", info.training.get("task", info.task)),
         ("learnt", source.learnt),
-        *((f"  {name}", value) for name, value in _preprocessing(info.preprocessing)),
+        *images,
         *((f"  {name}", _short(value)) for name, value in training.items()),
         ("written by", ", ".join(f"{name} {version}" for name, version in info.versions.items()) or "unknown"),
     ]
+
+
+def _trained_on(source: Source) -> str:
+    return ", ".join(source.channels) or ("images that it tells of" if source.preprocessing else "")
 
 
 def _channels(source: Source) -> str:

@@ -16,7 +16,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_misfm.architectures.memory import estimate_training_memory
 from nnunetv2_misfm.architectures.resolution import total_strides
-from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.errors import PlanError, first_line
 from nnunetv2_misfm.plans.checks import build_network
 from nnunetv2_misfm.plans.files import nnunet_folder
 from nnunetv2_misfm.plans.network_entry import enlarged_patch, is_own_network, leaves_a_single_value
@@ -101,7 +101,13 @@ class MemoryBudget:
         """GB of a training step with the patch and batch size of a configuration."""
         shape = (entry["batch_size"], self._channels, *entry["patch_size"])
         on = self.checkpointing == "on"
-        return estimate_training_memory(self._build, shape, checkpointing=on, autocast=True).total / 2**30
+        try:
+            return estimate_training_memory(self._build, shape, checkpointing=on, autocast=True).total / 2**30
+        except RuntimeError as error:
+            raise PlanError(
+                f"-gpu_memory_target: this network does not take the patch size {entry['patch_size']} "
+                f"({first_line(error)}). Leave it out, and choose patch and batch size for the network yourself."
+            ) from None
 
     def shrink_to_fit(self, entry: dict[str, Any]) -> None:
         """Round the patch up to the network's strides, then shrink batch and patch of a configuration until it fits.

@@ -78,15 +78,19 @@ OF_FMUNET = Names(
 
 _OF_CLASSES = {
     "PlainConvUNet": OF_PLAIN_UNET,
+    "GenericUNet": OF_PLAIN_UNET,
     "ResidualEncoderUNet": OF_RESIDUAL_UNET,
     "PCTNet": OF_PCTNET,
     "FMUNet": OF_FMUNET,
 }
 
 
-def names_in_class(class_name: str) -> Names:
-    """The names in networks of a class that plans name, as far as they are known without building it."""
-    return _OF_CLASSES.get(class_name.rpartition(".")[2], Names())
+def names_in_class(class_name: str) -> Names | None:
+    """The names in networks of a class that plans name; None if they are not known without building it."""
+    return _OF_CLASSES.get(class_name.rpartition(".")[2])
+
+
+_MORE_CLASSES = (1, 16)
 
 
 def names_of(network: nn.Module, rebuilt: Callable[[int, int], nn.Module] | None = None) -> Names:
@@ -103,7 +107,8 @@ def names_of(network: nn.Module, rebuilt: Callable[[int, int], nn.Module] | None
     in_proj = [key for key in getattr(network, "keys_to_in_proj", ()) if key in own]
     seg_layers = [key for key in (getattr(network, "key_to_seg_layers", "decoder.seg_layers"),) if key in own]
     if rebuilt is not None and not seg_layers:
-        seg_layers = _changed(network, rebuilt(0, 1))
+        # The widths of whole decoders may follow from the number of classes, but not in every step of it.
+        seg_layers = [*dict.fromkeys(name for more in _MORE_CLASSES for name in _changed(network, rebuilt(0, more)))]
     if rebuilt is not None and not in_proj:
         in_proj = _changed(network, rebuilt(1, 0))
     if not in_proj:

@@ -20,6 +20,7 @@ from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.checks import build_on_meta, check_plans_name, configuration_3d, with_trainer
 from nnunetv2_misfm.plans.network_entry import (
     architecture_entry,
+    check_outputs,
     degree_for_spacing,
     degree_of_anisotropy,
     enlarge_for_augmentation,
@@ -31,7 +32,7 @@ from nnunetv2_misfm.plans.network_entry import (
 )
 from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, SEGMENTATION, FinetuningSettings, without_groups
 from nnunetv2_misfm.plans.settings import read_settings, write_settings
-from nnunetv2_misfm.transfer.foreign import PLAIN_UNET, RESIDUAL_UNET
+from nnunetv2_misfm.transfer.foreign import GENERIC_UNET_CLASS, PLAIN_UNET, RESIDUAL_UNET
 from nnunetv2_misfm.transfer.images import (
     about_channels,
     about_spacing,
@@ -39,7 +40,7 @@ from nnunetv2_misfm.transfer.images import (
     keep_normalisation,
     wanted_spacing,
 )
-from nnunetv2_misfm.transfer.names import names_in_class
+from nnunetv2_misfm.transfer.names import Names, names_in_class
 from nnunetv2_misfm.transfer.pretrained import Source, portable_path, transfer_source
 from nnunetv2_misfm.transfer.report import TransferReport
 
@@ -53,6 +54,8 @@ _PLANNERS = {
     PLAIN_UNET: ("", "nnUNetPlans"),
     RESIDUAL_UNET: (" -pl nnUNetPlannerResEncL", "nnUNetResEncUNetLPlans"),
 }
+# Networks that differ so little from one of nnU-Net's that its plans take their weights.
+_LIKE = {GENERIC_UNET_CLASS: PLAIN_UNET}
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,7 @@ def check_fit(
     heads = manager.get_label_manager(dict(dataset_json)).num_segmentation_heads
     architecture = plans["configurations"][configuration]["architecture"]
     network = build_on_meta(architecture, channels, heads)
+    check_outputs(network, architecture, channels, plans["configurations"][configuration]["patch_size"])
     if source is None:
         return None
     settings = read_settings(FinetuningSettings, without_groups(plans[BLOCK]), "The run settings")
@@ -265,7 +269,7 @@ def _architecture(
 def _held_architecture(source: Source | None) -> dict[str, Any]:
     """The network of a checkpoint with one of nnU-Net's, as plans describe it."""
     info = None if source is None else source.info
-    if info is None or info.network_class_name not in _PLANNERS or "strides" not in info.arch_kwargs:
+    if info is None or info.network_class_name not in (*_PLANNERS, *_LIKE) or "strides" not in info.arch_kwargs:
         held = "There is no checkpoint" if source is None else f"{source.path} holds a {source.network_name}"
         raise PlanError(
             f"{held}, so -network pretrained has no complete U-Net of nnU-Net's to plan. Use -network plan, the "
@@ -284,10 +288,11 @@ def _check_same_kind(planned: Mapping[str, Any], source: Source | None, request:
     """Refuse plans for another kind of network of nnU-Net's than the checkpoint holds, which would use little of it."""
     if source is None or source.info is None or request.settings.min_coverage < 1:
         return
-    held, wanted = (name.rpartition(".")[2] for name in (source.info.network_class_name, planned["network_class_name"]))
+    kinds = [_LIKE.get(name, name) for name in (source.info.network_class_name, planned["network_class_name"])]
+    held, wanted = (name.rpartition(".")[2] for name in kinds)
     if held == wanted:
         return
-    planner = _PLANNERS.get(source.info.network_class_name)
+    planner = _PLANNERS.get(kinds[0])
     if planner is None:
         raise PlanError(
             f"{source.path} holds a {held}, but the dataset's plans name a {wanted}. Name its class in a plans file, "
@@ -317,7 +322,8 @@ def require_trainer(plans: dict[str, Any]) -> None:
 
 def _pretrain_info(source: Source | None, request: PlanRequest, plans: Mapping[str, Any]) -> dict[str, Any]:
     # A superset of the keys that nnU-Net's main branch keeps under this name; scratch is a path of null.
-    names = names_in_class(next(iter(plans["configurations"].values()))["architecture"]["network_class_name"])
+    architecture = next(iter(plans["configurations"].values()))["architecture"]
+    names = names_in_class(architecture["network_class_name"]) or Names()
     info: dict[str, Any] = {
         "checkpoint_path": None,
         "checkpoint_name": None,
@@ -333,8 +339,8 @@ def _pretrain_info(source: Source | None, request: PlanRequest, plans: Mapping[s
     info["checkpoint_path"] = source.hub_name or portable_path(source.path)
     info["checkpoint_name"] = source.path.name
     info["sha256"] = source.sha256
+    info["pt_used_patchsize"] = source.preprocessing.get("patch_size")
     if source.info is not None:
         info["pt_num_in_channels"] = source.info.input_channels
-        info["pt_used_patchsize"] = source.info.preprocessing.get("patch_size")
         info["summary"] = {"task": source.info.task, "kind": source.network_name, "training": source.info.training}
     return info

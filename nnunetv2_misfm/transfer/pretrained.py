@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,17 +20,25 @@ from nnunetv2_misfm.transfer.checkpoint import (
     CheckpointError,
     CheckpointInfo,
     checkpoint_info,
+    checkpoints_in_archive,
     read_checkpoint,
     read_safetensors,
 )
-from nnunetv2_misfm.transfer.described import channel_names, channels_of_checkpoint, describe_unet, how_well_learnt
-from nnunetv2_misfm.transfer.foreign import PUBLISHED_FMUNET, PUBLISHED_PCTNET, Kind
+from nnunetv2_misfm.transfer.described import (
+    channel_names,
+    channels_of_checkpoint,
+    describe_unet,
+    how_well_learnt,
+    told_preprocessing,
+)
+from nnunetv2_misfm.transfer.foreign import GENERIC_UNET, PUBLISHED_FMUNET, PUBLISHED_PCTNET, Kind
 from nnunetv2_misfm.transfer.hub import ADAPTATION_PLAN, download, is_hub_name
 from nnunetv2_misfm.transfer.names import SEG_LAYERS, names_in_class
 from nnunetv2_misfm.transfer.published_weights import read_published
 from nnunetv2_misfm.transfer.report import LEARNING_PARTS, TransferReport
 from nnunetv2_misfm.transfer.state_dicts import find_weights
 from nnunetv2_misfm.transfer.transfer import SourceFacts, TransferOptions, transfer
+from nnunetv2_misfm.transfer.version_1 import init_args_beside
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class Source:
         kind: of network; None for one that is not known.
         weights: in float32, each parameter once, under the names of the network that they are read as.
         info: what the file says about itself, or its weights tell; None for networks that are not known.
+        preprocessing: of the images that the network was trained on, as far as it is known; as in plans.
         sha256: of the file.
         hub_name: the file's place on the Hugging Face Hub, with the exact revision; empty for a file given by its path.
         by_this_package: whether the file says that this package wrote it.
@@ -57,6 +66,7 @@ class Source:
     weights: dict[str, Tensor]
     info: CheckpointInfo | None
     sha256: str
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
     hub_name: str = ""
     by_this_package: bool = False
     channels: tuple[str, ...] = ()
@@ -68,7 +78,7 @@ class Source:
     @property
     def num_images(self) -> int | None:
         """How many of the network's input channels are images, if the file tells; the rest are labels of a cascade."""
-        schemes = None if self.info is None else self.info.preprocessing.get("normalization_schemes")
+        schemes = self.preprocessing.get("normalization_schemes")
         return len(schemes) if schemes else None
 
     @property
@@ -134,24 +144,29 @@ def read_source(given: str | os.PathLike[str]) -> Source:
     content = read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
     own = checkpoint_info(content, path)
     found = find_weights(content, path)
-    weights, info = found.weights, own
+    weights, info, notes = found.weights, own, [*_of_archive(path), *found.notes]
     if own is None and found.kind in (PUBLISHED_PCTNET, PUBLISHED_FMUNET):
         weights, info = read_published(found.weights, path)
     elif own is None:
+        if found.kind is GENERIC_UNET and "init_args" not in content:
+            told, note = init_args_beside(path)
+            content, notes = {**content, "init_args": told}, [*notes, *([note] if note else [])]
         info = describe_unet(content, found.weights, _read_plan(beside))
+    told = told_preprocessing(content, _read_plan(beside)) if info is None else info.preprocessing
     return Source(
         path=path,
         kind=found.kind,
         weights=weights,
         info=info,
         sha256=file_sha256(path),
+        preprocessing=told,
         hub_name=name,
         by_this_package=own is not None,
         channels=channels_of_checkpoint(content),
         untrained=_untrained(content, path, info, weights),
         learnt=how_well_learnt(content),
         unused=found.unused,
-        notes=found.notes,
+        notes=tuple(notes),
     )
 
 
@@ -242,11 +257,17 @@ def _untrained(
         )
     task = "pretraining" if info is None else info.training.get("task", info.task)
     untrained = {part: f"the {part} was not trained by {task}" for part in LEARNING_PARTS if part not in trained}
-    if info is not None:
-        names = names_in_class(info.network_class_name)
-        if not any(names.part_of(name) in (DECODER, SEG_LAYERS) for name in weights):
-            untrained[DECODER] = "the checkpoint has no decoder"
+    names = None if info is None else names_in_class(info.network_class_name)
+    if names is not None and not any(names.part_of(name) in (DECODER, SEG_LAYERS) for name in weights):
+        untrained[DECODER] = "the checkpoint has no decoder"
     return untrained
+
+
+def _of_archive(path: Path) -> Iterator[str]:
+    """A note on which of several checkpoints was read."""
+    names = checkpoints_in_archive(path) or []
+    if len(names) > 1:
+        yield f"The archive holds {len(names)} checkpoints; {names[0]} is used. Unpack it to use another."
 
 
 def _read_plan(path: Path | None) -> dict[str, Any] | None:

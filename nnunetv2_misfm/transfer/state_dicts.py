@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,14 +66,15 @@ def find_weights(content: Mapping[Any, Any], path: str | os.PathLike[str]) -> Fo
             f"its weights in."
         )
     best = min(candidates, key=_rank)
-    others = [other.place or "the top level" for other in candidates if other is not best]
+    others = [found.place or "the top level" for found in candidates if found is not best and found.kind is not None]
     if others:
-        note = f"The file holds {len(candidates)} networks; {best.place} is used, {', '.join(others[:3])} not."
+        note = f"The file holds {len(others) + 1} networks; {best.place} is used, {', '.join(others[:3])} not."
         best = replace(best, notes=(note, *best.notes))
     weights = {name: _single_precision(value) for name, value in best.weights.items()}
     if best.kind is GENERIC_UNET:
         weights = from_generic_unet(weights)
     weights, note = each_once(weights)
+    _check_values(weights, path)
     return replace(best, weights=weights, notes=(*best.notes, note) if note else best.notes)
 
 
@@ -80,14 +82,22 @@ def _state_dicts(
     content: Mapping[Any, Any], place: str = "", depth: int = 0
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """All mappings from names to tensors, each with the keys that lead to it."""
-    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    tensors = {
+        key: torch.as_tensor(value)
+        for key, value in content.items()
+        if isinstance(key, str) and (isinstance(value, Tensor) or _is_array_of_numbers(value))
+    }
     if tensors and 2 * len(tensors) >= len(content):
         yield place, tensors
         return
     for key, value in content.items() if depth < 2 else ():
-        named = str(key).lower()
-        if isinstance(value, Mapping) and not named.startswith(_NOT_WEIGHTS):
-            yield from _state_dicts(value, f"{place}.{key}" if place else str(key), depth + 1)
+        inside = dict(enumerate(value)) if isinstance(value, (list, tuple)) else value
+        if isinstance(inside, Mapping) and not str(key).lower().startswith(_NOT_WEIGHTS):
+            yield from _state_dicts(inside, f"{place}.{key}" if place else str(key), depth + 1)
+
+
+def _is_array_of_numbers(value: object) -> bool:
+    return isinstance(value, np.ndarray) and value.dtype.kind in "fiub"
 
 
 def _networks(place: str, state_dict: Mapping[str, Tensor]) -> Iterator[Found]:
@@ -130,6 +140,23 @@ def _without(name: str, components: tuple[str, ...]) -> str:
 
 def _single_precision(value: Tensor) -> Tensor:
     return value.float() if value.is_floating_point() and value.dtype != torch.float32 else value
+
+
+def _check_values(weights: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Raise a CheckpointError for weights that no network can start from."""
+    diverged = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+    if diverged:
+        raise CheckpointError(
+            f"{path} holds NaN or infinity in {len(diverged)} of its {len(weights)} tensors, such as {diverged[0]}: "
+            f"its training has diverged, or half precision was too little for it. Give an earlier checkpoint."
+        )
+    whole = [name for name, value in weights.items() if name.endswith(".weight") and not value.is_floating_point()]
+    if whole:
+        kind = str(weights[whole[0]].dtype).rpartition(".")[2]
+        raise CheckpointError(
+            f"{path} holds quantised weights, such as {whole[0]} as {kind}, without what they are to be scaled by. "
+            f"Give the file from before quantisation."
+        )
 
 
 def _stored_as(weights: Mapping[str, Tensor]) -> Iterator[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnunetv2_misfm.transfer.foreign import PLAIN_UNET, RESIDUAL_UNET
+from nnunetv2_misfm.transfer.foreign import GENERIC_UNET_CLASS, PLAIN_UNET, RESIDUAL_UNET
 
 _ENCODER_OF_DECODER, _IN_ORDER = "decoder.encoder.", ".all_modules."
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -100,11 +100,6 @@ def unet_description(weights: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]
     first = [weights[blocks.format(stage, 0)] for stage in range(len(in_encoder))]
     in_decoder = _counts(weights, "decoder.stages.{}.convs.{}.conv.weight")
     kernels = [list(kernel.shape[2:]) for kernel in first]
-    for stage in range(len(in_decoder)):
-        kernel = weights[f"decoder.stages.{stage}.convs.0.conv.weight"].shape[2:]
-        coarse_to_fine = len(in_encoder) - 2 - stage
-        if coarse_to_fine >= 0:
-            kernels[coarse_to_fine] = [max(pair) for pair in zip(kernels[coarse_to_fine], kernel, strict=True)]
     dim = first[0].ndim - 2
     norm = "batchnorm.BatchNorm" if any(is_statistic(name) for name in weights) else "instancenorm.InstanceNorm"
     arguments: dict[str, Any] = {
@@ -124,7 +119,14 @@ def unet_description(weights: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]
     seg_layer = weights.get("decoder.seg_layers.0.weight")
     stem = weights["encoder.stem.convs.0.conv.weight"] if residual else first[0]
     classes = 0 if seg_layer is None else seg_layer.shape[0]
-    return RESIDUAL_UNET if residual else PLAIN_UNET, arguments, stem.shape[1], classes
+    class_name = RESIDUAL_UNET if residual else PLAIN_UNET
+    in_decoder_kernels = [
+        list(weights[f"decoder.stages.{stage}.convs.0.conv.weight"].shape[2:]) for stage in range(len(in_decoder))
+    ]
+    # From coarse to fine: those of the next coarser stages in v1, of the same stages in v2.
+    if not residual and in_decoder_kernels == kernels[:0:-1] != kernels[-2::-1]:
+        class_name = GENERIC_UNET_CLASS
+    return class_name, arguments, stem.shape[1], classes
 
 
 def _counts(weights: Mapping[str, Tensor], pattern: str) -> list[int]:
@@ -142,7 +144,7 @@ def from_generic_unet(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state dict of nnU-Net v2's PlainConvUNet from that of v1's Generic_UNet; the outputs are the same.
 
     v1 splits the convolutions of the deepest stage and of the decoder's into two groups, and has no biases where v2
-    has; they are zero. v1's decoder takes its kernels from the next coarser stage.
+    has; they are zero. Where v1's decoder has other kernels, it is `architectures.generic_unet.GenericUNet`'s.
     """
     groups = _lengths(weights)
     converted = {}

@@ -20,6 +20,7 @@ from nnunetv2_misfm.commands.checkpoints import export_main, inspect_main
 from nnunetv2_misfm.commands.plan import plan_main
 from nnunetv2_misfm.plans.network_entry import NETWORKS
 from nnunetv2_misfm.transfer.checkpoint import CheckpointError, CheckpointInfo, write_checkpoint
+from nnunetv2_misfm.transfer.hub import download
 from nnunetv2_misfm.transfer.pretrained import load_network, load_source, read_source
 
 FEATURES = [4, 4, 8, 16, 32]
@@ -206,6 +207,14 @@ def test_a_checkpoint_of_any_name_is_found_and_works_offline(
     hub.shutdown()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert read_source(given).sha256 == online.sha256 and read_source(online.hub_name).path == online.path
+
+
+def test_what_nnunet_v1_keeps_beside_a_checkpoint_comes_with_it(hub: ThreadingHTTPServer, exported: Path) -> None:
+    (exported / "model.safetensors").unlink()
+    shutil.copy(exported / "README.md", exported / "c.model.pkl")
+    shutil.copy(exported / "README.md", exported / "c.model")
+    path = download("hf:group/weights:c.model").path
+    assert path.with_name("c.model.pkl").is_file()
 
 
 def test_addresses_of_files_are_taken_and_several_checkpoints_are_listed(

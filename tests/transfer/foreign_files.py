@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections import OrderedDict
 from typing import Any
 
+import numpy as np
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import Tensor, nn
@@ -72,25 +75,48 @@ def plans(channels: tuple[str, ...] = ("CT",), old: bool = False, **configuratio
 
 
 def as_generic_unet(network: PlainConvUNet) -> dict[str, Tensor]:
-    """The names that nnU-Net v1 gives the weights of a PlainConvUNet with one convolution a stage.
+    """The names that nnU-Net v1 gives the weights of a PlainConvUNet with one or two convolutions a stage.
 
-    v1 has no biases in `tu` and `seg_outputs`; the network's are set to zero.
+    v1 keeps the last convolution of the deepest stage, and of each stage of the decoder, in a list of its own. It has
+    no biases in `tu` and `seg_outputs`; the network's are set to zero.
     """
     renamed: dict[str, Tensor] = {}
+    twice = len(network.decoder.stages[0].convs) == 2
     deepest = len(network.encoder.stages) - 1
     for name, value in network.state_dict().items():
         if ".all_modules." in name or name.startswith("decoder.encoder."):
             continue
         part, kind, stage, *rest = name.split(".")
-        inner = ".".join(rest).removeprefix("0.").replace("convs.0.", "blocks.0.").replace("norm.", "instnorm.")
+        inner = ".".join(rest).removeprefix("0.").replace("norm.", "instnorm.")
+        inner = re.sub(r"convs\.(\d)", r"blocks.\1", inner)
+        in_groups = re.sub(r"blocks\.(\d)", r"\1.blocks.0", inner) if twice else f"0.{inner}"
         if kind in ("transpconvs", "seg_layers"):
             if rest == ["bias"]:
                 value.zero_()
             else:
                 renamed[f"{'tu' if kind == 'transpconvs' else 'seg_outputs'}.{stage}.weight"] = value
         elif part == "encoder":
-            group = "0." if int(stage) == deepest else ""
-            renamed[f"conv_blocks_context.{stage}.{group}{inner}"] = value
+            renamed[f"conv_blocks_context.{stage}.{in_groups if int(stage) == deepest else inner}"] = value
         else:
-            renamed[f"conv_blocks_localization.{stage}.0.{inner}"] = value
+            renamed[f"conv_blocks_localization.{stage}.{in_groups}"] = value
     return renamed
+
+
+def version_1_plans(array: Any = np.array) -> dict[str, Any]:
+    """The plans of nnU-Net v1 for a CT dataset with two stages, as its pickles hold them."""
+    window = {"median": 88.0, "mean": 87.3, "sd": 359.0, "mn": -1024.0, "mx": 3000.0}
+    window |= {"percentile_99_5": np.float64(1098.0), "percentile_00_5": np.float32(-941.0)}
+    stages = {
+        stage: {"batch_size": 2, "patch_size": array([128, 128, 128]), "current_spacing": array([mm, mm, mm])}
+        for stage, mm in enumerate((3.0, 1.5))
+    }
+    return {
+        "num_modalities": 1,
+        "modalities": {0: "CT"},
+        "normalization_schemes": OrderedDict({0: "CT"}),
+        "use_mask_for_norm": OrderedDict({0: False}),
+        "dataset_properties": {"intensityproperties": OrderedDict({0: OrderedDict(window)}), "all_classes": [1]},
+        "preprocessed_data_folder": "/data/nnUNet_preprocessed/Task251_Organs",
+        "transpose_forward": [0, 1, 2],
+        "plans_per_stage": OrderedDict(stages),
+    }

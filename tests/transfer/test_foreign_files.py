@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings
 from nnunetv2_misfm.transfer.checkpoint import CheckpointError, CheckpointInfo, read_checkpoint, write_checkpoint
-from nnunetv2_misfm.transfer.foreign import KINDS
+from nnunetv2_misfm.transfer.foreign import KINDS, recognised
 from nnunetv2_misfm.transfer.inspection import export
 from nnunetv2_misfm.transfer.pretrained import Source, read_source, transfer_source
 from nnunetv2_misfm.transfer.report import TransferReport
@@ -65,6 +65,8 @@ def prefixed(prefix: str, weights: dict[str, Tensor] = WEIGHTS) -> dict[str, Ten
         lambda: {"state_dict": prefixed("seg_model.whatever.")},
         lambda: {k.replace("encoder.", "encoder._orig_mod.", 1): v for k, v in WEIGHTS.items()},
         lambda: {"model": {k: v for k, v in WEIGHTS.items() if "all_modules" not in k}},
+        lambda: {"state_dict": {k: v.numpy() for k, v in WEIGHTS.items()}},
+        lambda: {"models": [WEIGHTS], "epoch": 3},
         lambda: {"model": {k: v for k, v in WEIGHTS.items() if ".conv." not in k and ".norm." not in k}},
     ],
 )
@@ -249,14 +251,6 @@ def test_a_generic_unet_of_version_1_is_the_same_network(tmp_path: Path) -> None
         assert all(torch.equal(a, b) for a, b in zip(network(IMAGE), target(IMAGE), strict=True))
 
 
-def test_a_decoder_of_version_1_may_have_larger_kernels_than_the_encoder(tmp_path: Path) -> None:
-    weights = as_generic_unet(unet())
-    name = "conv_blocks_context.0.blocks.0.conv.weight"
-    weights[name] = weights[name][:, :, :1]
-    info = put(tmp_path / "c.model", {"state_dict": weights}).info
-    assert info is not None and info.arch_kwargs["kernel_sizes"] == [[3, 3, 3]] * 3
-
-
 REFUSED = [kind for kind in KINDS if kind.refusal]
 
 
@@ -270,6 +264,18 @@ def test_other_networks_are_refused_by_name(tmp_path: Path, kind: Any) -> None:
             with pytest.raises(TransferError, match="which cannot be used: .{40}") as refused:
                 fill(source, unet(1), min_coverage=share)
             assert kind.name in str(refused.value)
+
+
+NAMES = [
+    line.split("; ") for line in Path(__file__).with_name("real_names.txt").read_text().splitlines() if line[0] != "#"
+]
+
+
+@pytest.mark.parametrize(("kind", "whose", "names"), NAMES, ids=[whose for _, whose, _ in NAMES])
+def test_networks_are_told_by_the_names_that_their_code_gives(kind: str, whose: str, names: str) -> None:
+    for wrapper in ("", "module.", "model.backbone."):
+        known = recognised([wrapper + name for name in names.split()])
+        assert known is not None and known[0].name == kind
 
 
 def test_nothing_used_is_an_error_whatever_was_allowed(tmp_path: Path) -> None:
@@ -317,6 +323,42 @@ def test_a_checkpoint_of_an_encoder_alone_is_expected_to_fill_the_encoder(
 def test_unknown_parts_ask_for_an_update(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="'neck'.*Update"):
         put(tmp_path / "c.pth", {"network_weights": WEIGHTS, "trained_parts": ["neck"]})
+
+
+def test_what_is_no_network_is_not_counted_as_one(tmp_path: Path) -> None:
+    callbacks = {"ModelCheckpoint": {"best_model_score": torch.tensor(1.0)}}
+    source = put(tmp_path / "c.ckpt", {"callbacks": callbacks, "state_dict": prefixed("network.")})
+    assert source.notes == () and source.network_name == "PlainConvUNet"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_of_a_diverged_training_are_refused(tmp_path: Path, value: float) -> None:
+    weights = {name: tensor.clone() for name, tensor in WEIGHTS.items()}
+    weights["decoder.stages.1.convs.0.all_modules.1.weight"][0] = value
+    with pytest.raises(CheckpointError, match=r"NaN or infinity in 1 of .* such as decoder\.stages\.1\.convs\.0\.norm"):
+        put(tmp_path / "c.pt", weights)
+
+
+def test_quantised_weights_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="quantised weights, such as .*int8"):
+        put(tmp_path / "c.pt", {name: (100 * value).to(torch.int8) for name, value in WEIGHTS.items()})
+
+
+def test_torchscript_and_what_a_download_may_leave_are_named(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.trace(nn.Conv3d(1, 1, 1), IMAGE), str(tmp_path / "script.pt"))
+    (tmp_path / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    (tmp_path / "page.pt").write_text("<!DOCTYPE html><html><head><title>Virus scan warning</title></head></html>")
+    for name, told in (("script.pt", "TorchScript"), ("pointer.pth", "git lfs pull"), ("page.pt", "a web page")):
+        with pytest.raises(CheckpointError, match=f"{name}.*{told}"):
+            read_checkpoint(tmp_path / name)
+
+
+def test_a_folder_is_answered_with_the_checkpoint_in_it(tmp_path: Path) -> None:
+    for name in ("t__p__2d/fold_0/checkpoint_final.pth", "t__p__3d_fullres/fold_0/checkpoint_final.pth", "a.pt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(CheckpointError, match="is a folder.*such as .*3d_fullres/fold_0/checkpoint_final.pth"):
+        read_checkpoint(tmp_path)
 
 
 def test_files_without_weights_name_at_most_five_keys(tmp_path: Path) -> None:

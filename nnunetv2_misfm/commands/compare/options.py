@@ -68,11 +68,6 @@ class CompareOptions:
     keep_weights: bool = False
     num_processes: int = 2
 
-    @property
-    def tuned(self) -> bool:
-        """Whether learning rates are chosen."""
-        return len(self.rates) > 1 and not self.probe
-
 
 def read_options(arguments: list[str] | None) -> CompareOptions:
     """The options of a command line.
@@ -119,13 +114,15 @@ def read_options(arguments: list[str] | None) -> CompareOptions:
 
 def _named_weights(given_weights: list[str]) -> tuple[dict[str, str], list[str]]:
     """The checkpoint of each arm by the arm's name, and what is wrong with them."""
+    from nnunetv2_misfm.transfer.hub import is_hub_name  # loads torch, which takes seconds
+
     named: dict[str, str] = {}
     problems = []
     for word in given_weights:
         name, equals, path = word.partition("=")
-        if not equals:
+        if not equals or is_hub_name(word):
             name, path = _name_of(word), word
-        if not path.startswith("hf:"):
+        if not is_hub_name(path):
             path = str(Path(path).expanduser().resolve())
             if not Path(path).is_file():
                 problems.append(f"-pretrained_weights {word}: there is no file {path}; give a checkpoint")
@@ -141,9 +138,11 @@ def _named_weights(given_weights: list[str]) -> tuple[dict[str, str], list[str]]
 
 
 def _name_of(path: str) -> str:
-    """The file's name; for a checkpoint in a results folder of nnU-Net the name of its dataset."""
-    if path.startswith("hf:"):
-        return path.rpartition("/")[2]
+    """The repository's or the file's name; for a checkpoint in a results folder of nnU-Net that of its dataset."""
+    from nnunetv2_misfm.transfer.hub import is_hub_name, repository_name
+
+    if is_hub_name(path):
+        return repository_name(path)
     file = Path(path).expanduser().resolve()
     if file.name.startswith("checkpoint_") and file.parent.name.startswith("fold_") and len(file.parts) > 4:
         return file.parts[-4].partition("_")[2] or file.parts[-4]

@@ -5,14 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from nnunetv2_misfm.files import written_whole
-
-Dice = Mapping[str, Mapping[str, float | None]]
 
 
 class RunRecord(BaseModel):

@@ -56,15 +56,21 @@ def test_arms_are_named_by_their_files_or_the_dataset_they_were_pretrained_on(tm
     assert named.weights == {"Mine": str(tmp_path / "mae.safetensors")}
 
 
+def test_weights_on_the_hub_are_named_after_their_repository() -> None:
+    address = "https://huggingface.co/owner/Second/resolve/main/checkpoint_final.pth?download=true"
+    options = read_options(["-d", "4", "-pretrained_weights", "hf:owner/First@abc:x.pth", address, f"Own={address}"])
+    assert options.weights == {"First": "hf:owner/First@abc:x.pth", "Second": address, "Own": address}
+
+
 def test_one_schedule_and_one_learning_rate_for_all_arms_by_default(checkpoint: Path) -> None:
     options = read_options(["-d", "4", "-pretrained_weights", str(checkpoint), "--from_scratch"])
-    assert options.rates == (1e-3,) and options.settings["schedule"] == "poly" and not options.tuned
+    assert options.rates == (1e-3,) and options.settings["schedule"] == "poly"
 
 
 def test_several_learning_rates_are_to_choose_from(checkpoint: Path) -> None:
     words = ["-d", "4", "-pretrained_weights", str(checkpoint), "--from_scratch", "-initial_lr", "1e-3", "5e-3"]
     options = read_options([*words, "-weight_decay", "0.1"])
-    assert options.rates == (1e-3, 5e-3) and options.tuned
+    assert options.rates == (1e-3, 5e-3)
     assert options.settings == {"schedule": "poly", "weight_decay": 0.1}  # no learning rate: that is each run's own
 
 
