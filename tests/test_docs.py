@@ -19,8 +19,8 @@ from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 COMMANDS = {entry.name: entry for entry in entry_points(group="console_scripts")}
-# Words that stand for a number the reader knows.
-NUMBERS = {"DATASET_ID": "4", "PART": "0", "$SLURM_ARRAY_TASK_ID": "0"}
+# Words that stand for what the reader knows.
+MEANT = {"DATASET_ID": "4", "ID": "4", "PART": "0", "$SLURM_ARRAY_TASK_ID": "0", "NAME": "vox2vec"}
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -28,7 +28,10 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def command_lines() -> Iterator[tuple[str, str]]:
-    """Commands of ours and of nnU-Net with their arguments, in blocks and within sentences, without those cut short."""
+    """Commands of ours and of nnU-Net with their arguments, in blocks and within sentences.
+
+    Those that are cut short (`...`) or end in the name of an option are left out.
+    """
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
         lines = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
@@ -36,7 +39,11 @@ def command_lines() -> Iterator[tuple[str, str]]:
         for line in [*lines, *(words for words in within if " " in words)]:
             for part in re.split(r"&&|;|\|", line.partition(" #")[0]):
                 command = part.split()[:1]
-                if command and re.fullmatch(r"(misfm|nnUNetv2)_\w+", command[0]) and "..." not in part:
+                if (
+                    command
+                    and re.fullmatch(r"(misfm|nnUNetv2)_\w+", command[0])
+                    and not re.search(r"\.\.\.|\s-\S+\s*$", part)
+                ):
                     yield document.name, part.strip()
 
 
@@ -47,13 +54,16 @@ class ParsedError(Exception):
 @pytest.mark.parametrize(("document", "line"), sorted(set(command_lines())))
 def test_a_command_line_is_understood(document: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def parse_only(parser: argparse.ArgumentParser, args: list[str] | None = None, namespace: object = None) -> None:
+        for action in parser._actions:
+            action.required = False  # a sentence names the options that it is about
         _, unknown = understood(parser, args)
         assert not unknown, f"{document}: {line}: {unknown}"
         raise ParsedError
 
     understood = argparse.ArgumentParser.parse_known_args
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_only)
-    command, *arguments = [NUMBERS.get(word, word) for word in shlex.split(line)]
+    for name in ("parse_args", "parse_known_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, parse_only)
+    command, *arguments = [MEANT.get(word, word) for word in shlex.split(line)]
     monkeypatch.setattr(sys, "argv", [command, *arguments])
     assert command in COMMANDS, f"{document} names {command}, which is not installed"
     with pytest.raises(ParsedError):

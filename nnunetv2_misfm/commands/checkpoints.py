@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnunetv2_misfm.architectures.resolution import DEGREES_OF_ANISOTROPY
 from nnunetv2_misfm.errors import PlanError, UserError, exit_with_message
+from nnunetv2_misfm.plans.network_entry import NETWORKS
 
 if TYPE_CHECKING:
     from nnunetv2_misfm.transfer.planning import PlanRequest
@@ -47,7 +49,7 @@ def import_checkpoint(options: argparse.Namespace) -> None:
     from nnunetv2_misfm.transfer.published_weights import import_published
 
     target = _new_path(options.o)
-    stems = (0, 1, 2) if options.resolution_mode == "all" else (int(options.resolution_mode),)
+    stems = DEGREES_OF_ANISOTROPY if options.resolution_mode == "all" else (int(options.resolution_mode),)
     info = import_published(Path(options.i), target, stems)
     name = info.network_class_name.rpartition(".")[2]
     print(f"{target}: {name}, {info.input_channels} input channel(s), {info.num_classes} classes, {info.arch_kwargs}")
@@ -95,7 +97,7 @@ def inspect_main(arguments: list[str] | None = None) -> None:
     add("-d", metavar="ID", help="dataset ID or name")
     add("-c", default="3d_fullres", metavar="CONFIG", help="configuration (default: 3d_fullres)")
     add("-p", default="nnUNetPlans", metavar="PLANS", help="the dataset's plans (default: nnUNetPlans)")
-    add("-network", choices=("pctnet", "fmunet", "plan", "pretrained"), help="as in misfm_plan")
+    add("-network", choices=[*NETWORKS, "plan", "pretrained"], help="as in misfm_plan")
     add("--encoder_only", action="store_const", const=True, help="as in misfm_plan")
     add("--mix_input_channels", action="store_const", const=True, help="as in misfm_plan")
     options = parser.parse_args(arguments)

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import nn
 
-from nnunetv2_misfm.architectures import FMUNet, PCTNet
-from nnunetv2_misfm.architectures.resolution import total_strides
-from nnunetv2_misfm.plans.network_entry import DECODER, ENCODER, STEM
+from nnunetv2_misfm import architectures
+from nnunetv2_misfm.architectures.resolution import AnySizeNetwork, total_strides
+from nnunetv2_misfm.plans.network_entry import DECODER, ENCODER, NETWORKS, STEM
 
 SEG_LAYERS = "segmentation layers"
 PARTS = (STEM, ENCODER, DECODER, SEG_LAYERS)
@@ -69,20 +69,27 @@ _OF_UNETS: dict[str, Any] = {
 }
 OF_PLAIN_UNET = Names(stem="encoder.stages.0", in_proj=("encoder.stages.0.0.convs.0.conv",), **_OF_UNETS)
 OF_RESIDUAL_UNET = Names(stem="encoder.stem", in_proj=("encoder.stem.convs.0.conv",), **_OF_UNETS)
-OF_PCTNET = Names(
-    stem=PCTNet.key_to_stem, seg_layers=(PCTNet.key_to_seg_layers,), by_anisotropy=PCTNet.keys_by_anisotropy
-)
-OF_FMUNET = Names(
-    stem=FMUNet.key_to_stem, seg_layers=(FMUNet.key_to_seg_layers,), in_proj=tuple(FMUNet.keys_to_in_proj)
-)
+
+
+def _declared(class_name: str) -> Names:
+    """What a network of this package declares."""
+    network: type[AnySizeNetwork] = getattr(architectures, class_name)
+    in_proj = network.keys_to_in_proj
+    return Names(
+        stem=network.key_to_stem,
+        seg_layers=(network.key_to_seg_layers,),
+        by_anisotropy=network.keys_by_anisotropy,
+        in_proj=in_proj if isinstance(in_proj, tuple) else (),  # with stems in turn, it depends on those there are
+    )
+
 
 _OF_CLASSES = {
     "PlainConvUNet": OF_PLAIN_UNET,
     "GenericUNet": OF_PLAIN_UNET,
     "ResidualEncoderUNet": OF_RESIDUAL_UNET,
-    "PCTNet": OF_PCTNET,
-    "FMUNet": OF_FMUNET,
+    **{path.rpartition(".")[2]: _declared(path.rpartition(".")[2]) for path in NETWORKS.values()},
 }
+OF_PCTNET, OF_FMUNET = _OF_CLASSES["PCTNet"], _OF_CLASSES["FMUNet"]
 
 
 def names_in_class(class_name: str) -> Names | None:

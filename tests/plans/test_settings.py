@@ -51,7 +51,8 @@ def test_values_have_their_names_of_today_wherever_the_former_stand(former: str)
     parser = argparse.ArgumentParser()
     add_setting_options(parser, "runs", FinetuningSettings)
     assert given(parser.parse_args(["-schedule", former]), FinetuningSettings) == {"schedule": "poly"}
-    assert what_a_run_must_keep(plans(schedule=former), plans(schedule="poly"), "3d_fullres") == []
+    older, now = (plans(task="segmentation", schedule=name) for name in (former, "poly"))
+    assert what_a_run_must_keep(older, now, "3d_fullres") == []
 
 
 def test_limits_and_order_are_those_of_the_declaration() -> None:
