@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nnunetv2_misfm.plans.settings import Settings, setting
 from nnunetv2_misfm.pretrain.augment import INTENSITY_RANGE_PERCENTILES, percentile_values
-from nnunetv2_misfm.pretrain.reconstruction import ReconstructionTask, Target
+from nnunetv2_misfm.pretrain.reconstruction import ReconstructionTask, Target, standardised
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
 
 if TYPE_CHECKING:
@@ -308,4 +308,4 @@ class ModelsGenesis(ReconstructionTask[ModelsGenesisSettings]):
         """The corrupted image, and the flipped one."""
         (crops,) = batch.patches(device)
         image = flip_crops(crops, batch.drawn)
-        return corrupt(image, batch.drawn), Target(image)
+        return corrupt(image, batch.drawn), Target(standardised(image))

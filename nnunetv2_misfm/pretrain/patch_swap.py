@@ -9,7 +9,8 @@ that the same share of it changes. What differs from that code:
 
 - As in the paper the two blocks of a pair lie apart, and each pair is swapped in what earlier ones left, so that no
   value is lost. PyMIC copies from the unchanged crop, into blocks that may overlap.
-- Its crops are in [-1, 1] and its network ends in a tanh. Crops here have any normalisation, so outputs are unbounded.
+- Its crops are in [-1, 1] and its network ends in a tanh. Crops here have any normalisation: the target has mean 0 and
+  standard deviation 1 (`reconstruction.py` says why), and outputs are unbounded.
 - The score is of the voxels of swapped blocks: of all voxels, an output that is the input explains four fifths.
 - The optimiser is AdamW in place of Adam, and the learning rate is halved after each fifth of a run, not each third.
 """
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from nnunetv2_misfm.plans.run_settings import PretrainingSettings
 from nnunetv2_misfm.plans.settings import Settings, setting
-from nnunetv2_misfm.pretrain.reconstruction import ReconstructionTask, Target
+from nnunetv2_misfm.pretrain.reconstruction import ReconstructionTask, Target, standardised
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
 
 if TYPE_CHECKING:
@@ -73,37 +74,55 @@ def sample_swaps(shape: Sequence[int], settings: PatchSwapSettings, generator: n
     return Swaps(pairs[0], pairs[1], (x, y, z))
 
 
+@dataclass(frozen=True, eq=False)
+class MovedVoxels:
+    """What the swaps of a crop come to, as positions in the flattened patch.
+
+    Attributes:
+        places: (N,) all voxels of the blocks, in ascending order; all voxels of a patch without swaps.
+        sources: (N,) where what they hold afterwards was before.
+    """
+
+    places: Tensor
+    sources: Tensor
+
+
+def moved_voxels(swaps: Swaps, shape: Sequence[int], device: torch.device | str) -> MovedVoxels:
+    """Carry the swaps of one crop of (X, Y, Z) voxels out, one after another, on the positions of its voxels."""
+    # On the CPU: a GPU would be told of each small block on its own.
+    order = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
+    moved = np.full(shape, len(swaps.first) == 0)
+    for starts in zip(swaps.first.tolist(), swaps.second.tolist(), strict=True):
+        first, second = (tuple(slice(n, n + size) for n, size in zip(s, swaps.size, strict=True)) for s in starts)
+        kept = order[first].copy()
+        order[first] = order[second]
+        order[second] = kept
+        moved[first] = moved[second] = True
+    places = np.flatnonzero(moved)
+    both = torch.from_numpy(np.stack([places, order.ravel()[places]])).to(device, non_blocking=True)
+    return MovedVoxels(both[0], both[1])
+
+
 @torch.no_grad()
-def apply_swaps(crops: Tensor, swaps: Sequence[Swaps]) -> Tensor:
+def apply_swaps(crops: Tensor, moved: Sequence[MovedVoxels]) -> Tensor:
     """The crops with their blocks swapped; all channels of a crop alike.
 
     Args:
         crops: (B, C, X, Y, Z).
-        swaps: B of them, drawn for patches of (X, Y, Z).
+        moved: B of them, for patches of (X, Y, Z).
     """
     swapped = crops.clone()
-    for crop, drawn in zip(swapped, swaps, strict=True):
-        depth, height, width = drawn.size
-        for (x0, y0, z0), (x1, y1, z1) in zip(drawn.first.tolist(), drawn.second.tolist(), strict=True):
-            first = crop[:, x0 : x0 + depth, y0 : y0 + height, z0 : z0 + width]
-            second = crop[:, x1 : x1 + depth, y1 : y1 + height, z1 : z1 + width]
-            kept = first.clone()
-            first.copy_(second)
-            second.copy_(kept)
+    for out, crop, voxels in zip(swapped.flatten(2), crops.flatten(2), moved, strict=True):
+        out.index_copy_(1, voxels.places, crop.index_select(1, voxels.sources))
     return swapped
 
 
-def swapped_voxels(swaps: Sequence[Swaps], shape: Sequence[int], device: torch.device | str) -> Tensor:
-    """Which voxels belong to blocks that change places: bool (B, 1, *shape); all where nothing does."""
-    # Filled on the CPU: a GPU would be told of each small block on its own.
-    mask = np.zeros((len(swaps), 1, *shape), dtype=bool)
-    for (voxels,), drawn in zip(mask, swaps, strict=True):
-        depth, height, width = drawn.size
-        for x, y, z in np.concatenate([drawn.first, drawn.second]).tolist():
-            voxels[x : x + depth, y : y + height, z : z + width] = True
-        if len(drawn.first) == 0:
-            voxels[:] = True
-    return torch.from_numpy(mask).to(device, non_blocking=True)
+def swapped_voxels(moved: Sequence[MovedVoxels], shape: Sequence[int]) -> Tensor:
+    """Which voxels belong to blocks that change places: bool (B, 1, *shape)."""
+    mask = torch.zeros((len(moved), 1, *shape), dtype=torch.bool, device=moved[0].places.device)
+    for voxels, of_crop in zip(mask.flatten(1), moved, strict=True):
+        voxels.index_fill_(0, of_crop.places, True)
+    return mask
 
 
 class PatchSwap(ReconstructionTask[PatchSwapSettings]):
@@ -123,7 +142,8 @@ class PatchSwap(ReconstructionTask[PatchSwapSettings]):
     def make(self, batch: CropBatch, device: torch.device) -> tuple[Tensor, Target]:
         """The image with its blocks swapped, and the image, of which the blocks' voxels are scored."""
         (image,) = batch.patches(device)
-        return apply_swaps(image, batch.drawn), Target(image, swapped_voxels(batch.drawn, batch.patch_size, device))
+        moved = [moved_voxels(drawn, batch.patch_size, device) for drawn in batch.drawn]
+        return apply_swaps(image, moved), Target(standardised(image), swapped_voxels(moved, batch.patch_size))
 
     def loss(self, outputs: Tensor, target: Target) -> Tensor:
         """Mean absolute error of all voxels."""
