@@ -292,6 +292,16 @@ def pairs(checkout: Path) -> Comparison:
     return Comparison("vox2vec, PyMIC", {**published, "pairs of voxels": "up to 1024"}, ours, theirs)
 
 
+class Anything:
+    """What stands in for a base class, a decorator or a function that nothing here uses."""
+
+    def __init__(self, *_: Any, **__: Any):
+        pass
+
+    def __call__(self, *_: Any, **__: Any) -> Anything:
+        return self
+
+
 class OfTheirDataSets(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Empty modules in place of what mishgon/vox2vec needs for its data sets and networks only."""
 
@@ -302,7 +312,7 @@ class OfTheirDataSets(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def create_module(self, spec: Any) -> types.ModuleType:
         module = types.ModuleType(spec.name)
-        module.__getattr__ = lambda name: type(name, (), {})  # type: ignore[method-assign]
+        module.__getattr__ = lambda name: type(name, (Anything,), {})  # type: ignore[method-assign]
         return module
 
     def exec_module(self, module: types.ModuleType) -> None:

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnunetv2_misfm.plans.run_settings import PretrainingSettings
 from nnunetv2_misfm.plans.settings import Settings, setting
 from nnunetv2_misfm.pretrain.reconstruction import ReconstructionTask, Target, standardised
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
@@ -73,7 +72,6 @@ class MaskedAutoencoder(ReconstructionTask[MaskSettings]):
     name = "masked_autoencoder"
     title = "masked autoencoder; sizes in plans axis order"
     Settings = MaskSettings
-    run_defaults = PretrainingSettings(optimizer="sgd", initial_lr=1e-2, weight_decay=3e-5, schedule="poly")
     augmentation_defaults = AugmentSettings.off(scale=(0.7, 1.4), scale_probability=0.2, flip_probability=0.5)
 
     def sample(self, reader: SampleReader) -> tuple[Sequence[Crop], np.ndarray]:

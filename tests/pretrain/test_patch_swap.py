@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import blosc2
 import numpy as np
 import pytest
 import torch
@@ -9,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunetv2_misfm.plans.settings import SettingsError, read_settings
+from nnunetv2_misfm.pretrain.batches import crop_loader
+from nnunetv2_misfm.pretrain.crops import validation_samples
 from nnunetv2_misfm.pretrain.patch_swap import (
     PatchSwap,
     PatchSwapSettings,
@@ -16,9 +19,9 @@ from nnunetv2_misfm.pretrain.patch_swap import (
     apply_swaps,
     moved_voxels,
     sample_swaps,
-    swapped_voxels,
+    swap_error,
 )
-from nnunetv2_misfm.pretrain.reconstruction import Target, standardised
+from nnunetv2_misfm.pretrain.reconstruction import standardised
 
 PATCH = (64, 128, 128)
 SETTINGS = PatchSwapSettings()
@@ -32,10 +35,6 @@ def swaps(*pairs: tuple[tuple[int, int, int], tuple[int, int, int]], size: tuple
 def swapped(crops: torch.Tensor, *drawn: Swaps) -> torch.Tensor:
     """Crops with their blocks swapped."""
     return apply_swaps(crops, [moved_voxels(of_crop, crops.shape[2:], "cpu") for of_crop in drawn])
-
-
-def mask(drawn: Swaps, shape: tuple[int, int, int]) -> torch.Tensor:
-    return swapped_voxels([moved_voxels(drawn, shape, "cpu")], shape)
 
 
 def test_number_and_size_of_blocks_are_the_published_ones():
@@ -69,7 +68,10 @@ def test_two_blocks_change_places():
     expected = crop.clone()
     expected[..., 0, 0:2, 0:2], expected[..., 2, 2:4, 3:5] = crop[..., 2, 2:4, 3:5], crop[..., 0, 0:2, 0:2]
     assert torch.equal(swapped(crop, drawn), expected)
-    assert torch.equal(mask(drawn, (3, 4, 5)), expected != crop)
+    assert (
+        moved_voxels(drawn, (3, 4, 5), "cpu").places.tolist()
+        == torch.nonzero((expected != crop).flatten()).flatten().tolist()
+    )
 
 
 def test_a_later_swap_moves_what_an_earlier_one_left():
@@ -104,21 +106,27 @@ def test_as_much_changes_as_in_the_published_code():
     assert np.mean(changed) == pytest.approx(0.109, abs=0.011) and np.std(changed) == pytest.approx(0.020, abs=0.008)
 
 
-def test_the_loss_is_of_all_voxels_and_the_score_of_swapped_ones():
+def test_the_loss_is_of_all_voxels_and_the_score_the_share_of_the_swaps_undone(tmp_path):
     task = PatchSwap(SETTINGS)
-    image = standardised(torch.randn((1, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0)))
-    drawn = swaps(((0, 0, 0), (4, 4, 4)), size=(4, 4, 4))
-    target = Target(image, mask(drawn, (8, 8, 8)))
-    assert target.scored.sum() == 2 * 4**3 and target.scored[0, 0, :4, :4, :4].all()
-    copied = swapped(image, drawn)
-    assert task.loss(copied, target).item() == pytest.approx((copied - image).abs().mean().item())
-    # The input itself has twice the variance as its error; wrong voxels elsewhere do not count.
-    assert task.scores(task.count(copied, target)).main == pytest.approx(-1, abs=0.3)
-    assert task.scores(task.count(torch.where(target.scored, image, 9.0), target)).main == 1
+    volume = np.random.default_rng(0).random((2, 20, 20, 20)).astype(np.float32)
+    blosc2.asarray(volume, urlpath=str(tmp_path / "0.b2nd"), mode="w")
+    batch = next(crop_loader(validation_samples(tmp_path, ["0"], (16, 16, 16), task, 0, 2), 3, 1))
+    x, target = task.make(batch, torch.device("cpu"))
+    copied = standardised(x)  # swaps keep all values, so this is the target with its blocks swapped
+    assert task.loss(copied, target).item() == pytest.approx((copied - target.image).abs().mean().item())
+
+    def score(output):
+        return task.scores(task.count(output, target)).main
+
+    assert score(copied) == pytest.approx(0, abs=1e-4) and score(target.image) == 1
+    assert score((copied + target.image) / 2) == pytest.approx(0.75, abs=1e-4)
+    # A blur, here the mean, is worse than the input, though it has less error in the swapped blocks.
+    assert score(torch.zeros_like(copied)) < -1
 
 
-def test_a_patch_of_one_voxel_is_scored_as_a_whole():
-    assert mask(sample_swaps((1, 1, 1), SETTINGS, np.random.default_rng(0)), (1, 1, 1)).all()
+def test_a_patch_of_one_voxel_has_nothing_to_undo():
+    drawn = moved_voxels(sample_swaps((1, 1, 1), SETTINGS, np.random.default_rng(0)), (1, 1, 1), "cpu")
+    assert len(drawn.places) == 0 and swap_error(torch.ones((1, 2, 1, 1, 1)), [drawn]).tolist() == [0]
 
 
 def test_the_target_is_left_alone():

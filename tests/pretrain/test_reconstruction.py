@@ -52,7 +52,8 @@ def test_a_crops_own_mean_and_scale_are_not_asked_for(name: str, tmp_path: Path)
 def test_the_same_value_everywhere_scores_0_and_no_constant_scores_more(name: str, tmp_path: Path) -> None:
     task = task_class(name)(task_class(name).Settings())
     _, target = made(name, tmp_path / "pool", volume())
-    scores = {c: float(task.scores(task.count(torch.full_like(target.image, c), target)).main) for c in (-0.3, 0, 0.3)}
+    constants = {c: torch.full_like(target.image, c) for c in (-0.3, 0, 0.3)}
+    scores = {c: task.scores(task.count(x, target)).values["variance_explained"] for c, x in constants.items()}
     assert scores[0] == 0 and scores[-0.3] < 0.05 and scores[0.3] < 0.05
 
 
