@@ -164,9 +164,9 @@ def make_report(rows: Sequence[str], tasks: Sequence[str], pool: Path, device: s
             f"volumes of three public sets together. Options: `{' '.join((*NETWORK, *SIZES, *LENGTH))}`, otherwise the "
             f"tasks' defaults" + (f", but {'; '.join(changed)}." if changed else "."),
             "",
-            "The score is the variance explained (0 for a constant, 1 for the image) of masked voxels or of all voxels; "
-            "the share of the swaps' error that is undone (0 for the input, 1 for the image); the mean Dice of the fusion "
-            "classes above 0; the share of voxels found again.",
+            "The score is the variance explained (0 for a constant, 1 for the image) of masked voxels or of all "
+            "voxels; the share of the swaps' error that is undone (0 for the input, 1 for the image); the mean Dice of "
+            "the fusion classes above 0; the share of voxels found again.",
             "",
             f"| task | without learning | {after} |",
             "| --- " * (2 + EPOCHS) + "|",

@@ -120,7 +120,7 @@ def apply_swaps(crops: Tensor, moved: Sequence[MovedVoxels]) -> Tensor:
     return swapped
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class SwapTarget(Target):
     """A target that knows what the input has wrong.
 
@@ -128,7 +128,7 @@ class SwapTarget(Target):
         swap_error: (B,) squared error of the swapped image, as a mean over voxels and channels.
     """
 
-    swap_error: Tensor | None = None
+    swap_error: Tensor
 
 
 def swap_error(images: Tensor, moved: Sequence[MovedVoxels]) -> Tensor:
@@ -159,15 +159,15 @@ class PatchSwap(ReconstructionTask[PatchSwapSettings]):
         (crops,) = batch.patches(device)
         moved = [moved_voxels(drawn, batch.patch_size, device) for drawn in batch.drawn]
         image = standardised(crops)
-        return apply_swaps(crops, moved), SwapTarget(image, swap_error=swap_error(image, moved))
+        return apply_swaps(crops, moved), SwapTarget(image=image, swap_error=swap_error(image, moved))
 
     def loss(self, outputs: Tensor, target: Target) -> Tensor:
         """Mean absolute error of all voxels."""
         return (outputs.float() - target.image).abs().mean()
 
-    def count(self, outputs: Tensor, target: SwapTarget) -> dict[str, Any]:
+    def count(self, outputs: Tensor, target: Target) -> dict[str, Any]:
         """As for other reconstructions, and the error of an output that is the input."""
-        assert target.swap_error is not None
+        assert isinstance(target, SwapTarget)
         sums = super().count(outputs, target)
         return {**sums, "swapped": target.swap_error.sum().item() * target.image.shape[1]}
 

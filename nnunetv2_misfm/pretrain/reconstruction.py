@@ -103,7 +103,8 @@ class ReconstructionTask(PretextTask[SettingsT]):
                 f"the network's output is nearly the same at all voxels. Try a lower -initial_lr (a third); "
                 f"{self.picture_name} shows whether the task can be seen at all."
             )
-        if float(scores.values["variance_explained"]) < _TRIVIAL and (still := not_moving(losses)):
+        explained = scores.values["variance_explained"]
+        if explained < _TRIVIAL and (still := not_moving(losses)):  # type: ignore[operator]
             found.append(
                 f"{still}, and the output is no better than the mean. Try another -initial_lr, or look at "
                 f"{self.picture_name} for volumes without contrast."
