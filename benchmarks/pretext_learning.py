@@ -33,7 +33,7 @@ RESULTS = Path(__file__).parent / "results" / "pretext_learning.md"
 POOL = "Dataset700_Three"
 EPOCHS, ITERATIONS, VALIDATION = 10, 50, 8
 NETWORK = ("-network", "fmunet", "-features_per_stage", "4", "8", "16", "32", "64")
-SIZES = ("-patch_size", "32", "32", "32", "-batch_size", "2")
+SIZES = ("-patch_size", "16", "32", "32", "-batch_size", "2")
 LENGTH = (
     *("-num_epochs", str(EPOCHS), "-num_iterations_per_epoch", str(ITERATIONS)),
     *("-num_val_iterations_per_epoch", str(VALIDATION)),

@@ -37,7 +37,7 @@ from nnunetv2_misfm.pretrain.batches import CropBatch
 from nnunetv2_misfm.pretrain.crop_reading import Crop, read_crop
 from nnunetv2_misfm.pretrain.masked_autoencoder import MaskSettings, sample_mask, voxel_masks
 from nnunetv2_misfm.pretrain.models_genesis import ModelsGenesisSettings, corrupt, flip_crops, sample_corruption
-from nnunetv2_misfm.pretrain.patch_swap import PatchSwapSettings, apply_swaps, moved_voxels, sample_swaps
+from nnunetv2_misfm.pretrain.patch_swap import PatchSwapSettings, apply_swaps, sample_swaps
 from nnunetv2_misfm.pretrain.tasks import default_settings, task_class
 
 ROUNDS = 5
@@ -116,11 +116,7 @@ def our_genesis(crop: torch.Tensor) -> Job:
 
 
 def our_swaps(crop: torch.Tensor) -> Job:
-    def one(index: int) -> object:
-        drawn = sample_swaps(PATCH, PatchSwapSettings(), np.random.default_rng(index))
-        return apply_swaps(crop, [moved_voxels(drawn, PATCH, CPU)])
-
-    return one
+    return lambda index: apply_swaps(crop, [sample_swaps(PATCH, PatchSwapSettings(), np.random.default_rng(index))])
 
 
 def our_masks(crop: torch.Tensor) -> Job:

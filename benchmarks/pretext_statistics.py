@@ -37,7 +37,7 @@ from scipy.stats import ks_2samp, rankdata
 
 from nnunetv2_misfm.pretrain.masked_autoencoder import MaskSettings, sample_mask
 from nnunetv2_misfm.pretrain.models_genesis import ModelsGenesisSettings, corrupt, flip_crops, sample_corruption
-from nnunetv2_misfm.pretrain.patch_swap import PatchSwapSettings, apply_swaps, moved_voxels, sample_swaps
+from nnunetv2_misfm.pretrain.patch_swap import PatchSwapSettings, apply_swaps, sample_swaps
 from nnunetv2_misfm.pretrain.vox2vec import Vox2Vec, Vox2VecSettings, change_intensities, sample_changes
 
 RESULTS = Path(__file__).parent / "results" / "pretext_statistics.md"
@@ -248,7 +248,7 @@ def swaps(checkout: Path) -> Comparison:
 
     def ours(index: int) -> Figures:
         drawn = sample_swaps(PATCH, PatchSwapSettings(), np.random.default_rng(index))
-        swapped = apply_swaps(torch.from_numpy(crop)[None], [moved_voxels(drawn, PATCH, "cpu")])
+        swapped = apply_swaps(torch.from_numpy(crop)[None], [drawn])
         sizes = {f"side of a block along {axis}, voxels": float(n) for axis, n in zip("XYZ", drawn.size, strict=True)}
         return {**figures(swapped[0].numpy()), "pairs of blocks": float(len(drawn.first)), **sizes}
 

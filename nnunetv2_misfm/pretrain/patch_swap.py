@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_misfm.plans.settings import Settings, setting
-from nnunetv2_misfm.pretrain.reconstruction import ReconstructionTask, Target, standardised
+from nnunetv2_misfm.pretrain.reconstruction import ReconstructionTask, Target, mean_and_scale
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
 from nnunetv2_misfm.pretrain.task import Scores
 
@@ -77,46 +77,23 @@ def sample_swaps(shape: Sequence[int], settings: PatchSwapSettings, generator: n
     return Swaps(pairs[0], pairs[1], (x, y, z))
 
 
-@dataclass(frozen=True, eq=False)
-class MovedVoxels:
-    """What the swaps of a crop come to, as positions in the flattened patch.
-
-    Attributes:
-        places: (N,) all voxels of the blocks, in ascending order.
-        sources: (N,) where what they hold afterwards was before.
-    """
-
-    places: Tensor
-    sources: Tensor
-
-
-def moved_voxels(swaps: Swaps, shape: Sequence[int], device: torch.device | str) -> MovedVoxels:
-    """Carry the swaps of one crop of (X, Y, Z) voxels out, one after another, on the positions of its voxels."""
-    # On the CPU: a GPU would be told of each small block on its own.
-    order = np.arange(np.prod(shape), dtype=np.int32).reshape(shape)
-    moved = np.zeros(shape, dtype=bool)
-    for starts in zip(swaps.first.tolist(), swaps.second.tolist(), strict=True):
-        first, second = (tuple(slice(n, n + size) for n, size in zip(s, swaps.size, strict=True)) for s in starts)
-        kept = order[first].copy()
-        order[first] = order[second]
-        order[second] = kept
-        moved[first] = moved[second] = True
-    places = np.flatnonzero(moved)
-    both = torch.from_numpy(np.stack([places, order.ravel()[places]])).to(device, non_blocking=True)
-    return MovedVoxels(both[0], both[1])
-
-
 @torch.no_grad()
-def apply_swaps(crops: Tensor, moved: Sequence[MovedVoxels]) -> Tensor:
+def apply_swaps(crops: Tensor, swaps: Sequence[Swaps]) -> Tensor:
     """The crops with their blocks swapped; all channels of a crop alike.
 
     Args:
         crops: (B, C, X, Y, Z).
-        moved: B of them, for patches of (X, Y, Z).
+        swaps: B of them, drawn for patches of (X, Y, Z).
     """
     swapped = crops.clone()
-    for out, crop, voxels in zip(swapped.flatten(2), crops.flatten(2), moved, strict=True):
-        out.index_copy_(1, voxels.places, crop.index_select(1, voxels.sources))
+    for crop, drawn in zip(swapped, swaps, strict=True):
+        depth, height, width = drawn.size
+        for (x0, y0, z0), (x1, y1, z1) in zip(drawn.first.tolist(), drawn.second.tolist(), strict=True):
+            first = crop[:, x0 : x0 + depth, y0 : y0 + height, z0 : z0 + width]
+            second = crop[:, x1 : x1 + depth, y1 : y1 + height, z1 : z1 + width]
+            kept = first.clone()
+            first.copy_(second)
+            second.copy_(kept)
     return swapped
 
 
@@ -129,15 +106,6 @@ class SwapTarget(Target):
     """
 
     swap_error: Tensor
-
-
-def swap_error(images: Tensor, moved: Sequence[MovedVoxels]) -> Tensor:
-    """(B,) mean squared error of images (B, C, X, Y, Z) with their blocks swapped."""
-    errors = [
-        (image.index_select(1, voxels.places) - image.index_select(1, voxels.sources)).square().sum()
-        for image, voxels in zip(images.flatten(2), moved, strict=True)
-    ]
-    return torch.stack(errors) / images[0].numel()
 
 
 class PatchSwap(ReconstructionTask[PatchSwapSettings]):
@@ -157,9 +125,10 @@ class PatchSwap(ReconstructionTask[PatchSwapSettings]):
     def make(self, batch: CropBatch, device: torch.device) -> tuple[Tensor, SwapTarget]:
         """The image with its blocks swapped, and the image."""
         (crops,) = batch.patches(device)
-        moved = [moved_voxels(drawn, batch.patch_size, device) for drawn in batch.drawn]
-        image = standardised(crops)
-        return apply_swaps(crops, moved), SwapTarget(image=image, swap_error=swap_error(image, moved))
+        mean, scale = mean_and_scale(crops)
+        x = apply_swaps(crops, batch.drawn)
+        errors = (x - crops).mul_(scale).square_().mean((1, 2, 3, 4))
+        return x, SwapTarget(image=(crops - mean).mul_(scale), swap_error=errors)
 
     def loss(self, outputs: Tensor, target: Target) -> Tensor:
         """Mean absolute error of all voxels."""

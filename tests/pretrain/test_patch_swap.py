@@ -17,9 +17,7 @@ from nnunetv2_misfm.pretrain.patch_swap import (
     PatchSwapSettings,
     Swaps,
     apply_swaps,
-    moved_voxels,
     sample_swaps,
-    swap_error,
 )
 from nnunetv2_misfm.pretrain.reconstruction import standardised
 
@@ -34,7 +32,7 @@ def swaps(*pairs: tuple[tuple[int, int, int], tuple[int, int, int]], size: tuple
 
 def swapped(crops: torch.Tensor, *drawn: Swaps) -> torch.Tensor:
     """Crops with their blocks swapped."""
-    return apply_swaps(crops, [moved_voxels(of_crop, crops.shape[2:], "cpu") for of_crop in drawn])
+    return apply_swaps(crops, drawn)
 
 
 def test_number_and_size_of_blocks_are_the_published_ones():
@@ -68,10 +66,6 @@ def test_two_blocks_change_places():
     expected = crop.clone()
     expected[..., 0, 0:2, 0:2], expected[..., 2, 2:4, 3:5] = crop[..., 2, 2:4, 3:5], crop[..., 0, 0:2, 0:2]
     assert torch.equal(swapped(crop, drawn), expected)
-    assert (
-        moved_voxels(drawn, (3, 4, 5), "cpu").places.tolist()
-        == torch.nonzero((expected != crop).flatten()).flatten().tolist()
-    )
 
 
 def test_a_later_swap_moves_what_an_earlier_one_left():
@@ -122,11 +116,6 @@ def test_the_loss_is_of_all_voxels_and_the_score_the_share_of_the_swaps_undone(t
     assert score((copied + target.image) / 2) == pytest.approx(0.75, abs=1e-4)
     # A blur, here the mean, is worse than the input, though it has less error in the swapped blocks.
     assert score(torch.zeros_like(copied)) < -1
-
-
-def test_a_patch_of_one_voxel_has_nothing_to_undo():
-    drawn = moved_voxels(sample_swaps((1, 1, 1), SETTINGS, np.random.default_rng(0)), (1, 1, 1), "cpu")
-    assert len(drawn.places) == 0 and swap_error(torch.ones((1, 2, 1, 1, 1)), [drawn]).tolist() == [0]
 
 
 def test_the_target_is_left_alone():
