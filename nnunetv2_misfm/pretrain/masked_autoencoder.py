@@ -4,9 +4,10 @@ After nnssl (`masked_image_modeling/BaseMAETrainer.py`): 75 % of the blocks of 1
 keeps its skip connections, and the squared error over the hidden voxels is made small, without deep supervision.
 
 What differs: blocks are shares of the patch, so that any patch has as many, and those at its end are cut where they do
-not divide it; there are no rotations. The published optimisation and the other augmentation are the defaults here.
+not divide it; there are no rotations; the target is the crop with mean 0 and standard deviation 1 (`reconstruction.py`
+says why). The published optimisation and the other augmentation are the defaults here.
 
-Hidden voxels are 0 in the normalised image. For z-scored images that is their mean; nnU-Net's CT normalisation
+Hidden voxels are 0 in the normalised volume. For z-scored volumes that is their mean; nnU-Net's CT normalisation
 subtracts a mean as well, that of the dataset or, in pools prepared here, 0 HU.
 """
 
@@ -19,9 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnunetv2_misfm.plans.run_settings import PretrainingSettings
 from nnunetv2_misfm.plans.settings import Settings, setting
-from nnunetv2_misfm.pretrain.reconstruction import ReconstructionTask, Target
+from nnunetv2_misfm.pretrain.reconstruction import ReconstructionTask, Target, standardised
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
 
 if TYPE_CHECKING:
@@ -58,11 +58,12 @@ def voxel_masks(
 ) -> Tensor:
     """Which voxels are hidden: bool (B, 1, X, Y, Z) on `device`, for B drawn masks."""
     hidden = torch.from_numpy(np.stack(masks)).to(device, non_blocking=True)
-    number, *grid = hidden.shape
-    size = block_size(patch_size, settings)
-    blocks = hidden[:, :, None, :, None, :, None].expand(number, grid[0], size[0], grid[1], size[1], grid[2], size[2])
-    x, y, z = patch_size
-    return blocks.reshape(number, 1, *np.multiply(grid, size).tolist())[..., :x, :y, :z]
+    block = block_size(patch_size, settings)
+    # From the last axis to the first, so that what is repeated becomes longer and longer runs of memory.
+    for axis in (2, 1, 0):
+        of_voxel = torch.arange(patch_size[axis], device=hidden.device) // block[axis]
+        hidden = hidden.index_select(1 + axis, of_voxel)
+    return hidden.unsqueeze(1)
 
 
 class MaskedAutoencoder(ReconstructionTask[MaskSettings]):
@@ -71,7 +72,6 @@ class MaskedAutoencoder(ReconstructionTask[MaskSettings]):
     name = "masked_autoencoder"
     title = "masked autoencoder; sizes in plans axis order"
     Settings = MaskSettings
-    run_defaults = PretrainingSettings(optimizer="sgd", initial_lr=1e-2, weight_decay=3e-5, schedule="poly")
     augmentation_defaults = AugmentSettings.off(scale=(0.7, 1.4), scale_probability=0.2, flip_probability=0.5)
 
     def sample(self, reader: SampleReader) -> tuple[Sequence[Crop], np.ndarray]:
@@ -80,7 +80,7 @@ class MaskedAutoencoder(ReconstructionTask[MaskSettings]):
         return crops, sample_mask(reader.patch_size, self.settings, reader.generator)
 
     def make(self, batch: CropBatch, device: torch.device) -> tuple[Tensor, Target]:
-        """The image with hidden voxels at 0, and the image, of which the hidden voxels count."""
+        """The image with hidden voxels at 0, and the whole image, of which the hidden voxels count."""
         (image,) = batch.patches(device)
         hidden = voxel_masks(batch.drawn, batch.patch_size, self.settings, device)
-        return torch.where(hidden, 0.0, image), Target(image, hidden)
+        return torch.where(hidden, 0.0, image), Target(standardised(image), hidden)

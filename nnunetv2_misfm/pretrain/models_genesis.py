@@ -11,8 +11,9 @@ number of windows changes the same share of any patch. What differs:
   own range, and back, so any normalisation will do; of a z-score its curves would leave nothing below the mean.
 - Several channels share flips, windows and boxes, or one would show what another hides. Curves and noise are their own.
 - Sides of windows may always be two voxels, and the border that painting keeps is narrower where a patch has no room.
-- The optimiser and the length of a run are those of the other tasks, AdamW at 1e-3, in place of SGD at a learning rate
-  of 1, which is for targets in [0, 1].
+- The target has mean 0 and standard deviation 1 (`reconstruction.py` says why), in place of the range [0, 1].
+- The optimisation is nnssl's for this task, SGD at 1e-2 with momentum .99 and nnU-Net's decay, in place of SGD at 1
+  with momentum .9, which is for targets in [0, 1].
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from nnunetv2_misfm.plans.settings import Settings, setting
 from nnunetv2_misfm.pretrain.augment import INTENSITY_RANGE_PERCENTILES, percentile_values
-from nnunetv2_misfm.pretrain.reconstruction import ReconstructionTask, Target
+from nnunetv2_misfm.pretrain.reconstruction import ReconstructionTask, Target, standardised
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
 
 if TYPE_CHECKING:
@@ -308,4 +309,4 @@ class ModelsGenesis(ReconstructionTask[ModelsGenesisSettings]):
         """The corrupted image, and the flipped one."""
         (crops,) = batch.patches(device)
         image = flip_crops(crops, batch.drawn)
-        return corrupt(image, batch.drawn), Target(image)
+        return corrupt(image, batch.drawn), Target(standardised(image))

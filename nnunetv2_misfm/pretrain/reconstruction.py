@@ -1,7 +1,12 @@
-"""What tasks share whose target is an image: outputs, scores, alarms and the picture.
+"""What tasks share whose target is an image: target, outputs, scores, alarms and the picture.
 
-The score is the variance explained: 1 - squared error / variance, both summed over the scored voxels, the variance
-about the mean of each sample's channel. It is 1 for the image itself, 0 for the mean and below 0 for anything worse.
+What is asked for is the image with mean 0 and standard deviation 1 in each channel of each crop, as in the masked
+autoencoder of He et al. (CVPR 2022) in each patch. InstanceNorm, which nnU-Net's networks begin and end with, leaves no
+trace of a crop's own mean and scale, so no such network could tell them; and the loss has the same size for any
+normalisation of the volumes, so that one learning rate does.
+
+The score is the variance explained: 1 - squared error / square of the target, both summed over the scored voxels. It is
+1 for the image itself, 0 for the crop's mean everywhere and below 0 for anything worse.
 """
 
 from __future__ import annotations
@@ -14,12 +19,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnunetv2_misfm.plans.run_settings import PretrainingSettings
 from nnunetv2_misfm.pretrain.task import PretextTask, Scores, SettingsT, not_moving
 
 _SPATIAL = (2, 3, 4)
 _EPOCHS_TO_START = 3
 _SAME_EVERYWHERE = 1e-3  # variance of the output, as a share of the image's
 _TRIVIAL = 0.02  # variance explained
+_CONSTANT = 1e-5  # standard deviation of an image without contrast, as a share of its mean: rounding alone
+
+
+def mean_and_scale(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each channel of each image (B, C, X, Y, Z): its mean and 1 / standard deviation, both (B, C, 1, 1, 1).
+
+    The scale is 0 where an image has no contrast.
+    """
+    mean = images.mean(_SPATIAL, keepdim=True)
+    std = (images - mean).square_().mean(_SPATIAL, keepdim=True).sqrt_()  # torch.std takes three times as long
+    return mean, torch.where(std > _CONSTANT * mean.abs(), 1 / std, 0.0)
+
+
+def standardised(images: Tensor) -> Tensor:
+    """Each channel of each image (B, C, X, Y, Z) with mean 0 and standard deviation 1; 0 where it has no contrast."""
+    mean, scale = mean_and_scale(images)
+    return (images - mean).mul_(scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +50,7 @@ class Target:
     """What a network is asked for.
 
     Attributes:
-        image: float32 (B, C, X, Y, Z).
+        image: float32 (B, C, X, Y, Z), see `standardised`.
         scored: bool (B, 1, X, Y, Z), the voxels that count, at least one in each sample; None for all.
     """
 
@@ -46,7 +69,14 @@ class Target:
 
 
 class ReconstructionTask(PretextTask[SettingsT]):
-    """A task whose `make` gives a `Target`; the finest output alone is trained, as in all published ones."""
+    """A task whose `make` gives a `Target`; the finest output alone is trained, as in all published ones.
+
+    The optimisation is nnssl's for all tasks of this kind (`AbstractTrainer.py`), which for a target of mean 0 and
+    standard deviation 1 is right from the first iterations on. AdamW at 1e-3 moves no weight by more than 1e-3 in a
+    step, and needs hundreds of them before the output is as small as the target.
+    """
+
+    run_defaults = PretrainingSettings(optimizer="sgd", initial_lr=1e-2, weight_decay=3e-5, schedule="poly")
 
     def num_outputs(self, num_channels: int) -> int:
         """One for each channel of the image."""
@@ -57,11 +87,10 @@ class ReconstructionTask(PretextTask[SettingsT]):
         return target.squared_error(outputs)
 
     def count(self, outputs: Tensor, target: Target) -> dict[str, Any]:
-        """Squared error and variances of image and output, as means over each sample's scored voxels, added up."""
+        """Squares of error and image and the output's variance, as means over each sample's scored voxels, added up."""
         output = outputs.detach().float()
-        deviations = {"image": target.image - target.mean(target.image), "output": output - target.mean(output)}
-        sums = {name: target.mean(values.square()).sum().item() for name, values in deviations.items()}
-        return {**sums, "error": target.mean((output - target.image).square()).sum().item()}
+        deviations = {"image": target.image, "output": output - target.mean(output), "error": output - target.image}
+        return {name: target.mean(values.square()).sum().item() for name, values in deviations.items()}
 
     def scores(self, sums: Mapping[str, Any]) -> Scores:
         """Variance explained, and the variance of the output as a share of the image's."""
@@ -83,7 +112,8 @@ class ReconstructionTask(PretextTask[SettingsT]):
                 f"the network's output is nearly the same at all voxels. Try a lower -initial_lr (a third); "
                 f"{self.picture_name} shows whether the task can be seen at all."
             )
-        if scores.main < _TRIVIAL and (still := not_moving(losses)):
+        explained = scores.values["variance_explained"]
+        if explained < _TRIVIAL and (still := not_moving(losses)):  # type: ignore[operator]
             found.append(
                 f"{still}, and the output is no better than the mean. Try another -initial_lr, or look at "
                 f"{self.picture_name} for volumes without contrast."
@@ -91,11 +121,11 @@ class ReconstructionTask(PretextTask[SettingsT]):
         return found
 
     def picture(self, path: Path, x: Tensor, target: Target, outputs: Tensor) -> None:
-        """A row for each sample: input, target and output in the same grey values, and the error where it counts."""
+        """A row for each sample: input; target and output in the same grey values; the error where it counts."""
         from nnunetv2_misfm.pretrain.picture import Panel, grey, heat, write_panels
 
         image, error = target.image, (outputs.float() - target.image).abs()
         if target.scored is not None:
             error = error * target.scored
-        images = [Panel(*named, grey, like=image) for named in (("input", x), ("target", image), ("output", outputs))]
+        images = [Panel("input", x, grey), Panel("target", image, grey), Panel("output", outputs, grey, like=image)]
         write_panels(path, [*images, Panel("error, to half of the range", error, heat, like=image)])

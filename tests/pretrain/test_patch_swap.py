@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import blosc2
 import numpy as np
 import pytest
 import torch
@@ -9,15 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nnunetv2_misfm.plans.settings import SettingsError, read_settings
+from nnunetv2_misfm.pretrain.batches import crop_loader
+from nnunetv2_misfm.pretrain.crops import validation_samples
 from nnunetv2_misfm.pretrain.patch_swap import (
     PatchSwap,
     PatchSwapSettings,
     Swaps,
     apply_swaps,
     sample_swaps,
-    swapped_voxels,
 )
-from nnunetv2_misfm.pretrain.reconstruction import Target
+from nnunetv2_misfm.pretrain.reconstruction import standardised
 
 PATCH = (64, 128, 128)
 SETTINGS = PatchSwapSettings()
@@ -26,6 +28,11 @@ SETTINGS = PatchSwapSettings()
 def swaps(*pairs: tuple[tuple[int, int, int], tuple[int, int, int]], size: tuple[int, int, int]) -> Swaps:
     first, second = zip(*pairs, strict=True)
     return Swaps(np.array(first), np.array(second), size)
+
+
+def swapped(crops: torch.Tensor, *drawn: Swaps) -> torch.Tensor:
+    """Crops with their blocks swapped."""
+    return apply_swaps(crops, drawn)
 
 
 def test_number_and_size_of_blocks_are_the_published_ones():
@@ -55,59 +62,66 @@ def test_blocks_of_a_pair_lie_apart_within_any_patch(shape, share, seed):
 
 def test_two_blocks_change_places():
     crop = torch.arange(60.0).view(1, 1, 3, 4, 5)
-    swapped = apply_swaps(crop, [swaps(((0, 0, 0), (2, 2, 3)), size=(1, 2, 2))])
+    drawn = swaps(((0, 0, 0), (2, 2, 3)), size=(1, 2, 2))
     expected = crop.clone()
     expected[..., 0, 0:2, 0:2], expected[..., 2, 2:4, 3:5] = crop[..., 2, 2:4, 3:5], crop[..., 0, 0:2, 0:2]
-    assert torch.equal(swapped, expected)
+    assert torch.equal(swapped(crop, drawn), expected)
 
 
 def test_a_later_swap_moves_what_an_earlier_one_left():
     crop = torch.arange(4.0).view(1, 1, 1, 1, 4)
     drawn = swaps(((0, 0, 0), (0, 0, 1)), ((0, 0, 1), (0, 0, 3)), size=(1, 1, 1))
-    assert apply_swaps(crop, [drawn]).flatten().tolist() == [1, 3, 2, 0]
+    assert swapped(crop, drawn).flatten().tolist() == [1, 3, 2, 0]
 
 
 @given(shape=st.tuples(*[st.integers(1, 24)] * 3), seed=st.integers(0, 2**32))
 def test_swaps_keep_every_value_and_channels_together(shape, seed):
     crop = torch.arange(float(np.prod(shape))).view(1, 1, *shape)
     crops = torch.cat([crop, crop + 0.5], dim=1)
-    swapped = apply_swaps(crops, [sample_swaps(shape, SETTINGS, np.random.default_rng(seed))])
-    assert torch.equal(swapped[0, 0].flatten().sort().values, crop.flatten())
-    assert torch.equal(swapped[:, 1], swapped[:, 0] + 0.5)
+    after = swapped(crops, sample_swaps(shape, SETTINGS, np.random.default_rng(seed)))
+    assert torch.equal(after[0, 0].flatten().sort().values, crop.flatten())
+    assert torch.equal(after[:, 1], after[:, 0] + 0.5)
+
+
+def test_every_crop_of_a_batch_has_its_own_swaps():
+    crops = torch.rand((2, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0))
+    drawn = [sample_swaps((8, 8, 8), SETTINGS, np.random.default_rng(i)) for i in range(2)]
+    together = swapped(crops, *drawn)
+    assert all(torch.equal(together[i : i + 1], swapped(crops[i : i + 1], drawn[i])) for i in range(2))
 
 
 def test_as_much_changes_as_in_the_published_code():
     # PyMIC's PatchSwaping: .109 of the voxels of such a crop, with a standard deviation of .020.
     crops = torch.rand((1, 1, *PATCH), generator=torch.Generator().manual_seed(0))
     changed = [
-        (apply_swaps(crops, [sample_swaps(PATCH, SETTINGS, np.random.default_rng(i))]) != crops).float().mean().item()
+        (swapped(crops, sample_swaps(PATCH, SETTINGS, np.random.default_rng(i))) != crops).float().mean().item()
         for i in range(50)
     ]
     assert np.mean(changed) == pytest.approx(0.109, abs=0.011) and np.std(changed) == pytest.approx(0.020, abs=0.008)
 
 
-def test_the_loss_is_of_all_voxels_and_the_score_of_swapped_ones():
+def test_the_loss_is_of_all_voxels_and_the_score_the_share_of_the_swaps_undone(tmp_path):
     task = PatchSwap(SETTINGS)
-    image = torch.randn((1, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0))
-    drawn = [swaps(((0, 0, 0), (4, 4, 4)), size=(4, 4, 4))]
-    target = Target(image, swapped_voxels(drawn, (8, 8, 8), "cpu"))
-    assert target.scored.sum() == 2 * 4**3 and target.scored[0, 0, :4, :4, :4].all()
-    swapped = apply_swaps(image, drawn)
-    assert task.loss(swapped, target).item() == pytest.approx((swapped - image).abs().mean().item())
-    # The input itself has twice the variance as its error; wrong voxels elsewhere do not count.
-    assert task.scores(task.count(swapped, target)).main == pytest.approx(-1, abs=0.3)
-    assert task.scores(task.count(torch.where(target.scored, image, 9.0), target)).main == 1
+    volume = np.random.default_rng(0).random((2, 20, 20, 20)).astype(np.float32)
+    blosc2.asarray(volume, urlpath=str(tmp_path / "0.b2nd"), mode="w")
+    batch = next(crop_loader(validation_samples(tmp_path, ["0"], (16, 16, 16), task, 0, 2), 3, 1))
+    x, target = task.make(batch, torch.device("cpu"))
+    copied = standardised(x)  # swaps keep all values, so this is the target with its blocks swapped
+    assert task.loss(copied, target).item() == pytest.approx((copied - target.image).abs().mean().item())
 
+    def score(output):
+        return task.scores(task.count(output, target)).main
 
-def test_a_patch_of_one_voxel_is_scored_as_a_whole():
-    drawn = [sample_swaps((1, 1, 1), SETTINGS, np.random.default_rng(0))]
-    assert swapped_voxels(drawn, (1, 1, 1), "cpu").all()
+    assert score(copied) == pytest.approx(0, abs=1e-4) and score(target.image) == 1
+    assert score((copied + target.image) / 2) == pytest.approx(0.75, abs=1e-4)
+    # A blur, here the mean, is worse than the input, though it has less error in the swapped blocks.
+    assert score(torch.zeros_like(copied)) < -1
 
 
 def test_the_target_is_left_alone():
     crops = torch.rand((2, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0))
     before = crops.clone()
-    apply_swaps(crops, [sample_swaps((8, 8, 8), SETTINGS, np.random.default_rng(i)) for i in range(2)])
+    swapped(crops, *(sample_swaps((8, 8, 8), SETTINGS, np.random.default_rng(i)) for i in range(2)))
     assert torch.equal(crops, before)
 
 
