@@ -104,10 +104,12 @@ def set_sizes(configuration: dict[str, Any], patch_size: Sequence[int] | None, b
         )
 
 
-def enlarged_patch(configuration: Mapping[str, Any], divisor: Sequence[int]) -> list[int]:
-    """A configuration's patch, enlarged to multiples of `divisor` and to what its network can normalise."""
+def enlarged_patch(
+    configuration: Mapping[str, Any], architecture: Mapping[str, Any], divisor: Sequence[int]
+) -> list[int]:
+    """A configuration's patch, enlarged to multiples of `divisor` and to what a network can normalise."""
     patch = [-(-int(n) // d) * d for n, d in zip(configuration["patch_size"], divisor, strict=True)]
-    if leaves_a_single_value(configuration["architecture"], patch, configuration["batch_size"]):
+    if leaves_a_single_value(architecture, patch, configuration["batch_size"]):
         patch[2] += divisor[2]  # nnU-Net pads images that are smaller than the patch
     return patch
 

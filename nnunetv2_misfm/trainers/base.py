@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Mapping
 from datetime import datetime
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ class BaseTrainer(ResumableTrainer):
             MetricsFile(Path(self.output_folder) / METRICS).append(self.current_epoch, row)
             for logger in self.logger.loggers:
                 for name, value in row.items():
-                    if isinstance(value, (int, float)):
+                    if isinstance(value, Real):
                         logger.log(name, value, self.current_epoch)
         super().on_epoch_end()
         done = self.current_epoch

@@ -17,7 +17,6 @@ from nnunetv2_misfm.files import read_json
 from nnunetv2_misfm.pages import figures
 from nnunetv2_misfm.pages.html import write_page
 from nnunetv2_misfm.plans.checks import configuration_3d
-from nnunetv2_misfm.plans.files import FINAL
 from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, SEGMENTATION, FinetuningSettings
 from nnunetv2_misfm.plans.settings import write_settings
 from nnunetv2_misfm.pretrain.tasks import settings_of
@@ -79,7 +78,7 @@ def write_run_page(folder: Path) -> Path:
         "dataset": plans["dataset_name"],
         "task": block["task"].replace("_", " "),
         "pretraining": block["task"] != SEGMENTATION,
-        "state": _state(folder, rows, next(value for name, value, _ in settings if name == "num_epochs")),
+        "state": _state(rows, next(value for name, value, _ in settings if name == "num_epochs")),
         "facts": _facts(folder, plans, trainer, configuration),
         "alarms": _alarms(folder),
         "skipped": columns.get("skipped_steps", [0])[-1],
@@ -97,14 +96,14 @@ def write_run_page(folder: Path) -> Path:
     return folder / PAGE
 
 
-def _state(folder: Path, rows: Sequence[Mapping[str, str]], num_epochs: int) -> str:
+def _state(rows: Sequence[Mapping[str, str]], num_epochs: int) -> str:
     """One or two sentences: how far the run is, and how much time is left."""
     done = int(rows[-1]["epoch"]) + 1
     seconds = sorted(_number(row.get("seconds")) for row in rows)
     usual = seconds[len(seconds) // 2]
     ended = rows[-1].get("ended") or ""
     when = f" The last one ended at {ended.replace('T', ' ')}." if ended else ""
-    if (folder / FINAL).is_file() and done >= num_epochs:
+    if done >= num_epochs:
         return f"Finished: all {num_epochs} epochs are done.{when}"
     left = "" if math.isnan(usual) else f" About {_duration((num_epochs - done) * usual)} are left at the usual speed."
     return f"{done} of {num_epochs} epochs are done.{when}{left}"

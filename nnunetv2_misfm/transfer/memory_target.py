@@ -118,7 +118,7 @@ class MemoryBudget:
         Raises:
             PlanError: if not even the smallest patch fits.
         """
-        entry["patch_size"] = enlarged_patch(entry, self.strides)
+        entry["patch_size"] = enlarged_patch(entry, self._architecture, self.strides)
         while (needed := self.needed(entry)) > self.gigabytes:
             if entry["batch_size"] > _SMALLEST_BATCH:
                 entry["batch_size"] -= 1

@@ -214,7 +214,8 @@ def _configuration(
         remarks += (f"{name}: {remark}" for remark in about_spacing(configuration["spacing"], source))
     configuration["architecture"] = _architecture(configuration, degree, name, request, source, remarks)
     if request.network == "pretrained" and request.patch_size is None:
-        configuration["patch_size"] = enlarged_patch(configuration, patch_divisor(configuration["architecture"]))
+        planned = configuration["architecture"]
+        configuration["patch_size"] = enlarged_patch(configuration, planned, patch_divisor(planned))
     if request.patch_size is None and enlarge_for_augmentation(configuration):
         remarks.append(
             f"{name}: patch size {configuration['patch_size']}, because nnU-Net's augmentation cannot blur or scale "

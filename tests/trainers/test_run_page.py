@@ -45,13 +45,12 @@ def test_how_far_the_run_is_and_how_long_it_still_takes(tmp_path: Path) -> None:
 
 def test_a_finished_run_says_so(tmp_path: Path) -> None:
     folder = make_run(tmp_path, {"task": "volume_fusion", "num_epochs": 2}, 2)
-    (folder / "checkpoint_final.pth").touch()
     assert "Finished: all 2 epochs are done." in text_of(write_run_page(folder))
 
 
 def test_what_differs_from_the_defaults_comes_first(tmp_path: Path) -> None:
     folder = make_run(tmp_path, {"task": "volume_fusion", "num_epochs": 7, "fusion": {"geometry": "blocks"}}, 1)
-    html = write_run_page(folder).read_text()
+    html = write_run_page(folder).read_text(encoding="utf-8")
     rows = re.findall(r"<tr><td>(\S+)</td><td>(.*?)</td><td>(.*?)</td></tr>", html[html.index("Settings") :])
     assert {row[0] for row in rows[:2]} == {"num_epochs", "fusion.geometry"}
     assert ("num_epochs", "<strong>7</strong>", "400") in rows and ("initial_lr", "0.001", "") in rows
@@ -74,7 +73,7 @@ def test_the_account_of_the_transfer_is_that_of_the_log(tmp_path: Path) -> None:
     report = TransferReport("W.pth", entries, ("encoder",), (Unused("x", "other", "no place", 1),), ("a note",))
     folder = make_run(tmp_path, {"task": "segmentation"}, 1, mean_fg_dice=0.5)
     (folder / "transfer_report.json").write_text(json.dumps(report.as_json()))
-    html = write_run_page(folder).read_text()
+    html = write_run_page(folder).read_text(encoding="utf-8")
     assert TransferReport.from_json(report.as_json()) == report
     assert report.table() in html.replace("&gt;", ">").replace("&#39;", "'")
 
@@ -84,7 +83,7 @@ def test_pictures_are_spread_over_the_run_and_lie_in_the_page(tmp_path: Path) ->
     (folder / "pictures").mkdir()
     for epoch in range(100):
         (folder / "pictures" / f"epoch_{epoch:04d}.png").write_bytes(PNG + bytes([epoch]))
-    html = write_run_page(folder).read_text()
+    html = write_run_page(folder).read_text(encoding="utf-8")
     (listed,) = re.findall(r"const pictures = (.*?);\n", html)
     epochs = [epoch for epoch, _ in json.loads(listed)]
     assert epochs[0] == 1 and epochs[-1] == 100 and len(epochs) <= 25

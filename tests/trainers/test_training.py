@@ -101,10 +101,10 @@ def test_pretrain_plan_finetune_and_predict(nnunet: Path, tmp_path: Path) -> Non
 
     for folder, said in ((checkpoint.parent, "Finished: all 2 epochs"), (Path(run.output_folder), "decoder")):
         page = folder / "run.html"
-        assert said in page.read_text(), "the run has written it by itself"
+        assert said in page.read_text(encoding="utf-8"), "the run has written it by itself"
         page.unlink()
         misfm_report([str(folder.parent)])
-        assert said in page.read_text()
+        assert said in page.read_text(encoding="utf-8")
 
 
 def test_an_ordinary_plan_trains_pctnet_and_the_results_folder_rebuilds_it(nnunet: Path) -> None:
