@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 
 COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#14b8a6", "#ec4899", "#84cc16")
 TEXT = "#7b7c7d"  # a colour that nothing else has; in the SVG it becomes that of the page's text
+_MOST_INSIDE = 3  # lines in a legend within the axes
 _STYLE: Any = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), TEXT),
     "svg.fonttype": "none",
@@ -47,7 +48,8 @@ def curve(
             marker = "o" if len(line) == 1 else None
             axis.plot(range(1, len(line) + 1) if x is None else x, line, color=colour, label=name, marker=marker)
         axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
-        axis.legend(frameon=False)
+        outside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(lines) > _MOST_INSIDE else {}
+        axis.legend(frameon=False, **outside)
 
     return svg(draw, 7.2, 3.0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import random
 import time
 from collections.abc import Mapping
@@ -33,6 +34,7 @@ from nnunetv2_misfm.trainers.schedules import StagedSchedule, parameter_groups
 from nnunetv2_misfm.transfer.names import names_of
 
 _FIRST_LOSSES = 5
+_SECONDS_BETWEEN_PAGES = 60.0
 # What nnU-Net tells its loggers about a run.
 _LOGGED_PARAMETERS = (
     "initial_lr",
@@ -75,6 +77,7 @@ class BaseTrainer(ResumableTrainer):
         self.initial_lr = self.settings.initial_lr
         self.weight_decay = self.settings.weight_decay
         self._steps_done = 0
+        self._page_written = -math.inf
         self.save_every = min(50, max(1, self.num_epochs // 20))
 
     def _read_settings(self, plans: Mapping[str, Any]) -> RunSettings:
@@ -149,7 +152,7 @@ class BaseTrainer(ResumableTrainer):
         super().on_epoch_start()
 
     def on_epoch_end(self) -> None:
-        """As in nnU-Net, after a row of metrics.csv; every few epochs the page of the run is written."""
+        """As in nnU-Net, after a row of metrics.csv; writes the run's page, once a minute at most and at the end."""
         if self.local_rank == 0:
             seconds = time.time() - self.logger.get_value("epoch_start_timestamps", step=-1)
             row = {
@@ -167,9 +170,10 @@ class BaseTrainer(ResumableTrainer):
                     if isinstance(value, Real):
                         logger.log(name, value, self.current_epoch)
         super().on_epoch_end()
-        done = self.current_epoch
-        if self.local_rank == 0 and (done % self.save_every == 0 or done == self.num_epochs):
+        is_due = time.monotonic() - self._page_written > _SECONDS_BETWEEN_PAGES
+        if self.local_rank == 0 and (is_due or self.current_epoch == self.num_epochs):
             write_run_page(Path(self.output_folder))
+            self._page_written = time.monotonic()
 
     def _metrics(self) -> dict[str, Any]:
         """The scores of an epoch, by their columns of metrics.csv."""

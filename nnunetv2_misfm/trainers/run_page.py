@@ -29,6 +29,8 @@ PICTURES = "pictures"
 TRANSFER_REPORT = "transfer_report.json"
 _MOST_PICTURES = 24
 _ALARM = re.compile(r"ALARM: (?P<text>.*)")
+_CLASS = re.compile(r"_\d+$")
+_NUMBERS = re.compile(r" ?\([^)]*\)")
 _EPOCH = re.compile(r"Epoch (?P<epoch>\d+)\s*$")
 # Columns of metrics.csv that have a figure of their own; all others but these are scores.
 _LOSSES = ("train_loss", "val_loss")
@@ -147,7 +149,13 @@ def _figures(columns: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, str]
         if lines:
             yield title, figures.curve(lines, "epoch", "", epochs, log=log)
 
-    yield from shown("Scores", [name for name in columns if name not in _NO_SCORES])
+    scores: dict[str, list[str]] = {}
+    for name in columns:
+        if name not in _NO_SCORES:
+            of_classes = _CLASS.sub("", name)  # dice_0, dice_1, ...
+            scores.setdefault(of_classes.capitalize() if of_classes != name else "Scores", []).append(name)
+    for title, names in scores.items():
+        yield from shown(title.replace("_", " "), names)
     yield from shown("Losses", _LOSSES)
     yield from shown("Learning rate", ["lr"], log=True)
     yield from shown("Seconds of an epoch", ["seconds"])
@@ -165,8 +173,9 @@ def _alarms(folder: Path) -> list[Alarm]:
                 epoch = int(match["epoch"])
             elif match := _ALARM.search(line):
                 text = match["text"].strip()
-                before = found.pop(text, Alarm(text, epoch, epoch, 0))
-                found[text] = Alarm(text, before.first, epoch, before.count + 1)
+                kind = _NUMBERS.sub("", text)  # the same alarm, whatever its numbers
+                before = found.pop(kind, Alarm(text, epoch, epoch, 0))
+                found[kind] = Alarm(text, before.first, epoch, before.count + 1)
     return list(reversed(found.values()))
 
 

@@ -58,10 +58,10 @@ def test_what_differs_from_the_defaults_comes_first(tmp_path: Path) -> None:
 
 def test_an_alarm_is_listed_once_with_its_epochs(tmp_path: Path) -> None:
     folder = make_run(tmp_path, {"task": "volume_fusion"}, 1, skipped_steps=3)
-    log = "2026: Epoch 4\n2026: ALARM: the loss does not fall. Try another -initial_lr.\n2026: Epoch 5\n2026: fine\n"
-    (folder / "training_log_1.txt").write_text(log + log.replace("Epoch 4", "Epoch 6"))
+    log = "2026: Epoch 4\n2026: ALARM: the loss does not fall (0.51). Try another -initial_lr.\n2026: Epoch 5\n"
+    (folder / "training_log_1.txt").write_text(log + log.replace("Epoch 4", "Epoch 6").replace("(0.51)", "(0.50)"))
     text = text_of(write_run_page(folder))
-    assert text.count("the loss does not fall. Try another -initial_lr.") == 1
+    assert text.count("the loss does not fall (0.50). Try another -initial_lr.") == text.count("Try another") == 1
     assert "Given 2 times, in epochs 5 to 7." in text and "3 training steps were skipped" in text
 
 
