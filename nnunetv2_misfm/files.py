@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     Until then, and if writing fails, whatever was at `path` stays as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Processes of several machines may have one number.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         with open(temporary, "r+b") as file:  # Windows flushes only what it may write to
@@ -58,6 +60,31 @@ def write_json(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None
     with written_whole(path) as temporary:
         # Undecodable bytes in the names of files are written as escapes.
         temporary.write_text(json.dumps(content, indent=4), encoding="utf-8", errors="backslashreplace")
+
+
+def append_json_lines(path: Path, lines: Iterable[str]) -> None:
+    """Add lines to a file that one process at a time writes to; they have reached the disk when this returns.
+
+    What a killed process left of a line ends at the next one, and `read_json_lines` skips it.
+    """
+    with open(path, "ab") as file:
+        file.write(b"".join(b"\n" + line.encode("ascii") for line in lines) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json_lines(path: Path) -> Iterator[Any]:
+    """What the lines of a file hold, without those that are empty or torn; nothing if there is no such file."""
+    try:
+        file = open(path, "rb")
+    except FileNotFoundError:
+        return
+    with file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
 
 
 # What a file system without locks answers, where FileLock does not raise NotImplementedError for it.
