@@ -163,9 +163,10 @@ def _read_records(path: Path) -> dict[str, CaseRecord]:
 
 
 def _volume_as_json(volume: Volume) -> dict[str, Any]:
-    return {**vars(volume), "channels": volume.num_channels, "grid": [list(v) for v in vars(volume.grid).values()]}
+    grid = [list(value) for value in vars(volume.grid).values()]
+    return {**vars(volume), "channels": volume.num_channels, "grid": grid, "bundles": list(volume.bundles)}
 
 
 def _volume_from_json(content: dict[str, Any]) -> Volume:
-    grid = Grid(*map(tuple, content["grid"]))
-    return Volume(**{**content, "channels": ((),) * content["channels"], "grid": grid})
+    grid, bundles = Grid(*map(tuple, content["grid"])), tuple(content["bundles"])
+    return Volume(**{**content, "channels": ((),) * content["channels"], "grid": grid, "bundles": bundles})

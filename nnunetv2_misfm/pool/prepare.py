@@ -201,23 +201,22 @@ def _merge_if_last(
 
 def _prepare_joined(folder: PoolFolder, plans: Mapping[str, Any], configuration: str, num_processes: int) -> None:
     """Prepare the volumes whose files lie in folders that different parts have looked after."""
-    bundles_of: dict[str, list[int]] = defaultdict(list)
-    several: set[str] = set()
+    bundles_of: dict[str, set[int]] = defaultdict(set)
     series_of_case: dict[str, str] = {}
     for bundle in range(BUNDLES):
         volumes, left_out = folder.ledger.found(bundle)
-        for series in [*(volume.series for volume in volumes), *(one.series for one in left_out)]:
-            if series:
-                bundles_of[series].append(bundle)
-        several.update(volume.series for volume in volumes if volume.num_folders > 1 and volume.series)
-        series_of_case.update((volume.case, volume.series) for volume in volumes)
-    several.update(series for series, bundles in bundles_of.items() if len(bundles) > 1)
+        for volume in volumes:
+            bundles_of[volume.series].update(volume.bundles)
+            series_of_case[volume.case] = volume.series
+        for one in left_out:
+            bundles_of[one.series].add(bundle)
+    several = {series for series, bundles in bundles_of.items() if series and len(bundles) > 1}
     involved = sorted({bundle for series in several for bundle in bundles_of[series]})
     headers = (header for bundle in involved for header in folder.ledger.index.unchanged(bundle))
     found = joined_series(headers, several) if several else []
-    volumes = with_own_names([one for one in found if isinstance(one, Volume)], series_of_case)
-    folder.ledger.write_joined(volumes, [one for one in found if isinstance(one, LeftOut)])
-    _prepare_pending(folder, volumes, plans, configuration, num_processes)
+    joined = with_own_names([one for one in found if isinstance(one, Volume)], series_of_case)
+    folder.ledger.write_joined(joined, [one for one in found if isinstance(one, LeftOut)])
+    _prepare_pending(folder, joined, plans, configuration, num_processes)
 
 
 @contextmanager

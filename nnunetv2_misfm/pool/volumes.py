@@ -46,8 +46,8 @@ class Volume:
     """Of its first file; `share.py` says what that is."""
     series: str = ""
     """Hash of patient and SeriesInstanceUID, by which files in other folders are found; empty if there can be none."""
-    num_folders: int = 1
-    """In which its files lie."""
+    bundles: tuple[int, ...] = ()
+    """Of all files of such a series."""
 
     @property
     def num_channels(self) -> int:
@@ -201,8 +201,8 @@ def _from_series(series: Series) -> Volume:
     key_of_folder = first.file.key.rpartition("/")[0]
     key = f"{key_of_folder}/{series.uid}" if len(series.headers) > 1 else first.file.key
     volume = _make_volume(case_name(stem, key), [series.headers], series.source, series.grid, series.modality)
-    folders = len({header.file.folder for header in series.headers})
-    return dataclasses.replace(volume, bundle=first.file.bundle, series=series_hash(first), num_folders=folders)
+    bundles = tuple(sorted({header.file.bundle for header in series.headers}))
+    return dataclasses.replace(volume, bundle=first.file.bundle, series=series_hash(first), bundles=bundles)
 
 
 def _from_images(group: Sequence[Header], stem: str) -> Volume:

@@ -138,11 +138,12 @@ def test_channels_of_one_folder_stay_together(tmp_path: Path) -> None:
 
 
 def test_headers_are_kept_as_they_were_read(tmp_path: Path, opened: list[str]) -> None:
-    dicom_files.series(tmp_path / "series", HU)
-    phantoms.write(tmp_path / "a.nii.gz", phantoms.mr(), (1, 1.5, 0.3))
-    (tmp_path / "broken.nrrd").write_bytes(b"NRRD0004\n")
+    folder = tmp_path / "scans"
+    dicom_files.series(folder / "series", HU)
+    phantoms.write(folder / "a.nii.gz", phantoms.mr(), (1, 1.5, 0.3))
+    (folder / "broken.nrrd").write_bytes(b"NRRD0004\n")
     (tmp_path / "index").mkdir()
-    first, second = (find_volumes([tmp_path], index=HeaderIndex(tmp_path / "index", Share().bundles)) for _ in range(2))
+    first, second = (find_volumes([folder], index=HeaderIndex(tmp_path / "index", Share().bundles)) for _ in range(2))
     assert (first.volumes, first.left_out) == (second.volumes, second.left_out)
     assert len(second.volumes) == 2 and len(second.left_out) == 1
     assert Counter(opened) == dict.fromkeys(opened, 1) and len(opened) == 14

@@ -1,0 +1,429 @@
+"""Preparing an archive in parts: what is opened, what it costs, and whether killed parts change the pool.
+
+    python benchmarks/archive.py [parts archive speed] [--data FOLDER] [--series 2000] [--files 10] [--num_parts 100]
+
+parts    Ten parts start at the same moment on 300 real volumes; three of them are killed at random moments and
+         started again, twice. The arrays must be those that one part makes. FOLDER holds nnU-Net datasets.
+archive  All parts in turn on an archive of small DICOM series that is written first; then again, with 1 % new series.
+         Everything is done but preparing voxels: `prepare_case` returns a record and no arrays.
+speed    CPU time per volume beside what each worker of nnUNetv2_preprocess does with it, with the same target spacing.
+
+Each replaces its section of benchmarks/results/archive.md. The archive of the paper's size: --series 110000.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+import pydicom
+from provenance import device_name, provenance
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+
+from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
+from nnunetv2_misfm.pool import headers, prepare, volumes
+from nnunetv2_misfm.pool.case import PREPARED, CaseRecord, CaseResult, CaseTask
+from nnunetv2_misfm.pool.folder import PoolFolder
+from nnunetv2_misfm.pool.merge import merge_pool
+
+RESULTS = Path(__file__).parent / "results" / "archive.md"
+POOL = "Dataset900_Pool"
+DATA = Path("nnUNet_preprocessed") / POOL / "nnUNetPlans_3d_fullres"
+TOGETHER, KILLED, TRIALS = 10, 3, 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", default=["parts", "archive", "speed"])
+    parser.add_argument("--data", type=Path, default=os.environ.get("MISFM_REAL_DATA"))
+    parser.add_argument("--volumes", type=int, default=300)
+    parser.add_argument("--series", type=int, default=2000)
+    parser.add_argument("--files", type=int, default=10)
+    parser.add_argument("--num_parts", type=int, default=100)
+    parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
+    options = parser.parse_args()
+    measure = {"parts": measure_parts, "archive": measure_archive, "speed": measure_speed}
+    for name in options.sections:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            for part in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+                (Path(folder) / part).mkdir()
+                os.environ[part] = str(Path(folder) / part)
+            lines = measure[name](options, Path(folder))
+        command = f"python benchmarks/archive.py {' '.join(sys.argv[1:])}"
+        lines += ["", *provenance(command, ("nnunetv2", "pydicom", "blosc2"), {}, device_name("cpu"))]
+        write_section(lines)
+
+
+def write_section(lines: Sequence[str]) -> None:
+    """Replace the section of that heading in the results."""
+    text = RESULTS.read_text() if RESULTS.exists() else "# Preparing an archive in parts\n"
+    head, *sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
+    kept = [section.strip() for section in sections if not section.startswith(lines[0])]
+    RESULTS.write_text("\n\n".join([head.strip(), *kept, "\n".join(lines)]) + "\n")
+    print("\n".join(lines))
+
+
+def pretrain(images: Path, *options: str) -> None:
+    """Prepare, with nothing said."""
+    data = ["-i", str(images), "-d", "900", "-n", "Pool", "-np", "1", "-spacing", "1.5", "1.5", "1.5"]
+    with redirect_stdout(StringIO()), open(os.devnull, "w") as nowhere:
+        sys.stderr, before = nowhere, sys.stderr
+        try:
+            misfm_pretrain([*data, "--only_prepare", *options])
+        finally:
+            sys.stderr = before
+
+
+def part(number: int, num_parts: int) -> list[str]:
+    return ["-num_parts", str(num_parts), "-part_id", str(number)]
+
+
+# ---- parts
+
+
+def measure_parts(options: argparse.Namespace, folder: Path) -> list[str]:
+    images, generator = folder / "images", random.Random(0)
+    sources = sorted(options.data.glob("Dataset*/imagesTr/*.nii.gz"))[: options.volumes]
+    for source in sources:
+        (images / source.parts[-3]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, images / source.parts[-3])
+    modality = ["-modality", "mr"]
+    pretrain(images, *modality)
+    one, rows = arrays(folder), []
+    for trial in range(TRIALS):
+        shutil.rmtree(folder / "nnUNet_preprocessed" / POOL)
+        started = {number: start(images, number, modality) for number in range(TOGETHER)}
+        chosen = generator.sample(range(TOGETHER), KILLED)
+        when = sorted(generator.uniform(0.05, 0.8) * len(one) for _ in chosen)
+        killed = []
+        for number, moment in zip(chosen, when, strict=True):
+            while len(list((folder / DATA).glob("*_seg.b2nd"))) < moment and started[number].is_alive():
+                time.sleep(0.02)
+            os.kill(started[number].pid, signal.SIGKILL)
+            started[number].join()
+            killed.append(f"part {number} after {len(list((folder / DATA).glob('*_seg.b2nd')))} volumes")
+            started[number] = start(images, number, modality)
+        for process in started.values():
+            process.join()
+        failed = [number for number, process in started.items() if process.exitcode]
+        same = "the same" if arrays(folder) == one else "NOT the same"
+        rows.append(f"| {trial + 1} | {', '.join(killed)} | {failed or 'none'} | {same} |")
+    return [
+        "## Parts that start together and are killed",
+        "",
+        f"{len(sources)} real volumes, {len(one)} cases in the pool of one part. {TOGETHER} parts start at the same "
+        f"moment; {KILLED} are killed (SIGKILL) and started again. Compared are the bytes of all arrays, the report and "
+        "the plans.",
+        "",
+        "| trial | killed | parts that failed | pool |",
+        "| --- | --- | --- | --- |",
+        *rows,
+    ]
+
+
+def start(images: Path, number: int, modality: Sequence[str]) -> Any:
+    arguments = (images, *modality, *part(number, TOGETHER))
+    process = multiprocessing.get_context("fork").Process(target=pretrain, args=arguments)
+    process.start()
+    return process
+
+
+def arrays(folder: Path) -> dict[str, str]:
+    """Digests of all arrays of the pool, and of what is said about them."""
+    found = {path.name: digest(blosc2.open(str(path))[:].tobytes()) for path in (folder / DATA).glob("*.b2nd")}
+    found |= {path.name: digest(path.read_bytes()) for path in (folder / DATA).parent.glob("*.csv")}
+    return found | {path.name: digest(path.read_bytes()) for path in (folder / DATA).parent.glob("*.json")}
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+# ---- archive
+
+
+class Opened:
+    """Counts the files that this process opens, by the folder they lie in."""
+
+    def __init__(self, archive: Path, pool: Path):
+        self.folders = {"headers": str(archive), "small": str(pool)}
+        self.counts: Counter[str] = Counter()
+        sys.addaudithook(self._count)
+
+    def _count(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(arguments[0], (str, os.PathLike)):
+            path = os.fspath(arguments[0])
+            for name, folder in self.folders.items():
+                if path.startswith(folder):
+                    self.counts[name] += 1
+
+
+class Stopwatch:
+    """Adds up the CPU time of calls of a function that it stands in for."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+        self.seconds = 0.0
+
+    def __call__(self, *arguments: Any) -> Any:
+        started = time.process_time()
+        try:
+            return self.function(*arguments)
+        finally:
+            self.seconds += time.process_time() - started
+
+
+def measure_archive(options: argparse.Namespace, folder: Path) -> list[str]:
+    archive, pool = folder / "archive", folder / "nnUNet_preprocessed"
+    template = dicom_template()
+    new = max(1, options.series // 100)
+    write_series(archive, range(options.series), options.files, template)
+    opened = Opened(archive, pool)
+    with without_voxels() as watches:
+        first = run_parts(archive, options.num_parts, watches, opened)
+        num_files = options.series * options.files
+        rows = [row("first run", first, options.series, num_files, opened.counts)]
+        write_series(archive, range(options.series, options.series + new), options.files, template)
+        for name, num_parts in (("again, 1 % new", options.num_parts), ("the same in one part", 1)):
+            opened.counts.clear()
+            again = run_parts(archive, num_parts, watches, opened)
+            share = f"{100 * again['cpu'] / first['cpu']:.1f} % of the first"
+            rows.append(row(f"{name} ({share})", again, new, new * options.files, opened.counts))
+            write_series(
+                archive, range(options.series + new, options.series + 2 * new), options.files, template
+            ) if num_parts > 1 else None
+        rows.insert(1, "")
+        rows.pop(1)
+    merge = merge_in_a_process(folder)
+    return [
+        "## An archive in parts",
+        "",
+        f"{options.series:,} DICOM series of {options.files} files (16 x 16 pixels, each file of its own), "
+        f"{options.num_parts} parts in turn in one process; CPU time without imports. Voxels are not prepared here. "
+        "Headers are files of the archive that are opened, small files those of the pool's folder; both are counted "
+        "for all parts together and given per file and per volume that is new.",
+        "",
+        "| run | CPU, s | headers opened per file | small files opened per volume | CPU per header, ms | longest start "
+        "of a part beyond its headers, s | longest listing, s |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *rows,
+        "",
+        f"Merging {merge['volumes']:,} records: {merge['seconds']:.1f} s, {merge['peak']:.0f} MB at its peak, of which "
+        f"the program itself takes {merge['before']:.0f} MB.",
+    ]
+
+
+def run_parts(archive: Path, num_parts: int, watches: dict[str, Stopwatch], opened: Opened) -> dict[str, float]:
+    cpu, starts, listings, headers_read = 0.0, [], [], 0.0
+    for number in range(num_parts):
+        for watch in watches.values():
+            watch.seconds = 0.0
+        started = time.process_time()
+        pretrain(archive, "-modality", "ct", "-patch_size", "16", "16", "16", *part(number, num_parts))
+        used = time.process_time() - started
+        cpu += used
+        headers_read += watches["headers"].seconds
+        listings.append(watches["listing"].seconds)
+        starts.append(used - sum(watches[name].seconds for name in ("headers", "preparing", "merging")))
+        print(f"part {number}: {used:.2f} s, {dict(opened.counts)}", file=sys.__stderr__, flush=True)
+    return {"cpu": cpu, "start": max(starts), "listing": max(listings), "headers": headers_read}
+
+
+def row(name: str, run: dict[str, float], num_volumes: int, num_files: int, counts: Counter[str]) -> str:
+    return (
+        f"| {name} | {run['cpu']:.1f} | {counts['headers'] / num_files:.2f} | {counts['small'] / num_volumes:.2f} | "
+        f"{1000 * run['headers'] / max(counts['headers'], 1):.2f} | {run['start']:.1f} | {run['listing']:.1f} |"
+    )
+
+
+@contextmanager
+def without_voxels() -> Any:
+    """Stands in for the preparation of voxels, and measures what takes the rest of the time."""
+    watches = {
+        "headers": Stopwatch(headers.read_header),
+        "listing": Stopwatch(volumes.list_archive),
+        "preparing": Stopwatch(prepare._prepare_all),
+        "merging": Stopwatch(prepare._merge_if_last),
+    }
+    kept = [(headers, "read_header"), (volumes, "list_archive"), (prepare, "_prepare_all"), (prepare, "_merge_if_last")]
+    before = [(module, name, getattr(module, name)) for module, name in kept]
+    before += [(prepare, "prepare_case", prepare.prepare_case), (PoolFolder, "is_whole", PoolFolder.is_whole)]
+    for (module, name), watch in zip(kept, watches.values(), strict=True):
+        setattr(module, name, watch)
+    prepare.prepare_case, PoolFolder.is_whole = record_only, lambda self, case: True  # type: ignore[method-assign]
+    try:
+        yield watches
+    finally:
+        for module, name, function in before:
+            setattr(module, name, function)
+
+
+def record_only(task: CaseTask) -> CaseResult:
+    intensity = dict.fromkeys(("mean", "median", "std", "min", "max", "percentile_99_5", "percentile_00_5"), 1.5)
+    record = CaseRecord.of(
+        task.volume,
+        PREPARED,
+        task.layout,
+        modality="ct",
+        modality_from="settings",
+        shape_after_crop=task.volume.shape,
+        spacing=task.volume.spacing,
+        shape=task.volume.shape,
+        content=digest(task.volume.case.encode()),
+        intensity=(intensity,),
+    )
+    return CaseResult(record, 1, 0.001)
+
+
+def merge_in_a_process(folder: Path) -> dict[str, float]:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_merge, (str(folder),))
+
+
+def _merge(folder: str) -> dict[str, float]:
+    plans = json.loads((Path(folder) / "nnUNet_preprocessed" / POOL / "nnUNetPlans.json").read_text())
+    pool = PoolFolder(POOL, "nnUNetPlans", "3d_fullres")
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    merged = merge_pool(pool, plans, "3d_fullres")
+    seconds = time.perf_counter() - started
+    assert merged.complete
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": seconds, "before": before / 1e3, "peak": peak / 1e3, "volumes": merged.entries.count(PREPARED)}
+
+
+def dicom_template() -> bytes:
+    """A file whose numbers can be replaced by others of the same length."""
+    dataset = Dataset()
+    dataset.SOPClassUID, dataset.SOPInstanceUID = CTImageStorage, "1.2.3.77777777.88888888"
+    dataset.StudyInstanceUID, dataset.SeriesInstanceUID = "1.2.3.77777777", "1.2.3.77777777.1"
+    dataset.PatientID, dataset.Modality = "77777777", "CT"
+    dataset.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+    dataset.ImagePositionPatient, dataset.ImageOrientationPatient = ["0", "0", "88888888"], [1, 0, 0, 0, 1, 0]
+    dataset.PixelSpacing, dataset.RescaleSlope, dataset.RescaleIntercept = [0.8, 0.8], 1, -1024
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    dataset.Rows = dataset.Columns = 16
+    dataset.BitsAllocated = dataset.BitsStored = 16
+    dataset.HighBit, dataset.PixelRepresentation = 15, 0
+    dataset.PixelData = np.arange(256, dtype="<u2").tobytes()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = CTImageStorage
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+    with tempfile.NamedTemporaryFile() as file:
+        pydicom.dcmwrite(file, dataset, enforce_file_format=True)
+        return Path(file.name).read_bytes()
+
+
+def write_series(archive: Path, numbers: range, num_files: int, template: bytes) -> None:
+    """Each series in a folder `site/patient/series`, as archives have it."""
+    for number in numbers:
+        folder = archive / f"site{number % 7}" / f"patient{number // 3}" / f"series{number}"
+        folder.mkdir(parents=True)
+        of_series = template.replace(b"77777777", f"{10000000 + number}".encode())
+        for slice_number in range(num_files):
+            with open(folder / f"{slice_number:04d}.dcm", "wb") as file:
+                file.write(of_series.replace(b"88888888", f"{10000000 + slice_number}".encode()))
+
+
+# ---- speed
+
+
+def measure_speed(options: argparse.Namespace, folder: Path) -> list[str]:
+    rows = []
+    for name in sorted(path.name for path in options.data.glob("Dataset*")):
+        ours, theirs, spacing = [], [], ""
+        for case in nnunet_cases(options.data / name, folder, options.volumes // 10):
+            theirs.append(case["theirs"]())
+            ours.append(case["ours"]())
+            spacing = case["spacing"]
+        ratio = sum(ours) / sum(theirs)
+        rows.append(
+            f"| {name} | {len(ours)} | {spacing} | {statistics.mean(ours):.3f} | {statistics.mean(theirs):.3f} | "
+            f"{ratio:.2f} |"
+        )
+    return [
+        "## Beside nnUNetv2_preprocess",
+        "",
+        "CPU seconds per volume, one after the other in one process: ours is `prepare_case` with publishing and record, "
+        "by the plans of that dataset (`-plans_from`); nnU-Net's is `run_case_save`, which its workers run, with labels.",
+        "",
+        "| dataset | volumes | spacing, mm | ours | nnU-Net | ours / nnU-Net |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *rows,
+    ]
+
+
+def nnunet_cases(dataset: Path, folder: Path, most: int) -> Any:
+    """For every case two functions that give the CPU time of preparing it."""
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from nnunetv2_misfm.pool.inspection import inspect_volumes
+    from nnunetv2_misfm.pool.plan import adopt_plans, layout_hash
+    from nnunetv2_misfm.pool.settings import PoolSettings
+
+    raw = folder / "nnUNet_raw" / dataset.name
+    raw.symlink_to(dataset)
+    number = int(dataset.name[7:10])
+    extract_fingerprints([number], num_processes=1)
+    plan_experiments([number])
+    root = folder / "nnUNet_preprocessed" / dataset.name
+    plans = json.loads((root / "nnUNetPlans.json").read_text())
+    dataset_json = json.loads((dataset / "dataset.json").read_text())
+    manager = PlansManager(plans)
+    configuration = manager.get_configuration("3d_fullres")
+    preprocessor = configuration.preprocessor_class(verbose=False)
+    images = sorted((dataset / "imagesTr").iterdir())[:most]
+    settings = PoolSettings(skip_label_maps=True)
+    adopted = adopt_plans(plans, "3d_fullres", POOL, "nnUNetPlans", "3d_fullres", settings, {})
+    pool = PoolFolder(POOL, "nnUNetPlans", "3d_fullres")
+    pool.create()
+    pool.clear_temporary()
+    (root / "theirs").mkdir()
+    layout = layout_hash(adopted, "3d_fullres")
+    found = inspect_volumes(images, settings).volumes
+    for volume, image in zip(sorted(found, key=lambda one: one.channels[0][0]), images, strict=True):
+        label = dataset / "labelsTr" / image.name.replace("_0000", "")
+        case = CaseTask(replace(volume), adopted, "3d_fullres", layout, pool.temporary)
+        arguments = (str(root / "theirs" / volume.case), [str(image)], str(label), manager, configuration, dataset_json)
+
+        def ours(case: CaseTask = case) -> float:
+            started = time.process_time()
+            result = prepare.prepare_case(case)
+            pool.publish(result.record)
+            assert result.record.status == PREPARED, result.record.reason
+            return time.process_time() - started
+
+        def theirs(arguments: tuple[Any, ...] = arguments) -> float:
+            started = time.process_time()
+            preprocessor.run_case_save(*arguments)
+            return time.process_time() - started
+
+        yield {"ours": ours, "theirs": theirs, "spacing": " x ".join(f"{mm:.3g}" for mm in configuration.spacing)}
+
+
+if __name__ == "__main__":
+    main()
