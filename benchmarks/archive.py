@@ -20,7 +20,6 @@ import multiprocessing
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import statistics
@@ -29,9 +28,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +85,15 @@ def write_section(lines: Sequence[str]) -> None:
 
 
 def pretrain(images: Path, *options: str) -> None:
-    """Prepare, with nothing said."""
+    """Prepare, with nothing said unless it fails."""
     data = ["-i", str(images), "-d", "900", "-n", "Pool", "-np", "1", "-spacing", "1.5", "1.5", "1.5"]
-    with redirect_stdout(StringIO()), open(os.devnull, "w") as nowhere:
-        sys.stderr, before = nowhere, sys.stderr
-        try:
+    said = StringIO()
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
             misfm_pretrain([*data, "--only_prepare", *options])
-        finally:
-            sys.stderr = before
+    except SystemExit:
+        print(said.getvalue())
+        raise
 
 
 def part(number: int, num_parts: int) -> list[str]:
@@ -133,9 +133,8 @@ def measure_parts(options: argparse.Namespace, folder: Path) -> list[str]:
     return [
         "## Parts that start together and are killed",
         "",
-        f"{len(sources)} real volumes, {len(one)} cases in the pool of one part. {TOGETHER} parts start at the same "
-        f"moment; {KILLED} are killed (SIGKILL) and started again. Compared are the bytes of all arrays, the report and "
-        "the plans.",
+        f"{len(sources)} real volumes. {TOGETHER} parts start at the same moment; {KILLED} are killed (SIGKILL) and "
+        "started again. Compared are the bytes of all arrays, the report, the fingerprint and the plans.",
         "",
         "| trial | killed | parts that failed | pool |",
         "| --- | --- | --- | --- |",
@@ -210,12 +209,9 @@ def measure_archive(options: argparse.Namespace, folder: Path) -> list[str]:
             opened.counts.clear()
             again = run_parts(archive, num_parts, watches, opened)
             share = f"{100 * again['cpu'] / first['cpu']:.1f} % of the first"
-            rows.append(row(f"{name} ({share})", again, new, new * options.files, opened.counts))
-            write_series(
-                archive, range(options.series + new, options.series + 2 * new), options.files, template
-            ) if num_parts > 1 else None
-        rows.insert(1, "")
-        rows.pop(1)
+            rows.append(row(f"{name} ({share})", again, options.series + new, new * options.files, opened.counts))
+            if num_parts > 1:
+                write_series(archive, range(options.series + new, options.series + 2 * new), options.files, template)
     merge = merge_in_a_process(folder)
     return [
         "## An archive in parts",
@@ -223,15 +219,15 @@ def measure_archive(options: argparse.Namespace, folder: Path) -> list[str]:
         f"{options.series:,} DICOM series of {options.files} files (16 x 16 pixels, each file of its own), "
         f"{options.num_parts} parts in turn in one process; CPU time without imports. Voxels are not prepared here. "
         "Headers are files of the archive that are opened, small files those of the pool's folder; both are counted "
-        "for all parts together and given per file and per volume that is new.",
+        "for all parts together and given per new file and per volume of the archive.",
         "",
         "| run | CPU, s | headers opened per file | small files opened per volume | CPU per header, ms | longest start "
         "of a part beyond its headers, s | longest listing, s |",
         "| --- | --- | --- | --- | --- | --- | --- |",
         *rows,
         "",
-        f"Merging {merge['volumes']:,} records: {merge['seconds']:.1f} s, {merge['peak']:.0f} MB at its peak, of which "
-        f"the program itself takes {merge['before']:.0f} MB.",
+        f"Merging {merge['volumes']:,} records: {merge['seconds']:.1f} s; it adds {merge['peak'] - merge['before']:.0f} "
+        f"MB to the {merge['before']:.0f} MB of a program that has PyTorch and nnU-Net loaded.",
     ]
 
 
@@ -306,12 +302,19 @@ def merge_in_a_process(folder: Path) -> dict[str, float]:
 def _merge(folder: str) -> dict[str, float]:
     plans = json.loads((Path(folder) / "nnUNet_preprocessed" / POOL / "nnUNetPlans.json").read_text())
     pool = PoolFolder(POOL, "nnUNetPlans", "3d_fullres")
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that from here on
+    before, started = memory("VmRSS"), time.perf_counter()
     merged = merge_pool(pool, plans, "3d_fullres")
     seconds = time.perf_counter() - started
     assert merged.complete
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {"seconds": seconds, "before": before / 1e3, "peak": peak / 1e3, "volumes": merged.entries.count(PREPARED)}
+    peak = memory("VmHWM")
+    return {"seconds": seconds, "before": before, "peak": peak, "volumes": merged.entries.count(PREPARED)}
+
+
+def memory(name: str) -> float:
+    """MB of this process, by their name in /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024 / 1e6
 
 
 def dicom_template() -> bytes:
@@ -332,9 +335,9 @@ def dicom_template() -> bytes:
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dataset.file_meta.MediaStorageSOPClassUID = CTImageStorage
     dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
-    with tempfile.NamedTemporaryFile() as file:
-        pydicom.dcmwrite(file, dataset, enforce_file_format=True)
-        return Path(file.name).read_bytes()
+    file = BytesIO()
+    pydicom.dcmwrite(file, dataset, enforce_file_format=True)
+    return file.getvalue()
 
 
 def write_series(archive: Path, numbers: range, num_files: int, template: bytes) -> None:
@@ -367,8 +370,9 @@ def measure_speed(options: argparse.Namespace, folder: Path) -> list[str]:
     return [
         "## Beside nnUNetv2_preprocess",
         "",
-        "CPU seconds per volume, one after the other in one process: ours is `prepare_case` with publishing and record, "
-        "by the plans of that dataset (`-plans_from`); nnU-Net's is `run_case_save`, which its workers run, with labels.",
+        "CPU seconds per volume, one after the other in one process: ours is `prepare_case` with publishing and the "
+        "record, by the plans of that dataset (`-plans_from`); nnU-Net's is `run_case_save`, which its workers run, "
+        "with labels.",
         "",
         "| dataset | volumes | spacing, mm | ours | nnU-Net | ours / nnU-Net |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -102,7 +102,8 @@ class BareVolumes:
                 print("Other parts have still to look at their volumes")
                 return None
             else:
-                print("The headers of all volumes are read; run all parts with --only_inspect first to share that")
+                if self.inspection.volumes:
+                    print("All headers are read for the median; run all parts with --only_inspect first to share that")
                 whole = inspect_volumes(*of_archive, index=folder.ledger.index)
         check_usable(whole, self.dataset_name, self.plans_name)
         return whole
