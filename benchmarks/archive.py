@@ -226,8 +226,9 @@ def measure_archive(options: argparse.Namespace, folder: Path) -> list[str]:
         "| --- | --- | --- | --- | --- | --- | --- |",
         *rows,
         "",
-        f"Merging {merge['volumes']:,} records: {merge['seconds']:.1f} s; it adds {merge['peak'] - merge['before']:.0f} "
-        f"MB to the {merge['before']:.0f} MB of a program that has PyTorch and nnU-Net loaded.",
+        f"Merging {merge['volumes']:,} records: {merge['seconds']:.1f} s; it adds "
+        f"{merge['peak'] - merge['before']:.0f} MB to the {merge['before']:.0f} MB of a program that has PyTorch and "
+        "nnU-Net loaded.",
     ]
 
 

@@ -55,11 +55,11 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return content
 
 
-def write_json(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write JSON, indented as nnU-Net does."""
+def write_json(content: Mapping[str, Any], path: str | os.PathLike[str], indent: int | None = 4) -> None:
+    """Write JSON, indented as nnU-Net does unless told otherwise."""
     with written_whole(path) as temporary:
         # Undecodable bytes in the names of files are written as escapes.
-        temporary.write_text(json.dumps(content, indent=4), encoding="utf-8", errors="backslashreplace")
+        temporary.write_text(json.dumps(content, indent=indent), encoding="utf-8", errors="backslashreplace")
 
 
 def append_json_lines(path: Path, lines: Iterable[str]) -> None:

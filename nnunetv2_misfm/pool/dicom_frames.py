@@ -11,14 +11,14 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pydicom
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import ImplicitVRLittleEndian
 
-from nnunetv2_misfm.pool.volume_files import VolumeProblem, unreadable
+from nnunetv2_misfm.pool.volume_files import DICOM_PREAMBLE, VolumeProblem, check_is_dicom, unreadable
 
 VOLUME_MODALITIES = ("CT", "MR", "PT", "NM", "OT")
 """Modalities whose series are scans of a volume; others are planar, films over time, labels, doses or documents."""
@@ -78,15 +78,21 @@ class DicomHeader:
 
 
 def read_dicom_header(path: str) -> DicomHeader:
-    """Header of one file.
+    """Header of one file, which is opened once.
 
     Raises:
         VolumeProblem: if it is no DICOM image.
     """
-    return dicom_header(read_dataset(path, GEOMETRY_TAGS, stop_before_pixels=True))
+    try:
+        with open(path, "rb") as file:
+            check_is_dicom(path, file.read(DICOM_PREAMBLE + 4))
+            file.seek(0)
+            return dicom_header(read_dataset(file, GEOMETRY_TAGS, stop_before_pixels=True))
+    except OSError as error:
+        raise VolumeProblem(f"unreadable: {error.strerror or error}") from error
 
 
-def read_dataset(path: str, tags: Sequence[BaseTag], stop_before_pixels: bool = False) -> pydicom.Dataset:
+def read_dataset(path: str | BinaryIO, tags: Sequence[BaseTag], stop_before_pixels: bool = False) -> pydicom.Dataset:
     """The named elements of a DICOM file, also of one without preamble.
 
     Raises:

@@ -3,13 +3,18 @@
 One file of JSON lines per bundle (`share.py`), written by the part that looks after the bundle and read by any:
 
     {"folder": PATH, "key": KEY, "files": {NAME: [size, date, header], ...}}
+
+A second file per bundle keeps what groups of files amounted to, so that nothing is looked at again of a group whose
+files are as they were:
+
+    {"state": HASH, "found": [...]}
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -67,9 +72,21 @@ class HeaderIndex:
         """Those of them whose files are as they were."""
         return [header for header in self.known(bundle) if _holds(header)]
 
-    def _file(self, bundle: int) -> Path:
+    def outcomes(self, bundle: int) -> dict[str, Any]:
+        """What groups of files in a bundle amounted to, by `FileGroup.state`."""
+        if self.folder is None:
+            return {}
+        return {line["state"]: line["found"] for line in read_json_lines(self._file(bundle, ".groups"))}
+
+    def keep_outcomes(self, bundle: int, found: Mapping[str, Any]) -> None:
+        """Write down what groups amounted to."""
+        if found and self.folder is not None and bundle in self.writes:
+            lines = [json.dumps({"state": state, "found": one}) for state, one in found.items()]
+            append_json_lines(self._file(bundle, ".groups"), lines)
+
+    def _file(self, bundle: int, kind: str = "") -> Path:
         assert self.folder is not None
-        return self.folder / f"{bundle:04d}.jsonl"
+        return self.folder / f"{bundle:04d}{kind}.jsonl"
 
 
 def _holds(header: Header | None) -> bool:

@@ -22,12 +22,11 @@ from typing import Any
 from nnunetv2_misfm.files import append_json_lines, read_json, read_json_lines, write_json
 from nnunetv2_misfm.plans.settings import as_tuples
 from nnunetv2_misfm.pool.case import CaseRecord
-from nnunetv2_misfm.pool.grid import Grid
 from nnunetv2_misfm.pool.header_index import HeaderIndex
 from nnunetv2_misfm.pool.inspection import PoolInspection
 from nnunetv2_misfm.pool.share import BUNDLES, Share
 from nnunetv2_misfm.pool.volume_files import LeftOut
-from nnunetv2_misfm.pool.volumes import Volume
+from nnunetv2_misfm.pool.volumes import Volume, volume_as_json, volume_from_json
 
 INSPECTED, PREPARED_ALL = "inspected", "prepared"
 MADE_ANEW = "Remove it; it is made anew."
@@ -73,7 +72,7 @@ class Ledger:
             step.unlink(missing_ok=True)
         found: dict[int, dict[str, list[Any]]] = defaultdict(lambda: {"volumes": [], "left_out": []})
         for volume in inspection.volumes:
-            found[volume.bundle]["volumes"].append(_volume_as_json(volume))
+            found[volume.bundle]["volumes"].append(volume_as_json(volume))
         for one in inspection.left_out:
             found[one.bundle]["left_out"].append(list(vars(one).values()))
         before = {path.name for path in self._found.iterdir()}
@@ -82,7 +81,7 @@ class Ledger:
             if bundle not in found:
                 path.unlink(missing_ok=True)
             elif path.name not in before or read_json(path, MADE_ANEW) != found[bundle]:
-                write_json(found[bundle], path)
+                write_json(found[bundle], path, indent=None)
         self.mark(INSPECTED, inspection.token)
 
     def found(self, bundle: int) -> tuple[list[Volume], list[LeftOut]]:
@@ -91,7 +90,7 @@ class Ledger:
         if not path.exists():
             return [], []
         content = read_json(path, MADE_ANEW)
-        volumes = [_volume_from_json(one) for one in content["volumes"]]
+        volumes = [volume_from_json(one) for one in content["volumes"]]
         return volumes, [LeftOut(*one) for one in content["left_out"]]
 
     def found_by_all(self, token: str) -> PoolInspection | None:
@@ -141,7 +140,7 @@ class Ledger:
         cases = {volume.case: (volume.num_bytes, volume.modified_ns) for volume in made}
         if series or self._joined.exists():
             content = {"series": series, "cases": cases, "left_out": [list(vars(one).values()) for one in left_out]}
-            write_json(content, self._joined)
+            write_json(content, self._joined, indent=None)
         return JoinedSeries(frozenset(series), cases, tuple(left_out))
 
     def joined(self) -> JoinedSeries:
@@ -160,13 +159,3 @@ def _read_records(path: Path) -> dict[str, CaseRecord]:
         values = {name: as_tuples(value) for name, value in line.items() if name in _FIELDS}
         records[line["case"]] = CaseRecord(**values)
     return records
-
-
-def _volume_as_json(volume: Volume) -> dict[str, Any]:
-    grid = [list(value) for value in vars(volume.grid).values()]
-    return {**vars(volume), "channels": volume.num_channels, "grid": grid, "bundles": list(volume.bundles)}
-
-
-def _volume_from_json(content: dict[str, Any]) -> Volume:
-    grid, bundles = Grid(*map(tuple, content["grid"])), tuple(content["bundles"])
-    return Volume(**{**content, "channels": ((),) * content["channels"], "grid": grid, "bundles": bundles})

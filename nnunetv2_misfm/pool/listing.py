@@ -17,11 +17,11 @@ from nnunetv2_misfm.pool.volume_files import (
     IMAGE_ENDINGS,
     LeftOut,
     VolumeFile,
-    VolumeProblem,
-    format_of,
     is_companion,
     split_ending,
 )
+
+_IMAGE_ENDINGS = tuple(IMAGE_ENDINGS)
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,18 @@ class FileGroup:
     files: tuple[VolumeFile, ...]
     one_number: bool | None = None
     """As in `join_channels`."""
+
+    def state(self) -> str:
+        """A hash that changes with any of the files; empty if the system cannot tell."""
+        state = hashlib.blake2b(str(self.one_number).encode(), digest_size=12)
+        try:
+            for file in self.files:
+                status = os.stat(file.path)
+                text = f"{file.path}\0{file.key}\0{status.st_size} {status.st_mtime_ns}\0"
+                state.update(text.encode("utf-8", "surrogateescape"))
+        except OSError:
+            return ""
+        return state.hexdigest()
 
 
 @dataclass
@@ -51,7 +63,7 @@ class Listing:
 def list_archive(folders: Sequence[Path], join_channels: bool = True, bundles: range = WHOLE.bundles) -> Listing:
     """List volume files below the folders in a fixed order; symbolic links are followed, loops once.
 
-    Every name is looked at; files of the asked bundles only, and only those without an ending, are opened.
+    Every name is looked at; no file is opened.
 
     Args:
         folders: folders to search, or single volume files.
@@ -75,6 +87,7 @@ class _Lister:
         self.listing = Listing()
         self.visited: set[tuple[int, int]] = set()
         self.taken_alone: set[tuple[int, int, str]] = set()
+        self.links: set[str] = set()
         self.digest = hashlib.blake2b(digest_size=8)
         # Two input folders of the same name may have equal contents below: only the whole path tells them apart.
         self.same_names = len({folder.absolute().name for folder in folders}) < len(folders)
@@ -90,22 +103,21 @@ class _Lister:
                     self.taken_alone.add((*identity, name))
                     self._take(str(folder.parent), os.path.basename(parent), [name])
                 continue
-            base = os.path.dirname(root)
-            for current, names in self._walk(str(folder)):
-                key = os.path.relpath(os.path.abspath(current), base).replace(os.sep, "/")
+            for current, key, names in self._walk(str(folder), os.path.basename(root) or "."):
                 self._take(current, key, names)
-        self._leave_out_links()
+        if self.links:
+            self._leave_out_links()
         self.listing.token = self.digest.hexdigest()
         return self.listing
 
-    def _walk(self, root: str) -> Iterator[tuple[str, list[str]]]:
-        """Folders, each before those in it, with the sorted names of their files.
+    def _walk(self, root: str, key: str) -> Iterator[tuple[str, str, list[str]]]:
+        """Folders, each before those in it, with their keys and the sorted names of their files.
 
         Hidden entries are skipped, such as the `._scan.nii.gz` that macOS leaves beside every file.
         """
-        waiting = [root]
+        waiting = [(root, key)]
         while waiting:
-            current = waiting.pop()
+            current, key = waiting.pop()
             names: list[str] = []
             subfolders: list[str] = []
             try:
@@ -116,8 +128,10 @@ class _Lister:
                     for entry in entries:
                         if not entry.name.startswith("."):
                             (subfolders if entry.is_dir() else names).append(entry.name)
+                            if entry.is_symlink():
+                                self.links.add(entry.path)
             except OSError as error:
-                bundle = bundle_of(current)
+                bundle = bundle_of(key)
                 if bundle in self.bundles:
                     reason = f"unreadable folder: {error.strerror or error}"
                     self.listing.left_out.append(LeftOut(current, reason, bundle))
@@ -125,33 +139,34 @@ class _Lister:
             self.visited.add(identity)
             if self.taken_alone:
                 names = [name for name in names if (*identity, name) not in self.taken_alone]
-            yield current, sorted(names)
-            waiting += [os.path.join(current, name) for name in sorted(subfolders, reverse=True)]
+            yield current, key, sorted(names)
+            waiting += [(os.path.join(current, name), f"{key}/{name}") for name in sorted(subfolders, reverse=True)]
 
     def _take(self, folder: str, key: str, names: Sequence[str]) -> None:
         """Put the files of one folder into their bundles."""
         images: dict[str, list[str]] = defaultdict(list)
-        others, count, bundle = [], 0, bundle_of(key)
+        dicom: list[str] = []
+        bundle = bundle_of(key)
         for name in names:
             lower = name.lower()
             if lower.endswith(DICOM_ENDINGS):
-                others.append(name)
-                count += 1
-            elif lower.endswith(tuple(IMAGE_ENDINGS)):
+                dicom.append(name)
+            elif lower.endswith(_IMAGE_ENDINGS):
                 images[split_ending(name)[1]].append(name)
-                count += 1
-            elif bundle in self.bundles or not is_companion(name):
-                others.append(name)
-                count += not is_companion(name)
+            elif not is_companion(name):  # its first bytes will tell
+                dicom.append(name)
+            elif bundle in self.bundles:
+                stem, ending = split_ending(name)
+                self.listing.passed_over[ending or stem] += 1
+        count = len(dicom) + sum(map(len, images.values()))
         self.listing.num_files += count
         self.digest.update(f"{key}\0{count}\0".encode("utf-8", "surrogateescape"))
         if bundle in self.bundles:
-            files = [self._file(folder, key, name, bundle) for name in others]
-            self._add(bundle, [file for file in files if file is not None])
-        for same_ending in images.values():
-            self._take_images(folder, key, same_ending)
+            self._add(bundle, [self._file(folder, key, name, "DICOM", bundle) for name in dicom])
+        for ending, same_ending in images.items():
+            self._take_images(folder, key, same_ending, IMAGE_ENDINGS[ending])
 
-    def _take_images(self, folder: str, key: str, names: Sequence[str]) -> None:
+    def _take_images(self, folder: str, key: str, names: Sequence[str], kind: str) -> None:
         """Share images of one ending file by file, or keep those together that may be channels of one volume."""
         volumes = channels_by_name(names) if self.join else None
         together = volumes is not None and len(volumes) < len(names)
@@ -162,8 +177,7 @@ class _Lister:
         for name in names:
             bundle = bundle_of(key if together else f"{key}/{name}")
             if bundle in self.bundles:
-                file = self._file(folder, key, name, bundle)
-                by_bundle[bundle] += [file] if file is not None else []
+                by_bundle[bundle].append(self._file(folder, key, name, kind, bundle))
         for bundle, files in by_bundle.items():
             self._add(bundle, files, one_number)
 
@@ -171,17 +185,8 @@ class _Lister:
         if files:
             self.listing.groups[bundle].append(FileGroup(tuple(files), one_number))
 
-    def _file(self, folder: str, key: str, name: str, bundle: int) -> VolumeFile | None:
+    def _file(self, folder: str, key: str, name: str, kind: str, bundle: int) -> VolumeFile:
         path, key = os.path.join(folder, name), f"{key}/{name}"
-        try:
-            kind = format_of(path)
-        except VolumeProblem as problem:
-            self.listing.left_out.append(LeftOut(path, str(problem), bundle))
-            return None
-        if kind is None:
-            stem, ending = split_ending(name)
-            self.listing.passed_over[ending or stem] += 1
-            return None
         if self.same_names:
             key = os.path.abspath(path) if key in self.keys else key
             self.keys.add(key)
@@ -191,7 +196,7 @@ class _Lister:
         """Leave links out whose target is listed as well. Two links to one file elsewhere have the same voxels."""
         for groups in self.listing.groups.values():
             for number, group in enumerate(groups):
-                kept = [file for file in group.files if not (os.path.islink(file.path) and self._is_listed(file))]
+                kept = [file for file in group.files if not (file.path in self.links and self._is_listed(file))]
                 groups[number] = FileGroup(tuple(kept), group.one_number)
             groups[:] = [group for group in groups if group.files]
 

@@ -1,4 +1,4 @@
-"""Which files are volumes, by name (or, without a known ending, by the first bytes), and how their cases are named."""
+"""Which files are volumes, judged by their names and first bytes, and how their cases are named."""
 
 from __future__ import annotations
 
@@ -90,27 +90,11 @@ def split_ending(path: str) -> tuple[str, str]:
     return stem, ending.lower()
 
 
-def format_of(path: str) -> str | None:
-    """The format of a file; None if it accompanies volumes.
-
-    Raises:
-        VolumeProblem: if the file cannot be read or is of an unknown format.
-    """
-    ending = split_ending(path)[1]
-    if ending in IMAGE_ENDINGS:
-        return IMAGE_ENDINGS[ending]
-    if ending in DICOM_ENDINGS:
-        return "DICOM"
-    if is_companion(path):
-        return None
-    try:
-        with open(path, "rb") as file:
-            head = file.read(DICOM_PREAMBLE + 4)
-    except OSError as error:
-        raise VolumeProblem(f"unreadable: {error.strerror or error}") from error
-    if head[DICOM_PREAMBLE:] == b"DICM" or (head.startswith(DICOM_GROUP_8) and head[3:4] == b"\0"):
-        return "DICOM"
-    raise VolumeProblem(f"unsupported format; convert it to one of: {', '.join([*IMAGE_ENDINGS, 'DICOM'])}")
+def check_is_dicom(name: str, head: bytes) -> None:
+    """Raise VolumeProblem if neither the name of a file nor its first bytes say that it is DICOM."""
+    by_content = head[DICOM_PREAMBLE:] == b"DICM" or (head.startswith(DICOM_GROUP_8) and head[3:4] == b"\0")
+    if not by_content and split_ending(name)[1] not in DICOM_ENDINGS:
+        raise VolumeProblem(f"unsupported format; convert it to one of: {', '.join([*IMAGE_ENDINGS, 'DICOM'])}")
 
 
 def is_companion(path: str) -> bool:

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from nnunetv2_misfm.pool.channels import grid_of, join_channels
 from nnunetv2_misfm.pool.dicom_series import Series, sort_series
 from nnunetv2_misfm.pool.grid import Grid
 from nnunetv2_misfm.pool.header_index import HeaderIndex
-from nnunetv2_misfm.pool.headers import Header, HeaderReader, header_reader
+from nnunetv2_misfm.pool.headers import NEVER, Header, HeaderReader, header_reader
 from nnunetv2_misfm.pool.listing import FileGroup, list_archive
 from nnunetv2_misfm.pool.share import WHOLE
 from nnunetv2_misfm.pool.volume_files import LeftOut, VolumeFile, case_name, split_ending
@@ -121,9 +123,7 @@ def find_volumes(
     in_groups: dict[str, list[FileGroup]] = defaultdict(list)
     with header_reader(sum(len(g.files) for groups in listing.groups.values() for g in groups), num_processes) as read:
         for bundle, groups in sorted(listing.groups.items()):
-            headers = iter(index.headers(bundle, [file for group in groups for file in group.files], read))
-            for group in groups:
-                found = _volumes_of([next(headers) for _ in group.files], group.one_number)
+            for group, found in _outcomes(bundle, groups, index, read):
                 for series in {one.series for one in found if one.series}:
                     in_groups[series].append(group)
                 outcome += found
@@ -177,6 +177,53 @@ def _volumes_of(headers: Sequence[Header], one_number: bool | None) -> list[Volu
         return found + _series_of(readable)
     images, without_partner = join_channels(readable, one_number)
     return [*found, *without_partner, *(_from_images(group, stem) for stem, group in images)]
+
+
+def _outcomes(
+    bundle: int, groups: Sequence[FileGroup], index: HeaderIndex, read: HeaderReader
+) -> Iterator[tuple[FileGroup, list[Volume | LeftOut]]]:
+    """What the groups of a bundle amount to, from what is known of them or else from their headers."""
+    known = index.outcomes(bundle)
+    states = [group.state() for group in groups]
+    new = [file for group, state in zip(groups, states, strict=True) if state not in known for file in group.files]
+    headers = iter(index.headers(bundle, new, read) if new else ())
+    fresh = {}
+    for group, state in zip(groups, states, strict=True):
+        if state in known:
+            yield group, [_from_json(one, group.files[0].folder) for one in known[state]]
+            continue
+        of_group = [next(headers) for _ in group.files]
+        found = _volumes_of(of_group, group.one_number)
+        if state and all(header.modified_ns != NEVER for header in of_group):
+            fresh[state] = [_as_json(one) for one in found]
+        yield group, found
+    index.keep_outcomes(bundle, fresh)
+
+
+def _as_json(one: Volume | LeftOut) -> Any:
+    if isinstance(one, LeftOut):
+        return list(vars(one).values())
+    return volume_as_json(one) | {"channels": [list(map(os.path.basename, channel)) for channel in one.channels]}
+
+
+def _from_json(content: Any, folder: str) -> Volume | LeftOut:
+    if isinstance(content, list):
+        return LeftOut(*content)
+    channels = [[os.path.join(folder, name) for name in channel] for channel in content["channels"]]
+    return volume_from_json(content | {"channels": channels})
+
+
+def volume_as_json(volume: Volume) -> dict[str, Any]:
+    """A volume as JSON holds it, without its files."""
+    grid = [list(value) for value in vars(volume.grid).values()]
+    return {**vars(volume), "channels": [[]] * volume.num_channels, "grid": grid, "bundles": list(volume.bundles)}
+
+
+def volume_from_json(content: Mapping[str, Any]) -> Volume:
+    """The volume of which this is the JSON."""
+    grid = Grid(*map(tuple, content["grid"]))
+    channels, bundles = tuple(map(tuple, content["channels"])), tuple(content["bundles"])
+    return Volume(**{**content, "channels": channels, "grid": grid, "bundles": bundles})
 
 
 def _headers_of(
