@@ -1,11 +1,13 @@
 """Preparing an archive in parts: what is opened, what it costs, and whether killed parts change the pool.
 
-    python benchmarks/archive.py [parts archive speed] [--data FOLDER] [--series 2000] [--files 10] [--num_parts 100]
+    python benchmarks/archive.py [parts archive scale speed] [--data FOLDER] [--series 2000]
 
 parts    Ten parts start at the same moment on 300 real volumes; three of them are killed at random moments and
          started again, twice. The arrays must be those that one part makes. FOLDER holds nnU-Net datasets.
 archive  All parts in turn on an archive of small DICOM series that is written first; then again, with 1 % new series.
          Everything is done but preparing voxels: `prepare_case` returns a record and no arrays.
+scale    What grows with the archive for every part, with --scale series: listing the folders (of empty files), and the
+         merge (of records that are made up).
 speed    CPU time per volume beside what each worker of nnUNetv2_preprocess does with it, with the same target spacing.
 
 Each replaces its section of benchmarks/results/archive.md. The archive of the paper's size: --series 110000.
@@ -26,7 +28,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -42,10 +44,14 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
+from nnunetv2_misfm.files import append_json_lines
 from nnunetv2_misfm.pool import headers, prepare, volumes
 from nnunetv2_misfm.pool.case import PREPARED, CaseRecord, CaseResult, CaseTask
 from nnunetv2_misfm.pool.folder import PoolFolder
+from nnunetv2_misfm.pool.inspection import PoolInspection
+from nnunetv2_misfm.pool.listing import list_archive
 from nnunetv2_misfm.pool.merge import merge_pool
+from nnunetv2_misfm.pool.share import BUNDLES, Share
 
 RESULTS = Path(__file__).parent / "results" / "archive.md"
 POOL = "Dataset900_Pool"
@@ -55,16 +61,17 @@ TOGETHER, KILLED, TRIALS = 10, 3, 2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", default=["parts", "archive", "speed"])
+    parser.add_argument("sections", nargs="*", help="default: all, without --data the two that need none")
     parser.add_argument("--data", type=Path, default=os.environ.get("MISFM_REAL_DATA"))
     parser.add_argument("--volumes", type=int, default=300)
     parser.add_argument("--series", type=int, default=2000)
     parser.add_argument("--files", type=int, default=10)
+    parser.add_argument("--scale", type=int, default=10_000)
     parser.add_argument("--num_parts", type=int, default=100)
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
     options = parser.parse_args()
-    measure = {"parts": measure_parts, "archive": measure_archive, "speed": measure_speed}
-    for name in options.sections:
+    measure = {"parts": measure_parts, "archive": measure_archive, "scale": measure_scale, "speed": measure_speed}
+    for name in options.sections or (measure if options.data else ("archive", "scale")):
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             for part in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
                 (Path(folder) / part).mkdir()
@@ -115,21 +122,21 @@ def measure_parts(options: argparse.Namespace, folder: Path) -> list[str]:
     for trial in range(TRIALS):
         shutil.rmtree(folder / "nnUNet_preprocessed" / POOL)
         started = {number: start(images, number, modality) for number in range(TOGETHER)}
-        chosen = generator.sample(range(TOGETHER), KILLED)
-        when = sorted(generator.uniform(0.05, 0.8) * len(one) for _ in chosen)
-        killed = []
-        for number, moment in zip(chosen, when, strict=True):
-            while len(list((folder / DATA).glob("*_seg.b2nd"))) < moment and started[number].is_alive():
+        killed: dict[int, str] = {}
+        for moment in sorted(generator.uniform(0.05, 0.6) * len(sources) for _ in range(KILLED)):
+            while num_prepared(folder) < moment:
                 time.sleep(0.02)
+            alive = [number for number, process in started.items() if process.is_alive() and number not in killed]
+            number = generator.choice(alive)
             os.kill(started[number].pid, signal.SIGKILL)
             started[number].join()
-            killed.append(f"part {number} after {len(list((folder / DATA).glob('*_seg.b2nd')))} volumes")
+            killed[number] = f"part {number} after {num_prepared(folder)} volumes"
             started[number] = start(images, number, modality)
         for process in started.values():
             process.join()
         failed = [number for number, process in started.items() if process.exitcode]
         same = "the same" if arrays(folder) == one else "NOT the same"
-        rows.append(f"| {trial + 1} | {', '.join(killed)} | {failed or 'none'} | {same} |")
+        rows.append(f"| {trial + 1} | {', '.join(killed.values())} | {failed or 'none'} | {same} |")
     return [
         "## Parts that start together and are killed",
         "",
@@ -140,6 +147,11 @@ def measure_parts(options: argparse.Namespace, folder: Path) -> list[str]:
         "| --- | --- | --- | --- |",
         *rows,
     ]
+
+
+def num_prepared(folder: Path) -> int:
+    """Volumes of all parts together."""
+    return len(list((folder / DATA).glob("*_seg.b2nd")))
 
 
 def start(images: Path, number: int, modality: Sequence[str]) -> Any:
@@ -226,9 +238,7 @@ def measure_archive(options: argparse.Namespace, folder: Path) -> list[str]:
         "| --- | --- | --- | --- | --- | --- | --- |",
         *rows,
         "",
-        f"Merging {merge['volumes']:,} records: {merge['seconds']:.1f} s; it adds "
-        f"{merge['peak'] - merge['before']:.0f} MB to the {merge['before']:.0f} MB of a program that has PyTorch and "
-        "nnU-Net loaded.",
+        merge_told(merge),
     ]
 
 
@@ -350,6 +360,59 @@ def write_series(archive: Path, numbers: range, num_files: int, template: bytes)
         for slice_number in range(num_files):
             with open(folder / f"{slice_number:04d}.dcm", "wb") as file:
                 file.write(of_series.replace(b"88888888", f"{10000000 + slice_number}".encode()))
+
+
+# ---- scale
+
+
+def measure_scale(options: argparse.Namespace, folder: Path) -> list[str]:
+    archive = folder / "archive"
+    write_series(archive, range(options.scale), options.files, b"")
+    listings = []
+    for number in (0, options.num_parts // 2):
+        started = time.process_time()
+        listing = list_archive([archive], bundles=Share(options.num_parts, number).bundles)
+        listings.append(time.process_time() - started)
+    seconds = f"{min(listings):.1f} to {max(listings):.1f} s of CPU"
+    shutil.rmtree(archive)
+    write_series(archive, range(1), options.files, dicom_template())
+    with without_voxels():
+        pretrain(archive, "-modality", "ct", "-patch_size", "16", "16", "16")
+    make_records(options.scale)
+    merge = merge_in_a_process(folder)
+    return [
+        "## What grows with the archive for every part",
+        "",
+        f"Listing {listing.num_files:,} files in {options.scale:,} folders of series, which every part does first: "
+        f"{seconds}.",
+        "",
+        merge_told(merge),
+    ]
+
+
+def make_records(count: int) -> None:
+    """Multiply the one volume of a pool."""
+    ledger = PoolFolder(POOL, "nnUNetPlans", "3d_fullres").ledger
+    (bundle,) = [bundle for bundle in range(BUNDLES) if ledger.found(bundle)[0]]
+    (volume,), (record,) = ledger.found(bundle)[0], ledger.records(bundle).values()
+    many, lines = [], defaultdict(list)
+    for number in range(count):
+        named = {"case": f"series{number}-{number:012x}", "source": f"{volume.source}{number}"}
+        named |= {"bundle": number % BUNDLES, "series": f"{number:024x}"}
+        many.append(replace(volume, **named, bundles=(number % BUNDLES,)))
+        lines[number % BUNDLES].append(json.dumps(vars(replace(record, **named, content=f"{number:032x}"))))
+    ledger.keep_found(PoolInspection(tuple(many), (), Counter()))
+    (ledger.folder / "records" / f"{bundle:04d}.jsonl").unlink()
+    for number, of_bundle in lines.items():
+        append_json_lines(ledger.folder / "records" / f"{number:04d}.jsonl", of_bundle)
+
+
+def merge_told(merge: dict[str, float]) -> str:
+    return (
+        f"Merging {merge['volumes']:,} records: {merge['seconds']:.1f} s; it adds "
+        f"{merge['peak'] - merge['before']:.0f} MB to the {merge['before']:.0f} MB of a program that has PyTorch and "
+        "nnU-Net loaded."
+    )
 
 
 # ---- speed

@@ -104,7 +104,7 @@ def locked(path: Path, timeout: float, message: str) -> Iterator[None]:
 
     Args:
         path: of the lock file, which stays.
-        timeout: seconds to wait for another process.
+        timeout: seconds to wait for another process; a negative number waits as long as it takes.
         message: what the other process does, for the error.
 
     Raises:

@@ -20,6 +20,7 @@ from nnunetv2_misfm.plans.settings import read_settings
 from nnunetv2_misfm.pool.cost import estimate, sample_volumes
 from nnunetv2_misfm.pool.folder import PoolFolder
 from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection, inspect_volumes
+from nnunetv2_misfm.pool.listing import check_exist
 from nnunetv2_misfm.pool.plan import adopt_plans, check_names, existing_plans, find_geometry, plan_pool
 from nnunetv2_misfm.pool.prepare import check_usable, prepare_pool, start_pool
 from nnunetv2_misfm.pool.settings import PoolSettings
@@ -83,6 +84,7 @@ class BareVolumes:
         inspection was asked for and other parts are not done.
         """
         options = self.options
+        check_exist(options.folders)
         folder = PoolFolder(*names, Share(options.num_parts, options.part_id))
         folder.create()
         of_archive = (options.folders, settings, options.num_processes)

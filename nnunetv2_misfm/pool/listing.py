@@ -73,10 +73,15 @@ def list_archive(folders: Sequence[Path], join_channels: bool = True, bundles: r
     Raises:
         UserError: naming every folder that does not exist.
     """
+    check_exist(folders)
+    return _Lister(folders, join_channels, bundles).listed()
+
+
+def check_exist(folders: Sequence[Path]) -> None:
+    """Raise UserError naming every folder or file that does not exist."""
     missing = [str(folder) for folder in folders if not folder.exists()]
     if missing:
         raise UserError(f"no such folder or file: {', '.join(missing)}; give existing folders with volumes")
-    return _Lister(folders, join_channels, bundles).listed()
 
 
 class _Lister:
