@@ -7,6 +7,7 @@ position of the first one.
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -66,8 +67,9 @@ class DicomHeader:
 
     modality: str | None
     patient: str
+    """A checksum that tells the patients of one series apart: headers are kept on disk, and patients' names are not."""
     series: str
-    """SeriesInstanceUID; this and the others are empty if there is none."""
+    """SeriesInstanceUID; this and the next are empty if there is none."""
     instance: str
     kernel: str
     """Of the reconstruction of a CT."""
@@ -128,7 +130,7 @@ def dicom_header(dataset: pydicom.Dataset) -> DicomHeader:
             num_frames, problem = 1, f"its DICOM header cannot be read: {error}"
         return DicomHeader(
             modality=modality,
-            patient=_text(dataset, "PatientID"),
+            patient=_checksum(_text(dataset, "PatientID"), _text(dataset, "SeriesInstanceUID")),
             series=_text(dataset, "SeriesInstanceUID"),
             instance=_text(dataset, "SOPInstanceUID"),
             kernel=_text(dataset, "ConvolutionKernel"),
@@ -153,6 +155,10 @@ def tolerant() -> Iterator[None]:
 
 def _text(dataset: pydicom.Dataset, name: str) -> str:
     return str(dataset.get(name) or "").strip(" \0")
+
+
+def _checksum(patient: str, series: str) -> str:
+    return hashlib.blake2b(f"{patient}\0{series}".encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
 
 
 def _check_pixels(dataset: pydicom.Dataset, modality: str | None) -> None:

@@ -139,7 +139,7 @@ def test_channels_of_one_folder_stay_together(tmp_path: Path) -> None:
 
 def test_headers_are_kept_as_they_were_read(tmp_path: Path, opened: list[str]) -> None:
     folder = tmp_path / "scans"
-    dicom_files.series(folder / "series", HU)
+    dicom_files.series(folder / "series", HU, PatientID="Jane Doe")
     phantoms.write(folder / "a.nii.gz", phantoms.mr(), (1, 1.5, 0.3))
     (folder / "broken.nrrd").write_bytes(b"NRRD0004\n")
     (tmp_path / "index").mkdir()
@@ -147,6 +147,7 @@ def test_headers_are_kept_as_they_were_read(tmp_path: Path, opened: list[str]) -
     assert (first.volumes, first.left_out) == (second.volumes, second.left_out)
     assert len(second.volumes) == 2 and len(second.left_out) == 1
     assert Counter(opened) == dict.fromkeys(opened, 1) and len(opened) == 14
+    assert not any("Jane" in path.read_text() for path in (tmp_path / "index").iterdir())
 
 
 def test_a_file_without_an_ending_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
