@@ -453,18 +453,17 @@ def nnunet_cases(dataset: Path, folder: Path, most: int) -> Any:
     from nnunetv2_misfm.pool.plan import adopt_plans, layout_hash
     from nnunetv2_misfm.pool.settings import PoolSettings
 
-    raw = folder / "nnUNet_raw" / dataset.name
-    raw.symlink_to(dataset)
+    raw = copy_cases(dataset, folder / "nnUNet_raw" / dataset.name, most)
     number = int(dataset.name[7:10])
     extract_fingerprints([number], num_processes=1)
     plan_experiments([number])
     root = folder / "nnUNet_preprocessed" / dataset.name
     plans = json.loads((root / "nnUNetPlans.json").read_text())
-    dataset_json = json.loads((dataset / "dataset.json").read_text())
+    dataset_json = json.loads((raw / "dataset.json").read_text())
     manager = PlansManager(plans)
     configuration = manager.get_configuration("3d_fullres")
     preprocessor = configuration.preprocessor_class(verbose=False)
-    images = sorted((dataset / "imagesTr").iterdir())[:most]
+    images = sorted((raw / "imagesTr").iterdir())
     settings = PoolSettings(skip_label_maps=True)
     adopted = adopt_plans(plans, "3d_fullres", POOL, "nnUNetPlans", "3d_fullres", settings, {})
     pool = PoolFolder(POOL, "nnUNetPlans", "3d_fullres")
@@ -474,7 +473,7 @@ def nnunet_cases(dataset: Path, folder: Path, most: int) -> Any:
     layout = layout_hash(adopted, "3d_fullres")
     found = inspect_volumes(images, settings).volumes
     for volume, image in zip(sorted(found, key=lambda one: one.channels[0][0]), images, strict=True):
-        label = dataset / "labelsTr" / image.name.replace("_0000", "")
+        label = raw / "labelsTr" / image.name.replace("_0000", "")
         case = CaseTask(replace(volume), adopted, "3d_fullres", layout, pool.temporary)
         arguments = (str(root / "theirs" / volume.case), [str(image)], str(label), manager, configuration, dataset_json)
 
@@ -491,6 +490,19 @@ def nnunet_cases(dataset: Path, folder: Path, most: int) -> Any:
             return time.process_time() - started
 
         yield {"ours": ours, "theirs": theirs, "spacing": " x ".join(f"{mm:.3g}" for mm in configuration.spacing)}
+
+
+def copy_cases(dataset: Path, target: Path, most: int) -> Path:
+    """The first cases of a dataset of one channel."""
+    (target / "imagesTr").mkdir(parents=True)
+    (target / "labelsTr").mkdir()
+    images = sorted((dataset / "imagesTr").iterdir())[:most]
+    for image in images:
+        shutil.copy(image, target / "imagesTr")
+        shutil.copy(dataset / "labelsTr" / image.name.replace("_0000", ""), target / "labelsTr")
+    described = json.loads((dataset / "dataset.json").read_text())
+    (target / "dataset.json").write_text(json.dumps({**described, "numTraining": len(images)}))
+    return target
 
 
 if __name__ == "__main__":

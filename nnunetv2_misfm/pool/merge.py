@@ -7,6 +7,7 @@ merge again changes nothing.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,7 +92,7 @@ class PoolEntries:
                 bundle=one.bundle,
                 spacing=one.spacing,
                 shape_after_crop=one.shape_after_crop,
-                share_kept=float(np.prod(one.shape_after_crop) / np.prod(one.original_shape)) if prepared else 0.0,
+                share_kept=math.prod(one.shape_after_crop) / math.prod(one.original_shape) if prepared else 0.0,
                 intensity=tuple(tuple(channel[name] for name in INTENSITY) for channel in one.intensity),
                 row=row,
             )
