@@ -11,7 +11,7 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,8 @@ def scans(tmp_path: Path) -> Path:
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files whose headers are read."""
     names: list[str] = []
-    for reader in ("open_image", "read_dicom_header"):
-        read: Callable[[str], Any] = getattr(headers, reader)
-        monkeypatch.setattr(headers, reader, lambda path, read=read: (names.append(Path(path).name), read(path))[1])
+    read = headers.read_header
+    monkeypatch.setattr(headers, "read_header", lambda file: (names.append(Path(file.path).name), read(file))[1])
     return names
 
 
