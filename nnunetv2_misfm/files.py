@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import secrets
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     Until then, and if writing fails, whatever was at `path` stays as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Processes of several machines may have one number.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         with open(temporary, "r+b") as file:  # Windows flushes only what it may write to
@@ -53,11 +55,38 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return content
 
 
-def write_json(content: Mapping[str, Any] | Sequence[Any], path: str | os.PathLike[str]) -> None:
-    """Write JSON, indented as nnU-Net does."""
+def write_json(
+    content: Mapping[str, Any] | Sequence[Any], path: str | os.PathLike[str], indent: int | None = 4
+) -> None:
+    """Write JSON, indented as nnU-Net does unless told otherwise."""
     with written_whole(path) as temporary:
         # Undecodable bytes in the names of files are written as escapes.
-        temporary.write_text(json.dumps(content, indent=4), encoding="utf-8", errors="backslashreplace")
+        temporary.write_text(json.dumps(content, indent=indent), encoding="utf-8", errors="backslashreplace")
+
+
+def append_json_lines(path: Path, lines: Iterable[str]) -> None:
+    """Add lines to a file that one process at a time writes to; they have reached the disk when this returns.
+
+    What a killed process left of a line ends at the next one, and `read_json_lines` skips it.
+    """
+    with open(path, "ab") as file:
+        file.write(b"".join(b"\n" + line.encode("ascii") for line in lines) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json_lines(path: Path) -> Iterator[Any]:
+    """What the lines of a file hold, without those that are empty or torn; nothing if there is no such file."""
+    try:
+        file = open(path, "rb")
+    except FileNotFoundError:
+        return
+    with file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
 
 
 # What a file system without locks answers, where FileLock does not raise NotImplementedError for it.
@@ -74,7 +103,7 @@ def locked(path: Path, timeout: float, message: str) -> Iterator[None]:
 
     Args:
         path: of the lock file, which stays.
-        timeout: seconds to wait for another process.
+        timeout: seconds to wait for another process; a negative number waits as long as it takes.
         message: what the other process does, for the error.
 
     Raises:

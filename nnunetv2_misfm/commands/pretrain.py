@@ -33,7 +33,7 @@ def pretrain(arguments: list[str] | None = None) -> None:
     processes = Processes()
     options = read_options(arguments, under_torchrun=processes.several)
     nnunet_folder("nnUNet_results")
-    if not options.only_prepare:
+    if not (options.only_prepare or options.dry_run):
         check_device(options.device, max(options.num_gpus, processes.on_this_machine))
     planned = processes.first_does(lambda: plan_and_prepare(options))
     if planned is None:
@@ -72,11 +72,13 @@ def plan_and_prepare(options: PretrainOptions) -> tuple[str, str, str] | None:
 
     source = source_of(options)
     run = EarlierRun(run_folder(source.task, source.dataset_name, source.plans_name, options.configuration))
-    starts_anew = not (options.continue_training or options.only_prepare or options.overwrite)
-    if starts_anew:
+    prepares_only = options.only_prepare or options.dry_run
+    if not (options.continue_training or prepares_only or options.overwrite):
         run.check_absent()
     request = run_request(options, source.task, source.earlier)
     plans = source.plan(request)
+    if plans is None:
+        return None
     architecture = plans["configurations"][options.configuration]["architecture"]
     build_on_meta(architecture, 1, request.pretext.task().num_outputs(1))
     if options.continue_training:

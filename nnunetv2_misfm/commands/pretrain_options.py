@@ -14,6 +14,7 @@ from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.network_entry import NETWORKS
 from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS, PretrainingSettings
 from nnunetv2_misfm.pool.settings import PoolSettings
+from nnunetv2_misfm.pool.share import BUNDLES
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
 from nnunetv2_misfm.pretrain.tasks import task_classes
 
@@ -61,6 +62,8 @@ class PretrainOptions:
     num_parts: int
     part_id: int
     only_prepare: bool
+    only_inspect: bool
+    dry_run: bool
     continue_training: bool
     overwrite: bool
 
@@ -108,7 +111,9 @@ def read_options(arguments: list[str] | None, under_torchrun: bool) -> PretrainO
         num_processes=options.np,
         num_parts=options.num_parts or 1,
         part_id=options.part_id or 0,
-        only_prepare=options.only_prepare or options.num_parts is not None,
+        only_prepare=options.only_prepare or options.only_inspect or options.num_parts is not None,
+        only_inspect=options.only_inspect,
+        dry_run=options.dry_run,
         continue_training=options.continue_training,
         overwrite=options.overwrite,
     )
@@ -121,8 +126,6 @@ def _problems_of_data(options: argparse.Namespace) -> Iterator[str]:
             yield f"{', '.join(named)}: these describe volumes; they need -i"
         if options.plans_from:
             yield "-plans_from needs volumes (-i)"
-        if options.num_parts is not None:
-            yield "-num_parts shares the preparation of volumes; it needs -i"
     elif options.d.startswith("Dataset"):
         if options.n:
             yield f"-d {options.d} is the whole name of the dataset; leave -n {options.n} out, or give its number only"
@@ -135,13 +138,22 @@ def _problems_of_data(options: argparse.Namespace) -> Iterator[str]:
 
 
 def _problems_of_parts(options: argparse.Namespace) -> Iterator[str]:
+    for flag, chosen in (
+        ("-num_parts", options.num_parts is not None),
+        ("--only_inspect", options.only_inspect),
+        ("--dry_run", options.dry_run),
+    ):
+        if chosen and not options.i:
+            yield f"{flag} is about the preparation of volumes; it needs -i"
     if (options.num_parts is None) != (options.part_id is None):
         yield "-num_parts (how many) and -part_id (which one, from 0) belong together; give both"
-    elif options.num_parts is not None and not 0 <= options.part_id < options.num_parts:
+    elif options.num_parts is not None and not 0 <= options.part_id < options.num_parts <= BUNDLES:
         yield (
-            f"-num_parts {options.num_parts} -part_id {options.part_id}: there is at least one part, and -part_id "
+            f"-num_parts {options.num_parts} -part_id {options.part_id}: there are 1 to {BUNDLES} parts, and -part_id "
             f"counts from 0 to one less than -num_parts"
         )
+    if options.dry_run and options.num_parts is not None:
+        yield "--dry_run is about all parts together; leave -num_parts and -part_id out"
 
 
 def _problems_of_run(options: argparse.Namespace, under_torchrun: bool) -> Iterator[str]:
@@ -155,8 +167,8 @@ def _problems_of_run(options: argparse.Namespace, under_torchrun: bool) -> Itera
         yield f"-num_gpus {options.num_gpus} needs -device cuda"
     if under_torchrun and options.num_gpus > 1:
         yield "-num_gpus starts processes itself; leave it out under torchrun (--nproc_per_node)"
-    if under_torchrun and (options.only_prepare or options.num_parts is not None):
-        yield "--only_prepare and -num_parts need no torchrun; run them as misfm_pretrain"
+    if under_torchrun and (options.only_prepare or options.only_inspect or options.dry_run or options.num_parts):
+        yield "--only_prepare, --only_inspect, --dry_run and -num_parts need no torchrun; run them as misfm_pretrain"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -187,6 +199,10 @@ def _parser() -> argparse.ArgumentParser:
     add("-num_parts", type=int, metavar="N", help="prepare only one of so many parts of the volumes, then stop")
     add("-part_id", type=int, metavar="N", help="which part, from 0 (with -num_parts)")
     add("--only_prepare", action="store_true", help="prepare the pool and stop")
+    add(
+        "--only_inspect", action="store_true", help="read the headers, plan the pool and stop (with -num_parts: a part)"
+    )
+    add("--dry_run", action="store_true", help="say what preparing will cost, from a sample; keep nothing")
     add("--c", dest="continue_training", action="store_true", help="continue from the latest checkpoint")
     add("--overwrite", action="store_true", help="delete what an earlier run left and start anew")
     add_setting_options(parser, "how volumes become a pool (with -i)", PoolSettings)

@@ -17,9 +17,14 @@ from nnunetv2_misfm.plans.checks import check_plans_name, check_replaceable
 from nnunetv2_misfm.plans.files import preprocessed_cases, preprocessed_dataset, read_dataset_json, read_plans
 from nnunetv2_misfm.plans.run_settings import BLOCK, pretext_task_of
 from nnunetv2_misfm.plans.settings import read_settings
-from nnunetv2_misfm.pool.plan import adopt_plans, existing_plans, find_geometry, plan_pool
-from nnunetv2_misfm.pool.prepare import check_usable, inspect_volumes, prepare_pool
+from nnunetv2_misfm.pool.cost import estimate, sample_volumes
+from nnunetv2_misfm.pool.folder import PoolFolder
+from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection, inspect_volumes
+from nnunetv2_misfm.pool.listing import check_exist
+from nnunetv2_misfm.pool.plan import adopt_plans, check_names, existing_plans, find_geometry, plan_pool
+from nnunetv2_misfm.pool.prepare import check_usable, prepare_pool, start_pool
 from nnunetv2_misfm.pool.settings import PoolSettings
+from nnunetv2_misfm.pool.share import Share
 from nnunetv2_misfm.pretrain.planning import RunRequest, new_pool_entry, run_plans
 from nnunetv2_misfm.pretrain.tasks import AUGMENTATION, PretextSettings, task_class
 
@@ -47,29 +52,82 @@ class BareVolumes:
                 f"Leave -i out to train on the volumes of this pool by plans of another name."
             )
 
-    def plan(self, request: RunRequest) -> dict[str, Any]:
-        """Look at the headers of the volumes, and plan the pool and the run."""
-        options = self.options
-        names = (self.dataset_name, self.plans_name, options.configuration)
+    def plan(self, request: RunRequest) -> dict[str, Any] | None:
+        """Look at the headers of the volumes, and plan the pool and the run; None while other parts have to look."""
+        options, names = self.options, (self.dataset_name, self.plans_name, self.options.configuration)
+        check_names(*names)
         settings = read_settings(PoolSettings, options.pool, "The pool's settings")
-        self.inspection = inspect_volumes(options.folders, settings, options.num_processes)
-        check_usable(self.inspection, self.dataset_name, self.plans_name)
-        print(self.inspection.summary())
+        if options.dry_run:
+            self.sample = sample_volumes(options.folders, settings, options.num_processes)
+            whole: PoolInspection | None = self.sample.inspection
+            if not self.sample.inspection.volumes:
+                raise PoolError(f"no usable volume in the given folders\n{self.sample.inspection.summary()}")
+        else:
+            whole = self._inspect(names, settings)
+        if whole is None:
+            return None
         if self.adopted is not None:
             adopted = adopt_plans(self.adopted, options.configuration, *names, settings, self.adopted.get(BLOCK, {}))
             plans = run_plans(adopted, options.configuration, self.plans_name, self.dataset_name, request)
         else:
-            geometry = find_geometry(self.inspection, settings, *names)
+            geometry = find_geometry(whole, settings, *names)
             entry, patch_size, batch_size = new_pool_entry(geometry.spacing, geometry.median_shape, request)
             block = request.pretext.block()
-            plans = plan_pool(self.inspection, settings, geometry, *names, patch_size, batch_size, entry, block)
+            plans = plan_pool(whole, settings, geometry, *names, patch_size, batch_size, entry, block)
         return _with_what_was_left_open(plans, self.earlier, options.configuration, request)
+
+    def _inspect(self, names: tuple[str, str, str], settings: PoolSettings) -> PoolInspection | None:
+        """Inspect the volumes of this part, and return what the plans are to be made from.
+
+        Of a job array that is what this part has found, unless it found nothing or the plans need the median of all
+        and are not there yet: then what all parts have found, if they have, else the whole archive. None if only the
+        inspection was asked for and other parts are not done.
+        """
+        options = self.options
+        check_exist(options.folders)
+        folder = PoolFolder(*names, Share(options.num_parts, options.part_id))
+        folder.create()
+        of_archive = (options.folders, settings, options.num_processes)
+        self.inspection = inspect_volumes(*of_archive, folder.share.bundles, folder.ledger.index)
+        if options.num_parts > 1:
+            print(f"Part {options.part_id} of {options.num_parts}:")
+        if self.inspection.volumes or options.num_parts > 1:
+            print(self.inspection.summary())
+        whole = self.inspection
+        if options.num_parts > 1:
+            folder.ledger.keep_found(self.inspection)
+            needs_all = self._needs_all(settings)
+            by_all = folder.ledger.found_by_all(self.inspection.token) if needs_all else None
+            if by_all is not None or not needs_all:
+                whole = by_all or self.inspection
+            elif options.only_inspect:
+                print("Other parts have still to look at their volumes")
+                return None
+            else:
+                if self.inspection.volumes:
+                    print("All headers are read for the median; run all parts with --only_inspect first to share that")
+                whole = inspect_volumes(*of_archive, index=folder.ledger.index)
+        check_usable(whole, self.dataset_name, self.plans_name)
+        return whole
+
+    def _needs_all(self, settings: PoolSettings) -> bool:
+        """Whether a part can plan from what all parts have found only."""
+        from_median = self.adopted is None and isinstance(settings.spacing, str)
+        unplanned = self.earlier is None and (from_median or self.options.only_inspect)
+        return unplanned or not self.inspection.volumes
 
     def provide(self, plans: dict[str, Any]) -> dict[str, Any] | None:
         """Prepare the volumes; the plans with what was found in them, or None while other parts are still to do."""
         options = self.options
-        shares = (options.num_processes, options.num_parts, options.part_id)
-        report = prepare_pool(self.inspection, plans, options.configuration, *shares)
+        parts = (options.num_parts, options.part_id)
+        if options.dry_run:
+            print(estimate(self.sample, plans, options.configuration, options.num_processes))
+            return None
+        if options.only_inspect:
+            start_pool(self.inspection, plans, options.configuration, *parts)
+            print("The pool is planned. Prepare it with the same options without --only_inspect")
+            return None
+        report = prepare_pool(self.inspection, plans, options.configuration, options.num_processes, *parts)
         print(report.summary())
         return report.plans if report.complete else None
 

@@ -83,6 +83,9 @@ class CaseRecord:
     content: str = ""
     intensity: tuple[dict[str, float], ...] = ()
     """Per channel nnU-Net's intensity properties of the voxels kept, before normalisation."""
+    bundle: int = 0
+    series: str = ""
+    """These two as in `Volume`."""
 
     @classmethod
     def of(cls, volume: Volume, status: str, layout: str, **more: Any) -> CaseRecord:
@@ -98,8 +101,15 @@ class CaseRecord:
             original_shape=volume.shape,
             original_spacing=volume.spacing,
             channels=volume.num_channels,
+            bundle=volume.bundle,
+            series=volume.series,
             **more,
         )
+
+    def is_of(self, volume: Volume, layout: str) -> bool:
+        """Whether this is what became of the volume as it is now, by plans of that layout."""
+        now = (volume.source, volume.num_bytes, volume.modified_ns, layout)
+        return (self.source, self.num_bytes, self.modified_ns, self.layout) == now
 
 
 @dataclass(frozen=True)
@@ -170,7 +180,13 @@ def _prepare(task: CaseTask) -> CaseRecord:
     check_voxels(voxels, settings.skip_label_maps)
     content = content_hash(voxels)
     if task.earlier is not None and task.earlier.content == content:
-        return dataclasses.replace(task.earlier, num_bytes=volume.num_bytes, modified_ns=volume.modified_ns)
+        return dataclasses.replace(
+            task.earlier,
+            num_bytes=volume.num_bytes,
+            modified_ns=volume.modified_ns,
+            bundle=volume.bundle,
+            series=volume.series,
+        )
 
     plans_from = pool_block(task.plans)["plans_from"]
     modality: str | None = None

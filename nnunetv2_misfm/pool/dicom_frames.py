@@ -7,18 +7,19 @@ position of the first one.
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pydicom
 from pydicom.tag import BaseTag, Tag
 from pydicom.uid import ImplicitVRLittleEndian
 
-from nnunetv2_misfm.pool.volume_files import VolumeProblem, unreadable
+from nnunetv2_misfm.pool.volume_files import DICOM_PREAMBLE, VolumeProblem, check_is_dicom, unreadable
 
 VOLUME_MODALITIES = ("CT", "MR", "PT", "NM", "OT")
 """Modalities whose series are scans of a volume; others are planar, films over time, labels, doses or documents."""
@@ -66,8 +67,9 @@ class DicomHeader:
 
     modality: str | None
     patient: str
+    """A checksum that tells the patients of one series apart: headers are kept on disk, and patients' names are not."""
     series: str
-    """SeriesInstanceUID; this and the others are empty if there is none."""
+    """SeriesInstanceUID; this and the next are empty if there is none."""
     instance: str
     kernel: str
     """Of the reconstruction of a CT."""
@@ -78,15 +80,21 @@ class DicomHeader:
 
 
 def read_dicom_header(path: str) -> DicomHeader:
-    """Header of one file.
+    """Header of one file, which is opened once.
 
     Raises:
         VolumeProblem: if it is no DICOM image.
     """
-    return dicom_header(read_dataset(path, GEOMETRY_TAGS, stop_before_pixels=True))
+    try:
+        with open(path, "rb") as file:
+            check_is_dicom(path, file.read(DICOM_PREAMBLE + 4))
+            file.seek(0)
+            return dicom_header(read_dataset(file, GEOMETRY_TAGS, stop_before_pixels=True))
+    except OSError as error:
+        raise VolumeProblem(f"unreadable: {error.strerror or error}") from error
 
 
-def read_dataset(path: str, tags: Sequence[BaseTag], stop_before_pixels: bool = False) -> pydicom.Dataset:
+def read_dataset(path: str | BinaryIO, tags: Sequence[BaseTag], stop_before_pixels: bool = False) -> pydicom.Dataset:
     """The named elements of a DICOM file, also of one without preamble.
 
     Raises:
@@ -122,7 +130,7 @@ def dicom_header(dataset: pydicom.Dataset) -> DicomHeader:
             num_frames, problem = 1, f"its DICOM header cannot be read: {error}"
         return DicomHeader(
             modality=modality,
-            patient=_text(dataset, "PatientID"),
+            patient=_checksum(_text(dataset, "PatientID"), _text(dataset, "SeriesInstanceUID")),
             series=_text(dataset, "SeriesInstanceUID"),
             instance=_text(dataset, "SOPInstanceUID"),
             kernel=_text(dataset, "ConvolutionKernel"),
@@ -147,6 +155,10 @@ def tolerant() -> Iterator[None]:
 
 def _text(dataset: pydicom.Dataset, name: str) -> str:
     return str(dataset.get(name) or "").strip(" \0")
+
+
+def _checksum(patient: str, series: str) -> str:
+    return hashlib.blake2b(f"{patient}\0{series}".encode("utf-8", "surrogateescape"), digest_size=12).hexdigest()
 
 
 def _check_pixels(dataset: pydicom.Dataset, modality: str | None) -> None:

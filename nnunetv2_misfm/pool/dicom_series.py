@@ -20,7 +20,7 @@ from nnunetv2_misfm.pool.dicom_frames import (
 from nnunetv2_misfm.pool.dicom_pixels import scaled_frames
 from nnunetv2_misfm.pool.grid import STRAIGHT_WITHIN_VOXELS, Grid, make_grid
 from nnunetv2_misfm.pool.headers import Header
-from nnunetv2_misfm.pool.volume_files import LeftOut, VolumeProblem
+from nnunetv2_misfm.pool.volume_files import VolumeProblem
 
 SLICE_GAP_TOLERANCE = 0.1
 """How far the distance of two neighbouring slices may be from the median distance, relative to it."""
@@ -56,14 +56,14 @@ class Series:
         return _dicom(self.headers[0]).modality
 
 
-def sort_series(headers: Sequence[Header]) -> tuple[list[Series], list[LeftOut]]:
+def sort_series(headers: Sequence[Header]) -> tuple[list[Series], list[tuple[str, str, Header]]]:
     """Group DICOM files by SeriesInstanceUID and order their slices.
 
     Files belong together that lie in one folder. Where archives keep one series in several folders, they are put
     together if their identifiers leave no doubt and they make one regular grid.
 
     Returns:
-        The series that make up a volume, and those that do not, with the reason.
+        The series that make up a volume, and those that do not: source, reason and the first file.
     """
     series, left_out = [], []
     for groups in _groups(headers):
@@ -79,7 +79,7 @@ def sort_series(headers: Sequence[Header]) -> tuple[list[Series], list[LeftOut]]
                 continue
             if problem and len(group) == 1:
                 problem_alone = f"one of {_described(whole, len(groups))} that make no volume together: {problem}"
-            left_out.append(LeftOut(_source(group, 1), problem_alone))
+            left_out.append((_source(group, 1), problem_alone, group[0]))
     return series, left_out
 
 

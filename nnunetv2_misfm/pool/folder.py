@@ -3,29 +3,28 @@
 DatasetXXX_NAME/
     dataset.json, dataset_fingerprint.json, <plans_name>.json, report.csv
     <data_identifier>/               case.b2nd, case_seg.b2nd, case.pkl, and nothing else
-    <data_identifier>_preparation/   records/case.json, temporary/, locks
+    <data_identifier>_preparation/   what `ledger.py` lists, temporary/, locks
 """
 
 from __future__ import annotations
 
 import csv
-import dataclasses
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_misfm.files import locked, read_json, write_json, written_whole
+from nnunetv2_misfm.files import locked, read_json, written_whole
 from nnunetv2_misfm.plans.files import nnunet_folder
-from nnunetv2_misfm.plans.settings import as_tuples
-from nnunetv2_misfm.pool.case import CASE_ENDINGS, CaseRecord, temporary_files
+from nnunetv2_misfm.pool.case import CASE_ENDINGS, LEFT_OUT, CaseRecord, temporary_files
 from nnunetv2_misfm.pool.inspection import PoolError
+from nnunetv2_misfm.pool.ledger import Ledger
 from nnunetv2_misfm.pool.plan import WRITE_ANEW, existing_plans
+from nnunetv2_misfm.pool.share import WHOLE, Share
 from nnunetv2_misfm.pool.volume_files import LeftOut
 
-MERGE_WAITS_SECONDS = 3600.0
 REPORT = "report.csv"
 REPORT_COLUMNS = (
     "case",
@@ -51,24 +50,25 @@ _PREPARATION = "_preparation"  # ends the name of the folder with what a prepara
 class PoolFolder:
     """Paths of one pool and the operations on them that other processes may see."""
 
-    def __init__(self, plans: Mapping[str, Any], configuration: str, num_parts: int, part_id: int):
-        data_identifier = plans["configurations"][configuration]["data_identifier"]
-        self.root = nnunet_folder("nnUNet_preprocessed") / plans["dataset_name"]
+    def __init__(self, dataset_name: str, plans_name: str, configuration: str, share: Share = WHOLE):
+        data_identifier = f"{plans_name}_{configuration}"
+        self.root = nnunet_folder("nnUNet_preprocessed") / dataset_name
         self.data = self.root / data_identifier
-        self.plans = self.root / f"{plans['plans_name']}.json"
+        self.plans = self.root / f"{plans_name}.json"
         self.dataset_json = self.root / "dataset.json"
         self.fingerprint = self.root / "dataset_fingerprint.json"
+        self.share = share
         self._preparation = self.root / f"{data_identifier}{_PREPARATION}"
-        self._records = self._preparation / "records"
-        self._part = f"part_{part_id}_of_{num_parts}"
+        self.ledger = Ledger(self._preparation, share)
         self._all_temporary = self._preparation / "temporary"
-        self.temporary = self._all_temporary / self._part
+        self.temporary = self._all_temporary / str(share)
 
     def create(self) -> None:
         """Make the folders. Raises PoolError if something else than a pool lives there."""
         check_is_pool(self.root, self.plans.stem)
-        for folder in (self.data, self._records, self._all_temporary):
+        for folder in (self.data, self._all_temporary):
             folder.mkdir(parents=True, exist_ok=True)
+        self.ledger.create()
 
     def clear_temporary(self) -> None:
         """Remove what a killed run of the same part left half-written."""
@@ -82,14 +82,19 @@ class PoolFolder:
     @contextmanager
     def lock_part(self) -> Iterator[None]:
         """Keep a second run from preparing the same part; the system frees the lock of a run that was killed."""
-        with locked(self._preparation / f"{self._part}.lock", 0.0, "another process is preparing this part"):
+        with locked(self._preparation / f"{self.share}.lock", 0.0, "another process is preparing this part"):
+            yield
+
+    @contextmanager
+    def lock_start(self) -> Iterator[None]:
+        """Let one part at a time write the plans, or take over those that another has just written."""
+        with locked(self._preparation / "start.lock", -1.0, "another process is starting"):
             yield
 
     @contextmanager
     def lock_merge(self) -> Iterator[None]:
-        """Let one part at a time bring the results together."""
-        message = "another process has been merging the parts for too long"
-        with locked(self._preparation / "merge.lock", MERGE_WAITS_SECONDS, message):
+        """Let one part bring the results together. Raises LockedError if another is doing so."""
+        with locked(self._preparation / "merge.lock", 0.0, "another process is merging the parts"):
             yield
 
     def is_whole(self, case: str) -> bool:
@@ -99,38 +104,26 @@ class PoolFolder:
         """Move a case from the temporary folder into the pool, its .b2nd last, then write its record."""
         for file in temporary_files(self.temporary, record.case):
             os.replace(file, self.data / file.name)
-        self.write_record(record)
+        self.ledger.write_record(record)
 
     def remove_case(self, case: str) -> None:
         for ending in reversed(CASE_ENDINGS):
             (self.data / f"{case}{ending}").unlink(missing_ok=True)
 
-    def write_record(self, record: CaseRecord) -> None:
-        write_json(dataclasses.asdict(record), self._records / f"{record.case}.json")
-
-    def remove_record(self, case: str) -> None:
-        (self._records / f"{case}.json").unlink(missing_ok=True)
-
-    def read_records(self) -> dict[str, CaseRecord]:
-        """What became of each volume so far, by case name and sorted by it."""
-        remedy = "Remove it; its volume is then prepared anew."
-        records = (read_json(path, remedy) for path in sorted(self._records.glob("*.json")))
-        known = {field.name for field in dataclasses.fields(CaseRecord)}  # other versions have others, too
-        return {
-            record["case"]: CaseRecord(**{name: as_tuples(value) for name, value in record.items() if name in known})
-            for record in records
-        }
-
 
 def check_is_pool(root: Path, plans_name: str) -> None:
     """Raise PoolError if the dataset folder `root` holds something else than a pool."""
+    # Looked for twice, because another part may be writing its first files in between.
+    if not _is_pool(root, plans_name) and any(_is_foreign(path, root) for path in root.rglob("*")):
+        if not _is_pool(root, plans_name):
+            raise PoolError(f"{root} exists and is no pretraining pool; choose another dataset ID and name")
+
+
+def _is_pool(root: Path, plans_name: str) -> bool:
     dataset_json = root / "dataset.json"
     if dataset_json.is_file():
-        is_pool = read_json(dataset_json, f"{WRITE_ANEW}.").get("misfm_pool")
-    else:
-        is_pool = existing_plans(root.name, plans_name) is not None
-    if not is_pool and any(_is_foreign(path, root) for path in root.rglob("*")):
-        raise PoolError(f"{root} exists and is no pretraining pool; choose another dataset ID and name")
+        return bool(read_json(dataset_json, f"{WRITE_ANEW}.").get("misfm_pool"))
+    return existing_plans(root.name, plans_name) is not None
 
 
 def _is_foreign(path: Path, root: Path) -> bool:
@@ -139,17 +132,25 @@ def _is_foreign(path: Path, root: Path) -> bool:
     return path.is_file() and not path.name.startswith(".") and path != root / REPORT and not prepares
 
 
-def write_report(root: Path, records: Iterable[CaseRecord], left_out: Sequence[LeftOut]) -> Path:
+def report_row(one: CaseRecord | LeftOut) -> tuple[str, ...]:
+    """The cells of a volume's row in report.csv."""
+    if isinstance(one, LeftOut):
+        known = {"status": LEFT_OUT, "reason": one.reason, "source": one.source}
+        return tuple(known.get(name, "") for name in REPORT_COLUMNS)
+    return tuple(_cell(getattr(one, name)) for name in REPORT_COLUMNS)
+
+
+def write_report(root: Path, rows: Iterable[Sequence[str]]) -> Path:
     """Write report.csv: one row per volume in order of source, whether it is in the pool or not."""
-    rows = [{name: _cell(getattr(record, name)) for name in REPORT_COLUMNS} for record in records]
-    rows += [{"status": "left out", "reason": one.reason, "source": one.source} for one in left_out]
     root.mkdir(parents=True, exist_ok=True)
+    source, case = REPORT_COLUMNS.index("source"), REPORT_COLUMNS.index("case")
+    in_order = sorted(rows, key=lambda row: (row[source], row[case]))
     with written_whole(root / REPORT) as temporary:
         # Undecodable bytes in the names of files are written as escapes rather than stopping the report.
         with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-            writer = csv.DictWriter(file, REPORT_COLUMNS, restval="")
-            writer.writeheader()
-            writer.writerows(sorted(rows, key=lambda row: (row["source"], row.get("case", ""))))
+            writer = csv.writer(file)
+            writer.writerow(REPORT_COLUMNS)
+            writer.writerows(in_order)
     return root / REPORT
 
 

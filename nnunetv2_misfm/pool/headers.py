@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 
@@ -14,9 +15,13 @@ from nnunetv2_misfm.pool.grid import Grid
 from nnunetv2_misfm.pool.nifti import open_nifti
 from nnunetv2_misfm.pool.stored_image import StoredImage
 from nnunetv2_misfm.pool.text_headers import open_metaimage, open_nrrd
-from nnunetv2_misfm.pool.volume_files import LeftOut, VolumeFile, VolumeProblem, unreadable
+from nnunetv2_misfm.pool.volume_files import VolumeFile, VolumeProblem, unreadable
 
 HEADERS_WORTH_A_PROCESS = 2000
+NEVER = -1
+"""The date of a file that the system could not read; the next run tries it again."""
+
+HeaderReader = Callable[[Sequence[VolumeFile]], Iterable["Header"]]
 
 
 @dataclass(frozen=True)
@@ -24,21 +29,22 @@ class Header:
     file: VolumeFile
     num_bytes: int
     modified_ns: int
-    """When the file was changed, in ns since 1970."""
-    grid: Grid | None
+    """When the file was changed, in ns since 1970, or `NEVER`."""
+    grid: Grid | None = None
     """Of all files but DICOM."""
-    dicom: DicomHeader | None
+    dicom: DicomHeader | None = None
+    problem: str = ""
+    """Why there is neither."""
 
 
-def read_headers(files: Sequence[VolumeFile], num_processes: int = 1) -> tuple[list[Header], list[LeftOut]]:
-    """The headers of all readable files in the order of `files`, and what could not be read, with its reason."""
-    if num_processes > 1 and len(files) >= HEADERS_WORTH_A_PROCESS:
-        with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as executor:
-            results: Iterable[Header | LeftOut] = list(executor.map(_header_or_reason, files, chunksize=200))
-    else:
-        results = [_header_or_reason(file) for file in files]
-    headers = [result for result in results if isinstance(result, Header)]
-    return headers, [result for result in results if isinstance(result, LeftOut)]
+@contextmanager
+def header_reader(num_files: int, num_processes: int) -> Iterator[HeaderReader]:
+    """A function that reads the headers of files in their order, in several processes where there are many files."""
+    if num_processes == 1 or num_files < HEADERS_WORTH_A_PROCESS:
+        yield lambda files: map(read_header, files)
+        return
+    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as executor:
+        yield lambda files: executor.map(read_header, files, chunksize=1 + min(200, len(files) // num_processes))
 
 
 def open_image(path: str) -> StoredImage:
@@ -57,22 +63,21 @@ def open_image(path: str) -> StoredImage:
         raise VolumeProblem(f"damaged or cut short: {error}") from error
 
 
-def _header_or_reason(file: VolumeFile) -> Header | LeftOut:
+def read_header(file: VolumeFile) -> Header:
+    """The header of a file, or what is wrong with it."""
+    num_bytes, modified_ns = 0, NEVER
     try:
         status = os.stat(file.path)
-        if status.st_size == 0:
+        num_bytes, modified_ns = status.st_size, status.st_mtime_ns
+        if num_bytes == 0:
             raise VolumeProblem("empty file (0 bytes)")
-        is_dicom = file.format == "DICOM"
-        return Header(
-            file=file,
-            num_bytes=status.st_size,
-            modified_ns=status.st_mtime_ns,
-            grid=None if is_dicom else open_image(file.path).grid,
-            dicom=read_dicom_header(file.path) if is_dicom else None,
-        )
+        if file.format == "DICOM":
+            return Header(file, num_bytes, modified_ns, dicom=read_dicom_header(file.path))
+        return Header(file, num_bytes, modified_ns, grid=open_image(file.path).grid)
     except OSError as error:
-        return LeftOut(file.path, f"unreadable: {error.strerror or error}")
+        return Header(file, num_bytes, NEVER, problem=f"unreadable: {error.strerror or error}")
     except VolumeProblem as problem:
-        return LeftOut(file.path, str(problem))
+        by_system = isinstance(problem.__cause__, OSError) and problem.__cause__.errno is not None
+        return Header(file, num_bytes, NEVER if by_system else modified_ns, problem=str(problem))
     except Exception as error:  # numbers that are none, in headers of any format: one file never stops the rest
-        return LeftOut(file.path, unreadable(error))
+        return Header(file, num_bytes, modified_ns, problem=unreadable(error))

@@ -11,7 +11,9 @@ import numpy as np
 
 from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.files import format_bytes
+from nnunetv2_misfm.pool.header_index import HeaderIndex
 from nnunetv2_misfm.pool.settings import PoolSettings
+from nnunetv2_misfm.pool.share import WHOLE
 from nnunetv2_misfm.pool.volume_files import LeftOut
 from nnunetv2_misfm.pool.volumes import Volume, find_volumes
 
@@ -29,6 +31,10 @@ class PoolInspection:
     left_out: tuple[LeftOut, ...]
     passed_over: Counter[str]
     """Number of files that are no volumes, by ending."""
+    num_files: int = 0
+    """In the whole archive, that may be (parts of) volumes."""
+    token: str = ""
+    """Differs between archives of different folders or numbers of files."""
 
     @property
     def num_channels(self) -> int:
@@ -67,14 +73,24 @@ class PoolInspection:
         return "\n".join(lines)
 
 
-def inspect_volumes(folders: Sequence[Path], settings: PoolSettings, num_processes: int = 1) -> PoolInspection:
-    """Find the volumes below the folders from their headers; about 2 ms per file.
+def inspect_volumes(
+    folders: Sequence[Path],
+    settings: PoolSettings,
+    num_processes: int = 1,
+    bundles: range = WHOLE.bundles,
+    index: HeaderIndex | None = None,
+) -> PoolInspection:
+    """Find the volumes below the folders from their headers; about 1 ms per DICOM file and 2 ms per NIfTI file.
+
+    Args:
+        folders, num_processes, bundles, index: as in `find_volumes`.
+        settings: say whether channels are joined.
 
     Raises:
         UserError: naming every folder that does not exist.
     """
-    found = find_volumes([Path(folder) for folder in folders], settings.join_channels, num_processes)
-    return PoolInspection(tuple(found.volumes), tuple(found.left_out), found.passed_over)
+    found = find_volumes([Path(folder) for folder in folders], settings.join_channels, num_processes, bundles, index)
+    return PoolInspection(tuple(found.volumes), tuple(found.left_out), found.passed_over, found.num_files, found.token)
 
 
 def _counts(values: Iterable[object]) -> str:

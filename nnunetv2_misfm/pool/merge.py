@@ -1,134 +1,240 @@
-"""Bringing the parts of a pool together: duplicates, fingerprint, final plans and the report."""
+"""Bringing the parts of a pool together: duplicates, fingerprint, final plans and the report.
+
+Everything the parts wrote down is read once, bundle by bundle; of each volume only what the results need is kept. To
+merge again changes nothing.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nnunetv2_misfm.files import read_json, write_json
 from nnunetv2_misfm.pool.case import LEFT_OUT, PREPARED, CaseRecord
-from nnunetv2_misfm.pool.folder import PoolFolder, write_report
-from nnunetv2_misfm.pool.inspection import PoolInspection
-from nnunetv2_misfm.pool.plan import layout_hash, measured_plans, pool_dataset_json
+from nnunetv2_misfm.pool.folder import PoolFolder, report_row, write_report
+from nnunetv2_misfm.pool.ledger import MADE_ANEW, JoinedSeries, Ledger
+from nnunetv2_misfm.pool.plan import layout_hash, measured_plans, pool_dataset_json, with_medians
+from nnunetv2_misfm.pool.share import WHOLE
 from nnunetv2_misfm.pool.volume_files import LeftOut
+
+
+class Entry(NamedTuple):
+    """What is kept of a record or of what was left out by its header."""
+
+    case: str
+    source: str
+    status: str
+    reason: str
+    mended: str
+    modality: str
+    content: str
+    bundle: int
+    spacing: tuple[float, ...]
+    shape_after_crop: tuple[int, ...]
+    share_kept: float
+    """Of the voxels, by cropping."""
+    intensity: tuple[tuple[float, ...], ...]
+    """Per channel, in the order of `INTENSITY`."""
+    row: str
+    """Of the report, its cells between zero characters."""
+
+
+INTENSITY = ("max", "mean", "median", "min", "percentile_00_5", "percentile_99_5", "std")
+
+
+@dataclass
+class PoolEntries:
+    """What became of the volumes of some bundles."""
+
+    entries: list[Entry] = field(default_factory=list)
+    gone: set[str] = field(default_factory=set)
+    """Cases whose arrays have no place in the pool."""
+    num_waiting: int = 0
+    """Volumes without a record."""
+    sizes: list[tuple[tuple[int, ...], tuple[float, ...]]] = field(default_factory=list)
+    """Shape and spacing (mm) of all volumes that are there, along the canonical axes."""
+
+    def count(self, status: str) -> int:
+        return sum(entry.status == status for entry in self.entries)
+
+    def reasons(self) -> Counter[str]:
+        """How often volumes are missing for which reason, told apart by its first words."""
+        return _by_first_words(entry.reason for entry in self.entries if entry.status != PREPARED)
+
+    def mended(self) -> Counter[str]:
+        """How often prepared volumes had to be mended, and how, told apart by the first words."""
+        return _by_first_words(entry.mended for entry in self.entries if entry.status == PREPARED and entry.mended)
+
+    def add(self, one: CaseRecord | LeftOut) -> None:
+        row = "\0".join(report_row(one))
+        if isinstance(one, LeftOut):
+            self.entries.append(
+                Entry("", one.source, LEFT_OUT, one.reason, "", "", "", one.bundle, (), (), 0.0, (), row)
+            )
+            return
+        prepared = one.status == PREPARED
+        self.entries.append(
+            Entry(
+                case=one.case,
+                source=one.source,
+                status=one.status,
+                reason=one.reason,
+                mended=one.mended,
+                modality=one.modality,
+                content=one.content,
+                bundle=one.bundle,
+                spacing=one.spacing,
+                shape_after_crop=one.shape_after_crop,
+                share_kept=math.prod(one.shape_after_crop) / math.prod(one.original_shape) if prepared else 0.0,
+                intensity=tuple(tuple(channel[name] for name in INTENSITY) for channel in one.intensity),
+                row=row,
+            )
+        )
+
+
+def read_entries(ledger: Ledger, bundles: range, layout: str) -> PoolEntries:
+    """Read what the parts wrote down about these bundles, each file once."""
+    result, joined = PoolEntries(), ledger.joined()
+    seen: set[str] = set()
+    by_header: set[str] = set()
+    for bundle in bundles:
+        volumes, left_out = ledger.found(bundle)
+        records = ledger.records(bundle)
+        wanted = [volume for volume in volumes if not joined.covers(volume)]
+        result.num_waiting += sum(
+            volume.case not in records or not records[volume.case].is_of(volume, layout) for volume in wanted
+        )
+        result.sizes += [(volume.shape, volume.spacing) for volume in wanted if volume.series not in joined.series]
+        result.sizes += [
+            (records[case].original_shape, records[case].original_spacing) for case in records.keys() & joined.cases
+        ]
+        kept = [one for one in left_out if not joined.covers(one)]
+        by_header.update(one.source for one in kept)
+        _add_records(result, records.values(), layout, joined, by_header)
+        for one in kept:
+            result.add(one)
+        seen.update(records)
+    if bundles == WHOLE.bundles:
+        earlier = (one for case, one in ledger.records_of_earlier_versions().items() if case not in seen)
+        _add_records(result, earlier, layout, joined, by_header)
+        for one in joined.left_out:
+            result.add(one)
+    return result
+
+
+def _add_records(
+    result: PoolEntries, records: Iterable[CaseRecord], layout: str, joined: JoinedSeries, by_header: set[str]
+) -> None:
+    for record in records:
+        counts = record.layout == layout and not joined.covers(record)
+        if not counts or record.status != PREPARED:
+            result.gone.add(record.case)
+        if counts and (record.status == PREPARED or record.source not in by_header):
+            result.add(record)
 
 
 @dataclass(frozen=True)
 class MergedPool:
     plans: dict[str, Any]
-    records: tuple[CaseRecord, ...]
-    left_out_by_header: tuple[LeftOut, ...]
+    entries: PoolEntries
     complete: bool
 
-    def count(self, status: str) -> int:
-        return sum(record.status == status for record in self.records)
 
-    def reasons(self) -> Counter[str]:
-        """How often volumes are missing for which reason, told apart by its first words."""
-        texts = [record.reason for record in self.records if record.status != PREPARED]
-        texts += [left_out.reason for left_out in self.left_out_by_header]
-        return _by_first_words(texts)
-
-    def mended(self) -> Counter[str]:
-        """How often prepared volumes had to be mended, and how, told apart by the first words."""
-        return _by_first_words(record.mended for record in self.records if record.status == PREPARED and record.mended)
-
-
-def _by_first_words(texts: Iterable[str]) -> Counter[str]:
-    return Counter(text.split(":")[0].split(" (")[0].split(";")[0] for text in texts)
-
-
-def merge_pool(
-    folder: PoolFolder, inspection: PoolInspection, plans: Mapping[str, Any], configuration: str
-) -> MergedPool:
-    """Write the report; once every volume has its record also drop duplicates and write fingerprint and plans.
-
-    Whichever part calls this last completes the pool; to call it again changes nothing.
-    """
-    found, layout = folder.read_records(), layout_hash(plans, configuration)
-    records = {case: record for case, record in found.items() if record.layout == layout}
-    waiting = {volume.case for volume in inspection.volumes} - records.keys()
-    complete = not waiting
-    if complete:
-        for duplicate in _duplicates(list(records.values()), _cases_of(folder.fingerprint)):
-            folder.write_record(duplicate)
-            records[duplicate.case] = duplicate
-        for case in found:
-            if case not in records or records[case].status != PREPARED:
-                folder.remove_case(case)
-        folder.remove_temporary()
-    prepared = [record for record in records.values() if record.status == PREPARED]
-    if complete and prepared:
+def merge_pool(folder: PoolFolder, plans: Mapping[str, Any], configuration: str) -> MergedPool:
+    """Once every volume has its record: drop duplicates and write fingerprint, plans and report."""
+    pool = read_entries(folder.ledger, WHOLE.bundles, layout_hash(plans, configuration))
+    if pool.num_waiting:
+        return MergedPool(dict(plans), pool, complete=False)
+    _drop_duplicates(pool, folder.ledger, _cases_of(folder.fingerprint))
+    for case in pool.gone:
+        folder.remove_case(case)
+    folder.remove_temporary()
+    prepared = sorted((e for e in pool.entries if e.status == PREPARED), key=lambda entry: entry.case)
+    if prepared:
         fingerprint = _fingerprint(prepared)
+        counts = Counter(entry.modality for entry in prepared if entry.modality)
+        modalities = {name: counts[name] for name in sorted(counts)}
         intensity = fingerprint["foreground_intensity_properties_per_channel"]
-        plans = measured_plans(plans, configuration, _modalities(prepared), intensity)
-        write_json(fingerprint, folder.fingerprint)
+        plans = with_medians(plans, configuration, pool.sizes) if pool.sizes else plans
+        plans = measured_plans(plans, configuration, modalities, intensity)
         write_json(pool_dataset_json(plans, configuration, len(prepared)), folder.dataset_json)
         write_json(plans, folder.plans)
-    in_header = {left_out.source for left_out in inspection.left_out}
-    shown = tuple(r for r in records.values() if r.status == PREPARED or r.source not in in_header)
-    write_report(folder.root, shown, inspection.left_out)
-    return MergedPool(dict(plans), shown, inspection.left_out, complete)
+        write_json(fingerprint, folder.fingerprint)
+    write_report(folder.root, (entry.row.split("\0") for entry in pool.entries))
+    return MergedPool(dict(plans), pool, complete=True)
 
 
 def _cases_of(fingerprint: Path) -> set[str]:
     """The cases of the pool as it was completed before; none at the first time."""
-    return set(read_json(fingerprint, "Remove it; it is then made anew.")["cases"]) if fingerprint.is_file() else set()
+    return set(read_json(fingerprint, MADE_ANEW)["cases"]) if fingerprint.is_file() else set()
 
 
-def _duplicates(records: Sequence[CaseRecord], in_pool_before: set[str]) -> list[CaseRecord]:
-    """Records of prepared cases with the voxels of another one, marked as left out.
+def _drop_duplicates(pool: PoolEntries, ledger: Ledger, in_pool_before: set[str]) -> None:
+    """Mark prepared cases with the voxels of another one as left out, for good.
 
     A case that was in the complete pool before stays; otherwise the first in order of source. So it does not matter
     which part came first, and adding volumes takes nothing away.
     """
-    by_content: dict[str, list[CaseRecord]] = defaultdict(list)
-    for record in records:
-        if record.status == PREPARED:
-            by_content[record.content].append(record)
-    duplicates = []
-    for group in by_content.values():
-        kept, *others = sorted(group, key=lambda one: (one.case not in in_pool_before, one.source))
-        reason = f"duplicate: the same voxels as {kept.source}"
-        duplicates += [dataclasses.replace(one, status=LEFT_OUT, reason=reason) for one in others]
-    return duplicates
+    kept: dict[str, Entry] = {}
+    dropped: dict[str, Entry] = {}
+
+    def rank(entry: Entry) -> tuple[bool, str]:
+        return entry.case not in in_pool_before, entry.source
+
+    for entry in pool.entries:
+        if entry.status == PREPARED:
+            first, *second = sorted([entry, *filter(None, [kept.get(entry.content)])], key=rank)
+            kept[entry.content] = first
+            dropped.update({one.case: one for one in second})
+    if not dropped:
+        return
+    pool.entries = [entry for entry in pool.entries if entry.status != PREPARED or entry.case not in dropped]
+    by_bundle: dict[int, list[Entry]] = defaultdict(list)
+    for entry in dropped.values():
+        by_bundle[entry.bundle].append(entry)
+    earlier = ledger.records_of_earlier_versions()
+    for bundle, entries in by_bundle.items():
+        records = {**earlier, **ledger.records(bundle)}
+        for entry in entries:
+            reason = f"duplicate: the same voxels as {kept[entry.content].source}"
+            record = dataclasses.replace(records[entry.case], status=LEFT_OUT, reason=reason)
+            ledger.write_record(record)
+            pool.add(record)
+            pool.gone.add(entry.case)
 
 
-def _modalities(prepared: Sequence[CaseRecord]) -> dict[str, int]:
-    counts = Counter(record.modality for record in prepared if record.modality)
-    return {name: counts[name] for name in sorted(counts)}
-
-
-def _fingerprint(prepared: Sequence[CaseRecord]) -> dict[str, Any]:
+def _fingerprint(prepared: Sequence[Entry]) -> dict[str, Any]:
     """nnU-Net's dataset fingerprint, with the case names added.
 
     There is no foreground without labels: the intensity properties are those of all voxels that are not 0, averaged
     over the cases (lowest and highest value: of all).
     """
-    sizes = [np.prod(record.shape_after_crop) / np.prod(record.original_shape) for record in prepared]
+    intensity = np.array([entry.intensity for entry in prepared])
     return {
-        "spacings": [list(record.spacing) for record in prepared],
-        "shapes_after_crop": [list(record.shape_after_crop) for record in prepared],
+        "spacings": [list(entry.spacing) for entry in prepared],
+        "shapes_after_crop": [list(entry.shape_after_crop) for entry in prepared],
         "foreground_intensity_properties_per_channel": {
-            str(channel): _averaged([record.intensity[channel] for record in prepared])
-            for channel in range(len(prepared[0].intensity))
+            str(channel): _averaged(intensity[:, channel]) for channel in range(intensity.shape[1])
         },
-        "median_relative_size_after_cropping": float(np.median(sizes)),
-        "cases": [record.case for record in prepared],
+        "median_relative_size_after_cropping": float(np.median([entry.share_kept for entry in prepared])),
+        "cases": [entry.case for entry in prepared],
     }
 
 
-def _averaged(properties: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    average = {name: float(np.mean([one[name] for one in properties])) for name in properties[0]}
-    average["std"] = float(
-        np.sqrt(np.mean([one["std"] ** 2 + (one["mean"] - average["mean"]) ** 2 for one in properties]))
-    )
-    average["min"] = min(one["min"] for one in properties)
-    average["max"] = max(one["max"] for one in properties)
-    return average
+def _averaged(intensity: np.ndarray) -> dict[str, float]:
+    """Of one channel, from (cases, `INTENSITY`)."""
+    each = dict(zip(INTENSITY, intensity.T, strict=True))
+    average = {name: float(np.mean(values)) for name, values in each.items()}
+    average["std"] = float(np.sqrt(np.mean(each["std"] ** 2 + (each["mean"] - average["mean"]) ** 2)))
+    return {**average, "min": float(each["min"].min()), "max": float(each["max"].max())}
+
+
+def _by_first_words(texts: Iterable[str]) -> Counter[str]:
+    return Counter(text.split(":")[0].split(" (")[0].split(";")[0] for text in texts)

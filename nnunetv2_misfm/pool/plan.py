@@ -92,18 +92,48 @@ def find_geometry(
     if existing and configuration in existing["configurations"] and pool.get("settings") == write_settings(settings):
         transpose = existing["transpose_forward"]
         spacing = np.array(existing["configurations"][configuration]["spacing"])
-    shapes = np.array([volume.shape for volume in inspection.volumes])[:, transpose]
-    spacings = np.array([volume.spacing for volume in inspection.volumes])[:, transpose]
-    resampled = shapes
-    if settings.spacing != "none":
-        resampled = np.array([compute_new_shape(n, mm, spacing) for n, mm in zip(shapes, spacings, strict=True)])
+    sizes = [(volume.shape, volume.spacing) for volume in inspection.volumes]
+    middle, original, resampled = _medians(sizes, transpose, None if settings.spacing == "none" else spacing)
     return PoolGeometry(
         transpose_forward=tuple(transpose),
         spacing=tuple(float(mm) for mm in spacing),
-        median_spacing=tuple(float(mm) for mm in median_spacing[transpose]),
-        median_original_shape=tuple(int(round(n)) for n in np.median(shapes, axis=0)),
-        median_shape=tuple(int(round(n)) for n in np.median(resampled, axis=0)),
+        median_spacing=middle,
+        median_original_shape=original,
+        median_shape=resampled,
     )
+
+
+def _medians(
+    sizes: Sequence[tuple[Sequence[int], Sequence[float]]], transpose: Sequence[int], target: np.ndarray | None
+) -> tuple[tuple[float, ...], tuple[int, ...], tuple[int, ...]]:
+    """Median spacing, shape and shape after resampling in plans axis order, from canonical (shape, spacing)."""
+    shapes = np.array([shape for shape, _ in sizes])[:, transpose]
+    spacings = np.array([spacing for _, spacing in sizes])[:, transpose]
+    resampled = shapes
+    if target is not None:
+        resampled = np.array([compute_new_shape(n, mm, target) for n, mm in zip(shapes, spacings, strict=True)])
+    middle = tuple(float(mm) for mm in np.median(spacings, axis=0))
+    original, after = (tuple(int(round(n)) for n in np.median(each, axis=0)) for each in (shapes, resampled))
+    return middle, original, after
+
+
+def with_medians(
+    plans: Mapping[str, Any], configuration: str, sizes: Sequence[tuple[Sequence[int], Sequence[float]]]
+) -> dict[str, Any]:
+    """`plans` with the medians of all volumes, of which a part of a job array that planned has seen some.
+
+    Args:
+        sizes: shape and spacing (mm) of each, along the canonical axes.
+    """
+    updated = copy.deepcopy(dict(plans))
+    if pool_block(plans)["plans_from"] is None:
+        entry = updated["configurations"][configuration]
+        target = None if entry["resampling_fn_data"] == NO_RESAMPLING else np.array(entry["spacing"])
+        middle, original, resampled = _medians(sizes, plans["transpose_forward"], target)
+        updated["original_median_spacing_after_transp"] = list(middle)
+        updated["original_median_shape_after_transp"] = list(original)
+        entry["median_image_size_in_voxels"] = [float(n) for n in resampled]
+    return updated
 
 
 def plan_pool(

@@ -5,25 +5,26 @@
     plans = plan_pool(inspection, settings, find_geometry(inspection, settings, ...), ...)
     report = prepare_pool(inspection, plans, configuration, num_processes)
 
-A run that was interrupted is continued by running it again; volumes that are new are added. Several machines share
-the work by `num_parts` and `part_id`.
+A run that was interrupted is continued by running it again; volumes that are new are added. The parts of a job array
+share the work by `num_parts` and `part_id`: each looks after some bundles of the archive (`listing.py`), writes down
+what became of them (`ledger.py`), and the one that ends last brings everything together (`merge.py`).
 """
 
 from __future__ import annotations
 
+import copy
 import errno
-import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from nnunetv2_misfm.files import format_bytes, write_json
+from nnunetv2_misfm.files import LockedError, write_json
 from nnunetv2_misfm.plans.files import nnunet_folder
 from nnunetv2_misfm.pool.case import (
     FAILED,
@@ -34,17 +35,18 @@ from nnunetv2_misfm.pool.case import (
     CaseTask,
     prepare_case,
 )
-from nnunetv2_misfm.pool.folder import PoolFolder, check_is_pool, write_report
+from nnunetv2_misfm.pool.cost import MEASURED_FIRST, check_disk, typical_first
+from nnunetv2_misfm.pool.folder import PoolFolder, check_is_pool, report_row, write_report
 from nnunetv2_misfm.pool.inspection import (
     PoolError,
     PoolInspection,
     inspect_volumes,
 )
-from nnunetv2_misfm.pool.merge import merge_pool
+from nnunetv2_misfm.pool.ledger import PREPARED_ALL
+from nnunetv2_misfm.pool.merge import MergedPool, merge_pool, read_entries
 from nnunetv2_misfm.pool.plan import (
     check_names,
     existing_plans,
-    expected_shape,
     keep_measured,
     layout_differences,
     layout_hash,
@@ -53,14 +55,12 @@ from nnunetv2_misfm.pool.plan import (
     pool_dataset_json,
 )
 from nnunetv2_misfm.pool.settings import PoolSettings
-from nnunetv2_misfm.pool.volumes import Volume
+from nnunetv2_misfm.pool.share import BUNDLES, Share
+from nnunetv2_misfm.pool.volume_files import LeftOut
+from nnunetv2_misfm.pool.volumes import Volume, joined_series, with_own_names
 from nnunetv2_misfm.pool.workers import Killed, run_jobs
 
 __all__ = ["PoolError", "PoolReport", "PoolSettings", "check_usable", "inspect_volumes", "plan_pool", "prepare_pool"]
-
-MEASURED_FIRST = 3
-"""Volumes prepared before time and disk are estimated; they stay in the temporary folder until the rest will fit."""
-BYTES_PER_VOXEL = 4
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,25 @@ def check_usable(inspection: PoolInspection, dataset_name: str, plans_name: str)
         return
     root = nnunet_folder("nnUNet_preprocessed") / dataset_name
     check_is_pool(root, plans_name)
-    report = write_report(root, (), inspection.left_out)
+    report = write_report(root, [report_row(one) for one in inspection.left_out])
     raise PoolError(
         f"no usable volume in the given folders; every file and its reason is in {report}\n{inspection.summary()}"
     )
+
+
+def start_pool(
+    inspection: PoolInspection, plans: Mapping[str, Any], configuration: str, num_parts: int = 1, part_id: int = 0
+) -> dict[str, Any]:
+    """Write down what this part has found, and the plans; the plans as they are now.
+
+    Raises:
+        PoolError: if the pool there was made by other settings.
+    """
+    folder = _folder(plans, configuration, num_parts, part_id)
+    with _full_disk_explained(folder):
+        folder.create()
+        folder.ledger.keep_found(inspection)
+        return _start_or_continue(folder, plans, configuration, len(inspection.volumes))
 
 
 def prepare_pool(
@@ -121,47 +136,87 @@ def prepare_pool(
     """Preprocess the volumes of an inspection into the pool that `plans` describe, or continue doing so.
 
     Args:
-        inspection: the volumes; every part must be given the same folders.
+        inspection: the volumes of this part at least; every part must be given the same folders.
         plans: from `plan_pool` or `adopt_plans`; their settings decide which volumes are used.
         configuration: the configuration in `plans`.
         num_processes: worker processes; with 1 everything runs in this process.
-        num_parts, part_id: prepare only every `num_parts`-th volume, starting from number `part_id`. The part that
-            ends last brings everything together.
+        num_parts, part_id: prepare only the volumes of every `num_parts`-th bundle, starting from number `part_id`.
+            The part that ends last brings everything together.
 
     Raises:
         PoolError: if the pool cannot be made: names in use, other settings than the pool's, not enough disk space,
             no usable volume. Finished work stays, and running again continues it.
     """
-    if num_processes < 1 or not 0 <= part_id < num_parts:
+    if num_processes < 1 or not 0 <= part_id < num_parts <= BUNDLES:
         raise PoolError(
             f"num_processes {num_processes}, num_parts {num_parts}, part_id {part_id}: there must be at least one "
-            "process and one part, and part_id counts from 0 to num_parts - 1"
+            f"process and one part, at most {BUNDLES} parts, and part_id counts from 0 to num_parts - 1"
         )
-    check_names(plans["dataset_name"], plans["plans_name"], configuration)
-    folder = PoolFolder(plans, configuration, num_parts, part_id)
+    folder = _folder(plans, configuration, num_parts, part_id)
     with _full_disk_explained(folder):
         folder.create()
         with folder.lock_part():
+            folder.ledger.keep_found(inspection)
             plans = _start_or_continue(folder, plans, configuration, len(inspection.volumes))
-            folder.clear_temporary()
-            tasks = _pending(folder, inspection.volumes[part_id::num_parts], plans, configuration)
-            if tasks:
-                _prepare_all(folder, tasks, num_processes)
-        with folder.lock_merge():
-            merged = merge_pool(folder, inspection, plans, configuration)
+            own = [volume for volume in inspection.volumes if volume.bundle in folder.share.bundles]
+            _prepare_pending(folder, own, plans, configuration, num_processes)
+            folder.ledger.mark(PREPARED_ALL, inspection.token)
+            merged = _merge_if_last(folder, inspection.token, plans, configuration, num_processes)
+    entries = merged.entries
     report = PoolReport(
         folder=folder.root,
         plans=merged.plans,
-        num_prepared=merged.count(PREPARED),
-        num_left_out=merged.count(LEFT_OUT) + len(merged.left_out_by_header),
-        num_failed=merged.count(FAILED),
-        reasons=merged.reasons(),
-        mended=merged.mended(),
+        num_prepared=entries.count(PREPARED),
+        num_left_out=entries.count(LEFT_OUT),
+        num_failed=entries.count(FAILED),
+        reasons=entries.reasons(),
+        mended=entries.mended(),
         complete=merged.complete,
     )
     if report.complete and report.num_prepared == 0:
         raise PoolError(f"none of the volumes can be used\n{report.summary()}")
     return report
+
+
+def _folder(plans: Mapping[str, Any], configuration: str, num_parts: int, part_id: int) -> PoolFolder:
+    names = plans["dataset_name"], plans["plans_name"], configuration
+    check_names(*names)
+    return PoolFolder(*names, Share(num_parts, part_id))
+
+
+def _merge_if_last(
+    folder: PoolFolder, token: str, plans: Mapping[str, Any], configuration: str, num_processes: int
+) -> MergedPool:
+    """Bring the parts together if all are done; else what became of this one."""
+    if folder.ledger.all_have(PREPARED_ALL, token):
+        try:
+            with folder.lock_merge():
+                _prepare_joined(folder, plans, configuration, num_processes)
+                return merge_pool(folder, plans, configuration)
+        except LockedError:
+            print("Another part is bringing the pool together")
+    own = read_entries(folder.ledger, folder.share.bundles, layout_hash(plans, configuration))
+    return MergedPool(dict(plans), own, complete=False)
+
+
+def _prepare_joined(folder: PoolFolder, plans: Mapping[str, Any], configuration: str, num_processes: int) -> None:
+    """Prepare the volumes whose files lie in folders that different parts have looked after."""
+    bundles_of: dict[str, set[int]] = defaultdict(set)
+    series_of_case: dict[str, str] = {}
+    for bundle in range(BUNDLES):
+        volumes, left_out = folder.ledger.found(bundle)
+        for volume in volumes:
+            bundles_of[volume.series].update(volume.bundles)
+            series_of_case[volume.case] = volume.series
+        for one in left_out:
+            bundles_of[one.series].add(bundle)
+    several = {series for series, bundles in bundles_of.items() if series and len(bundles) > 1}
+    involved = sorted({bundle for series in several for bundle in bundles_of[series]})
+    headers = (header for bundle in involved for header in folder.ledger.index.unchanged(bundle))
+    found = joined_series(headers, several) if several else []
+    joined = with_own_names([one for one in found if isinstance(one, Volume)], series_of_case)
+    folder.ledger.write_joined(joined, [one for one in found if isinstance(one, LeftOut)])
+    _prepare_pending(folder, joined, plans, configuration, num_processes)
 
 
 @contextmanager
@@ -177,46 +232,67 @@ def _full_disk_explained(folder: PoolFolder) -> Iterator[None]:
 def _start_or_continue(
     folder: PoolFolder, plans: Mapping[str, Any], configuration: str, num_volumes: int
 ) -> dict[str, Any]:
-    """Write the plans, or check that the pool was made by the same ones; what was measured there is kept."""
-    existing = existing_plans(plans["dataset_name"], plans["plans_name"])
-    plans = dict(plans)
-    if existing is not None:
-        differences = layout_differences(existing, plans, configuration)
-        if differences:
-            raise PoolError(
-                f"{folder.plans} was made with other settings:\n  "
-                + "\n  ".join(differences)
-                + "\nUse the same settings again, or another plans name or dataset ID for a second pool, or remove "
-                f"{folder.data} and {folder.plans} to start anew"
-            )
-        plans = keep_measured(plans, existing, configuration)
-    if not folder.dataset_json.is_file():
-        write_json(pool_dataset_json(plans, configuration, num_volumes), folder.dataset_json)
-    write_json(plans, folder.plans)
-    return plans
+    """Write the plans, or check that the pool was made by the same ones; what was measured there is kept.
+
+    Parts of a job array use the plans that are there as they are: each would plan from what it has seen.
+    """
+    with folder.lock_start():
+        folder.ledger.gather_records_of_earlier_versions()
+        existing = existing_plans(plans["dataset_name"], plans["plans_name"])
+        wanted = copy.deepcopy(dict(plans))
+        if existing is not None:
+            if folder.share.num_parts > 1:
+                pool_block(wanted)["num_channels"] = pool_block(existing)["num_channels"]
+            differences = layout_differences(existing, wanted, configuration)
+            if differences:
+                raise PoolError(
+                    f"{folder.plans} was made with other settings:\n  "
+                    + "\n  ".join(differences)
+                    + "\nUse the same settings again, or another plans name or dataset ID for a second pool, or remove "
+                    f"{folder.data} and {folder.plans} to start anew"
+                )
+            wanted = existing if folder.share.num_parts > 1 else keep_measured(wanted, existing, configuration)
+        if not folder.dataset_json.is_file():
+            write_json(pool_dataset_json(wanted, configuration, num_volumes), folder.dataset_json)
+        if wanted != existing:
+            write_json(wanted, folder.plans)
+    return wanted
+
+
+def _prepare_pending(
+    folder: PoolFolder, volumes: Sequence[Volume], plans: Mapping[str, Any], configuration: str, num_processes: int
+) -> None:
+    """Prepare the new, changed and failed ones of these volumes."""
+    folder.clear_temporary()
+    tasks = _pending(folder, volumes, plans, configuration)
+    if tasks:
+        _prepare_all(folder, tasks, num_processes)
 
 
 def _pending(
     folder: PoolFolder, volumes: Sequence[Volume], plans: Mapping[str, Any], configuration: str
 ) -> list[CaseTask]:
-    """What is left to do: new, changed and failed volumes. Those with the wrong channels get their record at once."""
-    records = folder.read_records()
+    """What is left to do. Volumes with the wrong channels get their record at once."""
     channels, layout = pool_block(plans)["num_channels"], layout_hash(plans, configuration)
+    joined, earlier = folder.ledger.joined(), folder.ledger.records_of_earlier_versions()
     tasks = []
-    for volume in volumes:
-        record = records.get(volume.case)
-        if record is not None and not (record.layout == layout and _still_holds(record, volume, folder)):
-            record = None
-        if volume.num_channels != channels:
-            reason = f"{volume.num_channels} channels, but the pool's volumes have {channels}"
-            folder.write_record(CaseRecord.of(volume, LEFT_OUT, layout, reason=reason))
-        elif record is None or (record.num_bytes, record.modified_ns) != (volume.num_bytes, volume.modified_ns):
-            earlier = record if record is not None and record.status == PREPARED else None
-            tasks.append(CaseTask(volume, plans, configuration, layout, folder.temporary, earlier))
-    for task in tasks:
-        # While a volume is being prepared it has no record, so that no other part takes the pool for complete.
-        if task.volume.case in records:
-            folder.remove_record(task.volume.case)
+    for bundle, of_bundle in groupby(sorted(volumes, key=lambda volume: volume.bundle), lambda volume: volume.bundle):
+        records = folder.ledger.records(bundle)
+        for volume in of_bundle:
+            if joined.covers(volume):  # a piece of a volume, which comes when all parts are done
+                continue
+            record = records.get(volume.case) or earlier.get(volume.case)
+            if record is not None and not (record.layout == layout and _still_holds(record, volume, folder)):
+                record = None
+            if record is not None and record.is_of(volume, layout):
+                if volume.case not in records:
+                    folder.ledger.write_record(replace(record, bundle=volume.bundle, series=volume.series))
+            elif volume.num_channels != channels:
+                reason = f"{volume.num_channels} channels, but the pool's volumes have {channels}"
+                folder.ledger.write_record(CaseRecord.of(volume, LEFT_OUT, layout, reason=reason))
+            else:
+                before = record if record is not None and record.status == PREPARED else None
+                tasks.append(CaseTask(volume, plans, configuration, layout, folder.temporary, before))
     return tasks
 
 
@@ -228,7 +304,7 @@ def _still_holds(record: CaseRecord, volume: Volume, folder: PoolFolder) -> bool
 
 def _prepare_all(folder: PoolFolder, tasks: Sequence[CaseTask], num_processes: int) -> None:
     """Prepare the volumes; publish each as it is done, the first ones once time and disk have been estimated."""
-    tasks = _typical_first(tasks)
+    tasks = typical_first(tasks)
     unpublished: list[CaseResult] | None = []
     print(f"Preparing {len(tasks)} volumes with {num_processes} process{'es' if num_processes > 1 else ''}")
     try:
@@ -243,7 +319,7 @@ def _prepare_all(folder: PoolFolder, tasks: Sequence[CaseTask], num_processes: i
                     unpublished.append(result)
                     written = sum(one.written > 0 for one in unpublished)
                     if written == MEASURED_FIRST or number == len(tasks):
-                        progress.write(_check_disk(folder, unpublished, tasks, num_processes))
+                        progress.write(check_disk(folder.data, unpublished, tasks, num_processes))
                         for one in unpublished:
                             folder.publish(one.record)
                         unpublished = None
@@ -256,43 +332,3 @@ def _result(outcome: CaseResult | Killed[CaseTask]) -> CaseResult:
         return outcome
     reason = "its worker process was killed, mostly for want of memory; use fewer processes or more memory"
     return CaseResult(CaseRecord.of(outcome.job.volume, FAILED, outcome.job.layout, reason=reason), 0, 0.0)
-
-
-def _typical_first(tasks: Sequence[CaseTask]) -> list[CaseTask]:
-    """The volumes in their order, but a small, a middling and a large one first, from which the rest is estimated."""
-    by_size = sorted(range(len(tasks)), key=lambda index: _work(tasks[index]))
-    count = min(MEASURED_FIRST, len(tasks))
-    first = [by_size[(2 * number + 1) * len(tasks) // (2 * count)] for number in range(count)]
-    return [tasks[index] for index in [*first, *(index for index in range(len(tasks)) if index not in first)]]
-
-
-def _work(task: CaseTask) -> int:
-    """Voxels before and after resampling, which time and disk are taken to be proportional to."""
-    before = np.prod(task.volume.shape, dtype=np.int64)
-    after = np.prod(expected_shape(task.volume, task.plans, task.configuration), dtype=np.int64)
-    return int(before + after)
-
-
-def _check_disk(
-    folder: PoolFolder, measured: Sequence[CaseResult], tasks: Sequence[CaseTask], num_processes: int
-) -> str:
-    """Estimate time and disk from the first volumes. Raises PoolError if the rest will not fit."""
-    done = {result.record.case for result in measured}
-    work = {task.volume.case: _work(task) for task in tasks}
-    written = [result for result in measured if result.written]
-    work_left = sum(amount for case, amount in work.items() if case not in done)
-    work_written = sum(work[result.record.case] for result in written)
-    bytes_per_work = sum(result.written for result in written) / work_written if written else BYTES_PER_VOXEL
-    work_done = sum(work[case] for case in done)
-    seconds = sum(result.seconds for result in measured) / work_done * work_left / num_processes
-    needed = bytes_per_work * work_left
-    free = shutil.disk_usage(folder.data).free
-    if needed > free:
-        raise PoolError(
-            f"the remaining {len(tasks) - len(done)} volumes need about {format_bytes(needed)} in {folder.data}, "
-            f"but only {format_bytes(free)} are free; make room, or use a coarser spacing or fewer volumes"
-        )
-    return (
-        f"Measured on {len(done)} of {len(tasks)} volumes: the rest takes about {seconds / 60:.1f} minutes and "
-        f"{format_bytes(needed)} of {format_bytes(free)} free"
-    )

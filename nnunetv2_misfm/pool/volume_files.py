@@ -1,4 +1,4 @@
-"""Which files in a folder tree are volumes, judged by name (and, without a known ending, by the first bytes)."""
+"""Which files are volumes, judged by their names and first bytes, and how their cases are named."""
 
 from __future__ import annotations
 
@@ -6,12 +6,7 @@ import hashlib
 import os
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-
-from nnunetv2_misfm.errors import UserError
+from dataclasses import dataclass
 
 IMAGE_ENDINGS = {
     ".nii": "NIfTI",
@@ -43,6 +38,8 @@ class VolumeFile:
     """Where it lies below its input folder, that folder's own name first; what case names are made from."""
     format: str
     """NIfTI, MHA, MHD, NRRD or DICOM."""
+    bundle: int = 0
+    """`share.py` says what that is."""
 
     @property
     def folder(self) -> str:
@@ -66,48 +63,10 @@ class LeftOut:
 
     source: str
     reason: str
-
-
-@dataclass
-class FoundFiles:
-    files: list[VolumeFile] = field(default_factory=list)
-    left_out: list[LeftOut] = field(default_factory=list)
-    passed_over: Counter[str] = field(default_factory=Counter)
-    """Number of files that are no volumes, by ending."""
-
-
-def find_files(folders: Sequence[Path]) -> FoundFiles:
-    """All volume files below the folders, in a fixed order; symbolic links are followed, loops once.
-
-    Args:
-        folders: folders to search, or single volume files.
-
-    Raises:
-        UserError: naming every folder that does not exist.
-    """
-    missing = [str(folder) for folder in folders if not folder.exists()]
-    if missing:
-        raise UserError(f"no such folder or file: {', '.join(missing)}; give existing folders with volumes")
-    found = FoundFiles()
-    first_path_of_file: dict[str, str] = {}
-    keys: set[str] = set()
-    for folder in folders:
-        for path in _walk(folder, found):
-            kind = _format_of(path, found)
-            if kind is None:
-                continue
-            real_path = os.path.realpath(path)
-            if real_path in first_path_of_file:
-                found.left_out.append(LeftOut(path, f"the same file as {first_path_of_file[real_path]}"))
-                continue
-            first_path_of_file[real_path] = path
-            key = _key(folder, path)
-            if key in keys:
-                # Two input folders of the same name with equal contents below: only the whole path tells them apart.
-                key = os.path.abspath(path)
-            keys.add(key)
-            found.files.append(VolumeFile(path, key, kind))
-    return found
+    bundle: int = 0
+    """Of its files."""
+    series: str = ""
+    """As in `Volume`."""
 
 
 def case_name(stem: str, key: str) -> str:
@@ -131,53 +90,14 @@ def split_ending(path: str) -> tuple[str, str]:
     return stem, ending.lower()
 
 
-def _walk(folder: Path, found: FoundFiles) -> Iterator[str]:
-    if folder.is_file():
-        yield str(folder)
-        return
-
-    def cannot_list(error: OSError) -> None:
-        found.left_out.append(LeftOut(str(error.filename), f"unreadable folder: {error.strerror or error}"))
-
-    visited: set[tuple[int, int]] = set()
-    for current, subfolders, names in os.walk(folder, followlinks=True, onerror=cannot_list):
-        identity = os.stat(current)
-        if (identity.st_dev, identity.st_ino) in visited:
-            subfolders.clear()
-            continue
-        visited.add((identity.st_dev, identity.st_ino))
-        subfolders[:] = sorted(_visible(subfolders))
-        yield from (os.path.join(current, name) for name in sorted(_visible(names)))
+def check_is_dicom(name: str, head: bytes) -> None:
+    """Raise VolumeProblem if neither the name of a file nor its first bytes say that it is DICOM."""
+    by_content = head[DICOM_PREAMBLE:] == b"DICM" or (head.startswith(DICOM_GROUP_8) and head[3:4] == b"\0")
+    if not by_content and split_ending(name)[1] not in DICOM_ENDINGS:
+        raise VolumeProblem(f"unsupported format; convert it to one of: {', '.join([*IMAGE_ENDINGS, 'DICOM'])}")
 
 
-def _visible(names: Iterable[str]) -> Iterator[str]:
-    """Without hidden entries, such as the `._scan.nii.gz` that macOS leaves beside every file."""
-    return (name for name in names if not name.startswith("."))
-
-
-def _format_of(path: str, found: FoundFiles) -> str | None:
+def is_companion(path: str) -> bool:
+    """Whether a file's name says that it accompanies volumes and is none."""
     stem, ending = split_ending(path)
-    if ending in IMAGE_ENDINGS:
-        return IMAGE_ENDINGS[ending]
-    if ending in DICOM_ENDINGS:
-        return "DICOM"
-    if ending in COMPANION_ENDINGS or (not ending and stem.lower() in COMPANION_NAMES):
-        found.passed_over[ending or stem] += 1
-        return None
-    try:
-        with open(path, "rb") as file:
-            head = file.read(DICOM_PREAMBLE + 4)
-        if head[DICOM_PREAMBLE:] == b"DICM" or (head.startswith(DICOM_GROUP_8) and head[3:4] == b"\0"):
-            return "DICOM"
-    except OSError as error:
-        found.left_out.append(LeftOut(path, f"unreadable: {error.strerror or error}"))
-        return None
-    known = ", ".join([*IMAGE_ENDINGS, "DICOM"])
-    found.left_out.append(LeftOut(path, f"unsupported format; convert it to one of: {known}"))
-    return None
-
-
-def _key(folder: Path, path: str) -> str:
-    root = os.path.abspath(folder)
-    base = os.path.dirname(os.path.dirname(root)) if os.path.isfile(root) else os.path.dirname(root)
-    return os.path.relpath(os.path.abspath(path), base).replace(os.sep, "/")
+    return ending in COMPANION_ENDINGS or (not ending and stem.lower() in COMPANION_NAMES)

@@ -8,21 +8,22 @@ So axis 0 is the axial slice axis, however a volume was stored.
 from __future__ import annotations
 
 import dataclasses
-import re
+import hashlib
+import os
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
+from nnunetv2_misfm.pool.channels import grid_of, join_channels
 from nnunetv2_misfm.pool.dicom_series import Series, sort_series
 from nnunetv2_misfm.pool.grid import Grid
-from nnunetv2_misfm.pool.headers import Header, read_headers
-from nnunetv2_misfm.pool.volume_files import LeftOut, case_name, find_files, split_ending
-
-MOST_CHANNELS_OF_A_LONE_VOLUME = 4
-"""`scan_0000` to `scan_0099` in a folder of their own are rather a hundred numbered scans than a hundred channels."""
+from nnunetv2_misfm.pool.header_index import HeaderIndex
+from nnunetv2_misfm.pool.headers import NEVER, Header, HeaderReader, header_reader
+from nnunetv2_misfm.pool.listing import FileGroup, list_archive
+from nnunetv2_misfm.pool.share import WHOLE
+from nnunetv2_misfm.pool.volume_files import LeftOut, VolumeFile, case_name, split_ending
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,12 @@ class Volume:
     """Of all its files."""
     modified_ns: int
     """When the last of its files was changed, in ns since 1970."""
+    bundle: int = 0
+    """Of its first file; `share.py` says what that is."""
+    series: str = ""
+    """Hash of patient and SeriesInstanceUID, by which files in other folders are found; empty if there can be none."""
+    bundles: tuple[int, ...] = ()
+    """Of all files of such a series."""
 
     @property
     def num_channels(self) -> int:
@@ -80,15 +87,29 @@ class FoundVolumes:
     left_out: list[LeftOut] = field(default_factory=list)
     passed_over: Counter[str] = field(default_factory=Counter)
     """Number of files that are no volumes, by ending."""
+    num_files: int = 0
+    token: str = ""
+    """As in `Listing`; these two are of the whole archive."""
 
 
-def find_volumes(folders: Sequence[Path], join_channels: bool = True, num_processes: int = 1) -> FoundVolumes:
-    """Find all volumes below the folders, reading headers only.
+def find_volumes(
+    folders: Sequence[Path],
+    join_channels: bool = True,
+    num_processes: int = 1,
+    bundles: range = WHOLE.bundles,
+    index: HeaderIndex | None = None,
+) -> FoundVolumes:
+    """Find volumes below the folders, reading headers only.
+
+    A DICOM series that lies in several folders is one volume if all of them are in these bundles; else each folder is
+    taken by itself, which `joined_series` mends.
 
     Args:
         folders: searched with everything below them; single files are taken too.
         join_channels: join files that end in `_0000`, `_0001`, ... as nnU-Net does.
         num_processes: processes to read headers with, used from a few thousand files on.
+        bundles: of `share.py`; only what is in them is found.
+        index: of the headers that are known already.
 
     Returns:
         The volumes, sorted by case name, and everything that was left out with its reason.
@@ -96,19 +117,129 @@ def find_volumes(folders: Sequence[Path], join_channels: bool = True, num_proces
     Raises:
         UserError: naming every folder that does not exist.
     """
-    files = find_files(folders)
-    headers, unreadable = read_headers(files.files, num_processes)
-    series, broken_series = sort_series([header for header in headers if header.file.format == "DICOM"])
-    images, without_partner = _join_channels(
-        [header for header in headers if header.file.format != "DICOM"], join_channels
+    listing = list_archive(folders, join_channels, bundles)
+    index = index or HeaderIndex(None, bundles)
+    outcome: list[Volume | LeftOut] = list(listing.left_out)
+    in_groups: dict[str, list[FileGroup]] = defaultdict(list)
+    with header_reader(sum(len(g.files) for groups in listing.groups.values() for g in groups), num_processes) as read:
+        for bundle, groups in sorted(listing.groups.items()):
+            for group, found in _outcomes(bundle, groups, index, read):
+                for series in {one.series for one in found if one.series}:
+                    in_groups[series].append(group)
+                outcome += found
+        spread = {series for series, groups in in_groups.items() if len(groups) > 1}
+        outcome = [one for one in outcome if one.series not in spread]
+        outcome += joined_series(_headers_of(in_groups, spread, index, read), spread)
+    return FoundVolumes(
+        with_own_names([one for one in outcome if isinstance(one, Volume)], {}),
+        [one for one in outcome if isinstance(one, LeftOut)],
+        listing.passed_over,
+        listing.num_files,
+        listing.token,
     )
-    volumes: dict[str, Volume] = {}
-    left_out = [*files.left_out, *unreadable, *broken_series, *without_partner]
-    for one in [*(_from_series(one) for one in series), *(_from_images(group, stem) for stem, group in images)]:
-        if one.case in volumes:  # two patients in one folder, to whom an anonymiser gave one series
+
+
+def joined_series(headers: Iterable[Header], wanted: Collection[str]) -> list[Volume | LeftOut]:
+    """What the wanted series (as in `Volume`) amount to, which lie in several folders, from all their headers."""
+    chosen = [header for header in headers if series_hash(header) in wanted]
+    return _series_of(sorted(chosen, key=lambda header: header.file.key))
+
+
+def with_own_names(volumes: Iterable[Volume], others: Mapping[str, str]) -> list[Volume]:
+    """Volumes sorted by case name, each with a name of its own; `others` has the series of cases beside them.
+
+    Two patients may lie in one folder, to whom an anonymiser gave one series.
+    """
+    named: dict[str, Volume] = {}
+    for one in volumes:
+        if one.case in named or others.get(one.case, one.series) != one.series:
             one = dataclasses.replace(one, case=case_name(one.case.rpartition("-")[0], one.channels[0][0]))
-        volumes[one.case] = one
-    return FoundVolumes([volumes[case] for case in sorted(volumes)], left_out, files.passed_over)
+        named[one.case] = one
+    return [named[case] for case in sorted(named)]
+
+
+def series_hash(header: Header) -> str:
+    """What `Volume.series` holds for a file; empty for a file that is a volume of its own or does not say."""
+    dicom = header.dicom
+    if dicom is None or dicom.num_frames > 1 or not dicom.series:
+        return ""
+    text = f"{dicom.patient}\0{dicom.series}".encode("utf-8", "surrogateescape")
+    return hashlib.blake2b(text, digest_size=12).hexdigest()
+
+
+def _volumes_of(headers: Sequence[Header], one_number: bool | None) -> list[Volume | LeftOut]:
+    """What the files of one group amount to."""
+    readable = [header for header in headers if not header.problem]
+    found: list[Volume | LeftOut] = [
+        LeftOut(header.file.path, header.problem, header.file.bundle) for header in headers if header.problem
+    ]
+    if headers[0].file.format == "DICOM":
+        return found + _series_of(readable)
+    images, without_partner = join_channels(readable, one_number)
+    return [*found, *without_partner, *(_from_images(group, stem) for stem, group in images)]
+
+
+def _outcomes(
+    bundle: int, groups: Sequence[FileGroup], index: HeaderIndex, read: HeaderReader
+) -> Iterator[tuple[FileGroup, list[Volume | LeftOut]]]:
+    """What the groups of a bundle amount to, from what is known of them or else from their headers."""
+    known = index.outcomes(bundle)
+    states = [group.state() for group in groups]
+    new = [file for group, state in zip(groups, states, strict=True) if state not in known for file in group.files]
+    headers = iter(index.headers(bundle, new, read) if new else ())
+    fresh = {}
+    for group, state in zip(groups, states, strict=True):
+        if state in known:
+            yield group, [_from_json(one, group.files[0].folder) for one in known[state]]
+            continue
+        of_group = [next(headers) for _ in group.files]
+        found = _volumes_of(of_group, group.one_number)
+        if state and all(header.modified_ns != NEVER for header in of_group):
+            fresh[state] = [_as_json(one) for one in found]
+        yield group, found
+    index.keep_outcomes(bundle, fresh)
+
+
+def _as_json(one: Volume | LeftOut) -> Any:
+    if isinstance(one, LeftOut):
+        return list(vars(one).values())
+    return volume_as_json(one) | {"channels": [list(map(os.path.basename, channel)) for channel in one.channels]}
+
+
+def _from_json(content: Any, folder: str) -> Volume | LeftOut:
+    if isinstance(content, list):
+        return LeftOut(*content)
+    channels = [[os.path.join(folder, name) for name in channel] for channel in content["channels"]]
+    return volume_from_json(content | {"channels": channels})
+
+
+def volume_as_json(volume: Volume) -> dict[str, Any]:
+    """A volume as JSON holds it, without its files."""
+    grid = [list(value) for value in vars(volume.grid).values()]
+    return {**vars(volume), "channels": [[]] * volume.num_channels, "grid": grid, "bundles": list(volume.bundles)}
+
+
+def volume_from_json(content: Mapping[str, Any]) -> Volume:
+    """The volume of which this is the JSON."""
+    grid = Grid(*map(tuple, content["grid"]))
+    channels, bundles = tuple(map(tuple, content["channels"])), tuple(content["bundles"])
+    return Volume(**{**content, "channels": channels, "grid": grid, "bundles": bundles})
+
+
+def _headers_of(
+    groups: Mapping[str, Sequence[FileGroup]], series: Collection[str], index: HeaderIndex, read: HeaderReader
+) -> Iterator[Header]:
+    by_bundle: dict[int, dict[VolumeFile, None]] = defaultdict(dict)
+    for file in (file for one in series for group in groups[one] for file in group.files):
+        by_bundle[file.bundle][file] = None
+    for bundle, files in by_bundle.items():
+        yield from (header for header in index.headers(bundle, list(files), read) if series_hash(header) in series)
+
+
+def _series_of(headers: Sequence[Header]) -> list[Volume | LeftOut]:
+    series, broken = sort_series(headers)
+    left_out = [LeftOut(source, reason, first.file.bundle, series_hash(first)) for source, reason, first in broken]
+    return [*map(_from_series, series), *left_out]
 
 
 def _from_series(series: Series) -> Volume:
@@ -116,13 +247,15 @@ def _from_series(series: Series) -> Volume:
     stem = Path(first.file.folder).name if len(series.headers) > 1 else split_ending(first.file.path)[0]
     key_of_folder = first.file.key.rpartition("/")[0]
     key = f"{key_of_folder}/{series.uid}" if len(series.headers) > 1 else first.file.key
-    return _make_volume(case_name(stem, key), [series.headers], series.source, series.grid, series.modality)
+    volume = _make_volume(case_name(stem, key), [series.headers], series.source, series.grid, series.modality)
+    bundles = tuple(sorted({header.file.bundle for header in series.headers}))
+    return dataclasses.replace(volume, bundle=first.file.bundle, series=series_hash(first), bundles=bundles)
 
 
 def _from_images(group: Sequence[Header], stem: str) -> Volume:
     first = group[0]
     source = "; ".join(header.file.path for header in group)
-    return _make_volume(case_name(stem, first.file.key), [(header,) for header in group], source, _grid(first), None)
+    return _make_volume(case_name(stem, first.file.key), [(h,) for h in group], source, grid_of(first), None)
 
 
 def _make_volume(
@@ -138,77 +271,5 @@ def _make_volume(
         dicom_modality=modality,
         num_bytes=sum(header.num_bytes for header in headers),
         modified_ns=max(header.modified_ns for header in headers),
+        bundle=headers[0].file.bundle,
     )
-
-
-def _join_channels(images: Sequence[Header], join: bool) -> tuple[list[tuple[str, list[Header]]], list[LeftOut]]:
-    """Group image files into volumes: (stem, one header per channel) each, and the incomplete groups.
-
-    A folder's files are channels when all of them end in four digits and most names have the same digits 0000 to
-    000N and one geometry per name. A name in such a folder that differs is left out.
-    """
-    folders: dict[tuple[str, str], list[Header]] = defaultdict(list)
-    for header in images:
-        folders[header.file.folder, split_ending(header.file.path)[1]].append(header)
-    volumes: list[tuple[str, list[Header]]] = []
-    left_out = []
-    for headers in folders.values():
-        names = _channels_by_name(headers) if join else None
-        expected = _usual_channels(names) if names else None
-        if names is None or expected is None:
-            volumes += [(split_ending(header.file.path)[0], [header]) for header in headers]
-            continue
-        for name, channels in names.items():
-            group = [channels[number] for number in sorted(channels)]
-            if tuple(sorted(channels)) == expected and _same_geometry(group):
-                volumes.append((name, group))
-                continue
-            problem = f"its channels {_listed(sorted(channels))} are not {_listed(expected)} like the others' here"
-            if tuple(sorted(channels)) == expected:
-                problem = "its channels differ in size, spacing or position"
-            left_out.append(LeftOut("; ".join(header.file.path for header in group), problem))
-    return volumes, left_out
-
-
-def _channels_by_name(headers: Sequence[Header]) -> dict[str, dict[int, Header]] | None:
-    names: dict[str, dict[int, Header]] = defaultdict(dict)
-    for header in headers:
-        match = re.fullmatch(r"(.+)_(\d{4})", split_ending(header.file.path)[0])
-        if match is None:
-            return None
-        names[match[1]][int(match[2])] = header
-    return names
-
-
-def _usual_channels(names: dict[str, dict[int, Header]]) -> tuple[int, ...] | None:
-    """The channel numbers most names have, if they are 0 to N and fit together; None if these are no channels."""
-    counts = Counter(tuple(sorted(channels)) for channels in names.values())
-    expected, _ = counts.most_common(1)[0]
-    if expected != tuple(range(len(expected))):
-        return None
-    if len(names) == 1 and len(expected) > MOST_CHANNELS_OF_A_LONE_VOLUME:
-        return None
-    fitting = sum(
-        tuple(sorted(channels)) == expected and _same_geometry(list(channels.values())) for channels in names.values()
-    )
-    return expected if fitting > len(names) / 2 else None
-
-
-def _same_geometry(group: Sequence[Header]) -> bool:
-    first = _grid(group[0])
-    return all(
-        grid.size == first.size
-        and np.allclose(grid.spacing, first.spacing)
-        and np.allclose(grid.direction, first.direction, atol=1e-3)
-        and np.allclose(grid.origin, first.origin, atol=max(first.spacing))
-        for grid in map(_grid, group[1:])
-    )
-
-
-def _grid(header: Header) -> Grid:
-    assert header.grid is not None
-    return header.grid
-
-
-def _listed(channels: Sequence[int]) -> str:
-    return ", ".join(f"_{number:04d}" for number in channels)

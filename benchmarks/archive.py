@@ -1,0 +1,509 @@
+"""Preparing an archive in parts: what is opened, what it costs, and whether killed parts change the pool.
+
+    python benchmarks/archive.py [parts archive scale speed] [--data FOLDER] [--series 2000]
+
+parts    Ten parts start at the same moment on 300 real volumes; three of them are killed at random moments and
+         started again, twice. The arrays must be those that one part makes. FOLDER holds nnU-Net datasets.
+archive  All parts in turn on an archive of small DICOM series that is written first; then again, with 1 % new series.
+         Everything is done but preparing voxels: `prepare_case` returns a record and no arrays.
+scale    What grows with the archive for every part, with --scale series: listing the folders (of empty files), and the
+         merge (of records that are made up).
+speed    CPU time per volume beside what each worker of nnUNetv2_preprocess does with it, with the same target spacing.
+
+Each replaces its section of benchmarks/results/archive.md. The archive of the paper's size: --series 110000.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
+from io import BytesIO, StringIO
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import numpy as np
+import pydicom
+from provenance import device_name, provenance
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+
+from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
+from nnunetv2_misfm.files import append_json_lines
+from nnunetv2_misfm.pool import headers, prepare, volumes
+from nnunetv2_misfm.pool.case import PREPARED, CaseRecord, CaseResult, CaseTask
+from nnunetv2_misfm.pool.folder import PoolFolder
+from nnunetv2_misfm.pool.inspection import PoolInspection
+from nnunetv2_misfm.pool.listing import list_archive
+from nnunetv2_misfm.pool.merge import merge_pool
+from nnunetv2_misfm.pool.share import BUNDLES, Share
+
+RESULTS = Path(__file__).parent / "results" / "archive.md"
+POOL = "Dataset900_Pool"
+DATA = Path("nnUNet_preprocessed") / POOL / "nnUNetPlans_3d_fullres"
+TOGETHER, KILLED, TRIALS = 10, 3, 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", help="default: all, without --data the two that need none")
+    parser.add_argument("--data", type=Path, default=os.environ.get("MISFM_REAL_DATA"))
+    parser.add_argument("--volumes", type=int, default=300)
+    parser.add_argument("--series", type=int, default=2000)
+    parser.add_argument("--files", type=int, default=10)
+    parser.add_argument("--scale", type=int, default=10_000)
+    parser.add_argument("--num_parts", type=int, default=100)
+    parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
+    options = parser.parse_args()
+    measure = {"parts": measure_parts, "archive": measure_archive, "scale": measure_scale, "speed": measure_speed}
+    for name in options.sections or (measure if options.data else ("archive", "scale")):
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            for part in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+                (Path(folder) / part).mkdir()
+                os.environ[part] = str(Path(folder) / part)
+            lines = measure[name](options, Path(folder))
+        command = f"python benchmarks/archive.py {' '.join(sys.argv[1:])}"
+        lines += ["", *provenance(command, ("nnunetv2", "pydicom", "blosc2"), {}, device_name("cpu"))]
+        write_section(lines)
+
+
+def write_section(lines: Sequence[str]) -> None:
+    """Replace the section of that heading in the results."""
+    text = RESULTS.read_text() if RESULTS.exists() else "# Preparing an archive in parts\n"
+    head, *sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
+    kept = [section.strip() for section in sections if not section.startswith(lines[0])]
+    RESULTS.write_text("\n\n".join([head.strip(), *kept, "\n".join(lines)]) + "\n")
+    print("\n".join(lines))
+
+
+def pretrain(images: Path, *options: str) -> None:
+    """Prepare, with nothing said unless it fails."""
+    data = ["-i", str(images), "-d", "900", "-n", "Pool", "-np", "1", "-spacing", "1.5", "1.5", "1.5"]
+    said = StringIO()
+    try:
+        with redirect_stdout(said), redirect_stderr(said):
+            misfm_pretrain([*data, "--only_prepare", *options])
+    except SystemExit:
+        print(said.getvalue())
+        raise
+
+
+def part(number: int, num_parts: int) -> list[str]:
+    return ["-num_parts", str(num_parts), "-part_id", str(number)]
+
+
+# ---- parts
+
+
+def measure_parts(options: argparse.Namespace, folder: Path) -> list[str]:
+    images, generator = folder / "images", random.Random(0)
+    sources = sorted(options.data.glob("Dataset*/imagesTr/*.nii.gz"))[: options.volumes]
+    for source in sources:
+        (images / source.parts[-3]).mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, images / source.parts[-3])
+    modality = ["-modality", "mr"]
+    pretrain(images, *modality)
+    one, rows = arrays(folder), []
+    for trial in range(TRIALS):
+        shutil.rmtree(folder / "nnUNet_preprocessed" / POOL)
+        started = {number: start(images, number, modality) for number in range(TOGETHER)}
+        killed: dict[int, str] = {}
+        for moment in sorted(generator.uniform(0.05, 0.6) * len(sources) for _ in range(KILLED)):
+            while num_prepared(folder) < moment:
+                time.sleep(0.02)
+            alive = [number for number, process in started.items() if process.is_alive() and number not in killed]
+            number = generator.choice(alive)
+            os.kill(started[number].pid, signal.SIGKILL)
+            started[number].join()
+            killed[number] = f"part {number} after {num_prepared(folder)} volumes"
+            started[number] = start(images, number, modality)
+        for process in started.values():
+            process.join()
+        failed = [number for number, process in started.items() if process.exitcode]
+        same = "the same" if arrays(folder) == one else "NOT the same"
+        rows.append(f"| {trial + 1} | {', '.join(killed.values())} | {failed or 'none'} | {same} |")
+    return [
+        "## Parts that start together and are killed",
+        "",
+        f"{len(sources)} real volumes. {TOGETHER} parts start at the same moment; {KILLED} are killed (SIGKILL) and "
+        "started again. Compared are the bytes of all arrays, the report, the fingerprint and the plans.",
+        "",
+        "| trial | killed | parts that failed | pool |",
+        "| --- | --- | --- | --- |",
+        *rows,
+    ]
+
+
+def num_prepared(folder: Path) -> int:
+    """Volumes of all parts together."""
+    return len(list((folder / DATA).glob("*_seg.b2nd")))
+
+
+def start(images: Path, number: int, modality: Sequence[str]) -> Any:
+    arguments = (images, *modality, *part(number, TOGETHER))
+    process = multiprocessing.get_context("fork").Process(target=pretrain, args=arguments)
+    process.start()
+    return process
+
+
+def arrays(folder: Path) -> dict[str, str]:
+    """Digests of all arrays of the pool, and of what is said about them."""
+    found = {path.name: digest(blosc2.open(str(path))[:].tobytes()) for path in (folder / DATA).glob("*.b2nd")}
+    found |= {path.name: digest(path.read_bytes()) for path in (folder / DATA).parent.glob("*.csv")}
+    return found | {path.name: digest(path.read_bytes()) for path in (folder / DATA).parent.glob("*.json")}
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+# ---- archive
+
+
+class Opened:
+    """Counts the files that this process opens, by the folder they lie in."""
+
+    def __init__(self, archive: Path, pool: Path):
+        self.folders = {"headers": str(archive), "small": str(pool)}
+        self.counts: Counter[str] = Counter()
+        sys.addaudithook(self._count)
+
+    def _count(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(arguments[0], (str, os.PathLike)):
+            path = os.fspath(arguments[0])
+            for name, folder in self.folders.items():
+                if path.startswith(folder):
+                    self.counts[name] += 1
+
+
+class Stopwatch:
+    """Adds up the CPU time of calls of a function that it stands in for."""
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+        self.seconds = 0.0
+
+    def __call__(self, *arguments: Any) -> Any:
+        started = time.process_time()
+        try:
+            return self.function(*arguments)
+        finally:
+            self.seconds += time.process_time() - started
+
+
+def measure_archive(options: argparse.Namespace, folder: Path) -> list[str]:
+    archive, pool = folder / "archive", folder / "nnUNet_preprocessed"
+    template = dicom_template()
+    new = max(1, options.series // 100)
+    write_series(archive, range(options.series), options.files, template)
+    opened = Opened(archive, pool)
+    with without_voxels() as watches:
+        first = run_parts(archive, options.num_parts, watches, opened)
+        num_files = options.series * options.files
+        rows = [row("first run", first, options.series, num_files, opened.counts)]
+        write_series(archive, range(options.series, options.series + new), options.files, template)
+        for name, num_parts in (("again, 1 % new", options.num_parts), ("the same in one part", 1)):
+            opened.counts.clear()
+            again = run_parts(archive, num_parts, watches, opened)
+            share = f"{100 * again['cpu'] / first['cpu']:.1f} % of the first"
+            rows.append(row(f"{name} ({share})", again, options.series + new, new * options.files, opened.counts))
+            if num_parts > 1:
+                write_series(archive, range(options.series + new, options.series + 2 * new), options.files, template)
+    merge = merge_in_a_process(folder)
+    return [
+        "## An archive in parts",
+        "",
+        f"{options.series:,} DICOM series of {options.files} files (16 x 16 pixels, each file of its own), "
+        f"{options.num_parts} parts in turn in one process; CPU time without imports. Voxels are not prepared here. "
+        "Headers are files of the archive that are opened, small files those of the pool's folder; both are counted "
+        "for all parts together and given per new file and per volume of the archive.",
+        "",
+        "| run | CPU, s | headers opened per file | small files opened per volume | CPU per header, ms | longest start "
+        "of a part beyond its headers, s | longest listing, s |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        *rows,
+        "",
+        merge_told(merge),
+    ]
+
+
+def run_parts(archive: Path, num_parts: int, watches: dict[str, Stopwatch], opened: Opened) -> dict[str, float]:
+    cpu, starts, listings, headers_read = 0.0, [], [], 0.0
+    for number in range(num_parts):
+        for watch in watches.values():
+            watch.seconds = 0.0
+        started = time.process_time()
+        pretrain(archive, "-modality", "ct", "-patch_size", "16", "16", "16", *part(number, num_parts))
+        used = time.process_time() - started
+        cpu += used
+        headers_read += watches["headers"].seconds
+        listings.append(watches["listing"].seconds)
+        starts.append(used - sum(watches[name].seconds for name in ("headers", "preparing", "merging")))
+        print(f"part {number}: {used:.2f} s, {dict(opened.counts)}", file=sys.__stderr__, flush=True)
+    return {"cpu": cpu, "start": max(starts), "listing": max(listings), "headers": headers_read}
+
+
+def row(name: str, run: dict[str, float], num_volumes: int, num_files: int, counts: Counter[str]) -> str:
+    return (
+        f"| {name} | {run['cpu']:.1f} | {counts['headers'] / num_files:.2f} | {counts['small'] / num_volumes:.2f} | "
+        f"{1000 * run['headers'] / max(counts['headers'], 1):.2f} | {run['start']:.1f} | {run['listing']:.1f} |"
+    )
+
+
+@contextmanager
+def without_voxels() -> Any:
+    """Stands in for the preparation of voxels, and measures what takes the rest of the time."""
+    watches = {
+        "headers": Stopwatch(headers.read_header),
+        "listing": Stopwatch(volumes.list_archive),
+        "preparing": Stopwatch(prepare._prepare_all),
+        "merging": Stopwatch(prepare._merge_if_last),
+    }
+    kept = [(headers, "read_header"), (volumes, "list_archive"), (prepare, "_prepare_all"), (prepare, "_merge_if_last")]
+    before = [(module, name, getattr(module, name)) for module, name in kept]
+    before += [(prepare, "prepare_case", prepare.prepare_case), (PoolFolder, "is_whole", PoolFolder.is_whole)]
+    for (module, name), watch in zip(kept, watches.values(), strict=True):
+        setattr(module, name, watch)
+    prepare.prepare_case, PoolFolder.is_whole = record_only, lambda self, case: True  # type: ignore[method-assign]
+    try:
+        yield watches
+    finally:
+        for module, name, function in before:
+            setattr(module, name, function)
+
+
+def record_only(task: CaseTask) -> CaseResult:
+    intensity = dict.fromkeys(("mean", "median", "std", "min", "max", "percentile_99_5", "percentile_00_5"), 1.5)
+    record = CaseRecord.of(
+        task.volume,
+        PREPARED,
+        task.layout,
+        modality="ct",
+        modality_from="settings",
+        shape_after_crop=task.volume.shape,
+        spacing=task.volume.spacing,
+        shape=task.volume.shape,
+        content=digest(task.volume.case.encode()),
+        intensity=(intensity,),
+    )
+    return CaseResult(record, 1, 0.001)
+
+
+def merge_in_a_process(folder: Path) -> dict[str, float]:
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_merge, (str(folder),))
+
+
+def _merge(folder: str) -> dict[str, float]:
+    plans = json.loads((Path(folder) / "nnUNet_preprocessed" / POOL / "nnUNetPlans.json").read_text())
+    pool = PoolFolder(POOL, "nnUNetPlans", "3d_fullres")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that from here on
+    before, started = memory("VmRSS"), time.perf_counter()
+    merged = merge_pool(pool, plans, "3d_fullres")
+    seconds = time.perf_counter() - started
+    assert merged.complete
+    peak = memory("VmHWM")
+    return {"seconds": seconds, "before": before, "peak": peak, "volumes": merged.entries.count(PREPARED)}
+
+
+def memory(name: str) -> float:
+    """MB of this process, by their name in /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024 / 1e6
+
+
+def dicom_template() -> bytes:
+    """A file whose numbers can be replaced by others of the same length."""
+    dataset = Dataset()
+    dataset.SOPClassUID, dataset.SOPInstanceUID = CTImageStorage, "1.2.3.77777777.88888888"
+    dataset.StudyInstanceUID, dataset.SeriesInstanceUID = "1.2.3.77777777", "1.2.3.77777777.1"
+    dataset.PatientID, dataset.Modality = "77777777", "CT"
+    dataset.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+    dataset.ImagePositionPatient, dataset.ImageOrientationPatient = ["0", "0", "88888888"], [1, 0, 0, 0, 1, 0]
+    dataset.PixelSpacing, dataset.RescaleSlope, dataset.RescaleIntercept = [0.8, 0.8], 1, -1024
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    dataset.Rows = dataset.Columns = 16
+    dataset.BitsAllocated = dataset.BitsStored = 16
+    dataset.HighBit, dataset.PixelRepresentation = 15, 0
+    dataset.PixelData = np.arange(256, dtype="<u2").tobytes()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = CTImageStorage
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
+    file = BytesIO()
+    pydicom.dcmwrite(file, dataset, enforce_file_format=True)
+    return file.getvalue()
+
+
+def write_series(archive: Path, numbers: range, num_files: int, template: bytes) -> None:
+    """Each series in a folder `site/patient/series`, as archives have it."""
+    for number in numbers:
+        folder = archive / f"site{number % 7}" / f"patient{number // 3}" / f"series{number}"
+        folder.mkdir(parents=True)
+        of_series = template.replace(b"77777777", f"{10000000 + number}".encode())
+        for slice_number in range(num_files):
+            with open(folder / f"{slice_number:04d}.dcm", "wb") as file:
+                file.write(of_series.replace(b"88888888", f"{10000000 + slice_number}".encode()))
+
+
+# ---- scale
+
+
+def measure_scale(options: argparse.Namespace, folder: Path) -> list[str]:
+    archive = folder / "archive"
+    write_series(archive, range(options.scale), options.files, b"")
+    listings = []
+    for number in (0, options.num_parts // 2):
+        started = time.process_time()
+        listing = list_archive([archive], bundles=Share(options.num_parts, number).bundles)
+        listings.append(time.process_time() - started)
+    seconds = f"{min(listings):.1f} to {max(listings):.1f} s of CPU"
+    shutil.rmtree(archive)
+    write_series(archive, range(1), options.files, dicom_template())
+    with without_voxels():
+        pretrain(archive, "-modality", "ct", "-patch_size", "16", "16", "16")
+    make_records(options.scale)
+    merge = merge_in_a_process(folder)
+    return [
+        "## What grows with the archive for every part",
+        "",
+        f"Listing {listing.num_files:,} files in {options.scale:,} folders of series, which every part does first: "
+        f"{seconds}.",
+        "",
+        merge_told(merge),
+    ]
+
+
+def make_records(count: int) -> None:
+    """Multiply the one volume of a pool."""
+    ledger = PoolFolder(POOL, "nnUNetPlans", "3d_fullres").ledger
+    (bundle,) = [bundle for bundle in range(BUNDLES) if ledger.found(bundle)[0]]
+    (volume,), (record,) = ledger.found(bundle)[0], ledger.records(bundle).values()
+    many, lines = [], defaultdict(list)
+    for number in range(count):
+        named = {"case": f"series{number}-{number:012x}", "source": f"{volume.source}{number}"}
+        named |= {"bundle": number % BUNDLES, "series": f"{number:024x}"}
+        many.append(replace(volume, **named, bundles=(number % BUNDLES,)))
+        lines[number % BUNDLES].append(json.dumps(vars(replace(record, **named, content=f"{number:032x}"))))
+    ledger.keep_found(PoolInspection(tuple(many), (), Counter()))
+    (ledger.folder / "records" / f"{bundle:04d}.jsonl").unlink()
+    for number, of_bundle in lines.items():
+        append_json_lines(ledger.folder / "records" / f"{number:04d}.jsonl", of_bundle)
+
+
+def merge_told(merge: dict[str, float]) -> str:
+    return (
+        f"Merging {merge['volumes']:,} records: {merge['seconds']:.1f} s; it adds "
+        f"{merge['peak'] - merge['before']:.0f} MB to the {merge['before']:.0f} MB of a program that has PyTorch and "
+        "nnU-Net loaded."
+    )
+
+
+# ---- speed
+
+
+def measure_speed(options: argparse.Namespace, folder: Path) -> list[str]:
+    rows = []
+    for name in sorted(path.name for path in options.data.glob("Dataset*")):
+        ours, theirs, spacing = [], [], ""
+        for case in nnunet_cases(options.data / name, folder, options.volumes // 10):
+            theirs.append(case["theirs"]())
+            ours.append(case["ours"]())
+            spacing = case["spacing"]
+        ratio = sum(ours) / sum(theirs)
+        rows.append(
+            f"| {name} | {len(ours)} | {spacing} | {statistics.mean(ours):.3f} | {statistics.mean(theirs):.3f} | "
+            f"{ratio:.2f} |"
+        )
+    return [
+        "## Beside nnUNetv2_preprocess",
+        "",
+        "CPU seconds per volume, one after the other in one process: ours is `prepare_case` with publishing and the "
+        "record, by the plans of that dataset (`-plans_from`); nnU-Net's is `run_case_save`, which its workers run, "
+        "with labels.",
+        "",
+        "| dataset | volumes | spacing, mm | ours | nnU-Net | ours / nnU-Net |",
+        "| --- | --- | --- | --- | --- | --- |",
+        *rows,
+    ]
+
+
+def nnunet_cases(dataset: Path, folder: Path, most: int) -> Any:
+    """For every case two functions that give the CPU time of preparing it."""
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from nnunetv2_misfm.pool.inspection import inspect_volumes
+    from nnunetv2_misfm.pool.plan import adopt_plans, layout_hash
+    from nnunetv2_misfm.pool.settings import PoolSettings
+
+    raw = copy_cases(dataset, folder / "nnUNet_raw" / dataset.name, most)
+    number = int(dataset.name[7:10])
+    extract_fingerprints([number], num_processes=1)
+    plan_experiments([number])
+    root = folder / "nnUNet_preprocessed" / dataset.name
+    plans = json.loads((root / "nnUNetPlans.json").read_text())
+    dataset_json = json.loads((raw / "dataset.json").read_text())
+    manager = PlansManager(plans)
+    configuration = manager.get_configuration("3d_fullres")
+    preprocessor = configuration.preprocessor_class(verbose=False)
+    images = sorted((raw / "imagesTr").iterdir())
+    settings = PoolSettings(skip_label_maps=True)
+    adopted = adopt_plans(plans, "3d_fullres", POOL, "nnUNetPlans", "3d_fullres", settings, {})
+    pool = PoolFolder(POOL, "nnUNetPlans", "3d_fullres")
+    pool.create()
+    pool.clear_temporary()
+    (root / "theirs").mkdir()
+    layout = layout_hash(adopted, "3d_fullres")
+    found = inspect_volumes(images, settings).volumes
+    for volume, image in zip(sorted(found, key=lambda one: one.channels[0][0]), images, strict=True):
+        label = raw / "labelsTr" / image.name.replace("_0000", "")
+        case = CaseTask(replace(volume), adopted, "3d_fullres", layout, pool.temporary)
+        arguments = (str(root / "theirs" / volume.case), [str(image)], str(label), manager, configuration, dataset_json)
+
+        def ours(case: CaseTask = case) -> float:
+            started = time.process_time()
+            result = prepare.prepare_case(case)
+            pool.publish(result.record)
+            assert result.record.status == PREPARED, result.record.reason
+            return time.process_time() - started
+
+        def theirs(arguments: tuple[Any, ...] = arguments) -> float:
+            started = time.process_time()
+            preprocessor.run_case_save(*arguments)
+            return time.process_time() - started
+
+        yield {"ours": ours, "theirs": theirs, "spacing": " x ".join(f"{mm:.3g}" for mm in configuration.spacing)}
+
+
+def copy_cases(dataset: Path, target: Path, most: int) -> Path:
+    """The first cases of a dataset of one channel."""
+    (target / "imagesTr").mkdir(parents=True)
+    (target / "labelsTr").mkdir()
+    images = sorted((dataset / "imagesTr").iterdir())[:most]
+    for image in images:
+        shutil.copy(image, target / "imagesTr")
+        shutil.copy(dataset / "labelsTr" / image.name.replace("_0000", ""), target / "labelsTr")
+    described = json.loads((dataset / "dataset.json").read_text())
+    (target / "dataset.json").write_text(json.dumps({**described, "numTraining": len(images)}))
+    return target
+
+
+if __name__ == "__main__":
+    main()

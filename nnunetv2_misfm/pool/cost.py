@@ -1,0 +1,120 @@
+"""What preparing volumes costs in time and disk, from the first of them."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunetv2_misfm.files import format_bytes
+from nnunetv2_misfm.plans.files import nnunet_folder
+from nnunetv2_misfm.pool.case import CaseResult, CaseTask, prepare_case
+from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection, inspect_volumes
+from nnunetv2_misfm.pool.plan import expected_shape
+from nnunetv2_misfm.pool.settings import PoolSettings
+from nnunetv2_misfm.pool.share import BUNDLES
+
+MEASURED_FIRST = 3
+"""Volumes prepared before time and disk are estimated; they stay in the temporary folder until the rest will fit."""
+BYTES_PER_VOXEL = 4
+ENOUGH_VOLUMES = 100
+"""By which an archive is judged that is not looked at whole."""
+
+
+def typical_first(tasks: Sequence[CaseTask]) -> list[CaseTask]:
+    """The volumes in their order, but a small, a middling and a large one first, from which the rest is estimated."""
+    by_size = sorted(range(len(tasks)), key=lambda index: _work(tasks[index]))
+    count = min(MEASURED_FIRST, len(tasks))
+    first = [by_size[(2 * number + 1) * len(tasks) // (2 * count)] for number in range(count)]
+    return [tasks[index] for index in [*first, *(index for index in range(len(tasks)) if index not in first)]]
+
+
+def check_disk(folder: Path, measured: Sequence[CaseResult], tasks: Sequence[CaseTask], num_processes: int) -> str:
+    """Tell time and disk for the rest of the tasks from those measured. Raises PoolError if it will not fit."""
+    rest = len(tasks) - len(measured)
+    seconds_per_work, bytes_per_work = _per_work(measured, tasks)
+    done = {result.record.case for result in measured}
+    work_left = sum(_work(task) for task in tasks if task.volume.case not in done)
+    needed, free = bytes_per_work * work_left, shutil.disk_usage(folder).free
+    if needed > free:
+        raise PoolError(
+            f"the remaining {rest} volumes need about {format_bytes(needed)} in {folder}, "
+            f"but only {format_bytes(free)} are free; make room, or use a coarser spacing or fewer volumes"
+        )
+    minutes = seconds_per_work * work_left / num_processes / 60
+    return (
+        f"Measured on {len(measured)} of {len(tasks)} volumes: the rest takes about {minutes:.1f} minutes and "
+        f"{format_bytes(needed)} of {format_bytes(free)} free"
+    )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some bundles of an archive."""
+
+    inspection: PoolInspection
+    share: float
+    """Of the archive."""
+    seconds: float
+    """That reading the headers took."""
+
+
+def sample_volumes(folders: Sequence[Path], settings: PoolSettings, num_processes: int) -> Sample:
+    """Look at one bundle of the archive, or at as many as it takes to find `ENOUGH_VOLUMES`.
+
+    Raises:
+        UserError: naming every folder that does not exist.
+    """
+    count = 1
+    while True:
+        started = time.monotonic()
+        inspection = inspect_volumes(folders, settings, num_processes, range(count))
+        if len(inspection.volumes) >= ENOUGH_VOLUMES or count == BUNDLES:
+            return Sample(inspection, count / BUNDLES, time.monotonic() - started)
+        count *= 4
+
+
+def estimate(sample: Sample, plans: Mapping[str, Any], configuration: str, num_processes: int) -> str:
+    """Prepare a few volumes of the sample in a folder that is removed, and tell what the archive will take."""
+    volumes = sample.inspection.volumes
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = typical_first([CaseTask(volume, plans, configuration, "", Path(folder)) for volume in volumes])
+        measured = [prepare_case(task) for task in tasks[:MEASURED_FIRST]]
+    seconds_per_work, bytes_per_work = _per_work(measured, tasks)
+    work = sum(map(_work, tasks)) / sample.share
+    hours = (seconds_per_work * work + sample.seconds / sample.share) / 3600
+    target = nnunet_folder("nnUNet_preprocessed")
+    free = format_bytes(shutil.disk_usage(target).free)
+    read = format_bytes(sum(volume.num_bytes for volume in volumes) / sample.share)
+    return "\n".join(
+        [
+            f"About {round(len(volumes) / sample.share):,} volumes in {sample.inspection.num_files:,} files, {read}, "
+            f"judged by {len(volumes)} of them and by preparing {len(measured)}",
+            f"Preparing them takes about {hours:.3g} hours of one process ({hours / num_processes:.3g} with -np "
+            f"{num_processes}), which parts (-num_parts) share",
+            f"The pool takes about {format_bytes(bytes_per_work * work)}; {free} are free in {target}",
+        ]
+    )
+
+
+def _work(task: CaseTask) -> int:
+    """Voxels before and after resampling, which time and disk are taken to be proportional to."""
+    before = np.prod(task.volume.shape, dtype=np.int64)
+    after = np.prod(expected_shape(task.volume, task.plans, task.configuration), dtype=np.int64)
+    return int(before + after)
+
+
+def _per_work(measured: Sequence[CaseResult], tasks: Sequence[CaseTask]) -> tuple[float, float]:
+    """Seconds and bytes for a unit of work."""
+    work = {task.volume.case: _work(task) for task in tasks}
+    written = [result for result in measured if result.written]
+    work_written = sum(work[result.record.case] for result in written)
+    bytes_per_work = sum(result.written for result in written) / work_written if written else BYTES_PER_VOXEL
+    seconds = sum(result.seconds for result in measured)
+    return seconds / sum(work[result.record.case] for result in measured), bytes_per_work

@@ -1,0 +1,220 @@
+"""Which files lie in an archive and which bundles they belong to, from the names alone."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nnunetv2_misfm.errors import UserError
+from nnunetv2_misfm.pool.channels import channels_by_name, usual_channels
+from nnunetv2_misfm.pool.share import WHOLE, bundle_of
+from nnunetv2_misfm.pool.volume_files import (
+    DICOM_ENDINGS,
+    IMAGE_ENDINGS,
+    LeftOut,
+    VolumeFile,
+    is_companion,
+    split_ending,
+)
+
+_IMAGE_ENDINGS = tuple(IMAGE_ENDINGS)
+
+
+@dataclass(frozen=True)
+class FileGroup:
+    """Files of one folder that are looked at together: its DICOM files, or images of one ending."""
+
+    files: tuple[VolumeFile, ...]
+    one_number: bool | None = None
+    """As in `join_channels`."""
+
+    def state(self) -> str:
+        """A hash that changes with any of the files; empty if the system cannot tell."""
+        state = hashlib.blake2b(str(self.one_number).encode(), digest_size=12)
+        try:
+            for file in self.files:
+                status = os.stat(file.path)
+                text = f"{file.path}\0{file.key}\0{status.st_size} {status.st_mtime_ns}\0"
+                state.update(text.encode("utf-8", "surrogateescape"))
+        except OSError:
+            return ""
+        return state.hexdigest()
+
+
+@dataclass
+class Listing:
+    """The volume files of some bundles, and what the whole archive holds."""
+
+    groups: dict[int, list[FileGroup]] = field(default_factory=lambda: defaultdict(list))
+    """By bundle."""
+    left_out: list[LeftOut] = field(default_factory=list)
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """Number of files that are no volumes, by ending."""
+    num_files: int = 0
+    """In the whole archive, that may be volumes."""
+    token: str = ""
+    """Differs between archives of different folders or numbers of files."""
+
+
+def list_archive(folders: Sequence[Path], join_channels: bool = True, bundles: range = WHOLE.bundles) -> Listing:
+    """List volume files below the folders in a fixed order; symbolic links are followed, loops once.
+
+    Every name is looked at; no file is opened.
+
+    Args:
+        folders: folders to search, or single volume files.
+        join_channels: whether files that end in _0000, _0001, ... may be channels of one volume.
+        bundles: those whose files are wanted.
+
+    Raises:
+        UserError: naming every folder that does not exist.
+    """
+    check_exist(folders)
+    return _Lister(folders, join_channels, bundles).listed()
+
+
+def check_exist(folders: Sequence[Path]) -> None:
+    """Raise UserError naming every folder or file that does not exist."""
+    missing = [str(folder) for folder in folders if not folder.exists()]
+    if missing:
+        raise UserError(f"no such folder or file: {', '.join(missing)}; give existing folders with volumes")
+
+
+class _Lister:
+    def __init__(self, folders: Sequence[Path], join_channels: bool, bundles: range):
+        self.folders = folders
+        self.join = join_channels
+        self.bundles = bundles
+        self.listing = Listing()
+        self.visited: set[tuple[int, int]] = set()
+        self.taken_alone: set[tuple[int, int, str]] = set()
+        self.links: set[str] = set()
+        self.digest = hashlib.blake2b(digest_size=8)
+        # Two input folders of the same name may have equal contents below: only the whole path tells them apart.
+        self.same_names = len({folder.absolute().name for folder in folders}) < len(folders)
+        self.keys: set[str] = set()
+
+    def listed(self) -> Listing:
+        for folder in self.folders:
+            root = os.path.abspath(folder)
+            if os.path.isfile(root):
+                parent, name = os.path.split(root)
+                identity = _identity(parent)
+                if identity not in self.visited and (*identity, name) not in self.taken_alone:
+                    self.taken_alone.add((*identity, name))
+                    self._take(str(folder.parent), os.path.basename(parent), [name])
+                continue
+            for current, key, names in self._walk(str(folder), os.path.basename(root) or "."):
+                self._take(current, key, names)
+        if self.links:
+            self._leave_out_links()
+        self.listing.token = self.digest.hexdigest()
+        return self.listing
+
+    def _walk(self, root: str, key: str) -> Iterator[tuple[str, str, list[str]]]:
+        """Folders, each before those in it, with their keys and the sorted names of their files.
+
+        Hidden entries are skipped, such as the `._scan.nii.gz` that macOS leaves beside every file.
+        """
+        waiting = [(root, key)]
+        while waiting:
+            current, key = waiting.pop()
+            names: list[str] = []
+            subfolders: list[str] = []
+            try:
+                identity = _identity(current)
+                if identity in self.visited:
+                    continue
+                with os.scandir(current) as entries:
+                    for entry in entries:
+                        if not entry.name.startswith("."):
+                            (subfolders if entry.is_dir() else names).append(entry.name)
+                            if entry.is_symlink():
+                                self.links.add(entry.path)
+            except OSError as error:
+                bundle = bundle_of(key)
+                if bundle in self.bundles:
+                    reason = f"unreadable folder: {error.strerror or error}"
+                    self.listing.left_out.append(LeftOut(current, reason, bundle))
+                continue
+            self.visited.add(identity)
+            if self.taken_alone:
+                names = [name for name in names if (*identity, name) not in self.taken_alone]
+            yield current, key, sorted(names)
+            waiting += [(os.path.join(current, name), f"{key}/{name}") for name in sorted(subfolders, reverse=True)]
+
+    def _take(self, folder: str, key: str, names: Sequence[str]) -> None:
+        """Put the files of one folder into their bundles."""
+        images: dict[str, list[str]] = defaultdict(list)
+        dicom: list[str] = []
+        bundle = bundle_of(key)
+        for name in names:
+            lower = name.lower()
+            if lower.endswith(DICOM_ENDINGS):
+                dicom.append(name)
+            elif lower.endswith(_IMAGE_ENDINGS):
+                images[split_ending(name)[1]].append(name)
+            elif not is_companion(name):  # its first bytes will tell
+                dicom.append(name)
+            elif bundle in self.bundles:
+                stem, ending = split_ending(name)
+                self.listing.passed_over[ending or stem] += 1
+        count = len(dicom) + sum(map(len, images.values()))
+        self.listing.num_files += count
+        self.digest.update(f"{key}\0{count}\0".encode("utf-8", "surrogateescape"))
+        if bundle in self.bundles:
+            self._add(bundle, [self._file(folder, key, name, "DICOM", bundle) for name in dicom])
+        for ending, same_ending in images.items():
+            self._take_images(folder, key, same_ending, IMAGE_ENDINGS[ending])
+
+    def _take_images(self, folder: str, key: str, names: Sequence[str], kind: str) -> None:
+        """Share images of one ending file by file, or keep those together that may be channels of one volume."""
+        volumes = channels_by_name(names) if self.join else None
+        together = volumes is not None and len(volumes) < len(names)
+        alone = [channels.keys() for channels in (volumes or {}).values()]
+        expected = usual_channels(alone) if volumes else None
+        one_number = None if together else expected == (0,) and 2 * sum(0 in one for one in alone) > len(names)
+        by_bundle: dict[int, list[VolumeFile]] = defaultdict(list)
+        for name in names:
+            bundle = bundle_of(key if together else f"{key}/{name}")
+            if bundle in self.bundles:
+                by_bundle[bundle].append(self._file(folder, key, name, kind, bundle))
+        for bundle, files in by_bundle.items():
+            self._add(bundle, files, one_number)
+
+    def _add(self, bundle: int, files: Sequence[VolumeFile], one_number: bool | None = None) -> None:
+        if files:
+            self.listing.groups[bundle].append(FileGroup(tuple(files), one_number))
+
+    def _file(self, folder: str, key: str, name: str, kind: str, bundle: int) -> VolumeFile:
+        path, key = os.path.join(folder, name), f"{key}/{name}"
+        if self.same_names:
+            key = os.path.abspath(path) if key in self.keys else key
+            self.keys.add(key)
+        return VolumeFile(path, key, kind, bundle)
+
+    def _leave_out_links(self) -> None:
+        """Leave links out whose target is listed as well. Two links to one file elsewhere have the same voxels."""
+        for groups in self.listing.groups.values():
+            for number, group in enumerate(groups):
+                kept = [file for file in group.files if not (file.path in self.links and self._is_listed(file))]
+                groups[number] = FileGroup(tuple(kept), group.one_number)
+            groups[:] = [group for group in groups if group.files]
+
+    def _is_listed(self, link: VolumeFile) -> bool:
+        target = os.path.realpath(link.path)
+        parent, name = os.path.split(target)
+        known = split_ending(name)[1] in (*IMAGE_ENDINGS, *DICOM_ENDINGS) and not name.startswith(".")
+        if known and _identity(parent) in self.visited:
+            self.listing.left_out.append(LeftOut(link.path, f"the same file as {target}", link.bundle))
+            return True
+        return False
+
+
+def _identity(folder: str) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino

@@ -1,0 +1,367 @@
+"""Large archives: who looks after which file, headers opened once, parts side by side, killed parts, earlier pools."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import blosc2
+import dicom_files
+import phantoms
+import pytest
+from nnunet_dataset import use_folders
+
+from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
+from nnunetv2_misfm.pool import headers
+from nnunetv2_misfm.pool.header_index import HeaderIndex
+from nnunetv2_misfm.pool.listing import list_archive
+from nnunetv2_misfm.pool.share import BUNDLES, Share, bundle_of
+from nnunetv2_misfm.pool.volumes import find_volumes
+from nnunetv2_misfm.start_up import add_plugin_folder
+
+POOL = "Dataset900_Pool"
+HU = phantoms.ct(0, (12, 24, 28))
+
+
+@pytest.fixture
+def nnunet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    root = tmp_path / "nnunet"
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (root / name).mkdir(parents=True)
+    use_folders(root, monkeypatch)
+    return root
+
+
+@pytest.fixture
+def scans(tmp_path: Path) -> Path:
+    return tmp_path / "scans"
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files whose headers are read."""
+    names: list[str] = []
+    read = headers.read_header
+    monkeypatch.setattr(headers, "read_header", lambda file: (names.append(Path(file.path).name), read(file))[1])
+    return names
+
+
+def write_scans(folder: Path, numbers: Sequence[int]) -> None:
+    for number in numbers:
+        phantoms.write(folder / f"v{number}.nii.gz", phantoms.mr(number))
+
+
+def prepare(scans: Path, *options: str, spacing: Sequence[str] = ("1", "1", "1")) -> None:
+    sizes = ["-patch_size", "16", "16", "16", "-features_per_stage", "4", "4", "8", "16", "32"]
+    data = ["-i", str(scans), "-d", "900", "-n", "Pool", "-modality", "mr", "-np", "1"]
+    misfm_pretrain([*data, "-spacing", *spacing, *sizes, "--only_prepare", *options])
+
+
+def prepare_parts(scans: Path, num_parts: int, *options: str, spacing: Sequence[str] = ("1", "1", "1")) -> None:
+    for part in range(num_parts):
+        prepare(scans, "-num_parts", str(num_parts), "-part_id", str(part), *options, spacing=spacing)
+
+
+def pool(root: Path) -> dict[str, Any]:
+    """What a finished pool holds, apart from dates and what a preparation keeps for itself."""
+    folder = root / "nnUNet_preprocessed" / POOL
+    held: dict[str, Any] = {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+    for path in sorted((folder / "nnUNetPlans_3d_fullres").iterdir()):
+        held[path.name] = blosc2.open(str(path))[:].tobytes() if path.suffix == ".b2nd" else path.read_bytes()
+    return held
+
+
+def fresh(root: Path) -> Path:
+    """The same folders without the pool."""
+    shutil.rmtree(root / "nnUNet_preprocessed" / POOL)
+    return root
+
+
+def preparation(root: Path) -> Path:
+    return root / "nnUNet_preprocessed" / POOL / "nnUNetPlans_3d_fullres_preparation"
+
+
+def in_different_parts(names: Iterator[str], num_parts: int = 2) -> list[str]:
+    """Two of the names whose folders different parts look after."""
+    first = next(names)
+    return [first, next(name for name in names if (bundle_of(name) - bundle_of(first)) % num_parts)]
+
+
+def test_every_file_belongs_to_one_part(tmp_path: Path) -> None:
+    for number in range(40):
+        (tmp_path / f"flat_{number}.nii.gz").touch()
+        (tmp_path / f"patient{number}").mkdir()
+        for slice_number in range(3):
+            (tmp_path / f"patient{number}" / f"{slice_number}.dcm").touch()
+    whole = list_archive([tmp_path])
+    shares = [list_archive([tmp_path], bundles=Share(7, part).bundles) for part in range(7)]
+    files = [[f.path for groups in one.groups.values() for g in groups for f in g.files] for one in [whole, *shares]]
+    assert sorted(files[0]) == sorted(sum(files[1:], [])) and len(files[0]) == 160
+    assert all(10 < len(share) < 45 for share in files[1:])  # the huge folder is shared as well
+    assert {one.token for one in shares} == {whole.token} and {one.num_files for one in shares} == {160}
+    for share in files[1:]:  # no folder of DICOM files is cut
+        assert set(Counter(os.path.dirname(path) for path in share if path.endswith(".dcm")).values()) <= {3}
+
+
+def test_shares_do_not_depend_on_what_else_there_is(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x.nii.gz").touch()
+    before = set(list_archive([tmp_path]).groups)
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "y.nii.gz").touch()
+    assert before < set(list_archive([tmp_path]).groups)
+    assert max(before) < BUNDLES
+
+
+def test_channels_of_one_folder_stay_together(tmp_path: Path) -> None:
+    for name in ("a_0000", "a_0001", "b_0000", "b_0001", "c_0000"):
+        phantoms.write(tmp_path / f"{name}.nii.gz", phantoms.mr())
+    phantoms.write(tmp_path / "lone" / "a_0000.nii.gz", phantoms.mr())
+    phantoms.write(tmp_path / "lone" / "b_0000.nii.gz", phantoms.mr())
+    shares = [find_volumes([tmp_path], bundles=Share(5, part).bundles) for part in range(5)]
+    volumes = [volume for found in shares for volume in found.volumes]
+    whole = find_volumes([tmp_path])
+    assert sorted(volumes, key=lambda volume: volume.case) == whole.volumes
+    assert sorted(volume.num_channels for volume in volumes) == [1, 1, 2, 2]
+    assert [one for found in shares for one in found.left_out] == whole.left_out
+
+
+def test_headers_are_kept_as_they_were_read(tmp_path: Path, opened: list[str]) -> None:
+    folder = tmp_path / "scans"
+    dicom_files.series(folder / "series", HU, PatientID="Jane Doe")
+    phantoms.write(folder / "a.nii.gz", phantoms.mr(), (1, 1.5, 0.3))
+    (folder / "broken.nrrd").write_bytes(b"NRRD0004\n")
+    (tmp_path / "index").mkdir()
+    first, second = (find_volumes([folder], index=HeaderIndex(tmp_path / "index", Share().bundles)) for _ in range(2))
+    assert (first.volumes, first.left_out) == (second.volumes, second.left_out)
+    assert len(second.volumes) == 2 and len(second.left_out) == 1
+    assert Counter(opened) == dict.fromkeys(opened, 1) and len(opened) == 14
+    assert not any("Jane" in path.read_text() for path in (tmp_path / "index").iterdir())
+
+
+def test_a_file_without_an_ending_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dicom_files.series(tmp_path / "scans", HU, name="IM{:04d}".format)
+    (tmp_path / "scans" / "notes").write_text("no DICOM file")
+    (tmp_path / "index").mkdir()
+    opened: list[str] = []
+    really = open
+    monkeypatch.setattr(
+        "builtins.open", lambda path, *mode, **more: (opened.append(str(path)), really(path, *mode, **more))[1]
+    )
+    for _ in range(2):
+        found = find_volumes([tmp_path / "scans"], index=HeaderIndex(tmp_path / "index", Share().bundles))
+        assert [volume.num_channels for volume in found.volumes] == [1]
+        assert "unsupported format" in found.left_out[0].reason
+    of_scans = Counter(path for path in opened if path.startswith(str(tmp_path / "scans/")))
+    assert len(of_scans) == 13 and set(of_scans.values()) == {1}
+
+
+def test_only_new_and_changed_files_are_opened_again(nnunet: Path, scans: Path, opened: list[str]) -> None:
+    write_scans(scans, range(4))
+    prepare(scans)
+    opened.clear()
+    write_scans(scans, [4])
+    phantoms.write(scans / "v1.nii.gz", phantoms.mr(9, (24, 24, 28)))
+    prepare_parts(scans, 3)  # and as many parts as one likes
+    assert sorted(opened) == ["v1.nii.gz", "v4.nii.gz"]
+    assert pool(nnunet)["dataset.json"].count('"numTraining": 5') == 1
+
+
+def test_a_part_reads_the_headers_of_its_share_alone(nnunet: Path, scans: Path, opened: list[str]) -> None:
+    write_scans(scans, range(8))
+    for part in range(3):
+        before = len(opened)
+        prepare(scans, "-num_parts", "3", "-part_id", str(part))
+        assert len(opened) - before < 8
+    assert Counter(opened) == {f"v{number}.nii.gz": 1 for number in range(8)}
+
+
+@pytest.mark.parametrize("num_parts", [2, 8])
+def test_parts_make_the_pool_of_one(nnunet: Path, scans: Path, num_parts: int) -> None:
+    """More parts than volumes, too."""
+    write_scans(scans, range(5))
+    phantoms.write(scans / "other" / "copy.nii.gz", phantoms.mr(3))
+    phantoms.write(scans / "other" / "labels.nii.gz", phantoms.labels())
+    prepare(scans)
+    one = pool(nnunet)
+    prepare_parts(fresh(nnunet).parent / "scans", num_parts)
+    assert pool(nnunet) == one
+
+
+def test_the_median_takes_two_steps(
+    nnunet: Path, scans: Path, opened: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, mm in enumerate((1, 1, 2, 3, 3)):
+        phantoms.write(scans / f"v{number}.nii.gz", phantoms.mr(number), (mm, 1, 1))
+    prepare(scans, spacing=["median"])
+    one = pool(nnunet)
+    fresh(nnunet)
+    opened.clear()
+    prepare_parts(scans, 3, "--only_inspect", spacing=["median"])
+    said = capsys.readouterr().out
+    assert said.count("Other parts have still to look") == 2 and said.count("The pool is planned") == 1
+    assert not list((nnunet / "nnUNet_preprocessed" / POOL).rglob("*.b2nd"))
+    prepare_parts(scans, 3, spacing=["median"])
+    assert pool(nnunet) == one
+    assert Counter(opened) == {f"v{number}.nii.gz": 1 for number in range(5)}
+
+
+def test_a_series_in_folders_of_different_parts_is_one_volume(nnunet: Path, scans: Path) -> None:
+    """Each half alone would be a volume, too."""
+    halves = in_different_parts(f"scans/half{number}" for number in range(9))
+    for number in range(2):
+        write_scans(scans / "others", [number])
+    dicom_files.series(scans, HU, name=lambda n: f"{halves[n // 6].partition('/')[2]}/image{n}.dcm", modality="MR")
+    prepare(scans)
+    one = pool(nnunet)
+    fresh(nnunet)
+    for _ in range(2):
+        prepare_parts(scans, 2)
+        assert pool(nnunet) == one
+    assert sum(name.endswith("_seg.b2nd") for name in one) == 3
+    assert "12 files in 2 folders" in one["report.csv"]
+    # What the parts know of it, nobody does again.
+    before = len(list((preparation(nnunet) / "records").glob("*.jsonl")))
+    prepare(scans)
+    assert pool(nnunet) == one and len(list((preparation(nnunet) / "records").glob("*.jsonl"))) == before
+
+
+def test_merging_again_changes_nothing(nnunet: Path, scans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_scans(scans, range(3))
+    phantoms.write(scans / "copy.nii.gz", phantoms.mr(0))
+    with monkeypatch.context() as patch:
+        patch.setattr("nnunetv2_misfm.pool.prepare.merge_pool", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            prepare(scans)
+    assert "dataset_fingerprint.json" not in pool(nnunet)
+    prepare(scans)
+    once = pool(nnunet)
+    prepare(scans)
+    assert pool(nnunet) == once
+
+
+def test_a_torn_line_counts_for_nothing(nnunet: Path, scans: Path, opened: list[str]) -> None:
+    """As a part leaves it that is killed while it writes."""
+    write_scans(scans, range(3))
+    prepare(scans)
+    one = pool(nnunet)
+    bundle = min(path.name[:4] for path in (preparation(nnunet) / "records").glob("*.jsonl"))
+    for torn in ("records/{}", "headers_1/{}", "headers_1/{}.groups"):
+        path = preparation(nnunet) / f"{torn.format(bundle)}.jsonl"
+        path.write_bytes(path.read_bytes()[:-40])
+    opened.clear()
+    for _ in range(2):
+        prepare(scans)
+        assert pool(nnunet) == one
+    assert len(opened) == 1
+
+
+def test_parts_that_look_at_different_states_of_the_archive_do_not_complete_the_pool(
+    nnunet: Path, scans: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_scans(scans, range(4))
+    prepare(scans, "-num_parts", "2", "-part_id", "0")
+    write_scans(scans, [4])
+    prepare(scans, "-num_parts", "2", "-part_id", "1")
+    assert capsys.readouterr().out.count("Not complete yet") == 2
+    prepare(scans, "-num_parts", "2", "-part_id", "0")
+    assert '"numTraining": 5' in pool(nnunet)["dataset.json"]
+
+
+def test_a_pool_of_an_earlier_version_is_extended_and_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its records have a file each; what they say of volumes that are gone stays."""
+    with zipfile.ZipFile(Path(__file__).parents[1] / "commands" / "earlier_version.zip") as archive:
+        archive.extractall(tmp_path)
+    use_folders(tmp_path, monkeypatch)
+    folder = tmp_path / "nnUNet_preprocessed" / "Dataset901_Before"
+    records = folder / "nnUNetPlans_3d_fullres_preparation" / "records"
+    before = {path.name: path.stat().st_mtime_ns for path in (folder / "nnUNetPlans_3d_fullres").iterdir()}
+    settings = json.loads((folder / "nnUNetPlans.json").read_text())["misfm"]["pool"]["settings"]
+    write_scans(tmp_path / "scans", [7])
+    spacing = settings["spacing"] if isinstance(settings["spacing"], str) else " ".join(map(str, settings["spacing"]))
+    given = ["-modality", settings["modality"], "-spacing", *spacing.split()]
+    misfm_pretrain(["-i", str(tmp_path / "scans"), "-d", "Dataset901_Before", *given, "-np", "1", "--only_prepare"])
+    now = {path.name: path.stat().st_mtime_ns for path in (folder / "nnUNetPlans_3d_fullres").iterdir()}
+    assert before.items() < now.items() and len(now) == len(before) + 3
+    assert len(json.loads((folder / "dataset_fingerprint.json").read_text())["cases"]) == 4
+    assert not list(records.glob("*.json"))
+    add_plugin_folder()
+    misfm_pretrain(["-d", "901", "-device", "cpu", "-num_epochs", "4", "--c"])
+    (metrics,) = (tmp_path / "nnUNet_results" / "Dataset901_Before").rglob("metrics.csv")
+    assert [row["epoch"] for row in csv.DictReader(metrics.open())] == ["0", "1", "2", "3"]
+
+
+def test_what_an_archive_will_cost_is_said_and_nothing_is_written(
+    nnunet: Path, scans: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_scans(scans, range(3))
+    prepare(scans, "--dry_run")
+    said = capsys.readouterr().out
+    assert "About 3 volumes in 3 files" in said and "hours" in said and "are free in" in said
+    assert not list((nnunet / "nnUNet_preprocessed").iterdir())
+
+
+def test_a_folder_that_does_not_exist_leaves_no_trace(nnunet: Path, scans: Path) -> None:
+    with pytest.raises(SystemExit):
+        prepare(scans)
+    assert not list((nnunet / "nnUNet_preprocessed").iterdir())
+
+
+def test_an_earlier_record_serves_a_volume_that_is_still_there(nnunet: Path, scans: Path) -> None:
+    write_scans(scans, range(2))
+    prepare(scans)
+    one = pool(nnunet)
+    records = preparation(nnunet) / "records"
+    dates = {path: path.stat().st_mtime_ns for path in records.parents[1].rglob("*.b2nd")}
+    for path in list(records.glob("*.jsonl")):
+        for line in filter(None, path.read_text().splitlines()):
+            record = json.loads(line)
+            del record["bundle"], record["series"]
+            (records / f"{record['case']}.json").write_text(json.dumps(record))
+        path.unlink()
+    shutil.rmtree(preparation(nnunet) / "headers_1")
+    prepare(scans)
+    assert pool(nnunet) == one
+    assert {path: path.stat().st_mtime_ns for path in dates} == dates
+
+
+PART = """
+import sys
+sys.path[:] = {paths!r}
+from pathlib import Path
+from test_archives import prepare
+prepare(Path({scans!r}), "-num_parts", "{num_parts}", "-part_id", "{part}")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+def test_parts_that_start_together_and_are_killed_make_the_pool_of_one(nnunet: Path, scans: Path) -> None:
+    write_scans(scans, range(12))
+    prepare(scans)
+    one = pool(nnunet)
+    fresh(nnunet)
+
+    def start(part: int) -> subprocess.Popen[bytes]:
+        code = PART.format(paths=sys.path, scans=str(scans), num_parts=3, part=part)
+        return subprocess.Popen([sys.executable, "-c", code])
+
+    parts = {part: start(part) for part in range(3)}
+    data = nnunet / "nnUNet_preprocessed" / POOL / "nnUNetPlans_3d_fullres"
+    while len(list(data.glob("*.b2nd"))) < 3:
+        assert any(process.poll() is None for process in parts.values())
+    parts[1].send_signal(signal.SIGKILL)
+    parts[1].wait()
+    parts[1] = start(1)
+    assert [process.wait() for process in parts.values()] == [0, 0, 0]
+    assert pool(nnunet) == one
