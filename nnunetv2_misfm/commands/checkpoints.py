@@ -126,7 +126,7 @@ def inspect(options: argparse.Namespace) -> None:
     if best is not asked_for and asked_for.report is not None:
         print(f"\nWith the options given, the weights give {asked_for.report.share()}.")
     elif best is not asked_for:
-        print(f"\nWith the options given: {str(asked_for.error).splitlines()[0]}")
+        print(f"\nWith the options given: {str(asked_for.error).splitlines()[0].removesuffix(' First mismatches:')}")
     print(f"\nTransfer to {folder.name}, {options.c} of {options.p}{' with ' if best.options else ''}", end="")
     print(f"{' '.join(best.options)}:\n{best.report.table()}")
     for remark in best.remarks:

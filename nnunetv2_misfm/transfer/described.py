@@ -50,6 +50,12 @@ def describe_unet(
     class_name, arguments, channels, classes = told
     nnunet, nnssl = _nnunet(checkpoint), _nnssl(checkpoint, beside)
     planned, preprocessing = nnunet or nnssl or ({}, {})
+    lengths = {"strides": arguments["n_stages"], "n_conv_per_stage_decoder": arguments["n_stages"] - 1}
+    planned = {
+        name: value
+        for name, value in planned.items()
+        if not isinstance(value, (list, tuple)) or len(value) == lengths.get(name, len(value))
+    }
     usual_convolutions = 1 if class_name == RESIDUAL_UNET else 2
     usual = {**_USUAL_ARGUMENTS, "n_conv_per_stage_decoder": [usual_convolutions] * (arguments["n_stages"] - 1)}
     arguments = {**usual, **planned, **arguments}

@@ -86,7 +86,8 @@ def keep_normalisation(
         )
     before: Sequence[str] = pretrained.get("normalization_schemes") or ()
     if not before:
-        yield f"{source.path} does not say how its images were normalised; the dataset's are as its plans say."
+        also = "" if "spacing" in pretrained else ", nor at which spacing they were"
+        yield f"{source.path} does not say how its images were normalised{also}; the dataset's are as its plans say."
         return
     order = channel_order(source.channels[: len(before)], channels) or list(range(len(before)))
     for configuration in plans["configurations"].values():
@@ -139,11 +140,12 @@ def about_channels(source: Source, channels: Sequence[str]) -> Iterator[str]:
     if order is not None:
         taken = ", ".join(f"{theirs[i]} for {name}" for i, name in zip(order, channels, strict=True))
         yield f"input channels are matched by name: the weights of {taken}."
-    elif len(theirs) == 1:
+    elif len(theirs) == 1 < len(channels):
         yield f"the checkpoint's one channel, {theirs[0]}, is the start for all of {', '.join(channels)}."
     else:
-        how = "taken in order" if len(theirs) == len(channels) else "mixed, if --mix_input_channels allows it"
+        mixed = "" if len(theirs) == len(channels) else " They are mixed, if --mix_input_channels allows it."
+        in_order = "; they are taken in order" if len(theirs) == len(channels) > 1 else ""
         yield (
-            f"the checkpoint's channels are called {', '.join(theirs)}, the dataset's {', '.join(channels)}; they are "
-            f"{how}."
+            f"the checkpoint's channels are called {', '.join(theirs)}, the dataset's {', '.join(channels)}{in_order}."
+            f"{mixed}"
         )

@@ -72,7 +72,8 @@ def _description(source: Source) -> list[tuple[str, Any]]:
     info = source.info
     images = [(f"  {name}", value) for name, value in _preprocessing(source.preprocessing)]
     if info is None:
-        return [("network", "not described"), ("learnt", source.learnt), ("trained on", _trained_on(source)), *images]
+        channels = ("  input channels", ", ".join(source.channels))
+        return [("network", "not described"), ("learnt", source.learnt), channels, *images]
     training = {name: value for name, value in info.training.items() if name != "task"}
     return [
         ("network", info.network_class_name),
@@ -85,10 +86,6 @@ def _description(source: Source) -> list[tuple[str, Any]]:
         *((f"  {name}", _short(value)) for name, value in training.items()),
         ("written by", ", ".join(f"{name} {version}" for name, version in info.versions.items()) or "unknown"),
     ]
-
-
-def _trained_on(source: Source) -> str:
-    return ", ".join(source.channels) or ("images that it tells of" if source.preprocessing else "")
 
 
 def _channels(source: Source) -> str:

@@ -27,6 +27,7 @@ from nnunetv2_misfm.transfer.names import (
 from nnunetv2_misfm.transfer.report import ADAPTED, FRESH, LEARNING_PARTS, TRANSFERRED, Entry, TransferReport, Unused
 from nnunetv2_misfm.transfer.unet_weights import is_statistic
 
+MIX_CHANNELS = "--mix_input_channels"
 _MOST_MISMATCHES = 5
 
 
@@ -216,7 +217,7 @@ class _Fitting:
             steps = [*steps, f"input channels {taken} of {', '.join(self.facts.channels)}"]
         elif fitted is not None and (value.shape[1], have) != (parameter.shape[1], images):
             if have not in (1, images) and not self.options.mix_input_channels:
-                return None, FRESH, f"{have} input channels in the source; --mix_input_channels would mix them"
+                return None, FRESH, f"{have} input channels in the source; {MIX_CHANNELS} would mix them"
             fitted = fit_input_channels(fitted[:, :have], images, parameter.shape[1])
             steps = [*steps, f"input channels {value.shape[1]} to {parameter.shape[1]}"]
         if fitted is None or fitted.shape != parameter.shape:
@@ -302,13 +303,15 @@ def _require(report: TransferReport, facts: SourceFacts, options: TransferOption
     if len(wrong) > _MOST_MISMATCHES:
         lines.append(f"  ... and {len(wrong) - _MOST_MISMATCHES} more")
     remedy = "Use a checkpoint of the same network, or allow this with misfm_plan -min_coverage or --encoder_only."
-    if used > 0 and "n_stages" in facts.arguments:
-        remedy += " -network pretrained trains the checkpoint's own network."
     if used == 0:
         remedy = (
             "Nothing of it can be used, which would be training from scratch. Use a checkpoint of the same network, or "
             "give plans that name this checkpoint's network (-p) with -network plan."
         )
+    if wrong and all(MIX_CHANNELS in entry.reason for entry in wrong):
+        remedy = f"Allow it with {MIX_CHANNELS}."
+    elif {"n_stages", "strides"} <= set(facts.arguments):
+        remedy += " -network pretrained trains the checkpoint's own network."
     asked_for = f"; the plan asks for {100 * options.min_coverage:.2f} %" if used > 0 else ""
     raise TransferError(
         f"{report.source} covers {100 * coverage:.2f} % of the network's {', '.join(report.expected)} (it holds a "

@@ -48,12 +48,13 @@ def init_args_beside(path: Path) -> tuple[dict[str, Any] | None, str]:
         path: of the checkpoint, or of an archive with checkpoints such as those of v1's model zoo.
 
     Returns:
-        Plans, configuration and dataset.json with what is known of them, or None; why a file that is there cannot be
-        read, empty if it can or is not there.
+        Plans, configuration and dataset.json with what is known of them, or None; then also why.
     """
     found = _pickle_beside(path)
     if found is None:
-        return None, ""
+        return None, (
+            f"{path.name}.pkl, where nnU-Net v1 keeps spacing and normalisation, is not beside it: they are not known."
+        )
     name, pickled = found
     try:
         return _init_args(plain(_PlainUnpickler(io.BytesIO(pickled)).load()), name), ""

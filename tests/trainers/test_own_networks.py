@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from dynamic_network_architectures.architectures.primus import Primus
 from nnunet_dataset import NAME
 from nnunetv2.run.run_training import get_trainer_from_args
 
@@ -135,6 +136,18 @@ def test_a_network_of_ones_own_is_pretrained_planned_transferred_and_trained(
     assert kept and all(torch.equal(loaded["weights"][key], before[key]) for key in kept)
     inspect_main([str(checkpoint), "-d", "4", "-p", "ownPlans"])
     assert f"own_networks_for_plans.{name}" in capsys.readouterr().out
+
+
+def test_weights_of_nnssls_primus_fill_the_encoder_of_a_primus_in_plans(
+    preprocessed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name_own(preprocessed, "PrimusForPlans")
+    arguments = {**PRIMUS, "input_shape": tuple(PRIMUS["input_shape"])}
+    weights = Primus(1, patch_embed_size=(8, 8, 8), num_classes=1, **arguments).state_dict()
+    torch.save({"network_weights": weights}, tmp_path / "primus.pth")
+    command = ["-d", "4", "-p", "ownPlans", "--no_pp", "-pretrained_weights", str(tmp_path / "primus.pth")]
+    plan_main([*command, "-network", "plan"])
+    assert "the weights give 100 % of stem, encoder, decoder (stem 100 %, encoder 100 %)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("pretext", ["masked_autoencoder", "models_genesis", "patch_swap"])

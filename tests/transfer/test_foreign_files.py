@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings
 from nnunetv2_misfm.transfer.checkpoint import CheckpointError, CheckpointInfo, read_checkpoint, write_checkpoint
 from nnunetv2_misfm.transfer.foreign import KINDS, recognised
+from nnunetv2_misfm.transfer.images import about_channels
 from nnunetv2_misfm.transfer.inspection import export
 from nnunetv2_misfm.transfer.pretrained import Source, read_source, transfer_source
 from nnunetv2_misfm.transfer.report import TransferReport
@@ -283,6 +284,53 @@ def test_nothing_used_is_an_error_whatever_was_allowed(tmp_path: Path) -> None:
     with pytest.raises(TransferError, match="Nothing of it can be used") as error:
         fill(source, unet(1), min_coverage=0.0)
     assert str(error.value).count("\n") <= 7
+
+
+def test_a_refusal_names_the_option_that_helps(tmp_path: Path) -> None:
+    wide = unet(strides=[*STRIDES, [2, 2, 2]]).state_dict()  # four stages in place of three
+    cases = [
+        (WEIGHTS, unet(1, strides=[*STRIDES, [2, 2, 2]]), ("CT",), "-network pretrained trains"),
+        (
+            {name: value for name, value in wide.items() if name.startswith("encoder.")},
+            nn.Conv3d(1, 4, 3),
+            ("CT",),
+            "-p",
+        ),
+        (unet(channels=3).state_dict(), unet(1, channels=2), ("a", "b"), r"Allow it with --mix_input_channels\.$"),
+    ]
+    for weights, target, channels, told in cases:
+        with pytest.raises(TransferError, match=told):
+            fill(put(tmp_path / "c.pt", weights), target, channels)
+
+
+def test_plans_for_another_number_of_stages_than_the_weights_are_not_believed(tmp_path: Path) -> None:
+    made_by = plans()
+    made_by["plans"]["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["strides"] = [[1, 1, 1]] * 7
+    encoder = {name: value for name, value in WEIGHTS.items() if name.startswith("encoder.")}
+    info = put(tmp_path / "c.pth", {"network_weights": encoder, "init_args": made_by}).info
+    assert info is not None and "strides" not in info.arch_kwargs
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours", "told"),
+    [
+        (("CT",), ("CT",), []),
+        (("CT",), ("MR",), ["the checkpoint's channels are called CT, the dataset's MR"]),
+        (("CT",), ("T1", "T2"), ["the checkpoint's one channel, CT, is the start for all of T1, T2"]),
+        (
+            ("a", "b"),
+            ("c", "d"),
+            ["the checkpoint's channels are called a, b, the dataset's c, d; they are taken in order"],
+        ),
+        (("T1", "T2"), ("T2", "T1"), ["input channels are matched by name: the weights of T2 for T2, T1 for T1"]),
+    ],
+)
+def test_how_channels_are_matched_is_said(
+    tmp_path: Path, theirs: tuple[str, ...], ours: tuple[str, ...], told: list[str]
+) -> None:
+    content = {"network_weights": unet(channels=len(theirs)).state_dict(), "init_args": plans(theirs)}
+    said = [sentence.rstrip(".") for sentence in about_channels(put(tmp_path / "c.pth", content), ours)]
+    assert said == told
 
 
 def test_parts_that_were_not_trained_start_fresh_and_are_not_expected(tmp_path: Path) -> None:

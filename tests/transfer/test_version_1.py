@@ -20,6 +20,7 @@ from torch import nn
 
 from nnunetv2_misfm.architectures.generic_unet import GenericUNet
 from nnunetv2_misfm.transfer.pretrained import Source, read_source
+from nnunetv2_misfm.transfer.version_1 import init_args_beside
 
 CONTENT = {"state_dict": as_generic_unet(unet()), "plot_stuff": ([1.0], [1.0], [], [np.float64(0.5), 0.25])}
 
@@ -148,6 +149,23 @@ def test_a_damaged_or_strange_pickle_is_said_and_the_weights_are_used(tmp_path: 
     source = beside(tmp_path, content)
     assert "model.pkl was not read (" in source.notes[0]
     assert source.info is not None and source.info.preprocessing == {} and source.network_name == "PlainConvUNet"
+
+
+def test_damaged_bytes_are_read_or_said(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for protocol in (2, 4):
+        pickled = pickle.dumps(with_stage(1), protocol)
+        for _ in range(150):
+            damaged = bytearray(pickled[: generator.integers(1, len(pickled) + 1)])
+            damaged[generator.integers(len(damaged))] = generator.integers(256)
+            (tmp_path / "c.model.pkl").write_bytes(damaged)
+            told, why = init_args_beside(tmp_path / "c.model")
+            assert (told is None) == bool(why)
+
+
+def test_a_checkpoint_without_its_pickle_says_which_file_is_wanted(tmp_path: Path) -> None:
+    torch.save(CONTENT, tmp_path / "c.model")
+    assert read_source(tmp_path / "c.model").notes[0].startswith("c.model.pkl, where nnU-Net v1 keeps spacing")
 
 
 def test_pickles_beside_files_of_other_projects_are_left_alone(tmp_path: Path) -> None:
