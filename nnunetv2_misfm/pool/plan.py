@@ -160,8 +160,6 @@ def plan_pool(
     """
     num_channels = inspection.num_channels
     modality = settings.modality if settings.modality != "auto" else _modality_of_tags(inspection)
-    resample = settings.spacing != "none"
-    arguments = {"order_z": 0, "force_separate_z": None}
     plan = {
         "data_identifier": f"{plans_name}_{configuration}",
         "preprocessor_name": "DefaultPreprocessor",
@@ -171,12 +169,7 @@ def plan_pool(
         "spacing": list(geometry.spacing),
         "normalization_schemes": [SCHEMES[modality]] * num_channels,
         "use_mask_for_norm": [False] * num_channels,
-        "resampling_fn_data": RESAMPLING if resample else NO_RESAMPLING,
-        "resampling_fn_seg": RESAMPLING if resample else NO_RESAMPLING,
-        "resampling_fn_probabilities": RESAMPLING if resample else NO_RESAMPLING,
-        "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, **arguments} if resample else {},
-        "resampling_fn_seg_kwargs": {"is_seg": True, "order": 1, **arguments} if resample else {},
-        "resampling_fn_probabilities_kwargs": {"is_seg": False, "order": 1, **arguments} if resample else {},
+        **_resampling(settings),
         "architecture": copy.deepcopy(dict(architecture)),
         "batch_dice": False,
     }
@@ -202,6 +195,17 @@ def plan_pool(
             },
         },
     }
+
+
+def _resampling(settings: PoolSettings) -> dict[str, Any]:
+    """nnU-Net's default resampling, or none."""
+    resample = settings.spacing != "none"
+    entries: dict[str, Any] = {}
+    for what, is_seg, order in (("data", False, 3), ("seg", True, 1), ("probabilities", False, 1)):
+        arguments = {"is_seg": is_seg, "order": order, "order_z": 0, "force_separate_z": None}
+        entries[f"resampling_fn_{what}"] = RESAMPLING if resample else NO_RESAMPLING
+        entries[f"resampling_fn_{what}_kwargs"] = arguments if resample else {}
+    return entries
 
 
 def adopt_plans(
