@@ -39,11 +39,11 @@ LENGTH = (
     *("-num_val_iterations_per_epoch", str(VALIDATION)),
 )
 # What differs from a task's defaults, which are for long runs.
-SGD = ("-optimizer", "sgd", "-initial_lr", "1e-2", "-schedule", "poly")
+ADAMW = ("-optimizer", "adamw", "-initial_lr", "3e-3", "-schedule", "poly")
 FEW_LARGE_BOXES = ("-num_boxes", "3", "10", "-box_size_min", *3 * ("0.25",), "-box_size_max", *3 * ("0.75",))
 OPTIONS = {
-    "volume_fusion": (*SGD, *FEW_LARGE_BOXES),
-    "models_genesis": ("-optimizer", "adamw", "-initial_lr", "3e-3"),
+    "volume_fusion": (*ADAMW, *FEW_LARGE_BOXES),
+    "models_genesis": (*ADAMW, "-nonlinear_rate", "0.5"),
     "vox2vec": ("-initial_lr", "1e-3"),
 }
 NUM_COLOURS = 64

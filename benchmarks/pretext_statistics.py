@@ -239,7 +239,7 @@ def swaps(checkout: Path) -> Comparison:
     crop = np.random.default_rng(0).permutation(int(np.prod(PATCH))).reshape(1, *PATCH)
 
     def figures(swapped: np.ndarray) -> Figures:
-        lost = 1 - len(np.unique(swapped)) / crop.size
+        lost = float(np.mean(np.bincount(swapped.ravel(), minlength=crop.size) == 0))
         return {"voxels changed": float((swapped != crop).mean()), "values lost": lost}
 
     def theirs(index: int) -> Figures:

@@ -63,3 +63,9 @@ def test_an_image_without_contrast_is_0(value: float) -> None:
     images[0, 1, 0, 0, 0] += abs(value) + 1
     out = standardised(images)
     assert (out[0, 0] == 0).all() and out[0, 1].std(correction=0).item() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", RECONSTRUCTION)
+def test_the_optimisation_is_that_of_nnssl(name: str) -> None:
+    run = task_class(name).run_defaults
+    assert (run.optimizer, run.initial_lr, run.weight_decay, run.schedule) == ("sgd", 1e-2, 3e-5, "poly")
