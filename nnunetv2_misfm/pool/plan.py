@@ -13,7 +13,6 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from nnunetv2_misfm.plans.checks import check_complete, configuration_3d
 from nnunetv2_misfm.plans.files import nnunet_folder
 from nnunetv2_misfm.plans.run_settings import BLOCK
 from nnunetv2_misfm.plans.settings import SettingsError, read_settings, write_settings
+from nnunetv2_misfm.pool.geometry import PoolGeometry, medians
 from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection
 from nnunetv2_misfm.pool.settings import PoolSettings
 from nnunetv2_misfm.pool.volumes import Volume
@@ -49,19 +49,6 @@ RESAMPLING = "resample_data_or_seg_to_shape"
 SAME_SPACING = 1e-3
 """Spacings that differ by less than this share are equal when the axis of the largest spacing is looked for."""
 NOT_USED_WITH_PLANS_FROM = ("modality", "ct_window", "spacing", "body_crop")
-
-
-@dataclass(frozen=True)
-class PoolGeometry:
-    """Axis order and spacing of a pool. All but `transpose_forward` is in plans axis order."""
-
-    transpose_forward: tuple[int, ...]
-    spacing: tuple[float, ...]
-    """mm the volumes are resampled to; without resampling their median spacing."""
-    median_spacing: tuple[float, ...]
-    median_original_shape: tuple[int, ...]
-    median_shape: tuple[int, ...]
-    """Voxels after resampling, before cropping."""
 
 
 def pool_block(plans: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,7 +80,7 @@ def find_geometry(
         transpose = existing["transpose_forward"]
         spacing = np.array(existing["configurations"][configuration]["spacing"])
     sizes = [(volume.shape, volume.spacing) for volume in inspection.volumes]
-    middle, original, resampled = _medians(sizes, transpose, None if settings.spacing == "none" else spacing)
+    middle, original, resampled = medians(sizes, transpose, None if settings.spacing == "none" else spacing)
     return PoolGeometry(
         transpose_forward=tuple(transpose),
         spacing=tuple(float(mm) for mm in spacing),
@@ -101,20 +88,6 @@ def find_geometry(
         median_original_shape=original,
         median_shape=resampled,
     )
-
-
-def _medians(
-    sizes: Sequence[tuple[Sequence[int], Sequence[float]]], transpose: Sequence[int], target: np.ndarray | None
-) -> tuple[tuple[float, ...], tuple[int, ...], tuple[int, ...]]:
-    """Median spacing, shape and shape after resampling in plans axis order, from canonical (shape, spacing)."""
-    shapes = np.array([shape for shape, _ in sizes])[:, transpose]
-    spacings = np.array([spacing for _, spacing in sizes])[:, transpose]
-    resampled = shapes
-    if target is not None:
-        resampled = np.array([compute_new_shape(n, mm, target) for n, mm in zip(shapes, spacings, strict=True)])
-    middle = tuple(float(mm) for mm in np.median(spacings, axis=0))
-    original, after = (tuple(int(round(n)) for n in np.median(each, axis=0)) for each in (shapes, resampled))
-    return middle, original, after
 
 
 def with_medians(
@@ -129,7 +102,7 @@ def with_medians(
     if pool_block(plans)["plans_from"] is None:
         entry = updated["configurations"][configuration]
         target = None if entry["resampling_fn_data"] == NO_RESAMPLING else np.array(entry["spacing"])
-        middle, original, resampled = _medians(sizes, plans["transpose_forward"], target)
+        middle, original, resampled = medians(sizes, plans["transpose_forward"], target)
         updated["original_median_spacing_after_transp"] = list(middle)
         updated["original_median_shape_after_transp"] = list(original)
         entry["median_image_size_in_voxels"] = [float(n) for n in resampled]
