@@ -209,7 +209,7 @@ class _Lister:
         target = os.path.realpath(link.path)
         parent, name = os.path.split(target)
         known = split_ending(name)[1] in (*IMAGE_ENDINGS, *DICOM_ENDINGS) and not name.startswith(".")
-        if known and _identity(parent) in self.visited:
+        if known and os.path.exists(target) and _identity(parent) in self.visited:
             self.listing.left_out.append(LeftOut(link.path, f"the same file as {target}", link.bundle))
             return True
         return False

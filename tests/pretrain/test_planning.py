@@ -46,6 +46,7 @@ def test_batch_size_of_another_plan_grows_for_small_patches_and_that_of_a_run_st
         "batch_size": 2,
         "spacing": list(ISOTROPIC),
         "data_identifier": "data",
+        "normalization_schemes": ["ZScoreNormalization"],
     }
     plans = {"plans_name": "Some", "dataset_name": "Dataset001_Some", "configurations": {"3d_fullres": entry}}
 
