@@ -63,7 +63,9 @@ class BareVolumes:
             if not self.sample.inspection.volumes:
                 raise PoolError(f"no usable volume in the given folders\n{self.sample.inspection.summary()}")
         else:
-            whole = self._inspect(names, settings)
+            folder = PoolFolder(*names, Share(options.num_parts, options.part_id))
+            with folder.full_disk_explained():
+                whole = self._inspect(folder, settings)
         if whole is None:
             return None
         if self.adopted is not None:
@@ -76,7 +78,7 @@ class BareVolumes:
             plans = plan_pool(whole, settings, geometry, *names, patch_size, batch_size, entry, block)
         return _with_what_was_left_open(plans, self.earlier, options.configuration, request)
 
-    def _inspect(self, names: tuple[str, str, str], settings: PoolSettings) -> PoolInspection | None:
+    def _inspect(self, folder: PoolFolder, settings: PoolSettings) -> PoolInspection | None:
         """Inspect the volumes of this part, and return what the plans are to be made from.
 
         Of a job array that is what this part has found, unless it found nothing or the plans need the median of all
@@ -85,7 +87,6 @@ class BareVolumes:
         """
         options = self.options
         check_exist(options.folders)
-        folder = PoolFolder(*names, Share(options.num_parts, options.part_id))
         folder.create()
         of_archive = (options.folders, settings, options.num_processes)
         self.inspection = inspect_volumes(*of_archive, folder.share.bundles, folder.ledger.index)

@@ -9,6 +9,7 @@ DatasetXXX_NAME/
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -62,6 +63,16 @@ class PoolFolder:
         self.ledger = Ledger(self._preparation, share)
         self._all_temporary = self._preparation / "temporary"
         self.temporary = self._all_temporary / str(share)
+
+    @contextmanager
+    def full_disk_explained(self) -> Iterator[None]:
+        """Raise a PoolError that says what to do in place of what the system says of a full disk."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise PoolError(f"the disk of {self.root} is full; make room and run this again to continue") from error
 
     def create(self) -> None:
         """Make the folders. Raises PoolError if something else than a pool lives there."""

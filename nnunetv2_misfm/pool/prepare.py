@@ -13,10 +13,9 @@ what became of them (`ledger.py`), and the one that ends last brings everything 
 from __future__ import annotations
 
 import copy
-import errno
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -119,7 +118,7 @@ def start_pool(
         PoolError: if the pool there was made by other settings.
     """
     folder = _folder(plans, configuration, num_parts, part_id)
-    with _full_disk_explained(folder):
+    with folder.full_disk_explained():
         folder.create()
         folder.ledger.keep_found(inspection)
         return _start_or_continue(folder, plans, configuration, len(inspection.volumes))
@@ -153,7 +152,7 @@ def prepare_pool(
             f"process and one part, at most {BUNDLES} parts, and part_id counts from 0 to num_parts - 1"
         )
     folder = _folder(plans, configuration, num_parts, part_id)
-    with _full_disk_explained(folder):
+    with folder.full_disk_explained():
         folder.create()
         with folder.lock_part():
             folder.ledger.keep_found(inspection)
@@ -217,16 +216,6 @@ def _prepare_joined(folder: PoolFolder, plans: Mapping[str, Any], configuration:
     joined = with_own_names([one for one in found if isinstance(one, Volume)], series_of_case)
     folder.ledger.write_joined(joined, [one for one in found if isinstance(one, LeftOut)])
     _prepare_pending(folder, joined, plans, configuration, num_processes)
-
-
-@contextmanager
-def _full_disk_explained(folder: PoolFolder) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise PoolError(f"the disk of {folder.root} is full; make room and run this again to continue") from error
 
 
 def _start_or_continue(

@@ -27,6 +27,8 @@ PAGE = "run.html"
 PICTURES = "pictures"
 """In a results folder: pictures of a pretext task, `epoch_0000.png` and so on."""
 TRANSFER_REPORT = "transfer_report.json"
+STOPPED = "Asked to stop"
+"""In the log of a run that was asked to stop and has saved."""
 _MOST_PICTURES = 24
 _ALARM = re.compile(r"ALARM: (?P<text>.*)")
 _CLASS = re.compile(r"_\d+$")
@@ -80,7 +82,7 @@ def write_run_page(folder: Path) -> Path:
         "dataset": plans["dataset_name"],
         "task": block["task"].replace("_", " "),
         "pretraining": block["task"] != SEGMENTATION,
-        "state": _state(rows, next(value for name, value, _ in settings if name == "num_epochs")),
+        "state": _state(rows, next(value for name, value, _ in settings if name == "num_epochs"), _was_stopped(folder)),
         "facts": _facts(folder, plans, trainer, configuration),
         "alarms": _alarms(folder),
         "skipped": columns.get("skipped_steps", [0])[-1],
@@ -98,7 +100,7 @@ def write_run_page(folder: Path) -> Path:
     return folder / PAGE
 
 
-def _state(rows: Sequence[Mapping[str, str]], num_epochs: int) -> str:
+def _state(rows: Sequence[Mapping[str, str]], num_epochs: int, was_stopped: bool) -> str:
     """One or two sentences: how far the run is, and how much time is left."""
     done = int(rows[-1]["epoch"]) + 1
     seconds = sorted(_number(row.get("seconds")) for row in rows)
@@ -107,8 +109,9 @@ def _state(rows: Sequence[Mapping[str, str]], num_epochs: int) -> str:
     when = f" The last one ended at {ended.replace('T', ' ')}." if ended else ""
     if done >= num_epochs:
         return f"Finished: all {num_epochs} epochs are done.{when}"
-    left = "" if math.isnan(usual) else f" About {_duration((num_epochs - done) * usual)} are left at the usual speed."
-    return f"{done} of {num_epochs} epochs are done.{when}{left}"
+    left = "" if math.isnan(usual) else f" The rest takes about {_duration((num_epochs - done) * usual)} at this speed."
+    stopped = " It was asked to stop and has saved; the command below continues it." if was_stopped else ""
+    return f"{done} of {num_epochs} epochs are done.{when}{left}{stopped}"
 
 
 def _facts(folder: Path, plans: Mapping[str, Any], trainer: str, configuration: str) -> list[tuple[str, str]]:
@@ -161,6 +164,12 @@ def _figures(columns: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, str]
     yield from shown("Seconds of an epoch", ["seconds"])
     for name, title in _SPEED.items():
         yield from shown(title, [name])
+
+
+def _was_stopped(folder: Path) -> bool:
+    """Whether the last thing in the newest log is that the run was asked to stop."""
+    logs = sorted(folder.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime)
+    return bool(logs) and STOPPED in logs[-1].read_text(encoding="utf-8", errors="replace")[-500:]
 
 
 def _alarms(folder: Path) -> list[Alarm]:

@@ -38,7 +38,7 @@ def test_how_far_the_run_is_and_how_long_it_still_takes(tmp_path: Path) -> None:
     folder = make_run(tmp_path, {"task": "volume_fusion", "num_epochs": 400}, 10)
     text = text_of(write_run_page(folder))
     assert "10 of 400 epochs are done. The last one ended at 2026-01-01 10:09:00." in text
-    assert "About 13.0 hours are left" in text  # 390 epochs of 120 seconds
+    assert "The rest takes about 13.0 hours" in text  # 390 epochs of 120 seconds
     assert "first epoch began 2026-01-01 09:58" in text
     assert "nnUNetv2_train Dataset001_A 3d_fullres all -tr VolumeFusionTrainer -p P --c" in text
 
@@ -46,6 +46,15 @@ def test_how_far_the_run_is_and_how_long_it_still_takes(tmp_path: Path) -> None:
 def test_a_finished_run_says_so(tmp_path: Path) -> None:
     folder = make_run(tmp_path, {"task": "volume_fusion", "num_epochs": 2}, 2)
     assert "Finished: all 2 epochs are done." in text_of(write_run_page(folder))
+
+
+def test_a_run_that_was_asked_to_stop_says_so_until_it_goes_on(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, {"task": "volume_fusion", "num_epochs": 4}, 2)
+    log = folder / "training_log_1.txt"
+    log.write_text("Epoch 1\n2026: Asked to stop: saved after iteration 1 of epoch 2. Continue with --c.\n")
+    assert "It was asked to stop and has saved" in text_of(write_run_page(folder))
+    log.write_text(log.read_text() + 100 * "2026: Iteration 1: loss 0.5\n")
+    assert "asked to stop" not in text_of(write_run_page(folder))
 
 
 def test_what_differs_from_the_defaults_comes_first(tmp_path: Path) -> None:
