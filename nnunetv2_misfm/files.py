@@ -136,6 +136,13 @@ def training_lock(results_folder: Path) -> AbstractContextManager[None]:
     return locked(results_folder / ".training.lock", 0.0, "another process trains in this results folder")
 
 
+def format_duration(hours: float) -> str:
+    """A time for people, in minutes, hours or days."""
+    if hours < 1.5:
+        return f"{max(1, round(60 * hours))} minutes"
+    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"
+
+
 def format_bytes(number: float) -> str:
     """A number of bytes for people, in powers of 1000."""
     for unit in ("bytes", "kB", "MB", "GB"):

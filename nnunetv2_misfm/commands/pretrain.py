@@ -68,7 +68,7 @@ def plan_and_prepare(options: PretrainOptions) -> tuple[str, str, str] | None:
         UserError: for everything in the options, folders or plans that cannot be used.
     """
     from nnunetv2_misfm.commands.pretrain_source import run_request, source_of
-    from nnunetv2_misfm.plans.checks import build_on_meta
+    from nnunetv2_misfm.plans.network_entry import checked_network
 
     source = source_of(options)
     run = EarlierRun(run_folder(source.task, source.dataset_name, source.plans_name, options.configuration))
@@ -79,8 +79,9 @@ def plan_and_prepare(options: PretrainOptions) -> tuple[str, str, str] | None:
     plans = source.plan(request)
     if plans is None:
         return None
-    architecture = plans["configurations"][options.configuration]["architecture"]
-    build_on_meta(architecture, 1, request.pretext.task().num_outputs(1))
+    entry = plans["configurations"][options.configuration]
+    channels = len(entry["normalization_schemes"])
+    checked_network(entry, channels, request.pretext.task().num_outputs(channels))
     if options.continue_training:
         # Before anything is written, by the plans of the run; the trainer looks at its checkpoint too.
         run.check_same(plans, options.configuration)

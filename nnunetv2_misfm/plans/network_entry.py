@@ -13,7 +13,13 @@ from typing import Any
 from nnunetv2_misfm import architectures
 from nnunetv2_misfm.architectures.resolution import AnySizeNetwork, strides_of, total_strides
 from nnunetv2_misfm.errors import PlanError, first_line
-from nnunetv2_misfm.plans.checks import check_sizes, configuration_3d, with_present_names, without_trainer
+from nnunetv2_misfm.plans.checks import (
+    build_on_meta,
+    check_sizes,
+    configuration_3d,
+    with_present_names,
+    without_trainer,
+)
 from nnunetv2_misfm.plans.run_settings import BLOCK, RunSettings, is_ours
 from nnunetv2_misfm.plans.settings import write_settings
 
@@ -52,10 +58,15 @@ def is_own_network(architecture: Mapping[str, Any]) -> bool:
     return architecture["network_class_name"] in NETWORKS.values()
 
 
-def own_network_name(architecture: Mapping[str, Any]) -> str | None:
-    """The key of `NETWORKS` for a plan's `architecture` entry; None for a network that is not of this package."""
-    names = {class_name: name for name, class_name in NETWORKS.items()}
-    return names.get(architecture["network_class_name"])
+def own_network_name(class_name: str) -> str | None:
+    """The key of `NETWORKS` for a class as plans name it; None for a network that is not of this package."""
+    return next((name for name, path in NETWORKS.items() if path == class_name), None)
+
+
+def own_class(class_name: str) -> type[AnySizeNetwork]:
+    """A class of `NETWORKS` by its path or its bare name, looked up among the networks of this package only."""
+    found: type[AnySizeNetwork] = getattr(architectures, class_name.rpartition(".")[2])
+    return found
 
 
 def patch_divisor(architecture: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -123,8 +134,7 @@ def leaves_a_single_value(architecture: Mapping[str, Any], patch_size: Sequence[
 def normalises_over_batch(architecture: Mapping[str, Any]) -> bool:
     """Whether a plan's network has BatchNorm: ours declare it, and of nnU-Net's the plan says so."""
     if is_own_network(architecture):
-        own: type[AnySizeNetwork] = getattr(architectures, architecture["network_class_name"].rpartition(".")[2])
-        return own.normalises_over_batch
+        return own_class(architecture["network_class_name"]).normalises_over_batch
     return "BatchNorm" in architecture["arch_kwargs"].get("norm_op", "")
 
 
@@ -134,7 +144,19 @@ def deepest_voxels(architecture: Mapping[str, Any], patch_size: Sequence[int]) -
     return math.prod(-(-n // stride) for n, stride in zip(patch_size, strides, strict=True))
 
 
-def check_outputs(network: Any, architecture: Mapping[str, Any], input_channels: int, patch: Sequence[int]) -> None:
+def checked_network(configuration: Mapping[str, Any], input_channels: int, num_classes: int) -> Any:
+    """The network of a configuration without memory for its weights, if it can be trained as nnU-Net does.
+
+    Raises:
+        PlanError: if it cannot be built, or does not take the patch or give the outputs that nnU-Net trains.
+    """
+    architecture = configuration["architecture"]
+    network = build_on_meta(architecture, input_channels, num_classes)
+    _check_outputs(network, architecture, input_channels, configuration["patch_size"])
+    return network
+
+
+def _check_outputs(network: Any, architecture: Mapping[str, Any], input_channels: int, patch: Sequence[int]) -> None:
     """Raise a PlanError unless a network that is not of this package gives the outputs that nnU-Net trains.
 
     Args:

@@ -12,11 +12,10 @@ from nnunetv2.experiment_planning.experiment_planners.network_topology import ge
 
 from nnunetv2_misfm.architectures.resolution import strides_of, total_strides
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.plans.checks import build_on_meta, check_sizes, configuration_3d
+from nnunetv2_misfm.plans.checks import check_sizes, configuration_3d
 from nnunetv2_misfm.plans.network_entry import (
     NETWORKS,
     architecture_entry,
-    check_outputs,
     deepest_voxels,
     degree_for_spacing,
     degree_of_anisotropy,
@@ -107,9 +106,9 @@ def run_plans(
     if request.network == "plan" or (keep and not is_own_network(planned)):
         _check_arguments(request, planned)
     else:
-        network = request.network or own_network_name(planned) or "pctnet"
+        network = request.network or own_network_name(planned["network_class_name"]) or "pctnet"
         # A network of ours in the plans keeps what its plan chose, so that the weights fit that plan.
-        kept = planned["arch_kwargs"] if own_network_name(planned) == network else {}
+        kept = planned["arch_kwargs"] if own_network_name(planned["network_class_name"]) == network else {}
         kept = {key: value for key, value in kept.items() if key not in ("strides", "deep_supervision")}
         degree = degree_of_anisotropy(entry)
         _check_stems(request, degree)
@@ -117,9 +116,6 @@ def run_plans(
     set_sizes(entry, request.patch_size, request.batch_size)
     if request.batch_size is None and pretext_task_of(base) is None:
         entry["batch_size"] = max(entry["batch_size"], enough_samples(entry["architecture"], entry["patch_size"]))
-    channels = len(entry["normalization_schemes"])
-    network = build_on_meta(entry["architecture"], channels, request.pretext.task().num_outputs(channels))
-    check_outputs(network, entry["architecture"], channels, entry["patch_size"])
     plans = deepcopy(dict(base))
     pool = plans.get(BLOCK, {}).get("pool")
     plans.update(plans_name=plans_name, dataset_name=dataset_name, configurations={configuration: entry})

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.files import read_json
+from nnunetv2_misfm.files import format_duration, read_json
 from nnunetv2_misfm.pages import figures
 from nnunetv2_misfm.pages.html import write_page
 from nnunetv2_misfm.plans.checks import configuration_3d
@@ -77,14 +77,16 @@ def write_run_page(folder: Path) -> Path:
     trainer, _, configuration = folder.parent.name.split("__")
     block = plans.get(BLOCK) or {"task": SEGMENTATION}
     settings = list(_settings(block))
+    paths = sorted(folder.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime)
+    logs = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
     columns = {name: [_number(row.get(name)) for row in rows] for name in rows[-1]}
     values = {
         "dataset": plans["dataset_name"],
         "task": block["task"].replace("_", " "),
         "pretraining": block["task"] != SEGMENTATION,
-        "state": _state(rows, next(value for name, value, _ in settings if name == "num_epochs"), _was_stopped(folder)),
-        "facts": _facts(folder, plans, trainer, configuration),
-        "alarms": _alarms(folder),
+        "state": _state(rows, next(value for name, value, _ in settings if name == "num_epochs"), _was_stopped(logs)),
+        "facts": _facts(folder, plans, trainer, configuration, rows[0]),
+        "alarms": _alarms(logs),
         "skipped": columns.get("skipped_steps", [0])[-1],
         "figures": list(_figures(columns)),
         "stage": rows[-1].get("stage", ""),
@@ -109,15 +111,20 @@ def _state(rows: Sequence[Mapping[str, str]], num_epochs: int, was_stopped: bool
     when = f" The last one ended at {ended.replace('T', ' ')}." if ended else ""
     if done >= num_epochs:
         return f"Finished: all {num_epochs} epochs are done.{when}"
-    left = "" if math.isnan(usual) else f" The rest takes about {_duration((num_epochs - done) * usual)} at this speed."
+    left = (
+        ""
+        if math.isnan(usual)
+        else f" The rest takes about {format_duration((num_epochs - done) * usual / 3600)} at this speed."
+    )
     stopped = " It was asked to stop and has saved; the command below continues it." if was_stopped else ""
     return f"{done} of {num_epochs} epochs are done.{when}{left}{stopped}"
 
 
-def _facts(folder: Path, plans: Mapping[str, Any], trainer: str, configuration: str) -> list[tuple[str, str]]:
+def _facts(
+    folder: Path, plans: Mapping[str, Any], trainer: str, configuration: str, first: Mapping[str, str]
+) -> list[tuple[str, str]]:
     entry = configuration_3d(plans, configuration)
     architecture = entry["architecture"]
-    first = MetricsFile(folder / METRICS).rows()[0]
     facts = [
         ("trainer", trainer),
         ("plans, configuration, fold", f"{plans['plans_name']}, {configuration}, {folder.name.removeprefix('fold_')}"),
@@ -166,18 +173,17 @@ def _figures(columns: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, str]
         yield from shown(title, [name])
 
 
-def _was_stopped(folder: Path) -> bool:
+def _was_stopped(logs: Sequence[str]) -> bool:
     """Whether the last thing in the newest log is that the run was asked to stop."""
-    logs = sorted(folder.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime)
-    return bool(logs) and STOPPED in logs[-1].read_text(encoding="utf-8", errors="replace")[-500:]
+    return bool(logs) and STOPPED in logs[-1][-500:]
 
 
-def _alarms(folder: Path) -> list[Alarm]:
-    """The alarms in the logs of the run, the one given last first."""
+def _alarms(logs: Sequence[str]) -> list[Alarm]:
+    """The alarms in the logs of a run, oldest log first; the alarm given last comes first."""
     found: dict[str, Alarm] = {}
     epoch = 0
-    for log in sorted(folder.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime):
-        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+    for log in logs:
+        for line in log.splitlines():
             if match := _EPOCH.search(line):
                 epoch = int(match["epoch"])
             elif match := _ALARM.search(line):
@@ -210,8 +216,3 @@ def _number(text: str | None) -> float:
 
 def _has_values(values: Sequence[float]) -> bool:
     return any(not math.isnan(value) for value in values)
-
-
-def _duration(seconds: float) -> str:
-    hours = seconds / 3600
-    return f"{max(1, round(60 * hours))} minutes" if hours < 1.5 else f"{hours:.1f} hours"

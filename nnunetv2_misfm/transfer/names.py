@@ -13,9 +13,8 @@ from typing import Any
 
 from torch import nn
 
-from nnunetv2_misfm import architectures
-from nnunetv2_misfm.architectures.resolution import AnySizeNetwork, total_strides
-from nnunetv2_misfm.plans.network_entry import DECODER, ENCODER, NETWORKS, STEM
+from nnunetv2_misfm.architectures.resolution import total_strides
+from nnunetv2_misfm.plans.network_entry import DECODER, ENCODER, NETWORKS, STEM, own_class
 
 SEG_LAYERS = "segmentation layers"
 PARTS = (STEM, ENCODER, DECODER, SEG_LAYERS)
@@ -73,7 +72,7 @@ OF_RESIDUAL_UNET = Names(stem="encoder.stem", in_proj=("encoder.stem.convs.0.con
 
 def _declared(class_name: str) -> Names:
     """What a network of this package declares."""
-    network: type[AnySizeNetwork] = getattr(architectures, class_name)
+    network = own_class(class_name)
     in_proj = network.keys_to_in_proj
     return Names(
         stem=network.key_to_stem,
@@ -87,7 +86,7 @@ _OF_CLASSES = {
     "PlainConvUNet": OF_PLAIN_UNET,
     "GenericUNet": OF_PLAIN_UNET,
     "ResidualEncoderUNet": OF_RESIDUAL_UNET,
-    **{path.rpartition(".")[2]: _declared(path.rpartition(".")[2]) for path in NETWORKS.values()},
+    **{own_class(path).__name__: _declared(path) for path in NETWORKS.values()},
 }
 OF_PCTNET, OF_FMUNET = _OF_CLASSES["PCTNet"], _OF_CLASSES["FMUNet"]
 

@@ -20,7 +20,7 @@ from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.checks import build_on_meta, check_plans_name, configuration_3d, with_trainer
 from nnunetv2_misfm.plans.network_entry import (
     architecture_entry,
-    check_outputs,
+    checked_network,
     degree_for_spacing,
     degree_of_anisotropy,
     enlarge_for_augmentation,
@@ -175,8 +175,7 @@ def check_fit(
     channels = determine_num_input_channels(manager, manager.get_configuration(configuration), dict(dataset_json))
     heads = manager.get_label_manager(dict(dataset_json)).num_segmentation_heads
     architecture = plans["configurations"][configuration]["architecture"]
-    network = build_on_meta(architecture, channels, heads)
-    check_outputs(network, architecture, channels, plans["configurations"][configuration]["patch_size"])
+    network = checked_network(plans["configurations"][configuration], channels, heads)
     if source is None:
         return None
     settings = read_settings(FinetuningSettings, without_groups(plans[BLOCK]), "The run settings")
@@ -311,7 +310,7 @@ def _network_of(source: Source | None) -> str | None:
     """The name of the checkpoint's network, PCT-Net without one; None for a network that only plans can describe."""
     if source is None:
         return "pctnet"
-    return None if source.info is None else own_network_name(vars(source.info))
+    return None if source.info is None else own_network_name(source.info.network_class_name)
 
 
 def require_trainer(plans: dict[str, Any]) -> None:

@@ -12,8 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nnunetv2_misfm import architectures
-from nnunetv2_misfm.plans.network_entry import DECODER, NETWORKS
+from nnunetv2_misfm.plans.network_entry import DECODER, NETWORKS, own_class
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings
 from nnunetv2_misfm.transfer.checkpoint import (
     TRAINED_PARTS,
@@ -142,7 +141,7 @@ def read_source(given: str | os.PathLike[str]) -> Source:
         file = download(str(given))
         path, name, beside = file.path, file.name, file.adaptation_plan
     content = read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
-    own = checkpoint_info(content, path)
+    own, plan = checkpoint_info(content, path), _read_plan(beside)
     found = find_weights(content, path)
     weights, info, notes = found.weights, own, [*_of_archive(path), *found.notes]
     if own is None and found.kind in (PUBLISHED_PCTNET, PUBLISHED_FMUNET):
@@ -151,8 +150,8 @@ def read_source(given: str | os.PathLike[str]) -> Source:
         if found.kind is GENERIC_UNET and "init_args" not in content:
             told, note = init_args_beside(path)
             content, notes = {**content, "init_args": told}, [*notes, *([note] if note else [])]
-        info = describe_unet(content, found.weights, _read_plan(beside))
-    told = told_preprocessing(content, _read_plan(beside)) if info is None else info.preprocessing
+        info = describe_unet(content, found.weights, plan)
+    told = told_preprocessing(content, plan) if info is None else info.preprocessing
     return Source(
         path=path,
         kind=found.kind,
@@ -236,7 +235,7 @@ def load_network(path: str | os.PathLike[str], deep_supervision: bool = False) -
             f"Build it with nnU-Net from the plans.json of its results folder."
         )
     # Looked up by name among our own classes only: the name comes from the file.
-    network_class = getattr(architectures, source.info.network_class_name.rpartition(".")[2])
+    network_class: Any = own_class(source.info.network_class_name)
     arguments = {**source.info.arch_kwargs, "deep_supervision": deep_supervision}
     try:
         network: nn.Module = network_class(source.info.input_channels, source.info.num_classes, **arguments)

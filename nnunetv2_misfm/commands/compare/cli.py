@@ -12,7 +12,7 @@ from unittest.mock import patch
 from nnunetv2_misfm.commands.compare.options import CompareOptions, read_options
 from nnunetv2_misfm.cpu_threads import keep_cores_free
 from nnunetv2_misfm.errors import UserError, exit_with_message
-from nnunetv2_misfm.files import locked
+from nnunetv2_misfm.files import format_duration, locked
 
 if TYPE_CHECKING:
     from nnunetv2_misfm.commands.compare.page import Section
@@ -83,8 +83,8 @@ def run_and_report(
         hours = study.estimate_hours(runner)
         at_once = f", {options.jobs} at once" if options.jobs > 1 else ""
         print(
-            f"{len(left)} runs{at_once} on {device}: about {_duration(hours)}. They can be stopped at any time; the "
-            f"same command goes on."
+            f"{len(left)} runs{at_once} on {device}: about {format_duration(hours)}. They can be stopped at any time; "
+            f"the same command goes on."
         )
     failures, chosen = study.perform(runner)
     written = write_results(study, chosen, words, title, more)
@@ -102,9 +102,3 @@ def best_device() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _duration(hours: float) -> str:
-    if hours < 1.5:
-        return f"{max(1, round(60 * hours))} minutes"
-    return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"
