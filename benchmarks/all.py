@@ -39,9 +39,11 @@ def main() -> None:
         for script in scripts:
             run(f"{script}.py")
     pages = sorted(path for path in RESULTS.glob("*.md") if path != PAGE)
-    text = "\n\n".join(re.sub("^#", "##", path.read_text().strip(), flags=re.MULTILINE) for path in pages)
+    text = "\n\n".join(
+        re.sub("^#", "##", path.read_text(encoding="utf-8").strip(), flags=re.MULTILINE) for path in pages
+    )
     head = "# Measurements\n\nGathered by `python benchmarks/all.py` from the files beside this one."
-    PAGE.write_text(f"{head}\n\n{text}\n")
+    PAGE.write_text(f"{head}\n\n{text}\n", encoding="utf-8")
     print(f"{PAGE}: {', '.join(path.name for path in pages)}")
 
 

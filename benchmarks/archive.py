@@ -84,10 +84,10 @@ def main() -> None:
 
 def write_section(lines: Sequence[str]) -> None:
     """Replace the section of that heading in the results."""
-    text = RESULTS.read_text() if RESULTS.exists() else "# Preparing an archive in parts\n"
+    text = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else "# Preparing an archive in parts\n"
     head, *sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
     kept = [section.strip() for section in sections if not section.startswith(lines[0])]
-    RESULTS.write_text("\n\n".join([head.strip(), *kept, "\n".join(lines)]) + "\n")
+    RESULTS.write_text("\n\n".join([head.strip(), *kept, "\n".join(lines)]) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
 
@@ -311,9 +311,9 @@ def merge_in_a_process(folder: Path) -> dict[str, float]:
 
 
 def _merge(folder: str) -> dict[str, float]:
-    plans = json.loads((Path(folder) / "nnUNet_preprocessed" / POOL / "nnUNetPlans.json").read_text())
+    plans = json.loads((Path(folder) / "nnUNet_preprocessed" / POOL / "nnUNetPlans.json").read_text(encoding="utf-8"))
     pool = PoolFolder(POOL, "nnUNetPlans", "3d_fullres")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is that from here on
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak is that from here on
     before, started = memory("VmRSS"), time.perf_counter()
     merged = merge_pool(pool, plans, "3d_fullres")
     seconds = time.perf_counter() - started
@@ -324,7 +324,7 @@ def _merge(folder: str) -> dict[str, float]:
 
 def memory(name: str) -> float:
     """MB of this process, by their name in /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024 / 1e6
 
 
@@ -458,8 +458,8 @@ def nnunet_cases(dataset: Path, folder: Path, most: int) -> Any:
     extract_fingerprints([number], num_processes=1)
     plan_experiments([number])
     root = folder / "nnUNet_preprocessed" / dataset.name
-    plans = json.loads((root / "nnUNetPlans.json").read_text())
-    dataset_json = json.loads((raw / "dataset.json").read_text())
+    plans = json.loads((root / "nnUNetPlans.json").read_text(encoding="utf-8"))
+    dataset_json = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))
     manager = PlansManager(plans)
     configuration = manager.get_configuration("3d_fullres")
     preprocessor = configuration.preprocessor_class(verbose=False)
@@ -500,8 +500,8 @@ def copy_cases(dataset: Path, target: Path, most: int) -> Path:
     for image in images:
         shutil.copy(image, target / "imagesTr")
         shutil.copy(dataset / "labelsTr" / image.name.replace("_0000", ""), target / "labelsTr")
-    described = json.loads((dataset / "dataset.json").read_text())
-    (target / "dataset.json").write_text(json.dumps({**described, "numTraining": len(images)}))
+    described = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))
+    (target / "dataset.json").write_text(json.dumps({**described, "numTraining": len(images)}), encoding="utf-8")
     return target
 
 

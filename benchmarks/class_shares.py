@@ -50,7 +50,7 @@ def main() -> None:
         *provenance(f"python benchmarks/class_shares.py --samples {options.samples}", ("torch", "numpy"), {}, "CPU"),
         "",
     ]
-    options.output.write_text("\n".join(report))
+    options.output.write_text("\n".join(report), encoding="utf-8")
 
 
 def measured(settings: FusionSettings, patch: tuple[int, int, int], samples: int) -> list[float]:

@@ -75,7 +75,7 @@ def main() -> None:
     checkouts = {"nnssl": arguments.nnssl, "PyMIC": arguments.pymic}
     report = make_report(milliseconds, checkouts, arguments.samples)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(report)
+    arguments.output.write_text(report, encoding="utf-8")
     print(report)
 
 

@@ -79,7 +79,7 @@ def main() -> None:
         *provenance(command, ("torch",), checkouts, device_name("cpu")),
         "",
     ]
-    RESULT.write_text("\n".join(lines))
+    RESULT.write_text("\n".join(lines), encoding="utf-8")
 
 
 def compare(case: Case) -> tuple[float, float, int]:

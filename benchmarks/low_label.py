@@ -68,7 +68,7 @@ def main() -> None:
 
 def unlabelled_images(raw: Path, target: Path, patients: str | None) -> Path:
     """A folder with the images of the patients that misfm_compare trains with."""
-    ending = json.loads((raw / "dataset.json").read_text())["file_ending"]
+    ending = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))["file_ending"]
     cases = [path.name.removesuffix(ending) for path in (raw / "labelsTr").glob(f"*{ending}")]
     split = split_cases(cases, patients, None, None)
     target.mkdir(exist_ok=True)

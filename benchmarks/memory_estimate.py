@@ -92,7 +92,7 @@ def main() -> None:
         ]
     )
     output = options.output or RESULTS / f"memory_estimate_{options.device}.md"
-    output.write_text(report)
+    output.write_text(report, encoding="utf-8")
     print(report)
 
 

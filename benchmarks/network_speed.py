@@ -125,7 +125,7 @@ def main() -> None:
         options.output or RESULTS / f"{'network_ablation' if options.ablation else 'network_speed'}_{job.device}.md"
     )
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(report)
+    output.write_text(report, encoding="utf-8")
     print(report)
 
 
@@ -263,14 +263,14 @@ class ResidentMemory:
         self.before = self._read("VmRSS")
 
     def reset(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
     def peak(self) -> float:
         return self._read("VmHWM") - self.before
 
     @staticmethod
     def _read(name: str) -> float:
-        status = Path("/proc/self/status").read_text()
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
         return float(next(line.split()[1] for line in status.splitlines() if line.startswith(name))) * 1024
 
 

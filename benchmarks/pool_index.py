@@ -58,7 +58,7 @@ def main() -> None:
             "",
         ]
     )
-    options.output.write_text(report)
+    options.output.write_text(report, encoding="utf-8")
     print(report)
 
 
@@ -125,13 +125,13 @@ def measured(before: int) -> dict[str, float]:
 
 def memory(name: str) -> int:
     """Bytes of this process, by their name in /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
 
 
 def private_memory() -> int:
     """Bytes that this process shares with no other."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    lines = Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(("Private_Clean", "Private_Dirty")))
 
 

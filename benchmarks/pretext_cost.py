@@ -57,7 +57,7 @@ def main() -> None:
             for task, s, m in zip(tasks, seconds, memory, strict=True)
         ]
     report = make_report(lines, options.device)
-    (RESULTS / f"pretext_cost_{options.device}.md").write_text(report)
+    (RESULTS / f"pretext_cost_{options.device}.md").write_text(report, encoding="utf-8")
     print(report)
 
 

@@ -71,7 +71,7 @@ def main() -> None:
         if options.pictures:
             small_copy(next(run.glob("*samples.png")), options.pictures / f"{task}_learnt.png")
     report = make_report(rows, options.tasks, pool, options.device)
-    options.output.write_text(report)
+    options.output.write_text(report, encoding="utf-8")
     print(report)
 
 

@@ -41,7 +41,7 @@ def main() -> None:
     patients = dict(word.split("=", 1) for word in options.patients)
     scores = {folder.name: probe(folder, patients, options) for folder in options.datasets}
     report = make_report(scores, options)
-    options.output.write_text(report)
+    options.output.write_text(report, encoding="utf-8")
     print(report)
 
 
@@ -60,7 +60,7 @@ def probe(folder: Path, patients: Mapping[str, str], options: argparse.Namespace
         *(["-patients", patients[name]] if name in patients else []),
         *("-device", options.device, "-o", str(output)),
     )
-    summary = json.loads((output / "summary.json").read_text())
+    summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
     return {scored["arm"]: list(scored["dice_by_seed"].values()) for scored in summary["scores"]}
 
 

@@ -90,7 +90,7 @@ def main() -> None:
         "PyMIC": options.pymic,
         "vox2vec": options.vox2vec,
     }
-    options.output.write_text(make_report(rows, options.draws, checkouts))
+    options.output.write_text(make_report(rows, options.draws, checkouts), encoding="utf-8")
 
 
 def compared(comparison: Comparison, draws: int) -> list[str]:

@@ -42,7 +42,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         rows = pretrain(Path(folder), options.device, options.workers)
     report = make_report(rows, options.device, options.workers)
-    (RESULTS / f"pretraining_speed_{options.device}.md").write_text(report)
+    (RESULTS / f"pretraining_speed_{options.device}.md").write_text(report, encoding="utf-8")
     print(report)
 
 
@@ -62,7 +62,7 @@ def pretrain(folder: Path, device: str, workers: int) -> list[dict[str, str]]:
     command += ["-modality", "ct", "-spacing", "none", "-device", device, "-num_epochs", str(EPOCHS), *SETTINGS[device]]
     subprocess.run(command, env=environment, check=True)
     metrics = next((folder / "nnUNet_results").rglob("metrics.csv"))
-    with open(metrics, newline="") as file:
+    with open(metrics, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))[1:]
 
 

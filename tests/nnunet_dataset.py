@@ -95,9 +95,11 @@ def make_dataset(root: Path, **description: Any) -> Path:
     }
     dataset |= description
     for folder in (raw, preprocessed):
-        (folder / "dataset.json").write_text(json.dumps(dataset))
-    (preprocessed / "dataset_fingerprint.json").write_text('{"median_relative_size_after_cropping": 1.0}')
-    (preprocessed / "nnUNetPlans.json").write_text(json.dumps(plans()))
+        (folder / "dataset.json").write_text(json.dumps(dataset), encoding="utf-8")
+    (preprocessed / "dataset_fingerprint.json").write_text(
+        '{"median_relative_size_after_cropping": 1.0}', encoding="utf-8"
+    )
+    (preprocessed / "nnUNetPlans.json").write_text(json.dumps(plans()), encoding="utf-8")
     manager = PlansManager(plans())
     configuration = manager.get_configuration("3d_fullres")
     preprocessor = DefaultPreprocessor(verbose=False)

@@ -50,7 +50,7 @@ def test_a_lock_that_cannot_be_made_is_an_error_not_a_warning(tmp_path: Path) ->
 def test_a_full_disk_leaves_the_file_as_it_was_and_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "plans.json"
     write_json({"a": 1}, path)
-    before = path.read_text()
+    before = path.read_text(encoding="utf-8")
 
     def full(*arguments: Any, **options: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -59,4 +59,4 @@ def test_a_full_disk_leaves_the_file_as_it_was_and_names_it(tmp_path: Path, monk
     with pytest.raises(OSError) as error:
         write_json({"a": 2}, path)
     assert error.value.filename == str(path)
-    assert path.read_text() == before and list(tmp_path.iterdir()) == [path]
+    assert path.read_text(encoding="utf-8") == before and list(tmp_path.iterdir()) == [path]

@@ -131,7 +131,7 @@ def test_a_start_in_a_deleted_folder_works(installed: Environment, tmp_path: Pat
 def test_starting_python_imports_no_further_module(installed: Environment, tmp_path: Path) -> None:
     bare = Environment(tmp_path / "environment")
     # Since Python 3.13 reading any start-up file imports a codec.
-    (bare.site_packages / "other.pth").write_text("# nothing\n")
+    (bare.site_packages / "other.pth").write_text("# nothing\n", encoding="utf-8")
     show_modules = "import sys; print(sorted(sys.modules))"
     assert installed.run("-c", show_modules).stdout == bare.run("-c", show_modules).stdout
 
@@ -170,7 +170,8 @@ def test_a_trainer_of_the_users_own_with_the_same_name_wins(find_trainer, monkey
     own = tmp_path / "my_trainers.py"
     own.write_text(
         "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\n"
-        "class MisFMTrainer(nnUNetTrainer):\n    pass\n"
+        "class MisFMTrainer(nnUNetTrainer):\n    pass\n",
+        encoding="utf-8",
     )
     monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([str(tmp_path), str(PLUGIN_FOLDER)]))
     assert find_trainer("MisFMTrainer").__module__ == "my_trainers"
@@ -184,7 +185,7 @@ def test_nnunet_in_a_new_environment_finds_the_trainer(wheel: Path, tmp_path: Pa
     if not (nnunet / "torch").is_dir():
         pytest.skip("nnU-Net does not lie beside its requirements here, as in an editable install")
     # nnU-Net and torch are borrowed from the environment that runs the tests; this package is the new environment's.
-    (environment.site_packages / "zz_borrowed.pth").write_text(f"{nnunet}\n")
+    (environment.site_packages / "zz_borrowed.pth").write_text(f"{nnunet}\n", encoding="utf-8")
     find = "from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find; import sys"
     done = environment.run("-c", f"{find}; print(sys.modules[find({trainer!r}).__module__].__file__)")
     expected = environment.site_packages / "nnunetv2_misfm" / "trainers" / f"{TRAINERS[trainer]}.py"

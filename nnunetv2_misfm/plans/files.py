@@ -106,7 +106,7 @@ def read_plans(dataset_folder: Path, plans_name: str, configurations: Collection
     others = sorted(
         path.stem
         for path in dataset_folder.glob("*.json")
-        if path.stem != plans_name and _is_to_plan_from(path.read_text(errors="replace"))
+        if path.stem != plans_name and _is_to_plan_from(path.read_text(errors="replace", encoding="utf-8"))
     )
     path = dataset_folder / f"{plans_name}.json"
     choice = f"Choose others with -p ({', '.join(others)}), or plan" if others else "Plan"

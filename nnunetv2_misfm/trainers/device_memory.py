@@ -31,7 +31,7 @@ def _memory_limits() -> Iterator[float]:
         yield os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for path in _CONTROL_GROUPS:
         try:
-            limit = path.read_text().strip()
+            limit = path.read_text(encoding="utf-8").strip()
         except OSError:
             continue
         if limit.isdecimal():  # version 2 writes `max` for no limit, version 1 a number larger than any memory

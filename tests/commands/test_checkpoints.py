@@ -54,7 +54,7 @@ def test_an_exported_checkpoint_is_the_same_network(checkpoint: Path, exported: 
 
 
 def test_the_model_card_says_what_it_is_and_how_to_use_it(exported: Path) -> None:
-    card = (exported / "README.md").read_text()
+    card = (exported / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: nnunetv2_misfm\n") and "license: apache-2.0" in card
     assert "misfm_plan -d DATASET_ID" in card and "num_epochs" in card and str(exported.parent) not in card
 
@@ -178,7 +178,7 @@ def test_a_checkpoint_on_the_hub_is_downloaded_once_and_pinned(
     nnunet: Path, hub: ThreadingHTTPServer, exported: Path
 ) -> None:
     plan_main(["-d", "4", "-pretrained_weights", "hf:group/weights", "--no_pp"])
-    plans = json.loads((nnunet / "nnUNet_preprocessed" / NAME / "nnUNetMisFMPlans.json").read_text())
+    plans = json.loads((nnunet / "nnUNet_preprocessed" / NAME / "nnUNetMisFMPlans.json").read_text(encoding="utf-8"))
     info = plans["pretrain_info"]
     assert info["checkpoint_path"] == f"hf:group/weights@{COMMIT}:model.safetensors"
     shutil.rmtree(exported)
@@ -200,7 +200,7 @@ def test_a_checkpoint_of_any_name_is_found_and_works_offline(
 ) -> None:
     (exported / "model.safetensors").unlink()
     shutil.copy(checkpoint, exported / name)
-    (exported / "adaptation_plan.json").write_text("{}")
+    (exported / "adaptation_plan.json").write_text("{}", encoding="utf-8")
     online = read_source(given)
     assert online.hub_name == f"hf:group/weights@{COMMIT}:{name}"
     assert (online.path.parent / "adaptation_plan.json").is_file()

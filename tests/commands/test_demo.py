@@ -27,9 +27,9 @@ def test_the_demo_does_the_whole_job(tmp_path: Path, monkeypatch: pytest.MonkeyP
     folder = tmp_path / "demo with spaces"
     main(["-o", str(folder), "-device", "cpu"])
     comparison = folder / "comparison"
-    page = (comparison / "report.html").read_text()
+    page = (comparison / "report.html").read_text(encoding="utf-8")
     assert "The pretext task" in page and "VolumeFusion" in page
-    summary = json.loads((comparison / "summary.json").read_text())
+    summary = json.loads((comparison / "summary.json").read_text(encoding="utf-8"))
     assert [score["arm"] for score in summary["scores"]] == ["VolumeFusion", "scratch"]
     assert [(c["arm"], c["minus"]) for c in summary["comparisons"]] == [("VolumeFusion", "scratch")]
 
@@ -46,7 +46,7 @@ def test_brightness_does_not_tell_the_organs_of_a_phantom_apart() -> None:
 
 
 def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.txt").write_text("years of work")
+    (tmp_path / "thesis.txt").write_text("years of work", encoding="utf-8")
     with pytest.raises(SystemExit):
         main(["-o", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]

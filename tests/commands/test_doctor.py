@@ -141,7 +141,8 @@ def test_it_shows_where_each_trainer_comes_from(plugin: None) -> None:
 def test_a_trainer_of_the_users_own_with_the_same_name_is_pointed_out(monkeypatch, tmp_path: Path) -> None:
     (tmp_path / "my_trainers.py").write_text(
         "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\n"
-        "class MisFMTrainer(nnUNetTrainer):\n    pass\n"
+        "class MisFMTrainer(nnUNetTrainer):\n    pass\n",
+        encoding="utf-8",
     )
     monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([str(tmp_path), str(doctor.PLUGIN_FOLDER)]))
     finding = only(doctor.run_check(doctor.check_trainers), "MisFMTrainer")
@@ -149,7 +150,7 @@ def test_a_trainer_of_the_users_own_with_the_same_name_is_pointed_out(monkeypatc
 
 
 def test_a_trainer_of_the_users_own_that_cannot_be_imported_is_named(monkeypatch, tmp_path: Path) -> None:
-    (tmp_path / "my_broken_trainers.py").write_text("import no_such_module_of_mine\n")
+    (tmp_path / "my_broken_trainers.py").write_text("import no_such_module_of_mine\n", encoding="utf-8")
     monkeypatch.setenv("nnUNet_extTrainer", os.pathsep.join([str(tmp_path), str(doctor.PLUGIN_FOLDER)]))
     finding = only(doctor.run_check(doctor.check_trainers), "MisFMTrainer")
     assert (finding.status, "no_such_module_of_mine" in finding.detail) == ("FAIL", True)

@@ -34,7 +34,7 @@ def earlier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with zipfile.ZipFile(Path(__file__).with_name("earlier_version.zip")) as archive:
         archive.extractall(tmp_path)
     planned = tmp_path / "nnUNet_preprocessed" / "Dataset005_Target"
-    record = json.loads((planned / "nnUNetMisFMPlans_3d_fullres.preprocessing.json").read_text())
+    record = json.loads((planned / "nnUNetMisFMPlans_3d_fullres.preprocessing.json").read_text(encoding="utf-8"))
     for name, (_, time) in record["files"].items():  # which the archive rounds
         os.utime(planned / "nnUNetMisFMPlans_3d_fullres" / name, ns=(time, time))
     use_folders(tmp_path, monkeypatch)
@@ -44,7 +44,7 @@ def earlier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_a_pretraining_of_an_earlier_version_goes_on_as_it_would_have_there(earlier: Path) -> None:
     misfm_pretrain(["-d", "901", "-device", "cpu", "-num_epochs", "4", "--c"])
-    last = list(csv.DictReader((earlier / PRETRAINED / "metrics.csv").open()))[-1]
+    last = list(csv.DictReader((earlier / PRETRAINED / "metrics.csv").open(encoding="utf-8")))[-1]
     expected = {"epoch": 3, "train_loss": 0.734841, "val_loss": 0.710407, "dice_0": 0.169251, "dice_2": 0.1942}
     assert {name: float(last[name]) for name in expected} == pytest.approx(expected, rel=2e-3)
 
@@ -63,18 +63,18 @@ def test_planning_again_keeps_what_an_earlier_version_planned_and_preprocessed(
 
 def configuration_of(plans: Path) -> dict[str, Any]:
     """The configuration but for the remark in it that nnU-Net prints where the trainer is another."""
-    entry: dict[str, Any] = json.loads(plans.read_text())["configurations"]["3d_fullres"]
+    entry: dict[str, Any] = json.loads(plans.read_text(encoding="utf-8"))["configurations"]["3d_fullres"]
     del entry["architecture"]["_kw_requires_import"]
     return entry
 
 
 def test_a_fine_tuning_of_an_earlier_version_predicts_what_it_did_there(earlier: Path) -> None:
-    before = json.loads((earlier / FINE_TUNED / "validation" / "summary.json").read_text())["mean"]["1"]
+    before = json.loads((earlier / FINE_TUNED / "validation" / "summary.json").read_text(encoding="utf-8"))["mean"]["1"]
     shutil.rmtree(earlier / FINE_TUNED / "validation")
     run_training(
         "5", "3d_fullres", 0, "MisFMTrainer", "nnUNetMisFMPlans", only_run_validation=True, device=torch.device("cpu")
     )
-    now = json.loads((earlier / FINE_TUNED / "validation" / "summary.json").read_text())["mean"]["1"]
+    now = json.loads((earlier / FINE_TUNED / "validation" / "summary.json").read_text(encoding="utf-8"))["mean"]["1"]
     assert now["n_ref"] == before["n_ref"] == 518
     assert now["n_pred"] == pytest.approx(before["n_pred"], abs=4) and now["Dice"] == pytest.approx(
         before["Dice"], abs=1e-3

@@ -22,7 +22,7 @@ DATASET = "Dataset004_Small"
 
 
 def plans(nnunet: Path, name: str = "nnUNetMisFMPlans") -> dict:
-    return json.loads((nnunet / "nnUNet_preprocessed" / DATASET / f"{name}.json").read_text())
+    return json.loads((nnunet / "nnUNet_preprocessed" / DATASET / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def save_pctnet(path: Path) -> None:
@@ -129,9 +129,9 @@ def test_the_batch_grows_into_the_memory_and_is_limited_by_the_dataset(nnunet: P
 
 def test_a_memory_target_leaves_fmunet_more_than_one_voxel(nnunet: Path) -> None:
     path = nnunet / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json"
-    small = json.loads(path.read_text())
+    small = json.loads(path.read_text(encoding="utf-8"))
     small["configurations"]["3d_fullres"]["median_image_size_in_voxels"] = [12, 14, 16]
-    path.write_text(json.dumps(small))
+    path.write_text(json.dumps(small), encoding="utf-8")
     plan_main(["-d", "4", "-network", "fmunet", "-gpu_memory_target", "8", "--no_pp"])
     assert sum(plans(nnunet)["configurations"]["3d_fullres"]["patch_size"]) > 3 * 16
 
@@ -148,7 +148,7 @@ def test_what_a_killed_run_left_is_removed_and_never_taken_for_the_data(nnunet: 
     left = folder / ".nnUNetMisFMPlans_3d_fullres.0123.tmp"
     left.mkdir()
     (left / "case_0.b2nd").write_bytes(b"half")
-    left.with_name(f"{left.name}.json").write_text("{}")
+    left.with_name(f"{left.name}.json").write_text("{}", encoding="utf-8")
     plan_main(["-d", "4", "-spacing", "1.2", "1.2", "1.2", "-np", "1"])
     assert [path.name for path in folder.iterdir() if ".tmp" in path.name] == []
     made = {path.name for path in (folder / "nnUNetMisFMPlans_3d_fullres").iterdir()}
@@ -181,10 +181,10 @@ def test_replacing_plans_says_what_changes(nnunet: Path, tmp_path: Path, capsys:
     save_pctnet(tmp_path / "c.pth")
     plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pth"), "--no_pp"])
     path = nnunet / "nnUNet_preprocessed" / DATASET / "nnUNetMisFMPlans.json"
-    written = json.loads(path.read_text())
+    written = json.loads(path.read_text(encoding="utf-8"))
     written["pretrain_info"]["checkpoint_path"] = "somewhere/else.pth"
     written["configurations"]["3d_lowres"] = written["configurations"]["3d_fullres"]
-    path.write_text(json.dumps(written))
+    path.write_text(json.dumps(written), encoding="utf-8")
     plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pth"), "-batch_size", "5", "--no_pp"])
     out = capsys.readouterr().out
     assert "weights: somewhere/else.pth becomes" in out and "also had 3d_lowres" in out

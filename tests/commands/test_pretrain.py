@@ -60,8 +60,10 @@ def test_another_datasets_plans_decide_everything_but_the_volumes(nnunet: Path, 
     boxes = ["-num_boxes", "2", "6", "-box_size_max", "0.5", "0.5", "0.75"]
     run("-i", str(tmp_path / "scans"), "-d", "901", "-n", "For4", "-plans_from", "4", "-p", "nnUNetPlans", *boxes)
     pool = nnunet / "nnUNet_preprocessed" / "Dataset901_For4"
-    plans = json.loads((pool / "nnUNetPlans.json").read_text())
-    target = json.loads((nnunet / "nnUNet_preprocessed" / "Dataset004_Small" / "nnUNetPlans.json").read_text())
+    plans = json.loads((pool / "nnUNetPlans.json").read_text(encoding="utf-8"))
+    target = json.loads(
+        (nnunet / "nnUNet_preprocessed" / "Dataset004_Small" / "nnUNetPlans.json").read_text(encoding="utf-8")
+    )
     ours, theirs = plans["configurations"]["3d_fullres"], target["configurations"]["3d_fullres"]
     for key in ("spacing", "patch_size", "normalization_schemes"):
         assert ours[key] == theirs[key]
@@ -139,8 +141,8 @@ def test_continuing_keeps_the_run_what_it_was(nnunet: Path, capsys: pytest.Captu
 def test_a_pool_that_is_not_complete_is_named(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As while other parts of it are being prepared: its plans are there, its fingerprint comes last."""
     pool = nnunet / "nnUNet_preprocessed" / "Dataset004_Small"
-    dataset = json.loads((pool / "dataset.json").read_text())
-    (pool / "dataset.json").write_text(json.dumps({**dataset, "misfm_pool": True}))
+    dataset = json.loads((pool / "dataset.json").read_text(encoding="utf-8"))
+    (pool / "dataset.json").write_text(json.dumps({**dataset, "misfm_pool": True}), encoding="utf-8")
     (pool / "dataset_fingerprint.json").unlink()
     assert "is not complete: volumes are still to be prepared" in refused(capsys, "-d", "4")
 
@@ -165,7 +167,9 @@ def test_what_was_given_and_what_was_kept_is_said(nnunet: Path, capsys: pytest.C
     run("-d", "4", "--overwrite")
     said = capsys.readouterr().out
     assert "patch size [32, 32, 32]" in said and "Kept from earlier plans: gamma [0.9, 1.1]" in said
-    plans = json.loads((nnunet / "nnUNet_preprocessed/Dataset004_Small/nnUNetMisFMPretrainPlans.json").read_text())
+    plans = json.loads(
+        (nnunet / "nnUNet_preprocessed/Dataset004_Small/nnUNetMisFMPretrainPlans.json").read_text(encoding="utf-8")
+    )
     assert plans["misfm"]["augmentation"]["gamma"] == [0.9, 1.1]
 
 
@@ -174,7 +178,7 @@ def test_what_volumes_are_left_out_for_can_be_changed_by_options(tmp_path: Path,
     write(tmp_path / "scans" / "small.nii.gz", mr(1, (5, 24, 28)))
     data = ["-i", str(tmp_path / "scans"), "-d", "900", "-n", "All", "-np", "1", "--only_prepare"]
     main([*data, "--no_skip_label_maps", "-min_size", "4"])
-    assert "left out" not in (nnunet / "nnUNet_preprocessed/Dataset900_All/report.csv").read_text()
+    assert "left out" not in (nnunet / "nnUNet_preprocessed/Dataset900_All/report.csv").read_text(encoding="utf-8")
 
 
 def test_a_pool_serves_several_tasks_by_plans_of_their_own(
@@ -188,7 +192,7 @@ def test_a_pool_serves_several_tasks_by_plans_of_their_own(
     main(["-d", "900", "-pretext", "masked_autoencoder", "--only_prepare"])
     folder = nnunet / "nnUNet_preprocessed" / "Dataset900_Pool"
     first, second = (
-        json.loads((folder / f"{name}.json").read_text())
+        json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
         for name in ("nnUNetPlans", "nnUNetMisFMPretrainMaskedAutoencoderPlans")
     )
     assert (first["misfm"]["task"], second["misfm"]["task"]) == ("volume_fusion", "masked_autoencoder")

@@ -40,7 +40,7 @@ def command(plans: str, torchrun: list[str] | None, *more: str) -> list[str]:
 
 def metrics(plans: str, *names: str) -> list[float]:
     folder = Path(os.environ["nnUNet_results"]) / NAME / f"VolumeFusionTrainer__{plans}__3d_fullres" / "fold_all"
-    with open(folder / "metrics.csv", newline="") as file:
+    with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
         return [float(row[name]) for row in csv.DictReader(file) for name in names]
 
 
@@ -73,7 +73,7 @@ def test_when_a_process_is_killed_the_job_ends_and_says_so(nnunet: Path) -> None
     until = time.monotonic() + 240
     while not (folder / "metrics.csv").exists() and time.monotonic() < until:
         time.sleep(0.5)
-    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text(encoding="utf-8").split()
     os.kill(int(children[1]), signal.SIGKILL)
     output, _ = job.communicate(timeout=120)
     assert job.returncode != 0

@@ -51,13 +51,13 @@ def other(folder: Path) -> Path:
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    content = json.loads(path.read_text())
+    content = json.loads(path.read_text(encoding="utf-8"))
     change(content)
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text())
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
 
 
@@ -215,7 +215,7 @@ def test_the_fold_that_is_printed_can_be_trained(folder: Path, capsys: pytest.Ca
     misfm_plan(["-d", "4", *TINY])
     (fold,) = printed_folds(capsys.readouterr().out)
     trainer("4", fold=fold).run_training()
-    (folder / "splits_final.json").write_text(json.dumps([{"train": CASES[:2], "val": CASES[2:3]}]))
+    (folder / "splits_final.json").write_text(json.dumps([{"train": CASES[:2], "val": CASES[2:3]}]), encoding="utf-8")
     misfm_plan(["-d", "4", *TINY])
     assert (fold, printed_folds(capsys.readouterr().out)) == ("all", ["0"])
 
@@ -231,7 +231,7 @@ def add_cascade(path: Path) -> None:
         "3d_lowres": {**content["configurations"]["3d_fullres"], **lowres},
         "3d_cascade_fullres": {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"},
     }
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 def test_all_folds_of_a_first_stage_are_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -328,7 +328,7 @@ def test_arrays_with_labels_that_were_corrected_since_are_not_trained(
     run._was_loaded = True  # a run that goes on keeps its data, and says so
     run.my_init_kwargs = {"plans": run.plans_manager.plans}
     run._check_data()
-    assert "goes on with the labels it began with" in Path(run.log_file).read_text()
+    assert "goes on with the labels it began with" in Path(run.log_file).read_text(encoding="utf-8")
     (raw / label.name).write_bytes(label.read_bytes())
     misfm_plan(["-d", "4", *TINY, "-spacing", "1.2", "1.2", "1.2", "-np", "1"])
     assert "was preprocessed" in capsys.readouterr().out

@@ -50,9 +50,9 @@ _MR = phantoms.mr()
 # By what is wrong with it: the name of the file and what makes it.
 VOLUMES: dict[str, tuple[str, Maker]] = {
     "empty file": ("x.nii.gz", lambda path: path.write_bytes(b"")),
-    "text": ("x.nii.gz", lambda path: path.write_text("not an image")),
-    "text as MHA": ("x.mha", lambda path: path.write_text("not an image")),
-    "text as DICOM": ("x.dcm", lambda path: path.write_text("not an image")),
+    "text": ("x.nii.gz", lambda path: path.write_text("not an image", encoding="utf-8")),
+    "text as MHA": ("x.mha", lambda path: path.write_text("not an image", encoding="utf-8")),
+    "text as DICOM": ("x.dcm", lambda path: path.write_text("not an image", encoding="utf-8")),
     "zeros as DICOM": ("x.dcm", lambda path: path.write_bytes(bytes(128) + b"DICM" + bytes(500))),
     "link to nothing": ("x.nrrd", lambda path: path.symlink_to("nowhere.nrrd")),
     "link to itself": ("x.nrrd", lambda path: path.symlink_to(path.name)),
@@ -104,18 +104,18 @@ def make_volumes(folder: Path) -> None:
 
 def make_plans(preprocessed: Path) -> None:
     """Bad plans beside nnU-Net's own, and datasets 5 to 7 with a bad dataset.json."""
-    text = (preprocessed / "nnUNetPlans.json").read_text()
+    text = (preprocessed / "nnUNetPlans.json").read_text(encoding="utf-8")
     for name, change in PLANS.items():
         changed = json.loads(text)
         changed["configurations"]["3d_fullres"].update(change)
-        (preprocessed / f"{name}.json").write_text(json.dumps(changed))
+        (preprocessed / f"{name}.json").write_text(json.dumps(changed), encoding="utf-8")
     without_name = {key: value for key, value in json.loads(text).items() if key != "plans_name"}
-    (preprocessed / "NoName.json").write_text(json.dumps(without_name))
-    (preprocessed / "Cut.json").write_text(text[: len(text) // 2])
+    (preprocessed / "NoName.json").write_text(json.dumps(without_name), encoding="utf-8")
+    (preprocessed / "Cut.json").write_text(text[: len(text) // 2], encoding="utf-8")
     (preprocessed / "Bytes.json").write_bytes(b"\xff\xfe")
-    (preprocessed / "AList.json").write_text("[]")
-    (preprocessed / "Foreign.json").write_text(text)
-    dataset = json.loads((preprocessed / "dataset.json").read_text())
+    (preprocessed / "AList.json").write_text("[]", encoding="utf-8")
+    (preprocessed / "Foreign.json").write_text(text, encoding="utf-8")
+    dataset = json.loads((preprocessed / "dataset.json").read_text(encoding="utf-8"))
     for name, change in (
         ("Dataset005_NoChannels", {"channel_names": {}}),
         ("Dataset006_NoLabels", {"labels": None}),
@@ -123,8 +123,8 @@ def make_plans(preprocessed: Path) -> None:
     ):
         folder = preprocessed.parent / name
         folder.mkdir()
-        (folder / "nnUNetPlans.json").write_text(text)
-        (folder / "dataset.json").write_text(json.dumps({**dataset, **change}))
+        (folder / "nnUNetPlans.json").write_text(text, encoding="utf-8")
+        (folder / "dataset.json").write_text(json.dumps({**dataset, **change}), encoding="utf-8")
 
 
 class _Payload:
@@ -150,8 +150,8 @@ def make_checkpoints(folder: Path) -> None:
     good = (folder / "good.pth").read_bytes()
     (folder / "cut.pth").write_bytes(good[: len(good) // 2])
     (folder / "empty.pth").write_bytes(b"")
-    (folder / "text.pth").write_text("not a checkpoint")
-    (folder / "text.safetensors").write_text("not a checkpoint")
+    (folder / "text.pth").write_text("not a checkpoint", encoding="utf-8")
+    (folder / "text.safetensors").write_text("not a checkpoint", encoding="utf-8")
     (folder / "a_folder.pth").mkdir()
     torch.save([1, 2], folder / "list.pth")
     torch.save({"epoch": 3, "loss": 0.5}, folder / "other_keys.pth")

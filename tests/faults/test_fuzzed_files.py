@@ -135,7 +135,7 @@ def test_many_damaged_checkpoints(tmp_path: Path, kind: str) -> None:
 
 def resource_in_use() -> int:
     """Bytes of address space this process has."""
-    return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
 VALUES = [None, True, -1, 0, 1e308, float("nan"), "", "x" * 1000, [], {}, [1, 2], [[]], {"a": {}}, 10**30]
@@ -183,7 +183,7 @@ def fuzz_plans(folder: Path, count: int) -> int:
         text = json.dumps(content)
         if generator.random() < 0.1:
             text = text[: generator.randrange(len(text) + 1)]
-        (folder / "P.json").write_text(text)
+        (folder / "P.json").write_text(text, encoding="utf-8")
 
         def read() -> None:
             run_settings(read_plans(folder, "P"), FinetuningSettings)

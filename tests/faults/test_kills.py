@@ -84,7 +84,7 @@ def pool_and_weights(root: Path) -> dict[str, Any]:
 
 def plans_and_data(root: Path) -> dict[str, Any]:
     """The plans and the arrays preprocessed for them."""
-    plans = json.loads((root / PLANNED / "OtherPlans.json").read_text())
+    plans = json.loads((root / PLANNED / "OtherPlans.json").read_text(encoding="utf-8"))
     # Where the checkpoint lies is the one thing that differs between two folders.
     plans["pretrain_info"] = {key: value for key, value in plans["pretrain_info"].items() if "path" not in key}
     folder = root / PLANNED / plans["configurations"]["3d_fullres"]["data_identifier"]
@@ -93,7 +93,7 @@ def plans_and_data(root: Path) -> dict[str, Any]:
 
 def epochs_and_scores(root: Path) -> dict[str, Any]:
     """What is the same for every fine-tuning, whose augmentation nnU-Net does not seed."""
-    summary = json.loads((root / FINE_TUNED / "validation" / "summary.json").read_text())
+    summary = json.loads((root / FINE_TUNED / "validation" / "summary.json").read_text(encoding="utf-8"))
     trained = torch.load(root / FINE_TUNED / "checkpoint_final.pth", weights_only=True)
     losses = trained["logging"]["train_losses"]
     return {"epochs": len(losses), "finite": bool(np.isfinite(losses).all()), "cases": len(summary["metric_per_case"])}
@@ -178,7 +178,7 @@ def test_a_run_that_was_hit_is_continued_to_the_same_result(begun: Path, tmp_pat
         assert not process.is_alive(), f"{kind.name} did not end the run within a minute"
         nothing_half_written(root)
         # After SIGKILL the orphaned workers of nnU-Net's pools may complain; no program can prevent that.
-        counts["tracebacks"] += kind != signal.SIGKILL and "Traceback" in (root / "log.txt").read_text()
+        counts["tracebacks"] += kind != signal.SIGKILL and "Traceback" in (root / "log.txt").read_text(encoding="utf-8")
         run_to_the_end(stage.command, root)
         assert stage.outcome(root) == expected
         shutil.rmtree(root)
@@ -190,7 +190,7 @@ def nothing_half_written(root: Path) -> None:
     for file in (root / "nnUNet_results").rglob("*.pth"):
         read_checkpoint(file)
     for file in root.rglob("*.json"):
-        json.loads(file.read_text())
+        json.loads(file.read_text(encoding="utf-8"))
     for folder in (root / "nnUNet_preprocessed").glob("*/nnUNetPlans_*"):
         for properties in folder.glob("*.pkl"):
             # The data appears last, and is what makes a case; what is there has to be readable.
@@ -213,7 +213,7 @@ def run_to_the_end(command: Callable[[Path], None], root: Path, stage: Stage | N
             begins = now
         if stage is not None and stage.ends is not None and ends is None and (root / stage.ends).exists():
             ends = now
-    assert process.exitcode == 0, (root / "log.txt").read_text()[-3000:]
+    assert process.exitcode == 0, (root / "log.txt").read_text(encoding="utf-8")[-3000:]
     return begins, ends or time.monotonic() - start
 
 

@@ -29,7 +29,7 @@ def reference_folder() -> Path:
 def load(name: str) -> tuple[dict[str, Any], list[torch.Tensor]]:
     """The description of a recording and its outputs, finest first."""
     folder = reference_folder()
-    description = json.loads((folder / f"{name}.json").read_text())
+    description = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     with np.load(folder / f"{name}.npz") as arrays:
         return description, [torch.from_numpy(arrays[f"out{i}"]) for i in range(4)]
 

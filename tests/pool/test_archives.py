@@ -75,7 +75,7 @@ def prepare_parts(scans: Path, num_parts: int, *options: str, spacing: Sequence[
 def pool(root: Path) -> dict[str, Any]:
     """What a finished pool holds, apart from dates and what a preparation keeps for itself."""
     folder = root / "nnUNet_preprocessed" / POOL
-    held: dict[str, Any] = {path.name: path.read_text() for path in folder.iterdir() if path.is_file()}
+    held: dict[str, Any] = {path.name: path.read_text(encoding="utf-8") for path in folder.iterdir() if path.is_file()}
     for path in sorted((folder / "nnUNetPlans_3d_fullres").iterdir()):
         held[path.name] = blosc2.open(str(path))[:].tobytes() if path.suffix == ".b2nd" else path.read_bytes()
     return held
@@ -146,12 +146,12 @@ def test_headers_are_kept_as_they_were_read(tmp_path: Path, opened: list[str]) -
     assert (first.volumes, first.left_out) == (second.volumes, second.left_out)
     assert len(second.volumes) == 2 and len(second.left_out) == 1
     assert Counter(opened) == dict.fromkeys(opened, 1) and len(opened) == 14
-    assert not any("Jane" in path.read_text() for path in (tmp_path / "index").iterdir())
+    assert not any("Jane" in path.read_text(encoding="utf-8") for path in (tmp_path / "index").iterdir())
 
 
 def test_a_file_without_an_ending_is_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dicom_files.series(tmp_path / "scans", HU, name="IM{:04d}".format)
-    (tmp_path / "scans" / "notes").write_text("no DICOM file")
+    (tmp_path / "scans" / "notes").write_text("no DICOM file", encoding="utf-8")
     (tmp_path / "index").mkdir()
     opened: list[str] = []
     really = open
@@ -286,19 +286,19 @@ def test_a_pool_of_an_earlier_version_is_extended_and_trained(tmp_path: Path, mo
     folder = tmp_path / "nnUNet_preprocessed" / "Dataset901_Before"
     records = folder / "nnUNetPlans_3d_fullres_preparation" / "records"
     before = {path.name: path.stat().st_mtime_ns for path in (folder / "nnUNetPlans_3d_fullres").iterdir()}
-    settings = json.loads((folder / "nnUNetPlans.json").read_text())["misfm"]["pool"]["settings"]
+    settings = json.loads((folder / "nnUNetPlans.json").read_text(encoding="utf-8"))["misfm"]["pool"]["settings"]
     write_scans(tmp_path / "scans", [7])
     spacing = settings["spacing"] if isinstance(settings["spacing"], str) else " ".join(map(str, settings["spacing"]))
     given = ["-modality", settings["modality"], "-spacing", *spacing.split()]
     misfm_pretrain(["-i", str(tmp_path / "scans"), "-d", "Dataset901_Before", *given, "-np", "1", "--only_prepare"])
     now = {path.name: path.stat().st_mtime_ns for path in (folder / "nnUNetPlans_3d_fullres").iterdir()}
     assert before.items() < now.items() and len(now) == len(before) + 3
-    assert len(json.loads((folder / "dataset_fingerprint.json").read_text())["cases"]) == 4
+    assert len(json.loads((folder / "dataset_fingerprint.json").read_text(encoding="utf-8"))["cases"]) == 4
     assert not list(records.glob("*.json"))
     add_plugin_folder()
     misfm_pretrain(["-d", "901", "-device", "cpu", "-num_epochs", "4", "--c"])
     (metrics,) = (tmp_path / "nnUNet_results" / "Dataset901_Before").rglob("metrics.csv")
-    assert [row["epoch"] for row in csv.DictReader(metrics.open())] == ["0", "1", "2", "3"]
+    assert [row["epoch"] for row in csv.DictReader(metrics.open(encoding="utf-8"))] == ["0", "1", "2", "3"]
 
 
 def test_what_an_archive_will_cost_is_said_and_nothing_is_written(
@@ -324,10 +324,10 @@ def test_an_earlier_record_serves_a_volume_that_is_still_there(nnunet: Path, sca
     records = preparation(nnunet) / "records"
     dates = {path: path.stat().st_mtime_ns for path in records.parents[1].rglob("*.b2nd")}
     for path in list(records.glob("*.jsonl")):
-        for line in filter(None, path.read_text().splitlines()):
+        for line in filter(None, path.read_text(encoding="utf-8").splitlines()):
             record = json.loads(line)
             del record["bundle"], record["series"]
-            (records / f"{record['case']}.json").write_text(json.dumps(record))
+            (records / f"{record['case']}.json").write_text(json.dumps(record), encoding="utf-8")
         path.unlink()
     shutil.rmtree(preparation(nnunet) / "headers_1")
     prepare(scans)

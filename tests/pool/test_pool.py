@@ -92,7 +92,8 @@ def rows(report: PoolReport) -> dict[str, dict[str, str]]:
 def contents(report: PoolReport) -> dict[str, Any]:
     """Everything a finished pool says and holds, apart from the dates and names that differ between equal pools."""
     files = {
-        name: json.loads((report.folder / name).read_text()) for name in ("dataset_fingerprint.json", f"{PLANS}.json")
+        name: json.loads((report.folder / name).read_text(encoding="utf-8"))
+        for name in ("dataset_fingerprint.json", f"{PLANS}.json")
     }
     files[f"{PLANS}.json"]["dataset_name"] = ""
     held = sorted(path.name for path in data_folder(report).iterdir())
@@ -115,11 +116,11 @@ def test_nnunet_sees_an_ordinary_dataset(images: Path) -> None:
     phantoms.write(images / "b.nrrd", phantoms.mr(1))
     report = make_pool([images])
     plans = PlansManager(str(report.folder / f"{PLANS}.json"))
-    dataset_json = json.loads((report.folder / "dataset.json").read_text())
+    dataset_json = json.loads((report.folder / "dataset.json").read_text(encoding="utf-8"))
     assert plans.get_configuration(CONFIGURATION).data_identifier == data_folder(report).name
     assert plans.get_label_manager(dataset_json).foreground_labels == []
     assert dataset_json["numTraining"] == 2
-    fingerprint = json.loads((report.folder / "dataset_fingerprint.json").read_text())
+    fingerprint = json.loads((report.folder / "dataset_fingerprint.json").read_text(encoding="utf-8"))
     assert len(fingerprint["spacings"]) == len(fingerprint["shapes_after_crop"]) == 2
     dataset = infer_dataset_class(str(data_folder(report)))(str(data_folder(report)))
     for case in dataset.identifiers:
@@ -147,7 +148,7 @@ def test_mr_is_standardised(images: Path) -> None:
 def test_nnunet_makes_the_same_arrays_from_the_plans(images: Path, modality: str, make: Any, spacing: Any) -> None:
     path = phantoms.write(images / "a.nii.gz", make(), (3, 1, 0.5))
     report = make_pool([images], modality=modality, spacing=spacing, body_crop=False)
-    plans = json.loads((report.folder / f"{PLANS}.json").read_text())
+    plans = json.loads((report.folder / f"{PLANS}.json").read_text(encoding="utf-8"))
     (array,) = arrays(report).values()
     np.testing.assert_array_equal(array, preprocessed_by_nnunet(plans, path))
 
@@ -301,7 +302,7 @@ def test_no_volume_at_all_is_an_error_with_the_reasons(images: Path) -> None:
         make_pool([images])
     report = images.parent / "nnUNet_preprocessed" / DATASET / "report.csv"
     assert str(report) in str(error.value)
-    assert "empty file (0 bytes)" in report.read_text()
+    assert "empty file (0 bytes)" in report.read_text(encoding="utf-8")
     phantoms.write(images / "a.nii.gz", phantoms.mr())
     assert make_pool([images]).num_prepared == 1  # the report is in nobody's way
 
@@ -397,7 +398,9 @@ def test_another_patch_or_network_is_no_other_pool(images: Path) -> None:
     geometry = find_geometry(inspection, settings, *names)
     plans = plan_pool(inspection, settings, geometry, *names, (8, 8, 8), 7, ARCHITECTURE, {"seed": 2})
     prepare_pool(inspection, plans, CONFIGURATION)
-    written = json.loads((Path(os.environ["nnUNet_preprocessed"]) / DATASET / f"{PLANS}.json").read_text())
+    written = json.loads(
+        (Path(os.environ["nnUNet_preprocessed"]) / DATASET / f"{PLANS}.json").read_text(encoding="utf-8")
+    )
     assert written["configurations"][CONFIGURATION]["batch_size"] == 7
     assert written["misfm"]["seed"] == 2
 
@@ -476,15 +479,15 @@ def test_an_id_that_belongs_to_another_dataset_is_refused(images: Path) -> None:
 def test_a_file_that_was_removed_because_it_was_damaged_is_written_anew(images: Path, name: str) -> None:
     phantoms.write(images / "a.nii.gz", phantoms.mr())
     folder = make_pool([images]).folder
-    whole = json.loads((folder / name).read_text())
+    whole = json.loads((folder / name).read_text(encoding="utf-8"))
     case = next(folder.rglob("*.b2nd"))
     prepared = case.stat().st_mtime_ns
-    (folder / name).write_text("{")
+    (folder / name).write_text("{", encoding="utf-8")
     with pytest.raises(UserError, match="Remove it and give the options that made the pool again"):
         make_pool([images])
     (folder / name).unlink()
     make_pool([images])
-    assert json.loads((folder / name).read_text()) == whole
+    assert json.loads((folder / name).read_text(encoding="utf-8")) == whole
     assert case.stat().st_mtime_ns == prepared
 
 
@@ -493,10 +496,10 @@ def test_a_labelled_dataset_is_never_written_into(images: Path, where: str) -> N
     phantoms.write(images / "a.nii.gz", phantoms.mr())
     folder = Path(os.environ[where]) / DATASET
     folder.mkdir()
-    (folder / "dataset.json").write_text('{"labels": {"background": 0, "heart": 1}}')
+    (folder / "dataset.json").write_text('{"labels": {"background": 0, "heart": 1}}', encoding="utf-8")
     with pytest.raises(PoolError, match=DATASET):
         make_pool([images])
-    assert "heart" in (folder / "dataset.json").read_text()
+    assert "heart" in (folder / "dataset.json").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("plans", [PLANS, "OtherPlans"])

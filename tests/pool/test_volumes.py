@@ -190,7 +190,7 @@ def test_overlapping_folders_give_each_volume_once(tmp_path: Path) -> None:
 def test_hidden_files_and_companions_are_passed_over(tmp_path: Path) -> None:
     phantoms.write(tmp_path / "scan.mhd", phantoms.mr())
     (tmp_path / "._scan.nii.gz").write_bytes(b"resource fork")
-    (tmp_path / "scan.json").write_text("{}")
+    (tmp_path / "scan.json").write_text("{}", encoding="utf-8")
     found = find_volumes([tmp_path])
     assert len(found.volumes) == 1
     assert not found.left_out

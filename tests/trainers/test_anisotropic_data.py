@@ -35,7 +35,9 @@ def write_phantoms(raw: Path, count: int) -> None:
             (raw / folder).mkdir(parents=True, exist_ok=True)
             sitk.WriteImage(written, str(raw / folder / f"case_{number}{ending}.nii.gz"))
     description = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "ball": 1}}
-    (raw / "dataset.json").write_text(json.dumps({**description, "numTraining": count, "file_ending": ".nii.gz"}))
+    (raw / "dataset.json").write_text(
+        json.dumps({**description, "numTraining": count, "file_ending": ".nii.gz"}), encoding="utf-8"
+    )
 
 
 @pytest.mark.end_to_end
@@ -57,7 +59,7 @@ def test_slices_of_8_mm_take_the_stem_of_degree_2(tmp_path: Path, monkeypatch: p
     run.num_epochs, run.num_iterations_per_epoch, run.num_val_iterations_per_epoch = 1, 2, 1
     run.run_training()
     folder = Path(os.environ["nnUNet_results"]) / NAME / "MisFMTrainer__nnUNetPlans__3d_fullres"
-    planned = json.loads((folder / "plans.json").read_text())["configurations"]["3d_fullres"]
+    planned = json.loads((folder / "plans.json").read_text(encoding="utf-8"))["configurations"]["3d_fullres"]
     print(json.dumps({key: planned[key] for key in ("spacing", "patch_size", "architecture")}))
     assert planned["spacing"] == [8.0, 2.0, 2.0]
     assert planned["architecture"]["network_class_name"] == "nnunetv2_misfm.architectures.PCTNet"
@@ -65,9 +67,9 @@ def test_slices_of_8_mm_take_the_stem_of_degree_2(tmp_path: Path, monkeypatch: p
     assert list(run.bare_network.encoder.stems) == ["2"]
 
     # Another patch size for the sliding window, with the same weights.
-    plans = json.loads((folder / "plans.json").read_text())
+    plans = json.loads((folder / "plans.json").read_text(encoding="utf-8"))
     plans["configurations"]["3d_fullres"]["patch_size"] = [8, 40, 48]
-    (folder / "plans.json").write_text(json.dumps(plans))
+    (folder / "plans.json").write_text(json.dumps(plans), encoding="utf-8")
     predictor = nnUNetPredictor(
         device=torch.device("cpu"), allow_tqdm=False, perform_everything_on_device=False, use_mirroring=False
     )

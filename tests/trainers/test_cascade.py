@@ -37,7 +37,7 @@ COMMANDS: dict[str, Callable[[], None]] = {
 @pytest.mark.end_to_end
 def test_a_cascade_is_trained_ensembled_and_predicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     preprocessed = make_dataset(tmp_path)
-    (preprocessed / "nnUNetPlans.json").write_text(json.dumps(cascade_plans()))
+    (preprocessed / "nnUNetPlans.json").write_text(json.dumps(cascade_plans()), encoding="utf-8")
     use_folders(tmp_path, monkeypatch)
     add_plugin_folder()
     features = ["-features_per_stage", "4", "4", "8", "16", "32"]
@@ -49,7 +49,7 @@ def test_a_cascade_is_trained_ensembled_and_predicted(tmp_path: Path, monkeypatc
 
     # Every case needs a prediction of the first stage by a network that has not seen it.
     halves = [{"train": CASES[:3], "val": CASES[3:]}, {"train": CASES[3:], "val": CASES[:3]}]
-    (preprocessed / "splits_final.json").write_text(json.dumps(halves))
+    (preprocessed / "splits_final.json").write_text(json.dumps(halves), encoding="utf-8")
     for configuration, fold in (("3d_lowres", 0), ("3d_lowres", 1), ("3d_cascade_fullres", 0)):
         run(
             monkeypatch,
@@ -64,7 +64,7 @@ def test_a_cascade_is_trained_ensembled_and_predicted(tmp_path: Path, monkeypatc
         monkeypatch,
         f"nnUNetv2_find_best_configuration 4 -c {' '.join(both)} -tr MisFMTrainer -p nnUNetMisFMPlans -f 0 -np 1",
     )
-    found = json.loads((results / "inference_information.json").read_text())
+    found = json.loads((results / "inference_information.json").read_text(encoding="utf-8"))
     assert len(found["all_results"]) == 3, "both configurations and their ensemble"
 
     images = tmp_path / "images"

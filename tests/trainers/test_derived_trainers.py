@@ -71,8 +71,8 @@ def derived(
         self.num_epochs = epochs
 
     made: Any = type(f"Derived{variant.__name__}", (variant, MisFMTrainer), {"__init__": init})
-    plans = json.loads((folder / f"{plans_name}.json").read_text())
-    dataset = json.loads((folder / "dataset.json").read_text())
+    plans = json.loads((folder / f"{plans_name}.json").read_text(encoding="utf-8"))
+    dataset = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))
     return made({**plans, "continue_training": resume}, "3d_fullres", 0, dataset, CPU)
 
 

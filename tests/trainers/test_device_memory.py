@@ -29,7 +29,7 @@ def test_without_limits_it_is_the_machine() -> None:
 )
 def test_the_limit_of_a_container_counts(no_limits: Path, written: str, limit: int | None) -> None:
     of_machine = device_memory.available_memory(CPU)
-    (no_limits / "memory.max").write_text(written)
+    (no_limits / "memory.max").write_text(written, encoding="utf-8")
     assert device_memory.available_memory(CPU) == (of_machine if limit is None else 0.9 * limit)
 
 

@@ -54,7 +54,7 @@ def test_a_pretrained_network_learns_other_kinds_of_labels(
     assert all(np.isfinite(run.logger.get_value("train_losses", step=None)))
     run.perform_actual_validation()
     folder = results / "MisFMTrainer__nnUNetMisFMPlans__3d_fullres"
-    summary = json.loads((folder / "fold_0/validation/summary.json").read_text())
+    summary = json.loads((folder / "fold_0/validation/summary.json").read_text(encoding="utf-8"))
     assert set(summary["mean"]) == scored
 
     predictor = nnUNetPredictor(device=CPU, allow_tqdm=False, perform_everything_on_device=False, use_mirroring=False)

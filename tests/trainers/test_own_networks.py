@@ -75,7 +75,7 @@ def preprocessed(nnunet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """The dataset in nnUNet_preprocessed; the classes can be imported."""
     example = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert example is not None
-    (tmp_path / "own_networks_for_plans.py").write_text(example[1] + OWN)
+    (tmp_path / "own_networks_for_plans.py").write_text(example[1] + OWN, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     add_plugin_folder()
     return nnunet / "nnUNet_preprocessed" / NAME
@@ -83,14 +83,14 @@ def preprocessed(nnunet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def name_in_plans(preprocessed: Path, class_name: str, arguments: dict[str, Any], imported: Sequence[str]) -> None:
     """Write ownPlans, the dataset's with another network."""
-    plans = json.loads((preprocessed / "nnUNetPlans.json").read_text())
+    plans = json.loads((preprocessed / "nnUNetPlans.json").read_text(encoding="utf-8"))
     plans["plans_name"] = "ownPlans"
     plans["configurations"]["3d_fullres"]["architecture"] = {
         "network_class_name": class_name,
         "arch_kwargs": arguments,
         "_kw_requires_import": list(imported),
     }
-    (preprocessed / "ownPlans.json").write_text(json.dumps(plans))
+    (preprocessed / "ownPlans.json").write_text(json.dumps(plans), encoding="utf-8")
 
 
 def name_own(preprocessed: Path, name: str) -> None:
@@ -125,7 +125,7 @@ def test_a_network_of_ones_own_is_pretrained_planned_transferred_and_trained(
     run.train_step = first_weights
     run.perform_actual_validation = lambda: None
     run.run_training()
-    report = json.loads((Path(run.output_folder) / "transfer_report.json").read_text())
+    report = json.loads((Path(run.output_folder) / "transfer_report.json").read_text(encoding="utf-8"))
     fresh = {entry["name"] for entry in report["parameters"] if entry["status"] == "fresh"}
     heads = {"OwnNetwork": "decoder.", "PrimusForPlans": "up_projection.decode."}
     assert fresh and all(key.startswith(heads[name]) for key in fresh)

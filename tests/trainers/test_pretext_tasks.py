@@ -112,7 +112,7 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
     folder = run_folder(name, "Whole")
     assert (folder / task_class(name).picture_name).is_file() and (folder / "progress.png").is_file()
     assert (folder / "validation" / "summary.json").is_file()
-    with open(folder / "metrics.csv", newline="") as file:
+    with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["0"]
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         stop_in_second_step(patch)
@@ -181,7 +181,7 @@ def test_two_processes_train_as_one_does(nnunet: Path, name: str) -> None:
         command = [sys.executable, *start, *port, "-m", "nnunetv2_misfm.pretrain", *arguments]
         done = subprocess.run([*command, "-overwrite_plans_name", plans], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-2000:]
-        with open(run_folder(name, plans) / "metrics.csv", newline="") as file:
+        with open(run_folder(name, plans) / "metrics.csv", encoding="utf-8", newline="") as file:
             rows.append([float(row[key]) for row in csv.DictReader(file) for key in ("train_loss", "val_loss")])
     assert len(rows[0]) == 2 and rows[0] == pytest.approx(rows[1], rel=2e-4)
 

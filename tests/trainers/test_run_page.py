@@ -21,7 +21,7 @@ PNG = bytes.fromhex("89504e470d0a1a0a")
 def make_run(root: Path, block: dict[str, Any], epochs: int, **columns: Any) -> Path:
     folder = root / "Dataset001_A" / "VolumeFusionTrainer__P__3d_fullres" / "fold_all"
     folder.mkdir(parents=True)
-    (folder.parent / "plans.json").write_text(json.dumps(run_plans(block)))
+    (folder.parent / "plans.json").write_text(json.dumps(run_plans(block)), encoding="utf-8")
     for epoch in range(epochs):
         row = {"train_loss": 1 / (epoch + 1), "lr": 1e-3, "seconds": 120, "ended": f"2026-01-01T10:{epoch:02d}:00"}
         MetricsFile(folder / "metrics.csv").append(epoch, {**row, **columns})
@@ -51,9 +51,11 @@ def test_a_finished_run_says_so(tmp_path: Path) -> None:
 def test_a_run_that_was_asked_to_stop_says_so_until_it_goes_on(tmp_path: Path) -> None:
     folder = make_run(tmp_path, {"task": "volume_fusion", "num_epochs": 4}, 2)
     log = folder / "training_log_1.txt"
-    log.write_text("Epoch 1\n2026: Asked to stop: saved after iteration 1 of epoch 2. Continue with --c.\n")
+    log.write_text(
+        "Epoch 1\n2026: Asked to stop: saved after iteration 1 of epoch 2. Continue with --c.\n", encoding="utf-8"
+    )
     assert "It was asked to stop and has saved" in text_of(write_run_page(folder))
-    log.write_text(log.read_text() + 100 * "2026: Iteration 1: loss 0.5\n")
+    log.write_text(log.read_text(encoding="utf-8") + 100 * "2026: Iteration 1: loss 0.5\n", encoding="utf-8")
     assert "asked to stop" not in text_of(write_run_page(folder))
 
 
@@ -68,7 +70,9 @@ def test_what_differs_from_the_defaults_comes_first(tmp_path: Path) -> None:
 def test_an_alarm_is_listed_once_with_its_epochs(tmp_path: Path) -> None:
     folder = make_run(tmp_path, {"task": "volume_fusion"}, 1, skipped_steps=3)
     log = "2026: Epoch 4\n2026: ALARM: the loss does not fall (0.51). Try another -initial_lr.\n2026: Epoch 5\n"
-    (folder / "training_log_1.txt").write_text(log + log.replace("Epoch 4", "Epoch 6").replace("(0.51)", "(0.50)"))
+    (folder / "training_log_1.txt").write_text(
+        log + log.replace("Epoch 4", "Epoch 6").replace("(0.51)", "(0.50)"), encoding="utf-8"
+    )
     text = text_of(write_run_page(folder))
     assert text.count("the loss does not fall (0.50). Try another -initial_lr.") == text.count("Try another") == 1
     assert "Given 2 times, in epochs 5 to 7." in text and "3 training steps were skipped" in text
@@ -81,7 +85,7 @@ def test_the_account_of_the_transfer_is_that_of_the_log(tmp_path: Path) -> None:
     )
     report = TransferReport("W.pth", entries, ("encoder",), (Unused("x", "other", "no place", 1),), ("a note",))
     folder = make_run(tmp_path, {"task": "segmentation"}, 1, mean_fg_dice=0.5)
-    (folder / "transfer_report.json").write_text(json.dumps(report.as_json()))
+    (folder / "transfer_report.json").write_text(json.dumps(report.as_json()), encoding="utf-8")
     html = write_run_page(folder).read_text(encoding="utf-8")
     assert TransferReport.from_json(report.as_json()) == report
     assert report.table() in html.replace("&gt;", ">").replace("&#39;", "'")

@@ -76,8 +76,8 @@ def test_pretrain_plan_finetune_and_predict(nnunet: Path, tmp_path: Path) -> Non
     pretrained = read_checkpoint(checkpoint)
     assert pretrained["misfm"]["num_classes"] == 5
     assert (checkpoint.parent / "fused_samples.png").stat().st_size > 1000
-    assert len((checkpoint.parent / "metrics.csv").read_text().splitlines()) == 3
-    assert len(json.loads((checkpoint.parent / "validation" / "summary.json").read_text())["dice"]) == 5
+    assert len((checkpoint.parent / "metrics.csv").read_text(encoding="utf-8").splitlines()) == 3
+    assert len(json.loads((checkpoint.parent / "validation" / "summary.json").read_text(encoding="utf-8"))["dice"]) == 5
 
     plan("-pretrained_weights", str(checkpoint))
     run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
@@ -85,7 +85,7 @@ def test_pretrain_plan_finetune_and_predict(nnunet: Path, tmp_path: Path) -> Non
     weights = run.bare_network.state_dict()
     for key, value in pretrained["network_weights"].items():
         assert ".seg_layers." in key or torch.equal(weights[key], value), key
-    report = json.loads((Path(run.output_folder) / "transfer_report.json").read_text())
+    report = json.loads((Path(run.output_folder) / "transfer_report.json").read_text(encoding="utf-8"))
     assert report["coverage"]["decoder"] == 1 and report["coverage"]["segmentation layers"] == 0
     run.on_train_end()
 
@@ -111,10 +111,10 @@ def test_an_ordinary_plan_trains_pctnet_and_the_results_folder_rebuilds_it(nnune
     run = trainer("MisFMTrainer", "nnUNetPlans")
     run.num_epochs, run.num_iterations_per_epoch, run.num_val_iterations_per_epoch = 1, 1, 1
     run.run_training()
-    kept = json.loads((run_folder("MisFMTrainer", "nnUNetPlans") / "plans.json").read_text())
+    kept = json.loads((run_folder("MisFMTrainer", "nnUNetPlans") / "plans.json").read_text(encoding="utf-8"))
     entry = kept["configurations"]["3d_fullres"]["architecture"]
     assert entry["network_class_name"] == "nnunetv2_misfm.architectures.PCTNet"
-    stock = json.loads((nnunet / "nnUNet_preprocessed" / NAME / "nnUNetPlans.json").read_text())
+    stock = json.loads((nnunet / "nnUNet_preprocessed" / NAME / "nnUNetPlans.json").read_text(encoding="utf-8"))
     assert "PlainConvUNet" in stock["configurations"]["3d_fullres"]["architecture"]["network_class_name"]
     predictor = nnUNetPredictor(device=CPU, allow_tqdm=False, perform_everything_on_device=False)
     predictor.initialize_from_trained_model_folder(str(run_folder("MisFMTrainer", "nnUNetPlans")), (0,))
@@ -212,7 +212,7 @@ def test_the_baseline_differs_in_nothing_but_weights_and_schedule(nnunet: Path) 
     plan("-pretrained_weights", str(checkpoint), "--from_scratch")
     folder = nnunet / "nnUNet_preprocessed" / NAME
     names = ("nnUNetMisFMPlans", "nnUNetMisFMScratchPlans")
-    ours, twin = (json.loads((folder / f"{name}.json").read_text()) for name in names)
+    ours, twin = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names)
     assert (ours["misfm"].pop("schedule"), twin["misfm"].pop("schedule")) == ("sawtooth", "poly")
     assert ours.pop("pretrain_info")["checkpoint_path"] is not None
     assert twin.pop("pretrain_info")["checkpoint_path"] is None
@@ -236,7 +236,9 @@ def test_planning_leaves_the_stock_data_alone(nnunet: Path) -> None:
     before = {path.name: path.read_bytes() for path in stock.iterdir()}
     plan(*NETWORK)
     assert {path.name: path.read_bytes() for path in stock.iterdir()} == before
-    entry = json.loads((stock.parent / "nnUNetMisFMPlans.json").read_text())["configurations"]["3d_fullres"]
+    entry = json.loads((stock.parent / "nnUNetMisFMPlans.json").read_text(encoding="utf-8"))["configurations"][
+        "3d_fullres"
+    ]
     assert entry["data_identifier"] == "nnUNetMisFMPlans_3d_fullres"
     assert sorted(p.name for p in (stock.parent / "nnUNetMisFMPlans_3d_fullres").iterdir()) == sorted(before)
 
@@ -296,9 +298,9 @@ def test_new_runs_put_the_checkpoints_of_earlier_ones_aside(nnunet: Path) -> Non
     left = ("checkpoint_final.pth", "checkpoint_best.pth", ".checkpoint_latest.pth.123.tmp")
     for run in ("first", "second"):
         for name in left:
-            (folder / name).write_text(run)
+            (folder / name).write_text(run, encoding="utf-8")
         trainer("MisFMTrainer", "nnUNetMisFMPlans").on_train_start()
-    there = {path.name: path.read_text() for path in folder.rglob("*checkpoint*")}
+    there = {path.name: path.read_text(encoding="utf-8") for path in folder.rglob("*checkpoint*")}
     assert there == {
         "earlier_1_checkpoint_best.pth": "first",
         "earlier_1_checkpoint_final.pth": "first",
@@ -307,7 +309,7 @@ def test_new_runs_put_the_checkpoints_of_earlier_ones_aside(nnunet: Path) -> Non
     }
     again = trainer("MisFMTrainer", "nnUNetMisFMPlans")
     again.on_train_start()  # there is nothing to put aside, but --c without a checkpoint ends here as well
-    assert "earlier_1_checkpoint_final.pth" in Path(again.log_file).read_text()
+    assert "earlier_1_checkpoint_final.pth" in Path(again.log_file).read_text(encoding="utf-8")
 
 
 def test_a_run_does_not_go_on_under_plans_that_make_it_another_one(nnunet: Path) -> None:
@@ -428,7 +430,9 @@ def test_ctrl_c_ends_in_one_line(
 def test_a_misspelt_task_is_not_ignored(nnunet: Path) -> None:
     plan(*NETWORK)
     path = nnunet / "nnUNet_preprocessed" / NAME / "nnUNetMisFMPlans.json"
-    path.write_text(path.read_text().replace('"task": "segmentation"', '"task": "segmentatoin"'))
+    path.write_text(
+        path.read_text(encoding="utf-8").replace('"task": "segmentation"', '"task": "segmentatoin"'), encoding="utf-8"
+    )
     with pytest.raises(SettingsError, match="segmentatoin"):
         trainer("MisFMTrainer", "nnUNetMisFMPlans")
 

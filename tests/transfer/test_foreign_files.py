@@ -174,7 +174,7 @@ def test_the_plan_of_nnssl_is_read_from_the_file_or_beside_it(tmp_path: Path) ->
     }
     weights = {"network_weights": unet(residual=True).state_dict()}
     inside = put(tmp_path / "c.pth", {**weights, "nnssl_adaptation_plan": adaptation})
-    (tmp_path / "adaptation_plan.json").write_text(json.dumps(adaptation))
+    (tmp_path / "adaptation_plan.json").write_text(json.dumps(adaptation), encoding="utf-8")
     for source in (inside, put(tmp_path / "d.pth", weights)):
         assert source.info is not None and source.info.preprocessing["spacing"] == [1, 1, 1]
         assert source.num_images == 1
@@ -268,7 +268,9 @@ def test_other_networks_are_refused_by_name(tmp_path: Path, kind: Any) -> None:
 
 
 NAMES = [
-    line.split("; ") for line in Path(__file__).with_name("real_names.txt").read_text().splitlines() if line[0] != "#"
+    line.split("; ")
+    for line in Path(__file__).with_name("real_names.txt").read_text(encoding="utf-8").splitlines()
+    if line[0] != "#"
 ]
 
 
@@ -394,8 +396,12 @@ def test_quantised_weights_are_refused(tmp_path: Path) -> None:
 
 def test_torchscript_and_what_a_download_may_leave_are_named(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.trace(nn.Conv3d(1, 1, 1), IMAGE), str(tmp_path / "script.pt"))
-    (tmp_path / "pointer.pth").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
-    (tmp_path / "page.pt").write_text("<!DOCTYPE html><html><head><title>Virus scan warning</title></head></html>")
+    (tmp_path / "pointer.pth").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", encoding="utf-8"
+    )
+    (tmp_path / "page.pt").write_text(
+        "<!DOCTYPE html><html><head><title>Virus scan warning</title></head></html>", encoding="utf-8"
+    )
     for name, told in (("script.pt", "TorchScript"), ("pointer.pth", "git lfs pull"), ("page.pt", "a web page")):
         with pytest.raises(CheckpointError, match=f"{name}.*{told}"):
             read_checkpoint(tmp_path / name)

@@ -35,7 +35,7 @@ def main() -> None:
     if END_WITH_PARENT in sys.argv:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     keep_cores_free()
-    request = json.loads(Path(sys.argv[1]).read_text())
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     exit_with_message("misfm_compare", lambda: perform(request))
 
 

@@ -93,7 +93,7 @@ class Workspace:
             The number of each fold, by its content as JSON.
         """
         path = self.preprocessed / "splits_final.json"
-        there = json.loads(path.read_text()) if path.is_file() else []
+        there = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
         known = {fold_key(fold): number for number, fold in enumerate(there)}
         for fold in folds:
             if fold_key(fold) not in known:

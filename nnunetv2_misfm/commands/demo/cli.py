@@ -64,7 +64,7 @@ def demo(folder: Path, device: str | None, seed: int) -> None:
 
 def _use_folders(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "demo.log").write_text("")
+    (folder / "demo.log").write_text("", encoding="utf-8")
     for name in ("volumes", "comparison"):
         shutil.rmtree(folder / name, ignore_errors=True)
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):

@@ -67,7 +67,7 @@ class Demo:
                 folders = self.raw / "imagesTr", self.raw / "labelsTr"
                 write_case(*folders, f"phantom_{index:03d}", (self.seed, 1, index))
         dataset = {"channel_names": {"0": "MRI"}, "labels": LABELS, "numTraining": labelled, "file_ending": ".nii.gz"}
-        (self.raw / "dataset.json").write_text(json.dumps(dataset, indent=4))
+        (self.raw / "dataset.json").write_text(json.dumps(dataset, indent=4), encoding="utf-8")
 
     def plan_with_nnunet(self, patch_size: Sequence[int], batch_size: int) -> None:
         """What nnUNetv2_plan_and_preprocess -d 999 -c 3d_fullres does, and plans with a small network beside it."""

@@ -29,17 +29,17 @@ def test_a_comparison_ends_with_a_page_and_goes_on_with_more_seeds(
     folder = tmp_path / "comparison"
     finished = folder / "runs" / "VF_n2_seed0" / "record.json"
     before = finished.stat().st_mtime_ns
-    assert len(json.loads(finished.read_text())["curve"]) == 2
+    assert len(json.loads(finished.read_text(encoding="utf-8"))["curve"]) == 2
     assert not list((folder / "nnUNet_results").rglob("*.pth"))  # weights of finished runs are not kept
 
     main([*common, "-seeds", "2", "-jobs", "2"])
     assert finished.stat().st_mtime_ns == before
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert {score["arm"]: len(score["dice_by_seed"]) for score in summary["scores"]} == dict.fromkeys(
         ("VF", "scratch", "nnunet"), 2
     )
     assert [(c["arm"], c["minus"], c["seeds"]) for c in summary["comparisons"]][0] == ("VF", "scratch", 2)
-    page = (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text(encoding="utf-8")
     assert summary["verdict"].split(":")[0] in page and "data:image/png" in page
 
 
@@ -50,6 +50,6 @@ def test_a_probe_scores_frozen_features(nnunet: Path, tmp_path: Path) -> None:
     weights = next(nnunet.glob("nnUNet_results/*/*/fold_all/checkpoint_final.pth"))
     words = [*WORDS, "-patch_size", "16", "16", "16", "-pretrained_weights", f"VF={weights}", "--probe", "-seeds", "1"]
     main([*words, "-o", str(tmp_path / "probe")])
-    record = json.loads((tmp_path / "probe" / "runs" / "VF_n2_seed0" / "record.json").read_text())
+    record = json.loads((tmp_path / "probe" / "runs" / "VF_n2_seed0" / "record.json").read_text(encoding="utf-8"))
     # The ellipsoids differ in brightness, which even random features hold.
     assert all(dice["inner"] > 0.5 for dice in record["dice"].values())

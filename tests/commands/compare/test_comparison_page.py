@@ -111,7 +111,7 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
         "Does it help on <Dataset>?", summary, [("test", "2 cases")], ["VF: pretrained"], commands="misfm_compare"
     )
     write_page(page, tmp_path / "report.html")
-    text = (tmp_path / "report.html").read_text()
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
     loads = _Loads()
     loads.feed(text)
     assert loads.found == [] and "@import" not in text and "<script" not in text
@@ -126,7 +126,7 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
 
 def test_the_table_has_a_row_for_each_run_case_and_label(tmp_path: Path) -> None:
     write_csv([record("VF", 3, 0.5)], tmp_path / "runs.csv")
-    rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "runs.csv").open(encoding="utf-8")))
     assert [(row["case"], row["label"], row["dice"]) for row in rows] == [
         ("a", "left", "0.500000"),
         ("a", "right", ""),
@@ -138,9 +138,9 @@ def test_the_table_has_a_row_for_each_run_case_and_label(tmp_path: Path) -> None
 def test_a_half_written_record_counts_as_none(tmp_path: Path) -> None:
     whole = record("VF", 0, 0.5).model_dump_json()
     path = tmp_path / "record.json"
-    path.write_text(whole)
+    path.write_text(whole, encoding="utf-8")
     assert read_record(path) == record("VF", 0, 0.5)
-    path.write_text(whole[:-20])
+    path.write_text(whole[:-20], encoding="utf-8")
     assert read_record(path) is None
 
 

@@ -39,7 +39,7 @@ class FakeRunner:
                 seconds=3.0,
             )
             Path(request["record"]).parent.mkdir(parents=True, exist_ok=True)
-            Path(request["record"]).write_text(record.model_dump_json())
+            Path(request["record"]).write_text(record.model_dump_json(), encoding="utf-8")
         return []
 
 
@@ -89,7 +89,7 @@ def test_both_arms_of_a_seed_have_the_same_cases(tmp_path: Path, nnunet: Path, m
     runner = FakeRunner()
     made = study(tmp_path, nnunet, monkeypatch, "-seeds", "3")
     made.perform(runner)  # type: ignore[arg-type]
-    folds = json.loads((made.workspace.preprocessed / "splits_final.json").read_text())
+    folds = json.loads((made.workspace.preprocessed / "splits_final.json").read_text(encoding="utf-8"))
     by_seed: dict[tuple[int, int], list[Any]] = {}
     for request in runner.requests:
         about, fold = request["about"], folds[request["fold"]]
