@@ -21,8 +21,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from nnunetv2_misfm.files import LockedError, write_json
 from nnunetv2_misfm.plans.files import nnunet_folder
 from nnunetv2_misfm.pool.case import (
@@ -58,6 +56,7 @@ from nnunetv2_misfm.pool.share import BUNDLES, Share
 from nnunetv2_misfm.pool.volume_files import LeftOut
 from nnunetv2_misfm.pool.volumes import Volume, joined_series, with_own_names
 from nnunetv2_misfm.pool.workers import Killed, run_jobs
+from nnunetv2_misfm.progress import progress_bar
 
 __all__ = ["PoolError", "PoolReport", "PoolSettings", "check_usable", "inspect_volumes", "plan_pool", "prepare_pool"]
 
@@ -297,7 +296,7 @@ def _prepare_all(folder: PoolFolder, tasks: Sequence[CaseTask], num_processes: i
     unpublished: list[CaseResult] | None = []
     print(f"Preparing {len(tasks)} volumes with {num_processes} process{'es' if num_processes > 1 else ''}")
     try:
-        with tqdm(total=len(tasks), desc="Preprocessing volumes") as progress:
+        with progress_bar(len(tasks), "Preprocessing volumes") as progress:
             with closing(run_jobs(prepare_case, tasks, num_processes)) as outcomes:
                 for number, outcome in enumerate(outcomes, start=1):
                     result = _result(outcome)

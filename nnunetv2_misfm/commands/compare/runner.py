@@ -21,6 +21,7 @@ from tqdm import tqdm
 from nnunetv2_misfm.commands.compare.one_run import END_WITH_PARENT
 from nnunetv2_misfm.cpu_threads import usable_cores
 from nnunetv2_misfm.files import write_json
+from nnunetv2_misfm.progress import progress_bar
 
 _EPOCH = re.compile(r".*Epoch time")
 _LAST_LINES = 3  # of a failed run's log
@@ -65,7 +66,7 @@ class Runner:
         """
         failures: list[Failure] = []
         total = sum(epochs(request) + 1 for request in requests)
-        with tqdm(total=total, desc=title, unit="epoch", disable=not requests) as bar, self._ended_by_signals():
+        with progress_bar(total, title, unit="epoch", disable=not requests) as bar, self._ended_by_signals():
 
             def do(request: dict[str, Any]) -> None:
                 place = self._places.get()

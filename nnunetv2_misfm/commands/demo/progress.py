@@ -13,6 +13,8 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from nnunetv2_misfm.progress import progress_bar
+
 
 class _CountingLog(io.TextIOBase):
     """Writes to a log file and moves a bar forward at each line that matches a pattern."""
@@ -42,7 +44,7 @@ def step(title: str, log_file: Path, total: int, counted: str) -> Iterator[None]
     with (
         # By line, so that what a worker process says before it ends is not lost with its buffer.
         open(log_file, "a", encoding="utf-8", buffering=1) as log,
-        tqdm(total=total, desc=f"{title:<28}", file=terminal, bar_format="{l_bar}{bar:24}| {elapsed}") as bar,
+        progress_bar(total, f"{title:<28}", file=terminal, bar_format="{l_bar}{bar:24}| {elapsed}") as bar,
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")

@@ -1,0 +1,199 @@
+"""What pretraining brings with few labels on three public sets: each pretext task, probed and fine-tuned.
+
+    python benchmarks/three_sets.py probe --data FOLDER --work FOLDER [--sets heart ...] [--tasks NAME ...]
+    python benchmarks/three_sets.py compare --data FOLDER --work FOLDER [--labelled 5 10] [--seeds 5] [--epochs 40]
+
+FOLDER of --data holds the sets in nnU-Net's raw format. nnU-Net plans and preprocesses them; every task pretrains one
+small U-Net on the images that misfm_compare neither tests nor validates on, of all sets together or, with --own, of
+each set alone, without their labels. Then misfm_compare fits a linear classifier to its features (probe) or fine-tunes
+it (compare). Goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunetv2_misfm.commands.compare.splits import split_cases
+from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS
+
+PLANS = "SmallPlans"
+FEATURES = [8, 16, 32, 64]
+COMMON = "Dataset900_Common"
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """One of the public sets.
+
+    Attributes:
+        folder: its name in nnU-Net's raw format.
+        patch: patch of the small network, in plans axis order.
+        strides: downsampling of its stages.
+        num_test: patients that every run is tested on.
+        patients: what finds a case's patient; None if each case is one.
+    """
+
+    folder: str
+    patch: tuple[int, int, int]
+    strides: tuple[tuple[int, int, int], ...]
+    num_test: int
+    patients: str | None = None
+
+    @property
+    def id(self) -> str:
+        return str(int(self.folder.removeprefix("Dataset").partition("_")[0]))
+
+
+ISOTROPIC = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2))
+SETS = {
+    "hippocampus": LabelledSet("Dataset004_Hippocampus", (32, 32, 32), ISOTROPIC, 40),
+    "atrium": LabelledSet("Dataset005_LeftAtrium", (24, 48, 48), ISOTROPIC, 20),
+    "heart": LabelledSet(
+        "Dataset006_ACDC", (8, 64, 64), ((1, 1, 1), (1, 2, 2), (2, 2, 2), (1, 2, 2)), 20, r"patient\d+"
+    ),
+}
+# What differs from the tasks' defaults, which are for long runs: boxes a small network learns in minutes.
+FEW_LARGE_BOXES = ("-num_boxes", "3", "10", "-box_size_min", *3 * ("0.25",), "-box_size_max", *3 * ("0.75",))
+PRETRAINING = (
+    *("-patch_size", "32", "32", "32", "-batch_size", "2"),
+    *("-optimizer", "adamw", "-initial_lr", "3e-3", "-schedule", "poly"),
+)
+TASK_OPTIONS = {"volume_fusion": FEW_LARGE_BOXES, "vox2vec": ("-initial_lr", "1e-3")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("pretrain", "probe", "compare"))
+    parser.add_argument("--data", type=Path, required=True, help="folder of the sets in nnU-Net's raw format")
+    parser.add_argument("--work", type=Path, required=True, help="folder for nnU-Net's three folders")
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--tasks", nargs="+", choices=PRETEXT_TASKS, default=list(PRETEXT_TASKS))
+    parser.add_argument("--own", action="store_true", help="pretrain on the set's own images alone")
+    parser.add_argument("--pretraining_epochs", default="20", help="of 50 iterations each (default: %(default)s)")
+    parser.add_argument("--labelled", nargs="+", default=["10"], help="patients (default: %(default)s)")
+    parser.add_argument("--seeds", default="5", help="draws of them (default: %(default)s)")
+    parser.add_argument("--epochs", default="40", help="of fine-tuning, 25 iterations each (default: %(default)s)")
+    parser.add_argument("--nnunet", action="store_true", help="an arm with nnU-Net's own trainer")
+    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
+    parser.add_argument("--jobs", default="1", help="runs at once (default: %(default)s)")
+    options = parser.parse_args()
+    use_folders(options.work)
+    for labelled in SETS.values():
+        prepare(labelled, options.data, options.work)
+    if not options.own:
+        pool = options.work / "unlabelled"
+        weights = [pretrained(task, [pool], "atrium", COMMON, options) for task in options.tasks]
+    for name in options.sets:
+        if options.own:
+            pool, dataset = options.work / "unlabelled" / name, f"Dataset{900 + int(SETS[name].id)}_{name}"
+            weights = [pretrained(task, [pool], name, dataset, options) for task in options.tasks]
+        if options.what != "pretrain":
+            compare(name, weights, options)
+
+
+def use_folders(work: Path) -> None:
+    """nnU-Net's folders, for this process and those it starts."""
+    for name in ("raw", "preprocessed", "results"):
+        folder = work.resolve() / f"nnUNet_{name}"
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ[f"nnUNet_{name}"] = str(folder)
+
+
+def prepare(labelled: LabelledSet, data: Path, work: Path) -> None:
+    """nnU-Net's preprocessed data, plans with a small network beside nnU-Net's, and the images to pretrain on."""
+    raw = Path(os.environ["nnUNet_raw"]) / labelled.folder
+    preprocessed = Path(os.environ["nnUNet_preprocessed"]) / labelled.folder
+    if not raw.exists():
+        raw.symlink_to((data / labelled.folder).resolve(), target_is_directory=True)
+    if not (preprocessed / f"{PLANS}.json").is_file():
+        command("nnUNetv2_plan_and_preprocess", "-d", labelled.id, "-c", "3d_fullres", "-npfp", "2", "-np", "2")
+        plans = json.loads((preprocessed / "nnUNetPlans.json").read_text(encoding="utf-8"))
+        small = json.dumps(small_plans(plans, labelled), indent=4)
+        (preprocessed / f"{PLANS}.json").write_text(small, encoding="utf-8")
+    name = next(name for name, one in SETS.items() if one is labelled)
+    copy_unlabelled(raw, work / "unlabelled" / name, labelled)
+
+
+def small_plans(plans: dict, labelled: LabelledSet) -> dict:
+    """nnU-Net's plans with a U-Net of four stages, kernels of 3x3x3 and a small patch."""
+    plans = deepcopy(plans) | {"plans_name": PLANS}
+    entry = plans["configurations"]["3d_fullres"]
+    stages = len(FEATURES)
+    entry["architecture"]["arch_kwargs"] |= {
+        "n_stages": stages,
+        "features_per_stage": FEATURES,
+        "kernel_sizes": [[3, 3, 3]] * stages,
+        "strides": [list(stride) for stride in labelled.strides],
+        "n_conv_per_stage": [2] * stages,
+        "n_conv_per_stage_decoder": [2] * (stages - 1),
+    }
+    entry |= {"patch_size": list(labelled.patch), "batch_size": 2}
+    return plans
+
+
+def copy_unlabelled(raw: Path, target: Path, labelled: LabelledSet) -> None:
+    """The images of the patients that misfm_compare neither tests nor validates on."""
+    ending = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))["file_ending"]
+    cases = [path.name.removesuffix(ending) for path in (raw / "labelsTr").glob(f"*{ending}")]
+    split = split_cases(cases, labelled.patients, labelled.num_test, None)
+    target.mkdir(parents=True, exist_ok=True)
+    for case in split.cases_of(split.training):
+        for image in (raw / "imagesTr").glob(f"{case}_????{ending}"):
+            if not (target / image.name).is_file():
+                shutil.copy(image, target)
+
+
+def pretrained(task: str, folders: Sequence[Path], like: str, dataset: str, options: argparse.Namespace) -> str:
+    """The checkpoint of a task on the volumes of some folders, made if it is not there, as NAME=FILE."""
+    results = Path(os.environ["nnUNet_results"]) / dataset
+    found = list(results.glob(f"*__{task}__3d_fullres/fold_all/checkpoint_*.pth"))
+    if not any(path.name == "checkpoint_final.pth" for path in found):
+        _, _, name = dataset.partition("_")
+        command(
+            *("misfm_pretrain", *(word for folder in folders for word in ("-i", str(folder)))),
+            *("-d", dataset.removeprefix("Dataset").partition("_")[0], "-n", name, "-pretext", task),
+            *("-plans_from", SETS[like].id, "-p", PLANS, "-network", "plan", "-overwrite_plans_name", task),
+            *("-num_epochs", options.pretraining_epochs, "-num_iterations_per_epoch", "50"),
+            *("-num_val_iterations_per_epoch", "8", "-device", options.device),
+            *(*PRETRAINING, *TASK_OPTIONS.get(task, ())),
+            *(["--c"] if found else []),
+        )
+    (final,) = results.glob(f"*__{task}__3d_fullres/fold_all/checkpoint_final.pth")
+    return f"{task}={final}"
+
+
+def compare(name: str, weights: Sequence[str], options: argparse.Namespace) -> None:
+    labelled = SETS[name]
+    pool = "own" if options.own else "common"
+    output = options.work.resolve() / f"{options.what}_{name}_{pool}"
+    arms = ("misfm_compare", "-d", labelled.id, "-p", PLANS, "-pretrained_weights", *weights, "--from_scratch")
+    cases = ("-num_labelled", *options.labelled, "-seeds", options.seeds, "-num_test", str(labelled.num_test))
+    where = ("-device", options.device, "-jobs", options.jobs, "--disable_tta")
+    patients = ("-patients", labelled.patients) if labelled.patients else ()
+    if options.what == "probe":
+        command(*arms, "--probe", *cases, *patients, *where, "-o", str(output))
+        return
+    length = ("-num_epochs", options.epochs, "-num_iterations_per_epoch", "25", "-num_val_iterations_per_epoch", "5")
+    nnunet = ("--nnunet",) if options.nnunet else ()
+    command(*arms, *nnunet, *cases, *patients, *length, *where, "-o", f"{output}_{25 * int(options.epochs)}")
+
+
+def command(*words: str) -> None:
+    """Run a command as a user would; end with its status if it fails."""
+    print("$", *words, flush=True)
+    status = subprocess.run([str(Path(sys.executable).parent / words[0]), *words[1:]]).returncode
+    if status != 0:
+        sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()
