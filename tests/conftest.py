@@ -60,3 +60,17 @@ def nnunet(dataset_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     shutil.copytree(dataset_template, root)
     use_folders(root, monkeypatch)
     return root
+
+
+@pytest.fixture(autouse=True)
+def progress_is_not_plotted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nnU-Net's progress.png takes a third of the time of a run of seconds; `progress_plot` asks for it."""
+    if "nnunet" in request.fixturenames and "progress_plot" not in request.fixturenames:
+        from nnunetv2.training.logging.nnunet_logger import LocalLogger
+
+        monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda logger, folder: None)
+
+
+@pytest.fixture
+def progress_plot() -> None:
+    """For tests of nnU-Net's progress.png."""

@@ -106,7 +106,7 @@ def test_every_parameter_gets_a_gradient() -> None:
     assert [name for name, p in net.named_parameters() if p.grad is None] == []
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.machine_code)])
 def test_checkpointing_changes_neither_gradients_nor_running_statistics(compiled: bool) -> None:
     plain, checkpointed = (network(1, dropout_per_stage=(0.0,) * 5, drop_path=0.0).train() for _ in range(2))
     checkpointed.checkpointing = True
@@ -164,7 +164,8 @@ def test_strides_of_other_topologies_are_refused() -> None:
         network(0, strides=[[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]])
 
 
-@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True])
 def test_compiles_without_graph_breaks(training: bool) -> None:
     """With a backend that runs the traced graphs as they are; `pytest -m machine_code` compiles."""
     plain = network(1, dropout_per_stage=(0.0,) * 5, drop_path=0.0).train(training)

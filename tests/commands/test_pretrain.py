@@ -37,7 +37,7 @@ def run_folder(nnunet: Path, dataset: str, plans: str = "nnUNetPlans") -> Path:
     return nnunet / "nnUNet_results" / dataset / f"VolumeFusionTrainer__{plans}__3d_fullres" / "fold_all"
 
 
-def test_one_bare_volume_is_enough(nnunet: Path, tmp_path: Path) -> None:
+def test_one_bare_volume_is_enough(nnunet: Path, tmp_path: Path, progress_plot: None) -> None:
     write(tmp_path / "scans" / "a b" / "ü.nii.gz", ct(), spacing=(2.0, 1.5, 1.5))
     run("-i", str(tmp_path / "scans"), "-d", "900", "-n", "Pool", "-modality", "ct", "-geometry", "blocks")
     folder = run_folder(nnunet, "Dataset900_Pool")

@@ -80,7 +80,7 @@ def test_when_a_process_is_killed_the_job_ends_and_says_so(nnunet: Path) -> None
     assert "exitcode  : -9" in output or "exitcode: -9" in output or "Another process of this job ended" in output
 
 
-@pytest.mark.slow
+@pytest.mark.variants
 @pytest.mark.skipif(shutil.which("ip") is None or not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root")
 def test_two_hosts_train_as_one_process_does(nnunet: Path) -> None:
     """Two network namespaces joined by a cable are two machines as far as torchrun can tell."""

@@ -152,7 +152,7 @@ def plan_the_fine_tuning(root: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "times"),
     [
-        *(pytest.param(name, 1, marks=pytest.mark.slow) for name in ("preparation", "pretraining")),
+        pytest.param("pretraining", 1, marks=pytest.mark.slow),
         *(pytest.param(name, 13, marks=pytest.mark.faults) for name in STAGES),
     ],
 )

@@ -55,8 +55,12 @@ def test_slices_of_8_mm_take_the_stem_of_degree_2(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     preprocess([8], configurations=["3d_fullres"], num_processes=[1], show_progress_bar=False)
 
+    planned_by_nnunet = tmp_path / "nnUNet_preprocessed" / NAME / "nnUNetPlans.json"
+    plans = json.loads(planned_by_nnunet.read_text(encoding="utf-8"))
+    plans["configurations"]["3d_fullres"]["batch_size"] = 2  # what it plans for a GPU takes minutes
+    planned_by_nnunet.write_text(json.dumps(plans), encoding="utf-8")
     run = get_trainer_from_args(NAME, "3d_fullres", 0, "MisFMTrainer", "nnUNetPlans", False, torch.device("cpu"))
-    run.num_epochs, run.num_iterations_per_epoch, run.num_val_iterations_per_epoch = 1, 2, 1
+    run.num_epochs, run.num_iterations_per_epoch, run.num_val_iterations_per_epoch = 1, 1, 1
     run.run_training()
     folder = Path(os.environ["nnUNet_results"]) / NAME / "MisFMTrainer__nnUNetPlans__3d_fullres"
     planned = json.loads((folder / "plans.json").read_text(encoding="utf-8"))["configurations"]["3d_fullres"]
