@@ -27,7 +27,7 @@ from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS
 
 PLANS = "SmallPlans"
 FEATURES = [8, 16, 32, 64]
-COMMON = "Dataset900_Common"
+COMMON, POOL_PLANS = "Dataset900_Common", "PoolPlans"
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,8 @@ SETS = {
 }
 # What differs from the tasks' defaults, which are for long runs: boxes a small network learns in minutes.
 FEW_LARGE_BOXES = ("-num_boxes", "3", "10", "-box_size_min", *3 * ("0.25",), "-box_size_max", *3 * ("0.75",))
-PRETRAINING = (
-    *("-patch_size", "32", "32", "32", "-batch_size", "2"),
-    *("-optimizer", "adamw", "-initial_lr", "3e-3", "-schedule", "poly"),
-)
+CROPS = ("-patch_size", "32", "32", "32", "-batch_size", "2")
+PRETRAINING = ("-optimizer", "adamw", "-initial_lr", "3e-3", "-schedule", "poly")
 TASK_OPTIONS = {"volume_fusion": FEW_LARGE_BOXES, "vox2vec": ("-initial_lr", "1e-3")}
 
 
@@ -91,11 +89,11 @@ def main() -> None:
         prepare(labelled, options.data, options.work)
     if not options.own:
         pool = options.work / "unlabelled"
-        weights = [pretrained(task, [pool], "atrium", COMMON, options) for task in options.tasks]
+        weights = [pretrained(task, pool, "atrium", COMMON, options) for task in options.tasks]
     for name in options.sets:
         if options.own:
             pool, dataset = options.work / "unlabelled" / name, f"Dataset{900 + int(SETS[name].id)}_{name}"
-            weights = [pretrained(task, [pool], name, dataset, options) for task in options.tasks]
+            weights = [pretrained(task, pool, name, dataset, options) for task in options.tasks]
         if options.what != "pretrain":
             compare(name, weights, options)
 
@@ -152,19 +150,23 @@ def copy_unlabelled(raw: Path, target: Path, labelled: LabelledSet) -> None:
                 shutil.copy(image, target)
 
 
-def pretrained(task: str, folders: Sequence[Path], like: str, dataset: str, options: argparse.Namespace) -> str:
-    """The checkpoint of a task on the volumes of some folders, made if it is not there, as NAME=FILE."""
+def pretrained(task: str, images: Path, like: str, dataset: str, options: argparse.Namespace) -> str:
+    """The checkpoint of a task on the volumes of a folder, made if it is not there, as NAME=FILE."""
     results = Path(os.environ["nnUNet_results"]) / dataset
+    number, _, name = dataset.removeprefix("Dataset").partition("_")
+    if not (Path(os.environ["nnUNet_preprocessed"]) / dataset / f"{POOL_PLANS}.json").is_file():
+        # Once for all tasks, which share its arrays.
+        command(
+            *("misfm_pretrain", "-i", str(images), "-d", number, "-n", name, "--only_prepare", "-network", "plan"),
+            *("-plans_from", SETS[like].id, "-p", PLANS, "-overwrite_plans_name", POOL_PLANS, *CROPS),
+        )
     found = list(results.glob(f"*__{task}__3d_fullres/fold_all/checkpoint_*.pth"))
     if not any(path.name == "checkpoint_final.pth" for path in found):
-        _, _, name = dataset.partition("_")
         command(
-            *("misfm_pretrain", *(word for folder in folders for word in ("-i", str(folder)))),
-            *("-d", dataset.removeprefix("Dataset").partition("_")[0], "-n", name, "-pretext", task),
-            *("-plans_from", SETS[like].id, "-p", PLANS, "-network", "plan", "-overwrite_plans_name", task),
+            *("misfm_pretrain", "-d", number, "-p", POOL_PLANS, "-pretext", task, "-overwrite_plans_name", task),
             *("-num_epochs", options.pretraining_epochs, "-num_iterations_per_epoch", "50"),
             *("-num_val_iterations_per_epoch", "8", "-device", options.device),
-            *(*PRETRAINING, *TASK_OPTIONS.get(task, ())),
+            *(*CROPS, *PRETRAINING, *TASK_OPTIONS.get(task, ())),
             *(["--c"] if found else []),
         )
     (final,) = results.glob(f"*__{task}__3d_fullres/fold_all/checkpoint_final.pth")

@@ -72,16 +72,26 @@ class ProbedNetwork(nn.Module):
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
         """(B, C, X, Y, Z) to (B, F, X, Y, Z), all maps resized to the input."""
-        self._maps = []
-        self.network(x)
-        resized = [F.interpolate(maps.float(), x.shape[2:], mode="trilinear") for maps in self._maps]
-        self._maps = []
-        return torch.cat(resized, 1)
+        return torch.cat([_resized(maps, x) for maps in self._all_maps(x)], 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, X, Y, Z) to logits (B, L, X, Y, Z)."""
         assert self.classifier is not None
-        return F.linear(self.features(x).movedim(1, -1), self.classifier.weight, self.classifier.bias).movedim(-1, 1)
+        maps = self._all_maps(x)
+        weights = self.classifier.weight[:, :, None, None, None].split([one.shape[1] for one in maps], 1)
+        # Resizing and the classifier are both linear: what is resized are logits, which are few, and not features.
+        logits = sum(_resized(F.conv3d(one, weight), x) for one, weight in zip(maps, weights, strict=True))
+        return logits + self.classifier.bias[:, None, None, None]
+
+    def _all_maps(self, x: Tensor) -> list[Tensor]:
+        self._maps = []
+        self.network(x)
+        maps, self._maps = [one.float() for one in self._maps], []
+        return maps
+
+
+def _resized(maps: Tensor, like: Tensor) -> Tensor:
+    return F.interpolate(maps, like.shape[2:], mode="trilinear")
 
 
 def fitted_predictor(request: Mapping[str, Any], device: torch.device) -> nnUNetPredictor:
