@@ -2,11 +2,12 @@
 
     python benchmarks/three_sets.py probe --data FOLDER --work FOLDER [--sets heart ...] [--tasks NAME ...]
     python benchmarks/three_sets.py compare --data FOLDER --work FOLDER [--labelled 5 10] [--seeds 5] [--epochs 40]
+    python benchmarks/three_sets.py table --data FOLDER --work FOLDER
 
 FOLDER of --data holds the sets in nnU-Net's raw format. nnU-Net plans and preprocesses them; every task pretrains one
 small U-Net on the images that misfm_compare neither tests nor validates on, of all sets together or, with --own, of
 each set alone, without their labels. Then misfm_compare fits a linear classifier to its features (probe) or fine-tunes
-it (compare). Goes on where it was stopped.
+it (compare). Goes on where it was stopped. `table` writes what is there to results/three_sets.md.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+from provenance import device_name, provenance
+
 from nnunetv2_misfm.commands.compare.splits import split_cases
 from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS
 
+RESULTS = Path(__file__).parent / "results" / "three_sets.md"
 PLANS = "SmallPlans"
 FEATURES = [8, 16, 32, 64]
 COMMON, POOL_PLANS = "Dataset900_Common", "PoolPlans"
@@ -63,20 +68,24 @@ SETS = {
 }
 # What differs from the tasks' defaults, which are for long runs: boxes a small network learns in minutes.
 FEW_LARGE_BOXES = ("-num_boxes", "3", "10", "-box_size_min", *3 * ("0.25",), "-box_size_max", *3 * ("0.75",))
+ITERATIONS, VALIDATION = 50, 8  # of an epoch of pretraining
 CROPS = ("-patch_size", "32", "32", "32", "-batch_size", "2")
 PRETRAINING = ("-optimizer", "adamw", "-initial_lr", "3e-3", "-schedule", "poly")
+RATE = "3e-3"  # of fine-tuning, for all arms
 TASK_OPTIONS = {"volume_fusion": FEW_LARGE_BOXES, "vox2vec": ("-initial_lr", "1e-3")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("pretrain", "probe", "compare"))
+    parser.add_argument("what", choices=("pretrain", "probe", "compare", "table"))
     parser.add_argument("--data", type=Path, required=True, help="folder of the sets in nnU-Net's raw format")
     parser.add_argument("--work", type=Path, required=True, help="folder for nnU-Net's three folders")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--tasks", nargs="+", choices=PRETEXT_TASKS, default=list(PRETEXT_TASKS))
     parser.add_argument("--own", action="store_true", help="pretrain on the set's own images alone")
-    parser.add_argument("--pretraining_epochs", default="20", help="of 50 iterations each (default: %(default)s)")
+    parser.add_argument(
+        "--pretraining_epochs", default="20", help=f"of {ITERATIONS} iterations each (default: %(default)s)"
+    )
     parser.add_argument("--labelled", nargs="+", default=["10"], help="patients (default: %(default)s)")
     parser.add_argument("--seeds", default="5", help="draws of them (default: %(default)s)")
     parser.add_argument("--epochs", default="40", help="of fine-tuning, 25 iterations each (default: %(default)s)")
@@ -85,6 +94,9 @@ def main() -> None:
     parser.add_argument("--jobs", default="1", help="runs at once (default: %(default)s)")
     options = parser.parse_args()
     use_folders(options.work)
+    if options.what == "table":
+        write_table(options)
+        return
     for labelled in SETS.values():
         prepare(labelled, options.data, options.work)
     if not options.own:
@@ -164,8 +176,8 @@ def pretrained(task: str, images: Path, like: str, dataset: str, options: argpar
     if not any(path.name == "checkpoint_final.pth" for path in found):
         command(
             *("misfm_pretrain", "-d", number, "-p", POOL_PLANS, "-pretext", task, "-overwrite_plans_name", task),
-            *("-num_epochs", options.pretraining_epochs, "-num_iterations_per_epoch", "50"),
-            *("-num_val_iterations_per_epoch", "8", "-device", options.device),
+            *("-num_epochs", options.pretraining_epochs, "-num_iterations_per_epoch", str(ITERATIONS)),
+            *("-num_val_iterations_per_epoch", str(VALIDATION), "-device", options.device),
             *(*CROPS, *PRETRAINING, *TASK_OPTIONS.get(task, ())),
             *(["--c"] if found else []),
         )
@@ -184,9 +196,97 @@ def compare(name: str, weights: Sequence[str], options: argparse.Namespace) -> N
     if options.what == "probe":
         command(*arms, "--probe", *cases, *patients, *where, "-o", str(output))
         return
-    length = ("-num_epochs", options.epochs, "-num_iterations_per_epoch", "25", "-num_val_iterations_per_epoch", "5")
+    length = (
+        "-initial_lr",
+        RATE,
+        "-num_epochs",
+        options.epochs,
+        "-num_iterations_per_epoch",
+        "25",
+        "-num_val_iterations_per_epoch",
+        "5",
+    )
     nnunet = ("--nnunet",) if options.nnunet else ()
     command(*arms, *nnunet, *cases, *patients, *length, *where, "-o", f"{output}_{25 * int(options.epochs)}")
+
+
+def write_table(options: argparse.Namespace) -> None:
+    """The results of all probes and comparisons that are there."""
+    names = [name for name in SETS if (options.work / f"probe_{name}_common" / "summary.json").is_file()]
+    probes = {name: summary(options.work / f"probe_{name}_common") for name in names}
+    arms = list(dict.fromkeys(score["arm"] for probe in probes.values() for score in probe["scores"]))
+    probed = [
+        f"| {arm} | " + " | ".join(mean_and_deviation(score_of(probes[name], arm)) for name in probes) + " |"
+        for arm in arms
+    ]
+    compared = []
+    for folder in sorted(options.work.glob("compare_*_*_*/summary.json")):
+        _, name, pool, iterations = folder.parent.name.split("_")
+        found = json.loads(folder.read_text(encoding="utf-8"))
+        differences = {(one["arm"], one["labelled"]): one for one in found["comparisons"] if one["minus"] == "scratch"}
+        for score in found["scores"]:
+            by_seed = list(score["dice_by_seed"].values())
+            cells = [name, pool, score["labelled"], iterations, score["arm"], len(by_seed), mean_and_deviation(by_seed)]
+            cells += difference_cells(differences.get((score["arm"], score["labelled"])))
+            compared.append(f"| {' | '.join(map(str, cells))} |")
+    text = "\n".join(
+        [
+            "# Three public sets: what pretraining brings with few labels",
+            "",
+            f"nnU-Net's U-Net with {FEATURES} features, pretrained for 20 epochs of {ITERATIONS} iterations "
+            f"(`{' '.join((*CROPS, *PRETRAINING))}`) on the images of patients that are neither tested nor validated "
+            "on, of all three sets together (pool: common) or of the set alone (own). Mean foreground Dice of the test "
+            "cases, in points; mean ± standard deviation over draws of labelled patients. Test patients: "
+            + ", ".join(f"{name} {labelled.num_test}" for name, labelled in SETS.items())
+            + ".",
+            "",
+            "## A linear classifier of frozen features",
+            "",
+            f"| weights | {' | '.join(probes)} |",
+            "| --- " * (1 + len(probes)) + "|",
+            *probed,
+            "",
+            "## Fine-tuned",
+            "",
+            f"All arms of a set have the same plans, batches of 2, learning rate ({RATE}, AdamW, poly), cases and seeds; "
+            "differences are paired by seed, with their 95 % t interval.",
+            "",
+            "| set | pool | labelled | iterations | arm | seeds | Dice | minus scratch | iterations to scratch's end |",
+            "| --- " * 9 + "|",
+            *compared,
+            "",
+            *provenance(
+                "python benchmarks/three_sets.py table --data FOLDER --work FOLDER",
+                ("torch", "nnunetv2"),
+                {},
+                device_name(options.device),
+            ),
+            "",
+        ]
+    )
+    RESULTS.write_text(text, encoding="utf-8")
+    print(text)
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def score_of(found: dict, arm: str) -> list[float]:
+    return [value for score in found["scores"] if score["arm"] == arm for value in score["dice_by_seed"].values()]
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else f"{np.mean(values):.1f}"
+
+
+def difference_cells(difference: dict | None) -> tuple[str, str]:
+    if difference is None:
+        return "", ""
+    low, high = difference["low"], difference["high"]
+    interval = "" if low is None else f" [{low:+.1f}, {high:+.1f}]"
+    iterations = difference["iterations_to_the_others_end"]
+    return f"{difference['difference']:+.1f}{interval}", str(iterations or f"more than {difference['iterations']}")
 
 
 def command(*words: str) -> None:
