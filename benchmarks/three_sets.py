@@ -248,7 +248,7 @@ def write_table(options: argparse.Namespace) -> None:
             "",
             "## Fine-tuned",
             "",
-            f"All arms of a set have the same plans, batches of 2, learning rate ({RATE}, AdamW, poly), cases and seeds; "
+            f"All arms of a set have the same plans, batches of 2, rate ({RATE}, AdamW, poly), cases and seeds; "
             "differences are paired by seed, with their 95 % t interval.",
             "",
             "| set | pool | labelled | iterations | arm | seeds | Dice | minus scratch | iterations to scratch's end |",
