@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_misfm.plans.settings import Settings, setting
-from nnunetv2_misfm.pretrain.reconstruction import ReconstructionTask, Target, mean_and_scale
+from nnunetv2_misfm.pretrain.reconstruction import ReconstructionTask, Target, standardised_with_scale
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
 from nnunetv2_misfm.pretrain.task import Scores
 
@@ -125,10 +125,10 @@ class PatchSwap(ReconstructionTask[PatchSwapSettings]):
     def make(self, batch: CropBatch, device: torch.device) -> tuple[Tensor, SwapTarget]:
         """The image with its blocks swapped, and the image."""
         (crops,) = batch.patches(device)
-        mean, scale = mean_and_scale(crops)
+        image, scale = standardised_with_scale(crops)
         x = apply_swaps(crops, batch.drawn)
-        errors = (x - crops).mul_(scale).square_().mean((1, 2, 3, 4))
-        return x, SwapTarget(image=(crops - mean).mul_(scale), swap_error=errors)
+        squared_error = (torch.linalg.vector_norm(x - crops, dim=(2, 3, 4), keepdim=True) * scale).square()
+        return x, SwapTarget(image=image, swap_error=squared_error.mean((1, 2, 3, 4)) / crops[0, 0].numel())
 
     def loss(self, outputs: Tensor, target: Target) -> Tensor:
         """Mean absolute error of all voxels."""

@@ -29,20 +29,23 @@ _TRIVIAL = 0.02  # variance explained
 _CONSTANT = 1e-5  # standard deviation of an image without contrast, as a share of its mean: rounding alone
 
 
-def mean_and_scale(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each channel of each image (B, C, X, Y, Z): its mean and 1 / standard deviation, both (B, C, 1, 1, 1).
+def standardised_with_scale(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Each channel of each image (B, C, X, Y, Z) with mean 0 and standard deviation 1; 0 where it has no contrast.
 
-    The scale is 0 where an image has no contrast.
+    Returns:
+        The images, and what they were multiplied with (B, C, 1, 1, 1).
     """
     mean = images.mean(_SPATIAL, keepdim=True)
-    std = (images - mean).square_().mean(_SPATIAL, keepdim=True).sqrt_()  # torch.std takes three times as long
-    return mean, torch.where(std > _CONSTANT * mean.abs(), 1 / std, 0.0)
+    centred = images - mean
+    # In one pass over memory; torch.std takes seven times as long.
+    std = torch.linalg.vector_norm(centred, dim=_SPATIAL, keepdim=True) / images[0, 0].numel() ** 0.5
+    scale = torch.where(std > _CONSTANT * mean.abs(), 1 / std, 0.0)
+    return centred.mul_(scale), scale
 
 
 def standardised(images: Tensor) -> Tensor:
-    """Each channel of each image (B, C, X, Y, Z) with mean 0 and standard deviation 1; 0 where it has no contrast."""
-    mean, scale = mean_and_scale(images)
-    return (images - mean).mul_(scale)
+    """As `standardised_with_scale`, the images alone."""
+    return standardised_with_scale(images)[0]
 
 
 @dataclass(frozen=True, eq=False)
