@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from nnunetv2_misfm.files import LockedError, locked, write_json
+from nnunetv2_misfm.files import LockedError, format_duration, locked, write_json
 
 
 def test_a_second_holder_is_refused_until_the_first_is_done(tmp_path: Path) -> None:
@@ -60,3 +60,11 @@ def test_a_full_disk_leaves_the_file_as_it_was_and_names_it(tmp_path: Path, monk
         write_json({"a": 2}, path)
     assert error.value.filename == str(path)
     assert path.read_text(encoding="utf-8") == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("hours", "said"),
+    [(0.0, "less than a minute"), (1 / 60, "1 minute"), (0.5, "30 minutes"), (3.0, "3.0 hours"), (72.0, "3.0 days")],
+)
+def test_a_duration_is_never_zero_and_has_a_unit_that_fits(hours: float, said: str) -> None:
+    assert format_duration(hours) == said

@@ -34,7 +34,7 @@ def import_main(arguments: list[str] | None = None) -> None:
         "-resolution_mode",
         choices=("0", "1", "2", "all"),
         default="all",
-        help="which of PCT-Net's three stems to keep: the degree of anisotropy they are for (default: all)",
+        help="which of PCT-Net's three stems to keep, by the degree of anisotropy that it is for (default: all)",
     )
     options = parser.parse_args(arguments)
     exit_with_message("misfm_import_checkpoint", lambda: import_checkpoint(options))
@@ -94,9 +94,9 @@ def inspect_main(arguments: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("checkpoint", metavar="CKPT", help="file, hf:OWNER/NAME or an address on the Hugging Face Hub")
-    add("-d", metavar="ID", help="dataset ID or name")
-    add("-c", default="3d_fullres", metavar="CONFIG", help="configuration (default: 3d_fullres)")
-    add("-p", default="nnUNetPlans", metavar="PLANS", help="the dataset's plans (default: nnUNetPlans)")
+    add("-d", metavar="ID", help="ID or name of a dataset that would use the checkpoint")
+    add("-c", default="3d_fullres", metavar="CONFIG", help="name of the configuration (default: 3d_fullres)")
+    add("-p", default="nnUNetPlans", metavar="PLANS", help="name of the dataset's plans (default: nnUNetPlans)")
     add("-network", choices=[*NETWORKS, "plan", "pretrained"], help="as in misfm_plan")
     add("--encoder_only", action="store_const", const=True, help="as in misfm_plan")
     add("--mix_input_channels", action="store_const", const=True, help="as in misfm_plan")

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 import nnunetv2_misfm
+from nnunetv2_misfm.commands.launch import best_device, usable_gpus
 from nnunetv2_misfm.environment import without_quotes
 from nnunetv2_misfm.errors import discard_output
 from nnunetv2_misfm.start_up import OFF_SWITCH, SEARCH_PATH, is_switched_off
@@ -108,16 +109,17 @@ def check_required_packages() -> Iterator[Finding]:
 def check_device() -> Iterator[Finding]:
     import torch
 
-    for index in range(torch.cuda.device_count()):
+    for index in range(usable_gpus()):
         properties = torch.cuda.get_device_properties(index)
         yield Finding("ok", f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB")
-    if not torch.cuda.is_available():
+    if best_device() == "cpu":
         reason = "no usable GPU" if torch.version.cuda else "this PyTorch is built without CUDA"
         yield Finding(
             "warn",
             "cpu",
             f"{torch.get_num_threads()} threads; {reason}",
-            "commands need `-device cpu` and are slow; with a GPU, install its driver and a PyTorch built for it",
+            "misfm_demo and misfm_compare use the CPU by themselves; misfm_pretrain and nnU-Net's commands need "
+            "`-device cpu`. Training is slow on it: if there is a GPU, install its driver and a PyTorch built for it",
         )
 
 

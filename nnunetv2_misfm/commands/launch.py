@@ -6,13 +6,24 @@ from nnunetv2_misfm.errors import PlanError, UserError
 from nnunetv2_misfm.start_up import add_plugin_folder
 
 
+def usable_gpus() -> int:
+    """How many GPUs PyTorch can train on; devices that are listed but cannot be started do not count."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def best_device() -> str:
+    """The device that misfm_demo and misfm_compare take where none is named."""
+    return "cuda" if usable_gpus() else "cpu"
+
+
 def check_device(device: str, num_gpus: int) -> None:
     """Raise a PlanError if the device is not there; better now than after hours of preparation."""
     import torch
 
     if device == "cuda":
-        there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if there < num_gpus:
+        if (there := usable_gpus()) < num_gpus:
             raise PlanError(f"-device cuda with -num_gpus {num_gpus}: there are {there} usable GPUs. Use -device cpu.")
     if device == "mps" and not torch.backends.mps.is_available():
         raise PlanError("-device mps: PyTorch has no MPS device here. Use -device cpu.")

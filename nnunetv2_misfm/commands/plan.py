@@ -182,49 +182,67 @@ def _spacing(given: list[str]) -> str | tuple[float, float, float]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="misfm_plan",
-        description="Write the plans for fine-tuning pretrained weights on an nnU-Net dataset (or for its baseline).",
+        description="Write the plans for fine-tuning pretrained weights on an nnU-Net dataset, or for the baseline "
+        "that starts from scratch. It ends with the command that trains.",
     )
     add = parser.add_argument
-    add("-d", required=True, metavar="ID", help="dataset ID or name")
-    add("-c", nargs="+", default=["3d_fullres"], metavar="CONFIG", help="3D configurations (default: 3d_fullres)")
+    add("-d", required=True, metavar="ID", help="ID or name of the dataset")
+    add(
+        "-c",
+        nargs="+",
+        default=["3d_fullres"],
+        metavar="CONFIG",
+        help="one or more 3D configurations (default: 3d_fullres)",
+    )
     add("-p", default="nnUNetPlans", metavar="PLANS", help="the dataset's plans to start from (default: nnUNetPlans)")
     add(
         "-pretrained_weights",
         metavar="CKPT",
-        help="checkpoint of ours, of nnU-Net (v2 or v1), nnssl or a published MIS-FM .pt file; hf:OWNER/NAME or an "
-        "address on the Hugging Face Hub",
+        help="checkpoint of misfm_pretrain, nnU-Net (v2 or v1) or nnssl, or a published MIS-FM file; it may also be "
+        "hf:OWNER/NAME or an address on the Hugging Face Hub",
     )
-    add("--from_scratch", action="store_true", help="the same network and data without the weights: the fair baseline")
+    add(
+        "--from_scratch",
+        action="store_true",
+        help="plan the fair baseline: the same network and data without the weights",
+    )
     add(
         "-overwrite_plans_name",
         metavar="NAME",
-        help=f"of the new plans (default: {DEFAULT_FINETUNING_PLANS}; with --from_scratch {DEFAULT_BASELINE_PLANS})",
+        help=f"name of the new plans (default: {DEFAULT_FINETUNING_PLANS}; with --from_scratch "
+        f"{DEFAULT_BASELINE_PLANS})",
     )
     add(
         "-network",
         choices=[*NETWORKS, "plan", "pretrained"],
-        help="the network to train; plan keeps the one of the dataset's plans, pretrained takes the checkpoint's with "
-        "its topology (default: the checkpoint's if it is one of ours, plan if it is one of nnU-Net's; pctnet without)",
+        help="the network to train: pctnet, fmunet, that of the dataset's plans (plan), or that of the checkpoint "
+        "with all its stages (pretrained); by default the checkpoint's if it is PCT-Net or FMUNet, plan if it is one "
+        "of nnU-Net's, and pctnet without a checkpoint",
     )
-    add("-features_per_stage", nargs=5, type=int, metavar="N", help="channels of the five stages")
+    add("-features_per_stage", nargs=5, type=int, metavar="N", help="channels of the network's five stages")
     add(
         "-spacing",
         nargs="+",
         default=["dataset"],
         metavar="MM",
-        help="dataset (default), pretrained (the checkpoint's), or three numbers in mm, in the order of the images' "
-        "axes (slice axis first), as in misfm_pretrain and nnU-Net's -overwrite_target_spacing",
+        help="spacing to resample to: dataset (the default), pretrained (the checkpoint's), or three numbers in mm, "
+        "slice axis first, as in misfm_pretrain and in nnU-Net's -overwrite_target_spacing",
     )
     add(
         "-ct_intensities",
         choices=("pretrained", "dataset"),
         default="pretrained",
-        help="clip and scale CT as in pretraining (default), or as the dataset's plans do",
+        help="clip and scale CT as pretraining did (pretrained, the default), or as the dataset's plans do (dataset)",
     )
     add("-patch_size", nargs=3, type=int, metavar="N", help="patch size in plans axis order (default: the plan's)")
     add("-batch_size", type=int, metavar="N", help="batch size (default: the plan's)")
-    add("-gpu_memory_target", type=float, metavar="GB", help="choose patch and batch size for this much memory")
-    add("-np", type=int, default=2, help="processes for preprocessing, if that is needed (default: 2)")
-    add("--no_pp", action="store_true", help="write the plans only, preprocess later with nnUNetv2_preprocess")
+    add(
+        "-gpu_memory_target",
+        type=float,
+        metavar="GB",
+        help="choose the patch and batch size that need this much GPU memory",
+    )
+    add("-np", type=int, default=2, metavar="N", help="number of processes, if data are preprocessed (default: 2)")
+    add("--no_pp", action="store_true", help="write the plans only; nnUNetv2_preprocess can preprocess later")
     add_setting_options(parser, "the run", FinetuningSettings)
     return parser

@@ -180,34 +180,64 @@ def _parser() -> argparse.ArgumentParser:
         "has its default. The log says which.",
     )
     add = parser.add_argument
-    add("-d", required=True, metavar="ID", help="dataset ID or name; with -i, of the pool that is made")
+    add("-d", required=True, metavar="ID", help="ID or name of the dataset; with -i, of the pool that is made")
     add("-i", action="append", metavar="FOLDER", help="folder of volumes; may be given several times")
-    add("-n", metavar="NAME", help="name of the pool's dataset (with -i)")
-    add("-plans_from", metavar="ID", help="spacing, normalisation and patch (our plans: also network) of this dataset")
-    add("-p", metavar="PLANS", help=f"plans to start from (default: {DEFAULT_PLANS_NAME})")
-    add("-c", default="3d_fullres", metavar="CONFIG", help="configuration (default: 3d_fullres)")
-    add("-overwrite_plans_name", metavar="NAME", help="name of the plans that are written")
-    add("-pretext", choices=tuple(PRETEXT_TASKS), help=f"what is learnt (default: {DEFAULT_TASK}, or the plan's)")
-    add("-network", choices=[*NETWORKS, "plan"], help="network (default: the one of plans of ours, else pctnet)")
-    add("-features_per_stage", nargs=5, type=int, metavar="N", help="channels of the five stages")
-    add("-stems", choices=("all", "plan"), help="PCT-Net's stems: all three in turn, or the plan's alone (default)")
-    add("-patch_size", nargs=3, type=int, metavar="N", help="patch size in plans axis order")
-    add("-batch_size", type=int, metavar="N", help="batch size (default: 4, or the plan's; more for small patches)")
-    add("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="default: cuda")
-    add("-num_gpus", type=int, default=1, metavar="N", help="GPUs of this machine (default: 1)")
-    add("-np", type=int, default=2, metavar="N", help="processes that prepare volumes (default: 2)")
-    add("-num_parts", type=int, metavar="N", help="prepare only one of so many parts of the volumes, then stop")
-    add("-part_id", type=int, metavar="N", help="which part, from 0 (with -num_parts)")
-    add("--only_prepare", action="store_true", help="prepare the pool and stop")
+    add("-n", metavar="NAME", help="name of the pool that is made (with -i)")
     add(
-        "--only_inspect", action="store_true", help="read the headers, plan the pool and stop (with -num_parts: a part)"
+        "-plans_from",
+        metavar="ID",
+        help="prepare the volumes (-i) as this dataset is planned: with its spacing, normalisation and patch size, and "
+        "with its network if misfm_plan or misfm_pretrain chose it",
     )
-    add("--dry_run", action="store_true", help="say what preparing will cost, from a sample; keep nothing")
-    add("--c", dest="continue_training", action="store_true", help="continue from the latest checkpoint")
-    add("--overwrite", action="store_true", help="delete what an earlier run left and start anew")
+    add("-p", metavar="PLANS", help=f"name of the plans to start from (default: {DEFAULT_PLANS_NAME})")
+    add("-c", default="3d_fullres", metavar="CONFIG", help="name of the configuration (default: 3d_fullres)")
+    add("-overwrite_plans_name", metavar="NAME", help="name to give the plans that are written")
+    add(
+        "-pretext",
+        choices=tuple(PRETEXT_TASKS),
+        help=f"pretext task (default: that of earlier plans of the same name, otherwise {DEFAULT_TASK})",
+    )
+    add(
+        "-network",
+        choices=[*NETWORKS, "plan"],
+        help="network to pretrain; plan takes the one of nnU-Net's plans (default: that of plans which this package "
+        "wrote, otherwise pctnet)",
+    )
+    add("-features_per_stage", nargs=5, type=int, metavar="N", help="channels of the network's five stages")
+    add(
+        "-stems",
+        choices=("all", "plan"),
+        help="which stems of PCT-Net to train: the one for the spacing of the plans (plan, the default), or all "
+        "three in turn, for targets of any spacing (all)",
+    )
+    add("-patch_size", nargs=3, type=int, metavar="N", help="patch size in plans axis order")
+    add(
+        "-batch_size",
+        type=int,
+        metavar="N",
+        help="batch size (default: that of the plans, or 4 for a new pool; more if the patches are small)",
+    )
+    add("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="where to train (default: cuda)")
+    add("-num_gpus", type=int, default=1, metavar="N", help="number of GPUs of this machine to train on (default: 1)")
+    add("-np", type=int, default=2, metavar="N", help="number of processes that prepare volumes (default: 2)")
+    add(
+        "-num_parts", type=int, metavar="N", help="divide the volumes into so many parts, prepare one of them, and stop"
+    )
+    add("-part_id", type=int, metavar="N", help="which of the parts to prepare, counted from 0 (with -num_parts)")
+    add("--only_prepare", action="store_true", help="prepare the pool, then stop without training")
+    add(
+        "--only_inspect",
+        action="store_true",
+        help="read the headers, plan the pool, and stop; with -num_parts, for one part of the volumes",
+    )
+    add("--dry_run", action="store_true", help="estimate from a sample what preparing will cost, and keep nothing")
+    add("--c", dest="continue_training", action="store_true", help="continue the run from its latest checkpoint")
+    add("--overwrite", action="store_true", help="delete what an earlier run left, and start anew")
     add_setting_options(parser, "how volumes become a pool (with -i)", PoolSettings)
     add_setting_options(parser, "the run", PretrainingSettings)
     for kind in task_classes():
         add_setting_options(parser, kind.title, kind.Settings)
-    add_setting_options(parser, "augmentation of the crops; ranges are lowest and highest", AugmentSettings)
+    add_setting_options(
+        parser, "augmentation of the crops; a range is given by its lowest and its highest value", AugmentSettings
+    )
     return parser

@@ -10,11 +10,15 @@ from nnunetv2_misfm.errors import PlanError, exit_with_message
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of misfm_report."""
-    parser = argparse.ArgumentParser(prog="misfm_report", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="misfm_report",
+        description="Write the page of a pretraining or fine-tuning run, to look at while it runs or afterwards.",
+    )
     parser.add_argument(
         "run",
         metavar="RUN",
-        help="results folder of a fold (.../TRAINER__PLANS__CONFIGURATION/fold_0), or the one above it for all folds",
+        help="results folder of a fold (.../TRAINER__PLANS__CONFIGURATION/fold_0), or the folder above it for all "
+        "folds",
     )
     options = parser.parse_args(arguments)
     exit_with_message("misfm_report", lambda: report(Path(options.run)))

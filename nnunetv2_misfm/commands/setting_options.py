@@ -25,7 +25,7 @@ def add_setting_options(parser: argparse.ArgumentParser, title: str, kind: type[
         flag, default = flag_of(kind, name), field.default
         help = str(field.description).replace("%", "%%")
         if isinstance(default, bool):
-            text = f"switches off: {help}" if default else help
+            text = declared(kind, name, "off").replace("%", "%%") if default else help
             group.add_argument(flag, dest=name, action="store_const", const=not default, help=text)
             continue
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else default

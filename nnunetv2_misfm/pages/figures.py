@@ -45,8 +45,7 @@ def curve(
 
     def draw(axis: Axes) -> None:
         for (name, line), colour in zip(lines.items(), cycle(COLOURS)):
-            marker = "o" if len(line) == 1 else None
-            axis.plot(range(1, len(line) + 1) if x is None else x, line, color=colour, label=name, marker=marker)
+            axis.plot(range(1, len(line) + 1) if x is None else x, line, color=colour, label=name)
         axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
         outside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(lines) > _MOST_INSIDE else {}
         axis.legend(frameon=False, **outside)

@@ -37,17 +37,19 @@ class RunSettings(Settings):
 
     TASKS: ClassVar[tuple[str, ...]] = ()  # that plans with these settings name; the first is that of ordinary plans
 
-    num_epochs: int = setting(1000, "epochs, as in nnU-Net", low=1, may_change=True)
-    num_iterations_per_epoch: int = setting(250, "training steps of an epoch", low=1)
-    num_val_iterations_per_epoch: int = setting(50, "validation batches of an epoch", low=1, may_change=True)
+    num_epochs: int = setting(1000, "number of epochs", low=1, may_change=True)
+    num_iterations_per_epoch: int = setting(250, "number of training steps in an epoch", low=1)
+    num_val_iterations_per_epoch: int = setting(50, "number of validation batches in an epoch", low=1, may_change=True)
     schedule: str = setting("", "learning-rate schedule")
     optimizer: Literal["adam", "adamw", "sgd"] = setting("adamw", "optimiser")
     initial_lr: float = setting(
-        1e-3, "learning rate the schedule starts from or rises to", above=0, high=10, may_change=True
+        1e-3, "learning rate that the schedule starts from or rises to", above=0, high=10, may_change=True
     )
     weight_decay: float = setting(1e-5, "weight decay of the optimiser", low=0, high=1)
     checkpointing: Literal["auto", "on", "off"] = setting(
-        "auto", "activation checkpointing; auto: only when memory is short", may_change=True
+        "auto",
+        "activation checkpointing, which saves memory and costs time; auto uses it only when memory is short",
+        may_change=True,
     )
     seed: int = setting(12345, "seed of everything random that this package draws", low=0, high=2**63 - 1)
 
@@ -59,27 +61,31 @@ class FinetuningSettings(RunSettings):
 
     schedule: Literal["poly", "warmup", "sawtooth", "decoder_only"] = setting(
         "poly",
-        "learning rate: sawtooth, the decoder's rises while the encoder stays as it is, then that of the whole network "
-        "rises and falls (default with weights); warmup, that of the whole network rises and falls; poly, it falls "
-        "from the start, as nnU-Net's does; decoder_only, the encoder stays as it is",
+        "how the learning rate changes; poly: it falls from the start, as nnU-Net's does; warmup: it rises first and "
+        "then falls; sawtooth (the default with weights): it rises for the decoder alone while the encoder stays as "
+        "it is, then rises and falls for the whole network; decoder_only: the encoder stays as it is to the end",
         former={"default": "poly", "scratch": "poly"},
     )
     min_coverage: float = setting(
         1.0,
-        "share of the network outside the segmentation layers that the weights must cover",
+        "share of the network, segmentation layers apart, that the weights must cover",
         low=0,
         high=1,
         may_change=True,
     )
-    encoder_only: bool = setting(False, "leave the decoder fresh")
-    mix_input_channels: bool = setting(False, "mix the weights' input channels to fit another number of them")
+    encoder_only: bool = setting(
+        False, "transfer stem and encoder only, so that the decoder starts from random weights"
+    )
+    mix_input_channels: bool = setting(
+        False, "mix the input channels of weights that have several to fit a dataset that has another number of them"
+    )
     layer_decay: float = setting(
-        1.0, "learning rate of each stage of the encoder as a share of the next deeper one's", above=0, high=1
+        1.0, "learning rate of each stage of the encoder, as a share of that of the next deeper stage", above=0, high=1
     )
     seg_layers_lr_factor: float = setting(
         # They start from random weights whatever was pretrained; at a rate right for the rest they hold it back.
         1.0,
-        "learning rate of the segmentation layers as a multiple of the decoder's",
+        "learning rate of the segmentation layers, as a multiple of that of the decoder",
         above=0,
         high=1000,
     )
@@ -94,12 +100,15 @@ class PretrainingSettings(RunSettings):
 
     TASKS = tuple(PRETEXT_TASKS)
 
-    num_epochs: int = setting(400, "epochs, as in nnU-Net", low=1, may_change=True)
-    num_val_iterations_per_epoch: int = setting(25, "validation batches of an epoch", low=1, may_change=True)
+    num_epochs: int = setting(400, "number of epochs", low=1, may_change=True)
+    num_val_iterations_per_epoch: int = setting(25, "number of validation batches in an epoch", low=1, may_change=True)
     schedule: Literal["halving", "poly"] = setting(
-        "halving", "learning rate: halved after each fifth of the run, or nnU-Net's poly decay"
+        "halving",
+        "how the learning rate falls: it is halved after each fifth of the run, or follows nnU-Net's poly curve",
     )
-    picture_every: int = setting(50, "epochs between pictures of samples and predictions", low=1, may_change=True)
+    picture_every: int = setting(
+        50, "number of epochs between pictures of samples and predictions", low=1, may_change=True
+    )
 
 
 RUNS = (FinetuningSettings, PretrainingSettings)

@@ -27,6 +27,7 @@ def setting(
     above: float | None = None,
     may_change: bool = False,
     former: Mapping[str, str] | None = None,
+    off: str = "",
 ) -> Any:
     """Declare a setting as a field of a `Settings` class.
 
@@ -36,9 +37,10 @@ def setting(
         low, high, above: limits of a number, or of each of several numbers; `above` is not reached itself.
         may_change: whether a run that goes on may have another value.
         former: values under the names that older plans and scripts give them, with the names of today.
+        off: for a switch that is on by default, what its option does, which switches it off.
     """
     limits: dict[str, Any] = {"low": low, "high": high, "above": above}
-    extra: dict[str, Any] = {"limits": limits, "may_change": may_change, "former": dict(former or {})}
+    extra: dict[str, Any] = {"limits": limits, "may_change": may_change, "former": dict(former or {}), "off": off}
     return Field(default, description=help, json_schema_extra=extra)
 
 
@@ -81,7 +83,7 @@ class SettingsError(UserError, ValueError):
 
 
 def declared(cls: type[Settings], name: str, what: str) -> Any:
-    """What `setting` was told about a field: its `limits`, `may_change` or `former`."""
+    """What `setting` was told about a field: its `limits`, `may_change`, `former` or `off`."""
     extra = cls.model_fields[name].json_schema_extra
     assert isinstance(extra, dict)
     return extra[what]

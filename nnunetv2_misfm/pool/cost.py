@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunetv2_misfm.files import format_bytes
+from nnunetv2_misfm.files import format_bytes, format_duration
 from nnunetv2_misfm.plans.files import nnunet_folder
 from nnunetv2_misfm.pool.case import CaseResult, CaseTask, prepare_case
 from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection, inspect_volumes
@@ -47,10 +47,10 @@ def check_disk(folder: Path, measured: Sequence[CaseResult], tasks: Sequence[Cas
             f"the remaining {rest} volumes need about {format_bytes(needed)} in {folder}, "
             f"but only {format_bytes(free)} are free; make room, or use a coarser spacing or fewer volumes"
         )
-    minutes = seconds_per_work * work_left / num_processes / 60
+    time_left = format_duration(seconds_per_work * work_left / num_processes / 3600)
     return (
-        f"Measured on {len(measured)} of {len(tasks)} volumes: the rest takes about {minutes:.1f} minutes and "
-        f"{format_bytes(needed)} of {format_bytes(free)} free"
+        f"Measured on {len(measured)} of {len(tasks)} volumes: the rest takes about {time_left} and "
+        f"{format_bytes(needed)} of the {format_bytes(free)} that are free"
     )
 
 
@@ -96,8 +96,8 @@ def estimate(sample: Sample, plans: Mapping[str, Any], configuration: str, num_p
         [
             f"About {round(len(volumes) / sample.share):,} volumes in {sample.inspection.num_files:,} files, {read}, "
             f"judged by {len(volumes)} of them and by preparing {len(measured)}",
-            f"Preparing them takes about {hours:.3g} hours of one process ({hours / num_processes:.3g} with -np "
-            f"{num_processes}), which parts (-num_parts) share",
+            f"Preparing them takes one process about {format_duration(hours)}, and -np {num_processes} about "
+            f"{format_duration(hours / num_processes)}; parts (-num_parts) share the work",
             f"The pool takes about {format_bytes(bytes_per_work * work)}; {free} are free in {target}",
         ]
     )

@@ -16,17 +16,35 @@ class PoolSettings(Settings):
     """
 
     modality: Literal["auto", "ct", "mr"] = setting(
-        "auto", "ct: the CT window becomes -1 to 1; mr: z-score; auto: decided for each volume"
+        "auto",
+        "what the volumes are; ct scales the CT window to -1 to 1, mr takes z-scores, auto decides for each volume",
     )
-    ct_window: tuple[float, float] = setting((-1000.0, 1000.0), "Hounsfield units that become -1 and 1")
+    ct_window: tuple[float, float] = setting(
+        (-1000.0, 1000.0), "window of CT, the Hounsfield units that become -1 and 1"
+    )
     spacing: Literal["median", "none"] | tuple[float, float, float] = setting(
-        "median", "median of the volumes, none (no resampling), or three mm along (z, y, x), slice axis first", above=0
+        "median",
+        "spacing to resample to: median (that of the volumes), none (no resampling), or three numbers in mm for (z, "
+        "y, x)",
+        above=0,
     )
-    body_crop: bool = setting(True, "cut the air around the patient away in CT")
-    min_size: int = setting(8, "volumes with fewer voxels along an axis after resampling are left out", low=1)
-    skip_label_maps: bool = setting(True, "leave volumes out whose voxels look like labels")
+    body_crop: bool = setting(
+        True,
+        "cut the air around the patient away in CT",
+        off="keep the air around the patient that is cut away in CT",
+    )
+    min_size: int = setting(
+        8, "least number of voxels along each axis after resampling; smaller volumes are left out", low=1
+    )
+    skip_label_maps: bool = setting(
+        True,
+        "leave volumes out whose voxels look like labels",
+        off="use volumes whose voxels look like labels, which are left out otherwise",
+    )
     join_channels: bool = setting(
-        True, "files ending in _0000, _0001, ... are channels of one volume, as in nnU-Net; else each is a volume"
+        True,
+        "files ending in _0000, _0001, ... are channels of one volume, as in nnU-Net",
+        off="take files ending in _0000, _0001, ... for a volume each; otherwise they are the channels of one",
     )
 
     @field_validator("ct_window")

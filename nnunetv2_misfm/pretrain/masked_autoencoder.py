@@ -35,7 +35,7 @@ class MaskSettings(Settings):
 
     mask_ratio: float = setting(0.75, "share of the blocks that are hidden", low=0.01, high=0.99)
     mask_block_size: tuple[float, float, float] = setting(
-        (0.1, 0.1, 0.1), "size of a hidden block as a share of the patch, for each axis", above=0, high=1
+        (0.1, 0.1, 0.1), "size of a hidden block along each axis, as a share of the patch", above=0, high=1
     )
 
 

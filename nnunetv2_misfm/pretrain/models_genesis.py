@@ -50,14 +50,16 @@ _CURVE_KNOTS, _CURVE_TABLE = 4096, 1024
 class ModelsGenesisSettings(Settings):
     """How often each of the four changes is made, under the names of the authors' configuration."""
 
-    flip_rate: float = setting(0.4, "probability of a flip, and of each further one", low=0, high=1)
+    flip_rate: float = setting(0.4, "probability of a flip, and then of each further flip", low=0, high=1)
     local_rate: float = setting(0.5, "probability of local shuffling", low=0, high=1)
     num_windows: int = setting(
-        10000, "number of small windows within which local shuffling moves voxels", low=1, high=65536
+        10000, "number of small windows in which local shuffling moves voxels", low=1, high=65536
     )
     nonlinear_rate: float = setting(0.9, "probability of bending intensities along a Bezier curve", low=0, high=1)
     paint_rate: float = setting(0.9, "probability of painting noise over parts of a crop", low=0, high=1)
-    outpaint_rate: float = setting(0.8, "probability that it is painted around boxes, not into them", low=0, high=1)
+    outpaint_rate: float = setting(
+        0.8, "probability that the noise is painted around boxes rather than into them", low=0, high=1
+    )
 
 
 @dataclass(frozen=True, eq=False)

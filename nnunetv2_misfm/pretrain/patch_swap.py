@@ -42,7 +42,9 @@ if TYPE_CHECKING:
 class PatchSwapSettings(Settings):
     """How many blocks of which size change places."""
 
-    num_swaps: tuple[int, int] = setting((20, 40), "fewest and most pairs of blocks that change places", low=1)
+    num_swaps: tuple[int, int] = setting(
+        (20, 40), "least and greatest number of pairs of blocks that change places", low=1
+    )
     swap_size: tuple[float, float, float] = setting(
         (0.125, 0.125, 0.125), "size of a block that changes places, as a share of the patch", above=0, high=0.5
     )
@@ -115,6 +117,10 @@ class PatchSwap(ReconstructionTask[PatchSwapSettings]):
     title = "patch swapping; sizes in plans axis order"
     Settings = PatchSwapSettings
     run_defaults = ReconstructionTask.run_defaults.model_copy(update={"num_epochs": 480})
+    score_captions = {
+        "swaps_undone": "Swaps undone is 0 for a copy of the input and 1 for the image itself.",
+        **ReconstructionTask.score_captions,
+    }
     augmentation_defaults = AugmentSettings.off()
 
     def sample(self, reader: SampleReader) -> tuple[Sequence[Crop], Swaps]:

@@ -79,6 +79,16 @@ class ReconstructionTask(PretextTask[SettingsT]):
     step, and needs hundreds of them before the output is as small as the target.
     """
 
+    picture_caption = (
+        "Each row is a sample: what the network sees, the image that it should restore, what it makes of it, and "
+        "how far that is off (the brighter, the farther)."
+    )
+    score_captions = {
+        "variance_explained": "Variance explained is 1 for the image itself, 0 for one value everywhere, and below 0 "
+        "for anything worse.",
+        "output_variance": "The output's variance is a share of the image's. Near 0, the output is nearly the same at "
+        "all voxels.",
+    }
     run_defaults = PretrainingSettings(optimizer="sgd", initial_lr=1e-2, weight_decay=3e-5, schedule="poly")
 
     def num_outputs(self, num_channels: int) -> int:

@@ -12,21 +12,38 @@ from nnunetv2_misfm.plans.settings import Settings, setting
 class AugmentSettings(Settings):
     """How strongly crops are augmented; ranges are (lowest, highest), probabilities are per crop."""
 
-    scale: tuple[float, float] = setting((0.7, 1.5), "size of crops, in patch sizes, for each axis", low=0.1, high=10)
-    scale_probability: float = setting(1.0, "probability of another size than the patch's", low=0, high=1)
-    flip_probability: float = setting(0.5, "probability of a flip, for each axis on its own", low=0, high=1)
-    contrast_probability: float = setting(1.0, "probability of stretching percentiles to the range", low=0, high=1)
-    low_percentiles: tuple[float, float] = setting((0.1, 2.0), "range of the lower percentile", low=0, high=50)
-    high_percentiles: tuple[float, float] = setting((98.0, 99.9), "range of the higher percentile", low=50, high=100)
-    gamma_probability: float = setting(1.0, "probability of an exponent on intensities", low=0, high=1)
-    gamma: tuple[float, float] = setting((0.7, 1.5), "exponent, within the crop's range", low=0.01, high=100)
+    scale: tuple[float, float] = setting(
+        (0.7, 1.5), "range of the size of a crop along each axis, as a multiple of the patch size", low=0.1, high=10
+    )
+    scale_probability: float = setting(1.0, "probability that a crop has another size than the patch", low=0, high=1)
+    flip_probability: float = setting(0.5, "probability of a flip, drawn for each axis", low=0, high=1)
+    contrast_probability: float = setting(
+        1.0, "probability of stretching the contrast, from two percentiles to the whole range", low=0, high=1
+    )
+    low_percentiles: tuple[float, float] = setting(
+        (0.1, 2.0), "range of the lower of these percentiles", low=0, high=50
+    )
+    high_percentiles: tuple[float, float] = setting(
+        (98.0, 99.9), "range of the higher of these percentiles", low=50, high=100
+    )
+    gamma_probability: float = setting(1.0, "probability of a gamma curve over the intensities", low=0, high=1)
+    gamma: tuple[float, float] = setting((0.7, 1.5), "range of the exponent of that curve", low=0.01, high=100)
     inversion_probability: float = setting(0.25, "probability of turning bright into dark", low=0, high=1)
-    brightness_probability: float = setting(0.0, "probability of an added constant", low=0, high=1)
-    brightness: tuple[float, float] = setting((-0.1, 0.1), "the constant, as a share of range", low=-10, high=10)
+    brightness_probability: float = setting(0.0, "probability of adding a constant to the intensities", low=0, high=1)
+    brightness: tuple[float, float] = setting(
+        (-0.1, 0.1), "range of that constant, as a share of the crop's range of intensities", low=-10, high=10
+    )
     blur_probability: float = setting(0.1, "probability of a Gaussian filter", low=0, high=1)
-    blur_sigma: tuple[float, float] = setting((0.5, 1.0), "its standard deviation in voxels", low=0.05, high=20)
-    noise_probability: float = setting(0.1, "probability of Gaussian noise", low=0, high=1)
-    noise_std: tuple[float, float] = setting((0.0, 0.05), "its standard deviation, as a share of range", low=0, high=10)
+    blur_sigma: tuple[float, float] = setting(
+        (0.5, 1.0), "range of the filter's standard deviation, in voxels", low=0.05, high=20
+    )
+    noise_probability: float = setting(0.1, "probability of adding Gaussian noise", low=0, high=1)
+    noise_std: tuple[float, float] = setting(
+        (0.0, 0.05),
+        "range of the noise's standard deviation, as a share of the crop's range of intensities",
+        low=0,
+        high=10,
+    )
 
     @classmethod
     def off(cls, **but: Any) -> AugmentSettings:

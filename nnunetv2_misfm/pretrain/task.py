@@ -63,6 +63,8 @@ class PretextTask(ABC, Generic[SettingsT]):
         inputs_per_sample: how many inputs of the network a sample becomes; for the estimate of memory.
         run_defaults, augmentation_defaults: what a run of this task has where nothing is given.
         picture_name: of the PNG in the results folder.
+        picture_caption: what it shows, in sentences for someone who sees it for the first time.
+        score_captions: the same for each of `Scores.values`, by name.
         settings: of this task.
     """
 
@@ -75,6 +77,8 @@ class PretextTask(ABC, Generic[SettingsT]):
     run_defaults: ClassVar[PretrainingSettings] = PretrainingSettings()
     augmentation_defaults: ClassVar[AugmentSettings] = AugmentSettings()
     picture_name: ClassVar[str] = "samples.png"
+    picture_caption: ClassVar[str]
+    score_captions: ClassVar[Mapping[str, str]]
 
     def __init__(self, settings: SettingsT):
         self.settings = settings

@@ -49,19 +49,37 @@ class FusionSettings(Settings):
     patch are cut to half of it, so that even a small patch holds foreground and background.
     """
 
-    geometry: Literal["boxes", "blocks"] = setting("boxes", "boxes (the paper), blocks (the authors' later code)")
-    num_fusion_classes: int = setting(5, "number of fusion coefficients, 0 included", low=2, high=1000)
-    num_boxes: tuple[int, int] = setting((10, 40), "fewest and most boxes of a sample", low=1)
-    box_size_unit: Literal["fraction", "voxels"] = setting("fraction", "unit of box sizes: of the patch, or voxels")
-    box_size_min: tuple[float, float, float] = setting((0.125, 0.0625, 0.0625), "smallest box, for each axis", above=0)
-    box_size_max: tuple[float, float, float] = setting((0.625, 0.625, 0.625), "largest box, for each axis", above=0)
-    background_boxes: bool = setting(False, "boxes may have coefficient 0, hiding those below them")
-    block_size_unit: Literal["fraction", "voxels"] = setting("voxels", "unit of block sizes: of the patch, or voxels")
-    block_size_min: tuple[float, float, float] = setting((8, 8, 8), "smallest block, for each axis", above=0)
-    block_size_max: tuple[float, float, float] = setting((32, 32, 32), "largest block, for each axis", above=0)
-    foreground_ratio: float = setting(0.7, "share of blocks whose coefficient is not 0", above=0, high=1)
+    geometry: Literal["boxes", "blocks"] = setting(
+        "boxes",
+        "shape of what is mixed in: boxes of any size (the paper), or blocks on a grid (the authors' later code)",
+    )
+    num_fusion_classes: int = setting(
+        5, "number of fusion classes, which are the weights of the mixture, 0 included", low=2, high=1000
+    )
+    num_boxes: tuple[int, int] = setting((10, 40), "least and greatest number of boxes in a sample", low=1)
+    box_size_unit: Literal["fraction", "voxels"] = setting(
+        "fraction", "unit of the box sizes: fractions of the patch, or voxels"
+    )
+    box_size_min: tuple[float, float, float] = setting(
+        (0.125, 0.0625, 0.0625), "size of the smallest box along each axis", above=0
+    )
+    box_size_max: tuple[float, float, float] = setting(
+        (0.625, 0.625, 0.625), "size of the largest box along each axis", above=0
+    )
+    background_boxes: bool = setting(False, "let boxes have the weight 0 too, which hides the boxes below them")
+    block_size_unit: Literal["fraction", "voxels"] = setting(
+        "voxels", "unit of the block sizes: fractions of the patch, or voxels"
+    )
+    block_size_min: tuple[float, float, float] = setting(
+        (8, 8, 8), "size of the smallest block along each axis", above=0
+    )
+    block_size_max: tuple[float, float, float] = setting(
+        (32, 32, 32), "size of the largest block along each axis", above=0
+    )
+    foreground_ratio: float = setting(0.7, "share of the blocks whose weight is not 0", above=0, high=1)
     pairs: Literal["two_volumes", "same_volume"] | None = setting(
-        None, "where the two crops come from (unset: two volumes for boxes, the same one for blocks, as published)"
+        None,
+        "where the two crops come from (by default from two volumes for boxes and from one for blocks, as published)",
     )
 
     @field_validator("box_size_min", "box_size_max", "block_size_min", "block_size_max")
@@ -192,6 +210,17 @@ class VolumeFusion(PretextTask[FusionSettings]):
     Settings = FusionSettings
     deep_supervision = True
     picture_name = "fused_samples.png"
+    picture_caption = (
+        "Each row is a sample: the fused image, the fusion class of each voxel, and the class that the network "
+        "predicts. A network that learns finds the boxes first and tells their classes apart later."
+    )
+    score_captions = {
+        "dice": "dice 0 is the Dice of fusion class 0, the voxels into which nothing was mixed; dice 1, dice 2 and so "
+        "on are those of the classes with more and more of the other crop. In a long run all of them should rise.",
+        "predicted": "The share of the voxels for which the network predicts each fusion class. Near 1 means that it "
+        "says the same everywhere, near 0 that it never predicts this class.",
+        "accuracy": "The share of the voxels whose fusion class is predicted right.",
+    }
 
     @classmethod
     def group(cls) -> str:

@@ -58,12 +58,15 @@ class Vox2VecSettings(Settings):
     """How pairs of crops are made, and how voxels are compared."""
 
     min_overlap: tuple[float, float, float] = setting(
-        (0.75, 0.75, 0.75), "part of the patch that two crops share at least, for each axis", above=0, high=1
+        (0.75, 0.75, 0.75),
+        "least share of the patch that the two crops have in common, along each axis",
+        above=0,
+        high=1,
     )
-    num_points: int = setting(1024, "most voxels of a pair of crops that are compared", low=2)
+    num_points: int = setting(1024, "greatest number of voxels that are compared in a pair of crops", low=2)
     sharpness_rate: float = setting(0.5, "probability of blurring or sharpening a crop", low=0, high=1)
     noise_rate: float = setting(0.5, "probability of Gaussian noise on a crop", low=0, high=1)
-    window_rate: float = setting(0.8, "probability of another intensity window for a crop", low=0, high=1)
+    window_rate: float = setting(0.8, "probability of showing a crop in another intensity window", low=0, high=1)
     temperature: float = setting(0.1, "temperature of the InfoNCE loss", above=0)
     embedding_size: int = setting(128, "length of a voxel's projected vector", low=1)
 
@@ -293,6 +296,14 @@ class Vox2Vec(PretextTask[Vox2VecSettings]):
     Settings = Vox2VecSettings
     trains = (STEM, ENCODER)
     inputs_per_sample = 2
+    picture_caption = (
+        "Each row is a pair of crops of one volume. The points are voxels that both crops show: green where the "
+        "network finds the voxel of the first crop again in the second, red where it does not."
+    )
+    score_captions = {
+        "retrieved": "The share of the voxels that are found again in the other crop.",
+        "retrieved_by_chance": "The share that guessing would find.",
+    }
     run_defaults = PretrainingSettings(num_epochs=320, initial_lr=3e-4)
     augmentation_defaults = AugmentSettings.off()
 

@@ -19,7 +19,7 @@ from nnunetv2_misfm.pages.html import write_page
 from nnunetv2_misfm.plans.checks import configuration_3d
 from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, SEGMENTATION, FinetuningSettings
 from nnunetv2_misfm.plans.settings import write_settings
-from nnunetv2_misfm.pretrain.tasks import settings_of
+from nnunetv2_misfm.pretrain.tasks import settings_of, task_class
 from nnunetv2_misfm.trainers.metrics_file import METRICS, MetricsFile
 from nnunetv2_misfm.transfer.report import TransferReport
 
@@ -40,6 +40,12 @@ _SPEED = {
     "iterations_per_s": "Iterations per second",
     "data_wait_share": "Share of the time waiting for data",
     "peak_memory_gb": "Peak memory in GB",
+}
+# Of the figures of a fine-tuning; those of a pretraining are the task's.
+_SEGMENTATION_CAPTIONS = {
+    "dice_per_class_or_region": "nnU-Net's pseudo Dice of each label, on patches of the validation cases.",
+    "mean_fg_dice": "mean fg dice is the mean over the labels without the background.",
+    "ema_fg_dice": "ema fg dice is its moving average, which chooses checkpoint_best.pth.",
 }
 _NO_SCORES = (*_LOSSES, *_SPEED, "epoch", "lr", "stage", "seconds", "ended", "skipped_steps")
 
@@ -88,9 +94,11 @@ def write_run_page(folder: Path) -> Path:
         "facts": _facts(folder, plans, trainer, configuration, rows[0]),
         "alarms": _alarms(logs),
         "skipped": columns.get("skipped_steps", [0])[-1],
-        "figures": list(_figures(columns)),
+        "figures": list(_figures(columns, _captions(block["task"]))),
+        "measured_once": _measured_once(columns),
         "stage": rows[-1].get("stage", ""),
         "pictures": _pictures(folder),
+        "picture_caption": "" if block["task"] == SEGMENTATION else task_class(block["task"]).picture_caption,
         "transfer": _transfer(folder),
         "settings": sorted(settings, key=lambda row: row[1] == row[2]),
         "command": f"nnUNetv2_train {plans['dataset_name']} {configuration} {folder.name.removeprefix('fold_')} "
@@ -150,14 +158,21 @@ def _settings(block: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
         yield name, block.get(name, default), default
 
 
-def _figures(columns: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, str]]:
-    """Titles and curves, as SVG."""
+def _captions(task: str) -> Mapping[str, str]:
+    """What each score is, by its name in metrics.csv without the number of a class."""
+    return _SEGMENTATION_CAPTIONS if task == SEGMENTATION else task_class(task).score_captions
+
+
+def _figures(columns: Mapping[str, Sequence[float]], captions: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """Titles, curves as SVG, and captions, which may be empty; nothing that was measured only once."""
     epochs = [epoch + 1 for epoch in columns["epoch"]]
 
-    def shown(title: str, names: Sequence[str], *, log: bool = False) -> Iterator[tuple[str, str]]:
-        lines = {name.replace("_", " "): columns[name] for name in names if _has_values(columns.get(name, ()))}
-        if lines:
-            yield title, figures.curve(lines, "epoch", "", epochs, log=log)
+    def shown(title: str, names: Sequence[str], *, log: bool = False) -> Iterator[tuple[str, str, str]]:
+        drawn = [name for name in names if _number_of_values(columns.get(name, ())) > 1]
+        if drawn:
+            lines = {name.replace("_", " "): columns[name] for name in drawn}
+            said = dict.fromkeys(captions.get(_CLASS.sub("", name), "") for name in drawn)
+            yield title, figures.curve(lines, "epoch", "", epochs, log=log), " ".join(filter(None, said))
 
     scores: dict[str, list[str]] = {}
     for name in columns:
@@ -171,6 +186,15 @@ def _figures(columns: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, str]
     yield from shown("Seconds of an epoch", ["seconds"])
     for name, title in _SPEED.items():
         yield from shown(title, [name])
+
+
+def _measured_once(columns: Mapping[str, Sequence[float]]) -> list[tuple[str, float]]:
+    """What cannot be drawn yet, because a single epoch has measured it: names and values."""
+    return [
+        (name.replace("_", " "), next(value for value in values if not math.isnan(value)))
+        for name, values in columns.items()
+        if name != "epoch" and _number_of_values(values) == 1
+    ]
 
 
 def _was_stopped(logs: Sequence[str]) -> bool:
@@ -214,5 +238,5 @@ def _number(text: str | None) -> float:
         return math.nan
 
 
-def _has_values(values: Sequence[float]) -> bool:
-    return any(not math.isnan(value) for value in values)
+def _number_of_values(values: Sequence[float]) -> int:
+    return sum(not math.isnan(value) for value in values)

@@ -8,12 +8,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from environments import REPOSITORY, Environment, build_wheel, copy_source
 
 from nnunetv2_misfm.commands import doctor
+from nnunetv2_misfm.commands.demo.steps import Demo
 from nnunetv2_misfm.commands.doctor import Finding
+from nnunetv2_misfm.commands.launch import best_device, check_device
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.files import nnunet_folder
 
@@ -109,6 +113,23 @@ def test_a_check_that_breaks_down_becomes_a_finding_and_hides_no_other(capsys: p
         ["FAIL", "exit"],
     ]
     assert "libcudart.so" in printed and "noise" not in printed
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_the_doctor_knows_the_device_that_the_commands_use(monkeypatch: pytest.MonkeyPatch, usable: bool) -> None:
+    """A GPU that is listed but cannot be started, as with a driver that is too old, is none for any command."""
+    properties = SimpleNamespace(name="A GPU", total_memory=2**33)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    found = {finding.what for finding in doctor.run_check(doctor.check_device)}
+    assert found == ({"cuda:0"} if usable else {"cpu"})
+    assert Demo(Path("unused"), None, 0).device == best_device() == ("cuda" if usable else "cpu")
+    if usable:
+        check_device("cuda", 1)
+    else:
+        with pytest.raises(PlanError, match="Use -device cpu"):
+            check_device("cuda", 1)
 
 
 def test_warnings_alone_are_not_wrong(capsys: pytest.CaptureFixture) -> None:

@@ -10,7 +10,7 @@ from run_plans import run_plans
 from nnunetv2_misfm.commands.setting_options import add_setting_options, flag_of, given
 from nnunetv2_misfm.plans.compare import what_a_run_must_keep
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings, PretrainingSettings, run_settings
-from nnunetv2_misfm.plans.settings import Settings, SettingsError, read_settings, setting, write_settings
+from nnunetv2_misfm.plans.settings import Settings, SettingsError, declared, read_settings, setting, write_settings
 from nnunetv2_misfm.pool.settings import PoolSettings
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
 from nnunetv2_misfm.pretrain.tasks import default_settings
@@ -53,6 +53,14 @@ def test_values_have_their_names_of_today_wherever_the_former_stand(former: str)
     assert given(parser.parse_args(["-schedule", former]), FinetuningSettings) == {"schedule": "poly"}
     older, now = (plans(task="segmentation", schedule=name) for name in (former, "poly"))
     assert what_a_run_must_keep(older, now, "3d_fullres") == []
+
+
+@pytest.mark.parametrize(
+    "kind", [FinetuningSettings, PretrainingSettings, PoolSettings, AugmentSettings, FusionSettings]
+)
+def test_a_switch_that_switches_off_says_what_it_does(kind: type[Settings]) -> None:
+    for name, field in kind.model_fields.items():
+        assert (field.default is True) == bool(declared(kind, name, "off")), name
 
 
 def test_limits_and_order_are_those_of_the_declaration() -> None:

@@ -152,6 +152,7 @@ def test_counts_of_all_processes_make_the_scores_of_one(name: str, pool: Path) -
     assert isinstance(scores[0], Scores) and len(scores[0].parts) and scores[0].text
     assert scores[0].main == pytest.approx(scores[1].main, abs=1e-5)
     assert np.isfinite(scores[0].main)
+    assert set(scores[0].values) == set(task.score_captions)
     for key, value in scores[0].values.items():
         assert value == pytest.approx(scores[1].values[key], abs=1e-5), key
 

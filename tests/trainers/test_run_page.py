@@ -11,8 +11,10 @@ import pytest
 from run_plans import run_plans
 
 from nnunetv2_misfm.commands.report import main as misfm_report
+from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS, SEGMENTATION
+from nnunetv2_misfm.pretrain.tasks import task_class
 from nnunetv2_misfm.trainers.metrics_file import MetricsFile
-from nnunetv2_misfm.trainers.run_page import write_run_page
+from nnunetv2_misfm.trainers.run_page import _captions, write_run_page
 from nnunetv2_misfm.transfer.report import ADAPTED, FRESH, Entry, TransferReport, Unused
 
 PNG = bytes.fromhex("89504e470d0a1a0a")
@@ -101,6 +103,28 @@ def test_pictures_are_spread_over_the_run_and_lie_in_the_page(tmp_path: Path) ->
     epochs = [epoch for epoch, _ in json.loads(listed)]
     assert epochs[0] == 1 and epochs[-1] == 100 and len(epochs) <= 25
     assert not re.findall(r"""(?:src|href)=["'](?!data:|#)""", html), "the page needs nothing else"
+
+
+def test_what_one_epoch_has_measured_is_told_and_not_drawn(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, {"task": "volume_fusion"}, 1, dice=[0.25, 0.5])
+    page = write_run_page(folder)
+    assert "<svg" not in page.read_text(encoding="utf-8")
+    assert "dice 1 0.5" in text_of(page) and "train loss 1" in text_of(page)
+    make_run(tmp_path / "two", {"task": "volume_fusion"}, 2, dice=[0.25, 0.5])
+    page = write_run_page(next((tmp_path / "two").glob("*/*/fold_all")))
+    assert "<svg" in page.read_text(encoding="utf-8") and "Measured once" not in text_of(page)
+
+
+@pytest.mark.parametrize("task", [SEGMENTATION, *PRETEXT_TASKS])
+def test_scores_and_pictures_are_explained(tmp_path: Path, task: str) -> None:
+    captions = _captions(task)
+    folder = make_run(tmp_path, {"task": task}, 2, **dict.fromkeys(captions, 0.5))
+    (folder / "pictures").mkdir()
+    (folder / "pictures" / "epoch_0001.png").write_bytes(PNG)
+    text = text_of(write_run_page(folder)).replace("&#39;", "'")
+    assert captions and all(caption in text for caption in captions.values())
+    if task != SEGMENTATION:
+        assert f"After epoch 2 . {task_class(task).picture_caption}" in text
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

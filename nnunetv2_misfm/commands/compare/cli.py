@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 from nnunetv2_misfm.commands.compare.options import CompareOptions, read_options
+from nnunetv2_misfm.commands.launch import best_device
 from nnunetv2_misfm.cpu_threads import keep_cores_free
 from nnunetv2_misfm.errors import UserError, exit_with_message
 from nnunetv2_misfm.files import format_duration, locked
@@ -95,10 +96,3 @@ def run_and_report(
             f"{written.path}.{lines}"
         )
     return written
-
-
-def best_device() -> str:
-    """The device that is taken where none is named."""
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"

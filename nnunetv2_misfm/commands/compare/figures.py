@@ -43,11 +43,11 @@ def _name(comparison: Comparison) -> str:
 
 
 def learning_curves(summary: Summary, labelled: int) -> str | None:
-    """Pseudo Dice of the validation cases, mean and standard deviation over the seeds, as SVG; None without curves."""
+    """Pseudo Dice of the validation cases, mean and deviation over the seeds, as SVG; None for less than two epochs."""
     curves = {
         arm.name: (next(iter(runs.values())).iterations_per_epoch, np.array([run.curve for run in runs.values()]))
         for arm in summary.arms
-        if (runs := summary.runs.get((arm.name, labelled))) and all(run.curve for run in runs.values())
+        if (runs := summary.runs.get((arm.name, labelled))) and all(len(run.curve) > 1 for run in runs.values())
     }
     if not curves:
         return None

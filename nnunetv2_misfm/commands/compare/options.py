@@ -210,19 +210,25 @@ def _planning_options(options: argparse.Namespace) -> tuple[str, ...]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="misfm_compare",
-        description="Does pretraining help on this dataset? Trains each arm with the same plans, batches, iterations, "
-        "labelled cases and test cases per seed, and writes a page with the answer. The same command goes on where it "
-        "was stopped; more arms, seeds and numbers of labelled cases may be asked for later.",
+        description="Find out whether pretraining helps on a dataset. Each arm is trained with the same plans, "
+        "batches, iterations and labelled cases and tested on the same test cases; a page with the answer is "
+        "written. If it was stopped, the same command continues it. More arms, seeds and numbers of labelled cases "
+        "may be added later.",
     )
     add = parser.add_argument
-    add("-d", required=True, metavar="ID", help="dataset ID or name, planned and preprocessed with nnU-Net")
-    add("-c", default="3d_fullres", metavar="CONFIG", help="a 3D configuration (default: 3d_fullres)")
+    add("-d", required=True, metavar="ID", help="ID or name of a dataset that nnU-Net has planned and preprocessed")
+    add("-c", default="3d_fullres", metavar="CONFIG", help="name of a 3D configuration (default: 3d_fullres)")
     add("-p", default="nnUNetPlans", metavar="PLANS", help="the dataset's plans to start from (default: nnUNetPlans)")
-    add("-o", metavar="FOLDER", help="for all results (default: ./misfm_compare_DATASET)")
+    add("-o", metavar="FOLDER", help="folder for all results (default: ./misfm_compare_DATASET)")
     _add_arms(parser)
     _add_terms(parser)
     _add_place_and_plans(parser)
-    add_setting_options(parser, "the runs (all arms alike; schedule: poly)", FinetuningSettings, *_OWN_OPTION)
+    add_setting_options(
+        parser,
+        "the runs, the same for all arms (-schedule is poly unless it is given)",
+        FinetuningSettings,
+        *_OWN_OPTION,
+    )
     return parser
 
 
@@ -233,14 +239,15 @@ def _add_arms(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="[NAME=]CKPT",
-        help="an arm for each checkpoint, as in misfm_plan; NAME is what the page calls it",
+        help="add an arm for each checkpoint, which may be any that misfm_plan takes; NAME is what the page calls it",
     )
-    arms.add_argument("--from_scratch", action="store_true", help="an arm with the same network and random weights")
-    arms.add_argument("--nnunet", action="store_true", help="an arm with nnU-Net's own trainer and network")
+    arms.add_argument("--from_scratch", action="store_true", help="add an arm with the same network and random weights")
+    arms.add_argument("--nnunet", action="store_true", help="add an arm with nnU-Net's own trainer and network")
     arms.add_argument(
         "--probe",
         action="store_true",
-        help="do not fine-tune: a linear classifier on the frozen features of each network, in minutes",
+        help="instead of fine-tuning, fit a linear classifier to the frozen features of each network, which takes "
+        "minutes",
     )
 
 
@@ -251,16 +258,25 @@ def _add_terms(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[ALL],
         metavar="N",
-        help="labelled cases to train with (patients with -patients), or all (default)",
+        help="how many labelled cases to train with (patients, with -patients), or all; several numbers are compared "
+        "in turn (default: all)",
     )
-    terms.add_argument("-seeds", type=int, default=5, metavar="N", help="draws of labelled cases (default: 5)")
-    terms.add_argument("-patients", metavar="REGEX", help=r"finds the patient in a case's name: 'patient\d+'")
-    terms.add_argument("-num_test", type=int, metavar="N", help="cases (patients) to test on (default: 30 %% of them)")
+    terms.add_argument(
+        "-seeds", type=int, default=5, metavar="N", help="how often labelled cases are drawn anew (default: 5)"
+    )
+    terms.add_argument(
+        "-patients",
+        metavar="REGEX",
+        help=r"regular expression that finds the patient in the name of a case, such as 'patient\d+'",
+    )
+    terms.add_argument(
+        "-num_test", type=int, metavar="N", help="number of cases (patients) to test on (default: 30 %% of all)"
+    )
     terms.add_argument(
         "-num_validation",
         type=int,
         metavar="N",
-        help="for learning curves and the choice of learning rates (default: 15 %%)",
+        help="number of cases (patients) for learning curves and the choice of learning rates (default: 15 %% of all)",
     )
     terms.add_argument(
         "-initial_lr",
@@ -276,27 +292,49 @@ def _add_terms(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=[NNUNET_LR],
         metavar="LR",
-        help="the same for --nnunet, whose SGD needs other ones (default: nnU-Net's 1e-2)",
+        help="one or several learning rates for --nnunet, whose SGD needs others (default: nnU-Net's 1e-2)",
     )
     terms.add_argument(
-        "-tuning_seeds", type=int, default=1, metavar="N", help="draws to choose learning rates with (default: 1)"
+        "-tuning_seeds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="how many draws to choose learning rates with (default: 1)",
     )
 
 
 def _add_place_and_plans(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("where and how")
-    where.add_argument("-device", choices=("cuda", "cpu", "mps"), help="default: cuda if there is one, else cpu")
     where.add_argument(
-        "-gpus", nargs="+", default=[], metavar="ID", help="that runs take turns on (default: the first)"
+        "-device",
+        choices=("cuda", "cpu", "mps"),
+        help="where to train (default: cuda if there is a usable GPU, otherwise cpu)",
     )
-    where.add_argument("-jobs", type=int, default=1, metavar="N", help="runs at once (default: 1)")
-    where.add_argument("-np", type=int, default=2, metavar="N", help="processes for preprocessing, if that is needed")
+    where.add_argument(
+        "-gpus", nargs="+", default=[], metavar="ID", help="GPUs on which runs take turns (default: the first)"
+    )
+    where.add_argument("-jobs", type=int, default=1, metavar="N", help="how many runs train at once (default: 1)")
+    where.add_argument(
+        "-np", type=int, default=2, metavar="N", help="number of processes, if data are preprocessed (default: 2)"
+    )
     where.add_argument("--disable_tta", action="store_true", help="predict without mirroring, eight times as fast")
     where.add_argument("--keep_weights", action="store_true", help="do not delete the weights of finished runs")
     plan = parser.add_argument_group("plans, as in misfm_plan")
-    plan.add_argument("-network", choices=[*NETWORKS, "plan"], help="default: the checkpoint's")
-    plan.add_argument("-features_per_stage", nargs=5, type=int, metavar="N", help="channels of the five stages")
-    plan.add_argument("-patch_size", nargs=3, type=int, metavar="N", help="in plans axis order (default: the plan's)")
-    plan.add_argument("-batch_size", type=int, metavar="N", help="default: the plan's")
-    plan.add_argument("-spacing", nargs="+", metavar="MM", help="dataset, pretrained, or three numbers in mm")
-    plan.add_argument("-ct_intensities", choices=("pretrained", "dataset"), help="how CT is clipped and scaled")
+    plan.add_argument(
+        "-network", choices=[*NETWORKS, "plan"], help="network of all arms but --nnunet (default: the checkpoint's)"
+    )
+    plan.add_argument(
+        "-features_per_stage", nargs=5, type=int, metavar="N", help="channels of the network's five stages"
+    )
+    plan.add_argument(
+        "-patch_size", nargs=3, type=int, metavar="N", help="patch size in plans axis order (default: the plan's)"
+    )
+    plan.add_argument("-batch_size", type=int, metavar="N", help="batch size (default: the plan's)")
+    plan.add_argument(
+        "-spacing", nargs="+", metavar="MM", help="spacing to resample to: dataset, pretrained, or three numbers in mm"
+    )
+    plan.add_argument(
+        "-ct_intensities",
+        choices=("pretrained", "dataset"),
+        help="clip and scale CT as pretraining did, or as the dataset's plans do",
+    )

@@ -10,6 +10,7 @@ from time import perf_counter
 
 from nnunetv2_misfm.cpu_threads import keep_cores_free, usable_cores
 from nnunetv2_misfm.errors import PlanError, exit_with_message
+from nnunetv2_misfm.files import format_duration
 
 _NUM_UNLABELLED, _NUM_LABELLED = 48, 14
 _PATCH, _BATCH = ("24", "24", "24"), 4
@@ -24,10 +25,20 @@ _COMPARISON = ("-num_labelled", "2", "-seeds", "3", "-num_test", "6", "-num_vali
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of misfm_demo."""
-    parser = argparse.ArgumentParser(prog="misfm_demo", description=__doc__)
-    parser.add_argument("-o", default="misfm_demo", metavar="FOLDER", help="where to work (default: ./misfm_demo)")
-    parser.add_argument("-device", choices=("cuda", "cpu"), help="default: cuda if there is one, else cpu")
-    parser.add_argument("-seed", type=int, default=0, metavar="N", help="another one makes other volumes (default: 0)")
+    parser = argparse.ArgumentParser(
+        prog="misfm_demo",
+        description="Make volumes, pretrain on them without labels, and compare fine-tuning on two labelled volumes "
+        "with training from scratch. It takes minutes and ends with a page.",
+    )
+    parser.add_argument("-o", default="misfm_demo", metavar="FOLDER", help="folder to work in (default: ./misfm_demo)")
+    parser.add_argument(
+        "-device",
+        choices=("cuda", "cpu"),
+        help="where to train (default: cuda if there is a usable GPU, otherwise cpu)",
+    )
+    parser.add_argument(
+        "-seed", type=int, default=0, metavar="N", help="seed of the volumes and of the training (default: 0)"
+    )
     options = parser.parse_args(arguments)
     exit_with_message("misfm_demo", lambda: demo(Path(options.o).resolve(), options.device, options.seed))
 
@@ -57,8 +68,9 @@ def demo(folder: Path, device: str | None, seed: int) -> None:
     epochs, iterations = map(str, _FINETUNING)
     length = ["-num_epochs", epochs, "-num_iterations_per_epoch", iterations, "-num_val_iterations_per_epoch", "2"]
     jobs = ["-jobs", str(min(2, usable_cores()))] if job.device == "cpu" else []
-    written = job.compare(pretrained, [*_COMPARISON, *length, *jobs], (perf_counter() - started) / 60)
-    print(f"\n{written.verdict}\n{(perf_counter() - started) / 60:.1f} minutes. Page: {written.path}")
+    written = job.compare(pretrained, [*_COMPARISON, *length, *jobs], (perf_counter() - started) / 3600)
+    took = format_duration((perf_counter() - started) / 3600)
+    print(f"\n{written.verdict}\nIt took {took}. The page is {written.path}.")
     print(f"\nNext:\n{_next_commands()}")
 
 

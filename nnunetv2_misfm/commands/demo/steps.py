@@ -16,17 +16,18 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import (
     preprocess,
 )
 
-from nnunetv2_misfm.commands.compare.cli import best_device, run_and_report
+from nnunetv2_misfm.commands.compare.cli import run_and_report
 from nnunetv2_misfm.commands.compare.options import read_options
 from nnunetv2_misfm.commands.compare.page import Section
 from nnunetv2_misfm.commands.compare.results import Written
 from nnunetv2_misfm.commands.compare.workspace import Workspace
 from nnunetv2_misfm.commands.demo.phantoms import LABELS, write_case, write_unlabelled
 from nnunetv2_misfm.commands.demo.progress import step
+from nnunetv2_misfm.commands.launch import best_device
 from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
 from nnunetv2_misfm.commands.threads import in_this_process
 from nnunetv2_misfm.cpu_threads import training_threads
-from nnunetv2_misfm.files import read_json, write_json
+from nnunetv2_misfm.files import format_duration, read_json, write_json
 from nnunetv2_misfm.pages import figures
 from nnunetv2_misfm.plans.files import FINAL
 from nnunetv2_misfm.start_up import add_plugin_folder
@@ -103,7 +104,7 @@ class Demo:
         pool = self.folder / "nnUNet_results" / f"Dataset{_POOL_ID}_{_POOL_NAME}"
         return next(pool.glob("VolumeFusionTrainer__*__3d_fullres")) / "fold_all"
 
-    def compare(self, pretrained: Path, options: Sequence[str], minutes_so_far: float) -> Written:
+    def compare(self, pretrained: Path, options: Sequence[str], hours_so_far: float) -> Written:
         """misfm_compare of the pretrained weights with the same network from scratch, and its page."""
         weights = str(pretrained / FINAL)
         words = ["-d", _DATASET_ID, "-p", _PLANS, "-pretrained_weights", f"{_ARM}={weights}", "--from_scratch"]
@@ -116,11 +117,11 @@ class Demo:
             words,
             workspace,
             title="misfm_demo: pretraining on scans without labels, then two labelled ones",
-            more=_about_pretraining(pretrained, minutes_so_far),
+            more=_about_pretraining(pretrained, hours_so_far),
         )
 
 
-def _about_pretraining(pretrained: Path, minutes: float) -> list[Section]:
+def _about_pretraining(pretrained: Path, hours: float) -> list[Section]:
     """What the page says of the pretraining."""
     log = read_checkpoint(pretrained / FINAL)["logging"]
     curve = figures.curve({"training": log["train_losses"], "validation": log["val_losses"]}, "epoch", "loss")
@@ -129,7 +130,7 @@ def _about_pretraining(pretrained: Path, minutes: float) -> list[Section]:
             "What was pretrained",
             "Volume Fusion mixes boxes of one volume into another, with three shares here, and the network says for "
             "every voxel which share it has. The volumes were made on the spot: organs of any brightness and place, "
-            f"which their texture tells apart. Making, preparing and pretraining took {minutes:.1f} minutes, which "
+            f"which their texture tells apart. Making, preparing and pretraining took {format_duration(hours)}, which "
             "training from scratch does not have; the fine-tunings have the same length, schedule and learning rate, "
             "which was tuned for neither. They are short: both arms would go on to improve, and the difference is "
             "that of a start, not of an end.",
