@@ -319,7 +319,7 @@ def _merge(folder: str) -> dict[str, float]:
     seconds = time.perf_counter() - started
     assert merged.complete
     peak = memory("VmHWM")
-    return {"seconds": seconds, "before": before, "peak": peak, "volumes": merged.entries.count(PREPARED)}
+    return {"seconds": seconds, "before": before, "peak": peak, "volumes": merged.tally.statuses[PREPARED]}
 
 
 def memory(name: str) -> float:
