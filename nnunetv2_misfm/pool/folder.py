@@ -98,7 +98,7 @@ class PoolFolder:
         """
         with ExitStack() as held:
             with self.lock_start():  # one at a time, or parts that start together would take each other for at work
-                for lock in self._preparation.glob("part_*.lock"):
+                for lock in self._preparation.glob("part_*_of_*.lock"):
                     if Share.of(lock.stem).num_parts != self.share.num_parts:
                         with locked(lock, 0.0, f"{lock.stem.replace('_', ' ')} is being prepared"):
                             pass
