@@ -14,6 +14,7 @@ from nnunetv2_misfm.commands.setting_options import flag_of
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.plans.checks import check_plans_name, check_replaceable
+from nnunetv2_misfm.plans.compare import run_changes
 from nnunetv2_misfm.plans.files import preprocessed_cases, preprocessed_dataset, read_dataset_json, read_plans
 from nnunetv2_misfm.plans.run_settings import BLOCK, pretext_task_of
 from nnunetv2_misfm.plans.settings import read_settings
@@ -26,7 +27,7 @@ from nnunetv2_misfm.pool.prepare import check_usable, prepare_pool, start_pool
 from nnunetv2_misfm.pool.settings import PoolSettings
 from nnunetv2_misfm.pool.share import Share
 from nnunetv2_misfm.pretrain.planning import RunRequest, new_pool_entry, run_plans
-from nnunetv2_misfm.pretrain.tasks import AUGMENTATION, PretextSettings, task_class
+from nnunetv2_misfm.pretrain.tasks import AUGMENTATION, PretextSettings, default_settings, task_class
 
 DERIVED_PLANS_NAME = "nnUNetMisFMPretrainPlans"
 
@@ -124,6 +125,7 @@ class BareVolumes:
         if options.dry_run:
             print(estimate(self.sample, plans, options.configuration, options.num_processes))
             return None
+        self._say_what_parts_keep(plans)
         if options.only_inspect:
             start_pool(self.inspection, plans, options.configuration, *parts)
             print("The pool is planned. Prepare it with the same options without --only_inspect")
@@ -131,6 +133,16 @@ class BareVolumes:
         report = prepare_pool(self.inspection, plans, options.configuration, options.num_processes, *parts)
         print(report.summary())
         return report.plans if report.complete else None
+
+    def _say_what_parts_keep(self, plans: Mapping[str, Any]) -> None:
+        """Parts leave the plans of a pool as they are; what they were given for its training must be given again."""
+        name = self.options.configuration
+        if self.options.num_parts == 1 or name not in (self.earlier or {}).get("configurations", {}):
+            return
+        changes = run_changes(self.earlier or {}, plans, name, **default_settings(self.task))
+        if changes:
+            kept = "; ".join(f"{setting}: {before}, not {asked}" for setting, (before, asked) in changes.items())
+            print(f"Parts leave the plans of a pool as they are ({kept}). Give these options when you train (no -i).")
 
 
 class PreprocessedDataset:

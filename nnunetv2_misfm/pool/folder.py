@@ -13,7 +13,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +92,19 @@ class PoolFolder:
 
     @contextmanager
     def lock_part(self) -> Iterator[None]:
-        """Keep a second run from preparing the same part; the system frees the lock of a run that was killed."""
-        with locked(self._preparation / f"{self.share}.lock", 0.0, "another process is preparing this part"):
+        """Keep others from preparing the same volumes: a second run of this part, and parts of other numbers of parts.
+
+        The system frees the lock of a run that was killed.
+        """
+        with ExitStack() as held:
+            with self.lock_start():  # one at a time, or parts that start together would take each other for at work
+                for lock in self._preparation.glob("part_*_of_*.lock"):
+                    if Share.of(lock.stem).num_parts != self.share.num_parts:
+                        with locked(lock, 0.0, f"{lock.stem.replace('_', ' ')} is being prepared"):
+                            pass
+                        lock.unlink(missing_ok=True)
+                own = self._preparation / f"{self.share}.lock"
+                held.enter_context(locked(own, 0.0, "another process is preparing this part"))
             yield
 
     @contextmanager

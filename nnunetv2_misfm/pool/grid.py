@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import scipy.ndimage
@@ -42,14 +43,19 @@ class Grid:
     @property
     def orientation(self) -> str:
         """Where the axes x, y, z point to, e.g. RAS."""
-        letters: str = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(self.direction)
-        return letters
+        return _orientation(self.direction)
 
     @property
     def upright_axes(self) -> list[int]:
         """Which array axes, slowest stored axis first, run along the body, from front to back, and across it."""
         stored = self.orientation[::-1]
         return [next(axis for axis, letter in enumerate(stored) if letter in pair) for pair in ("SI", "AP", "RL")]
+
+
+@lru_cache(maxsize=1024)  # most volumes of an archive share a few directions
+def _orientation(direction: tuple[float, ...]) -> str:
+    letters: str = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(direction)
+    return letters
 
 
 def make_grid(

@@ -19,8 +19,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_misfm.files import append_json_lines, read_json_lines
 from nnunetv2_misfm.plans.settings import as_tuples
+from nnunetv2_misfm.pool.bundle_files import BundleFiles
 from nnunetv2_misfm.pool.dicom_frames import DicomHeader, Frame
 from nnunetv2_misfm.pool.grid import Grid
 from nnunetv2_misfm.pool.headers import NEVER, Header, HeaderReader
@@ -39,30 +39,31 @@ class HeaderIndex:
     """
 
     def __init__(self, folder: Path | None, writes: range):
-        self.folder = folder
         self.writes = writes
         self.in_memory: dict[str, Header] = {}
+        self._headers = None if folder is None else BundleFiles(folder, writes)
+        self._groups = None if folder is None else BundleFiles(folder, writes, ".groups.jsonl")
 
     def headers(self, bundle: int, files: Sequence[VolumeFile], read: HeaderReader) -> list[Header]:
         """Headers of files of one bundle in their order; `read` is given those that are not known as they are now."""
-        known = self.in_memory if self.folder is None else {h.file.path: h for h in self.known(bundle)}
+        known = self.in_memory if self._headers is None else {h.file.path: h for h in self.known(bundle)}
         current = {file.path: known[file.path] for file in files if _holds(known.get(file.path))}
         new = [file for file in files if file.path not in current]
         for first in range(0, len(new), FILES_AT_ONCE):
             headers = list(read(new[first : first + FILES_AT_ONCE]))
             current.update({header.file.path: header for header in headers})
-            if self.folder is None:
+            if self._headers is None:
                 self.in_memory.update({header.file.path: header for header in headers})
             elif bundle in self.writes:
-                append_json_lines(self._file(bundle), _lines(headers))
+                self._headers.append(bundle, _lines(headers))
         return [current[file.path] for file in files]
 
     def known(self, bundle: int) -> list[Header]:
         """All headers of a bundle that were ever read, in the state they had last."""
-        if self.folder is None:
+        if self._headers is None:
             return [header for header in self.in_memory.values() if header.file.bundle == bundle]
         found = {}
-        for line in read_json_lines(self._file(bundle)):
+        for line in self._headers.read(bundle):
             for name, (size, date, content) in line["files"].items():
                 path, key = os.path.join(line["folder"], name), f"{line['key']}/{name}"
                 found[path] = _decoded(VolumeFile(path, key, line["format"], bundle), size, date, content)
@@ -74,19 +75,12 @@ class HeaderIndex:
 
     def outcomes(self, bundle: int) -> dict[str, Any]:
         """What groups of files in a bundle amounted to, by `FileGroup.state`."""
-        if self.folder is None:
-            return {}
-        return {line["state"]: line["found"] for line in read_json_lines(self._file(bundle, ".groups"))}
+        return {line["state"]: line["found"] for line in self._groups.read(bundle)} if self._groups else {}
 
     def keep_outcomes(self, bundle: int, found: Mapping[str, Any]) -> None:
         """Write down what groups amounted to."""
-        if found and self.folder is not None and bundle in self.writes:
-            lines = [json.dumps({"state": state, "found": one}) for state, one in found.items()]
-            append_json_lines(self._file(bundle, ".groups"), lines)
-
-    def _file(self, bundle: int, kind: str = "") -> Path:
-        assert self.folder is not None
-        return self.folder / f"{bundle:04d}{kind}.jsonl"
+        if found and self._groups is not None and bundle in self.writes:
+            self._groups.append(bundle, (json.dumps({"state": s, "found": one}) for s, one in found.items()))
 
 
 def _holds(header: Header | None) -> bool:

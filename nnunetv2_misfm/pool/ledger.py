@@ -14,13 +14,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.files import append_json_lines, read_json, read_json_lines, write_json
 from nnunetv2_misfm.plans.settings import as_tuples
+from nnunetv2_misfm.pool.bundle_files import BundleFiles
 from nnunetv2_misfm.pool.case import CaseRecord
 from nnunetv2_misfm.pool.header_index import HeaderIndex
 from nnunetv2_misfm.pool.inspection import PoolInspection
@@ -55,15 +57,16 @@ class Ledger:
     def __init__(self, folder: Path, share: Share):
         self.folder = folder
         self.share = share
-        self._found, self._records = folder / "found", folder / "records"
-        self._joined, self._progress = folder / "joined.json", folder / "progress"
+        self._found, self._joined, self._progress = folder / "found", folder / "joined.json", folder / "progress"
+        self._records = BundleFiles(folder / "records", share.bundles)
+        self._earlier = self._records.folder / "earlier.jsonl"
 
-    @property
+    @cached_property
     def index(self) -> HeaderIndex:
         return HeaderIndex(self.folder / "headers_1", self.share.bundles)
 
     def create(self) -> None:
-        for folder in (self._found, self._records, self._progress, self.folder / "headers_1"):
+        for folder in (self._found, self._records.folder, self._progress, self.folder / "headers_1"):
             folder.mkdir(parents=True, exist_ok=True)
 
     def keep_found(self, inspection: PoolInspection) -> None:
@@ -86,10 +89,7 @@ class Ledger:
 
     def found(self, bundle: int) -> tuple[list[Volume], list[LeftOut]]:
         """What was found in a bundle; the volumes without their files' names."""
-        path = self._found / f"{bundle:04d}.json"
-        if not path.exists():
-            return [], []
-        content = read_json(path, MADE_ANEW)
+        content = self._found_in(bundle)
         volumes = [volume_from_json(one) for one in content["volumes"]]
         return volumes, [LeftOut(*one) for one in content["left_out"]]
 
@@ -102,6 +102,16 @@ class Ledger:
         left_out = tuple(one for _, of_bundle in found for one in of_bundle)
         return PoolInspection(tuple(volumes), left_out, Counter(), token=token)
 
+    def series(self, bundle: int) -> Iterator[tuple[str, str, Sequence[int]]]:
+        """Series, case and bundles (as in `Volume`) of all that was found in a bundle; no case if it was left out."""
+        content = self._found_in(bundle)
+        yield from ((one["series"], one["case"], one["bundles"]) for one in content["volumes"])
+        yield from ((LeftOut(*one).series, "", (bundle,)) for one in content["left_out"])
+
+    def _found_in(self, bundle: int) -> dict[str, Any]:
+        path = self._found / f"{bundle:04d}.json"
+        return read_json(path, MADE_ANEW) if path.exists() else {"volumes": [], "left_out": []}
+
     def mark(self, step: str, token: str) -> None:
         """Note that this part has done a step for the archive with that token."""
         (self._progress / f"{self.share}.{step}.{token}").touch()
@@ -113,23 +123,23 @@ class Ledger:
         return all(f"{part}.{step}.{token}" in done for part in parts)
 
     def write_record(self, record: CaseRecord) -> None:
-        append_json_lines(self._records / f"{record.bundle:04d}.jsonl", [json.dumps(vars(record))])
+        self._records.append(record.bundle, [json.dumps(vars(record))])
 
     def records(self, bundle: int) -> dict[str, CaseRecord]:
         """What became of the volumes of a bundle so far, by case name."""
-        return _read_records(self._records / f"{bundle:04d}.jsonl")
+        return _records_of(self._records.read(bundle))
 
     def records_of_earlier_versions(self) -> dict[str, CaseRecord]:
         """By case name; what `records` says of a case is newer."""
-        return _read_records(self._records / "earlier.jsonl")
+        return _records_of(read_json_lines(self._earlier))
 
     def gather_records_of_earlier_versions(self) -> None:
         """Put the records that have a file each into one; for one process at a time."""
-        paths = sorted(self._records.glob("*.json"))
+        paths = sorted(self._records.folder.glob("*.json"))
         if not paths:
             return
         remedy = "Remove it; its volume is then prepared anew."
-        append_json_lines(self._records / "earlier.jsonl", (json.dumps(read_json(path, remedy)) for path in paths))
+        append_json_lines(self._earlier, (json.dumps(read_json(path, remedy)) for path in paths))
         for path in paths:
             path.unlink()
 
@@ -152,9 +162,10 @@ class Ledger:
         return JoinedSeries(frozenset(content["series"]), cases, tuple(LeftOut(*one) for one in content["left_out"]))
 
 
-def _read_records(path: Path) -> dict[str, CaseRecord]:
+def _records_of(lines: Iterable[Any]) -> dict[str, CaseRecord]:
+    """By case; the last line about it counts."""
     records = {}
-    for line in read_json_lines(path):
+    for line in lines:
         # Other versions have other fields, too.
         values = {name: as_tuples(value) for name, value in line.items() if name in _FIELDS}
         records[line["case"]] = CaseRecord(**values)

@@ -46,12 +46,30 @@ class Entry(NamedTuple):
     """Of the report, its cells between zero characters."""
 
 
+@dataclass
+class Tally:
+    """How many volumes became what, and why, told apart by the first words."""
+
+    statuses: Counter[str] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
+    """Why volumes are missing."""
+    mended: Counter[str] = field(default_factory=Counter)
+    """How prepared volumes had to be mended."""
+
+    def add(self, status: str, reason: str, mended: str = "") -> None:
+        self.statuses[status] += 1
+        if status != PREPARED:
+            self.reasons[_first_words(reason)] += 1
+        elif mended:
+            self.mended[_first_words(mended)] += 1
+
+
 INTENSITY = ("max", "mean", "median", "min", "percentile_00_5", "percentile_99_5", "std")
 
 
 @dataclass
 class PoolEntries:
-    """What became of the volumes of some bundles."""
+    """What became of the volumes of a pool."""
 
     entries: list[Entry] = field(default_factory=list)
     gone: set[str] = field(default_factory=set)
@@ -61,16 +79,11 @@ class PoolEntries:
     sizes: list[tuple[tuple[int, ...], tuple[float, ...]]] = field(default_factory=list)
     """Shape and spacing (mm) of all volumes that are there, along the canonical axes."""
 
-    def count(self, status: str) -> int:
-        return sum(entry.status == status for entry in self.entries)
-
-    def reasons(self) -> Counter[str]:
-        """How often volumes are missing for which reason, told apart by its first words."""
-        return _by_first_words(entry.reason for entry in self.entries if entry.status != PREPARED)
-
-    def mended(self) -> Counter[str]:
-        """How often prepared volumes had to be mended, and how, told apart by the first words."""
-        return _by_first_words(entry.mended for entry in self.entries if entry.status == PREPARED and entry.mended)
+    def tally(self) -> Tally:
+        tally = Tally()
+        for entry in self.entries:
+            tally.add(entry.status, entry.reason, entry.mended)
+        return tally
 
     def add(self, one: CaseRecord | LeftOut) -> None:
         row = "\0".join(report_row(one))
@@ -99,12 +112,12 @@ class PoolEntries:
         )
 
 
-def read_entries(ledger: Ledger, bundles: range, layout: str) -> PoolEntries:
-    """Read what the parts wrote down about these bundles, each file once."""
+def read_entries(ledger: Ledger, layout: str) -> PoolEntries:
+    """Read what the parts wrote down, each file once."""
     result, joined = PoolEntries(), ledger.joined()
     seen: set[str] = set()
     by_header: set[str] = set()
-    for bundle in bundles:
+    for bundle in WHOLE.bundles:
         volumes, left_out = ledger.found(bundle)
         records = ledger.records(bundle)
         wanted = [volume for volume in volumes if not joined.covers(volume)]
@@ -121,11 +134,10 @@ def read_entries(ledger: Ledger, bundles: range, layout: str) -> PoolEntries:
         for one in kept:
             result.add(one)
         seen.update(records)
-    if bundles == WHOLE.bundles:
-        earlier = (one for case, one in ledger.records_of_earlier_versions().items() if case not in seen)
-        _add_records(result, earlier, layout, joined, by_header)
-        for one in joined.left_out:
-            result.add(one)
+    earlier = (one for case, one in ledger.records_of_earlier_versions().items() if case not in seen)
+    _add_records(result, earlier, layout, joined, by_header)
+    for one in joined.left_out:
+        result.add(one)
     return result
 
 
@@ -143,15 +155,15 @@ def _add_records(
 @dataclass(frozen=True)
 class MergedPool:
     plans: dict[str, Any]
-    entries: PoolEntries
+    tally: Tally
     complete: bool
 
 
 def merge_pool(folder: PoolFolder, plans: Mapping[str, Any], configuration: str) -> MergedPool:
     """Once every volume has its record: drop duplicates and write fingerprint, plans and report."""
-    pool = read_entries(folder.ledger, WHOLE.bundles, layout_hash(plans, configuration))
+    pool = read_entries(folder.ledger, layout_hash(plans, configuration))
     if pool.num_waiting:
-        return MergedPool(dict(plans), pool, complete=False)
+        return MergedPool(dict(plans), pool.tally(), complete=False)
     _drop_duplicates(pool, folder.ledger, _cases_of(folder.fingerprint))
     for case in pool.gone:
         folder.remove_case(case)
@@ -168,7 +180,7 @@ def merge_pool(folder: PoolFolder, plans: Mapping[str, Any], configuration: str)
         write_json(plans, folder.plans)
         write_json(fingerprint, folder.fingerprint)
     write_report(folder.root, (entry.row.split("\0") for entry in pool.entries))
-    return MergedPool(dict(plans), pool, complete=True)
+    return MergedPool(dict(plans), pool.tally(), complete=True)
 
 
 def _cases_of(fingerprint: Path) -> set[str]:
@@ -236,5 +248,5 @@ def _averaged(intensity: np.ndarray) -> dict[str, float]:
     return {**average, "min": float(each["min"].min()), "max": float(each["max"].max())}
 
 
-def _by_first_words(texts: Iterable[str]) -> Counter[str]:
-    return Counter(text.split(":")[0].split(" (")[0].split(";")[0] for text in texts)
+def _first_words(text: str) -> str:
+    return text.split(":")[0].split(" (")[0].split(";")[0]

@@ -40,7 +40,7 @@ from nnunetv2_misfm.pool.inspection import (
     inspect_volumes,
 )
 from nnunetv2_misfm.pool.ledger import PREPARED_ALL
-from nnunetv2_misfm.pool.merge import MergedPool, merge_pool, read_entries
+from nnunetv2_misfm.pool.merge import MergedPool, Tally, merge_pool
 from nnunetv2_misfm.pool.plan import (
     check_names,
     existing_plans,
@@ -144,6 +144,7 @@ def prepare_pool(
     Raises:
         PoolError: if the pool cannot be made: names in use, other settings than the pool's, not enough disk space,
             no usable volume. Finished work stays, and running again continues it.
+        LockedError: if this part is at work already, or parts of another number of parts are.
     """
     if num_processes < 1 or not 0 <= part_id < num_parts <= BUNDLES:
         raise PoolError(
@@ -157,18 +158,22 @@ def prepare_pool(
             folder.ledger.keep_found(inspection)
             plans = _start_or_continue(folder, plans, configuration, len(inspection.volumes))
             own = [volume for volume in inspection.volumes if volume.bundle in folder.share.bundles]
-            _prepare_pending(folder, own, plans, configuration, num_processes)
+            tally = _prepare_pending(folder, own, plans, configuration, num_processes)
+            for one in inspection.left_out:
+                if one.bundle in folder.share.bundles:
+                    tally.add(LEFT_OUT, one.reason)
             folder.ledger.mark(PREPARED_ALL, inspection.token)
             merged = _merge_if_last(folder, inspection.token, plans, configuration, num_processes)
-    entries = merged.entries
+            merged = merged or MergedPool(dict(plans), tally, complete=False)
+    statuses = merged.tally.statuses
     report = PoolReport(
         folder=folder.root,
         plans=merged.plans,
-        num_prepared=entries.count(PREPARED),
-        num_left_out=entries.count(LEFT_OUT),
-        num_failed=entries.count(FAILED),
-        reasons=entries.reasons(),
-        mended=entries.mended(),
+        num_prepared=statuses[PREPARED],
+        num_left_out=statuses[LEFT_OUT],
+        num_failed=statuses[FAILED],
+        reasons=merged.tally.reasons,
+        mended=merged.tally.mended,
         complete=merged.complete,
     )
     if report.complete and report.num_prepared == 0:
@@ -184,8 +189,8 @@ def _folder(plans: Mapping[str, Any], configuration: str, num_parts: int, part_i
 
 def _merge_if_last(
     folder: PoolFolder, token: str, plans: Mapping[str, Any], configuration: str, num_processes: int
-) -> MergedPool:
-    """Bring the parts together if all are done; else what became of this one."""
+) -> MergedPool | None:
+    """Bring the parts together if all are done and no other part is doing so."""
     if folder.ledger.all_have(PREPARED_ALL, token):
         try:
             with folder.lock_merge():
@@ -193,8 +198,7 @@ def _merge_if_last(
                 return merge_pool(folder, plans, configuration)
         except LockedError:
             print("Another part is bringing the pool together")
-    own = read_entries(folder.ledger, folder.share.bundles, layout_hash(plans, configuration))
-    return MergedPool(dict(plans), own, complete=False)
+    return None
 
 
 def _prepare_joined(folder: PoolFolder, plans: Mapping[str, Any], configuration: str, num_processes: int) -> None:
@@ -202,12 +206,10 @@ def _prepare_joined(folder: PoolFolder, plans: Mapping[str, Any], configuration:
     bundles_of: dict[str, set[int]] = defaultdict(set)
     series_of_case: dict[str, str] = {}
     for bundle in range(BUNDLES):
-        volumes, left_out = folder.ledger.found(bundle)
-        for volume in volumes:
-            bundles_of[volume.series].update(volume.bundles)
-            series_of_case[volume.case] = volume.series
-        for one in left_out:
-            bundles_of[one.series].add(bundle)
+        for of_one, case, bundles in folder.ledger.series(bundle):
+            bundles_of[of_one].update(bundles)
+            if case:
+                series_of_case[case] = of_one
     several = {series for series, bundles in bundles_of.items() if series and len(bundles) > 1}
     involved = sorted({bundle for series in several for bundle in bundles_of[series]})
     headers = (header for bundle in involved for header in folder.ledger.index.unchanged(bundle))
@@ -249,18 +251,20 @@ def _start_or_continue(
 
 def _prepare_pending(
     folder: PoolFolder, volumes: Sequence[Volume], plans: Mapping[str, Any], configuration: str, num_processes: int
-) -> None:
-    """Prepare the new, changed and failed ones of these volumes."""
+) -> Tally:
+    """Prepare the new, changed and failed ones of these volumes; what became of all of them."""
     folder.clear_temporary()
-    tasks = _pending(folder, volumes, plans, configuration)
+    tally = Tally()
+    tasks = _pending(folder, volumes, plans, configuration, tally)
     if tasks:
-        _prepare_all(folder, tasks, num_processes)
+        _prepare_all(folder, tasks, num_processes, tally)
+    return tally
 
 
 def _pending(
-    folder: PoolFolder, volumes: Sequence[Volume], plans: Mapping[str, Any], configuration: str
+    folder: PoolFolder, volumes: Sequence[Volume], plans: Mapping[str, Any], configuration: str, tally: Tally
 ) -> list[CaseTask]:
-    """What is left to do. Volumes with the wrong channels get their record at once."""
+    """What is left to do; the rest is tallied. Volumes with the wrong channels get their record at once."""
     channels, layout = pool_block(plans)["num_channels"], layout_hash(plans, configuration)
     joined, earlier = folder.ledger.joined(), folder.ledger.records_of_earlier_versions()
     tasks = []
@@ -273,10 +277,12 @@ def _pending(
             if record is not None and not (record.layout == layout and _still_holds(record, volume, folder)):
                 record = None
             if record is not None and record.is_of(volume, layout):
+                tally.add(record.status, record.reason, record.mended)
                 if volume.case not in records:
                     folder.ledger.write_record(replace(record, bundle=volume.bundle, series=volume.series))
             elif volume.num_channels != channels:
                 reason = f"{volume.num_channels} channels, but the pool's volumes have {channels}"
+                tally.add(LEFT_OUT, reason)
                 folder.ledger.write_record(CaseRecord.of(volume, LEFT_OUT, layout, reason=reason))
             else:
                 before = record if record is not None and record.status == PREPARED else None
@@ -290,7 +296,7 @@ def _still_holds(record: CaseRecord, volume: Volume, folder: PoolFolder) -> bool
     return in_place and record.status != FAILED and record.source == volume.source
 
 
-def _prepare_all(folder: PoolFolder, tasks: Sequence[CaseTask], num_processes: int) -> None:
+def _prepare_all(folder: PoolFolder, tasks: Sequence[CaseTask], num_processes: int, tally: Tally) -> None:
     """Prepare the volumes; publish each as it is done, the first ones once time and disk have been estimated."""
     tasks = typical_first(tasks)
     unpublished: list[CaseResult] | None = []
@@ -300,6 +306,7 @@ def _prepare_all(folder: PoolFolder, tasks: Sequence[CaseTask], num_processes: i
             with closing(run_jobs(prepare_case, tasks, num_processes)) as outcomes:
                 for number, outcome in enumerate(outcomes, start=1):
                     result = _result(outcome)
+                    tally.add(result.record.status, result.record.reason, result.record.mended)
                     progress.update()
                     if unpublished is None:
                         folder.publish(result.record)

@@ -29,6 +29,12 @@ class Share:
     def __str__(self) -> str:
         return f"part_{self.part_id}_of_{self.num_parts}"
 
+    @classmethod
+    def of(cls, text: str) -> Share:
+        """The share of which this is the text."""
+        _, part_id, _, num_parts = text.split("_")
+        return cls(int(num_parts), int(part_id))
+
 
 WHOLE = Share()
 

@@ -19,10 +19,12 @@ import blosc2
 import dicom_files
 import phantoms
 import pytest
+from filelock import FileLock
 from nnunet_dataset import use_folders
 
 from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
 from nnunetv2_misfm.pool import headers
+from nnunetv2_misfm.pool.bundle_files import BundleFiles
 from nnunetv2_misfm.pool.header_index import HeaderIndex
 from nnunetv2_misfm.pool.listing import list_archive
 from nnunetv2_misfm.pool.share import BUNDLES, Share, bundle_of
@@ -276,6 +278,54 @@ def test_parts_that_look_at_different_states_of_the_archive_do_not_complete_the_
     assert capsys.readouterr().out.count("Not complete yet") == 2
     prepare(scans, "-num_parts", "2", "-part_id", "0")
     assert '"numTraining": 5' in pool(nnunet)["dataset.json"]
+
+
+@pytest.mark.parametrize("held", ["part_0_of_1", "part_2_of_4"])
+def test_parts_of_another_number_do_not_work_beside_each_other(
+    nnunet: Path, scans: Path, held: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_scans(scans, range(2))
+    preparation(nnunet).mkdir(parents=True)
+    with FileLock(preparation(nnunet) / f"{held}.lock"):
+        with pytest.raises(SystemExit):
+            prepare(scans, "-num_parts", "2", "-part_id", "0")
+    assert f"{held.replace('_', ' ')} is being prepared" in capsys.readouterr().err
+    prepare_parts(scans, 2)  # what the other left does not matter
+    assert '"numTraining": 2' in pool(nnunet)["dataset.json"]
+
+
+def test_parts_say_what_became_of_their_volumes(nnunet: Path, scans: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also of those that an earlier run prepared."""
+    write_scans(scans, range(6))
+    phantoms.write(scans / "labels.nii.gz", phantoms.labels())
+    (scans / "broken.nii.gz").write_bytes(b"")
+    names = [name for name in ("scans/labels.nii.gz", "scans/broken.nii.gz") if bundle_of(name) % 2 == 0]
+    prepared = sum(bundle_of(f"scans/v{number}.nii.gz") % 2 == 0 for number in range(6))
+    assert 0 < prepared < 6
+    for _ in range(2):
+        prepare(scans, "-num_parts", "2", "-part_id", "0")
+        said = capsys.readouterr().out
+        assert f": {prepared} volumes" in said and "Not complete yet" in said
+        assert (f"{len(names)} left out, 0 failed" in said) == bool(names)
+
+
+def test_parts_say_which_options_a_pool_keeps(nnunet: Path, scans: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_scans(scans, range(2))
+    prepare_parts(scans, 2, "-num_epochs", "7")
+    prepare_parts(scans, 2, "-num_epochs", "7")
+    assert "leave the plans" not in capsys.readouterr().out
+    prepare(scans, "-num_parts", "2", "-part_id", "1", "-num_epochs", "9")
+    assert "(num_epochs: 7, not 9)" in capsys.readouterr().out
+    assert json.loads(pool(nnunet)["nnUNetPlans.json"])["misfm"]["num_epochs"] == 7
+
+
+def test_what_other_parts_wrote_meanwhile_is_read(tmp_path: Path) -> None:
+    """A part looks up once which files there are of its own bundles, never of those of others."""
+    mine, theirs = (BundleFiles(tmp_path, Share(2, part).bundles) for part in range(2))
+    assert [list(mine.read(bundle)) for bundle in (0, 1)] == [[], []]
+    theirs.append(1, ["7"])
+    mine.append(0, ["8"])
+    assert [list(mine.read(bundle)) for bundle in (0, 1)] == [[8], [7]]
 
 
 def test_a_pool_of_an_earlier_version_is_extended_and_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
