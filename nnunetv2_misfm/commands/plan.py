@@ -225,7 +225,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["dataset"],
         metavar="MM",
-        help="spacing to resample to: dataset (the default), pretrained (the checkpoint's), or three numbers in mm in the "
+        help="spacing to resample to: dataset (the default), pretrained (the checkpoint's), or three numbers in mm "
+        "in the "
         "order of the images' axes (slice axis first), as in misfm_pretrain and nnU-Net's -overwrite_target_spacing",
     )
     add(
