@@ -90,6 +90,26 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
 
 
+def test_the_readme_is_short_and_its_pictures_are_small() -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)\s]+)\)", text)
+    assert pictures and all((REPOSITORY / picture).stat().st_size < 150_000 for picture in pictures)
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    listed = set(re.findall(r": (\S+\.md)$", (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {document.relative_to(REPOSITORY).as_posix() for document in DOCUMENTS} <= listed
+    assert all((REPOSITORY / page).is_file() for page in listed)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_lists_are_lists_on_the_site_too(document: Path) -> None:
+    """GitHub takes a list that follows a line of text at once for a list, the site takes it for more text."""
+    text = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    assert re.findall(r"^(?![-*] |\d+\. | |\n).+\n(?:[-*]|\d+\.) .*", text, flags=re.MULTILINE) == []
+
+
 PYTHON = [(path.name, code) for path in DOCUMENTS for code in blocks(path.read_text(encoding="utf-8"), "python")]
 
 
