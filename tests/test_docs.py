@@ -166,7 +166,9 @@ def said_by_the_package() -> str:
     for file in sorted((REPOSITORY / "nnunetv2_misfm").rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
-                lines.append("".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values))
+                lines.append(
+                    "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+                )
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 lines.append(node.value)
     return "\n".join(lines)
