@@ -20,6 +20,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from PIL import Image
 from torch import Tensor
 
+from nnunetv2_misfm.architectures.resolution import DEGREES_OF_ANISOTROPY
 from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS
 from nnunetv2_misfm.pretrain.batches import crop_loader
 from nnunetv2_misfm.pretrain.crops import CropSamples
@@ -48,8 +49,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs")
     parser.add_argument("--iterations", type=int, default=600, help="of the training for the picture of the README")
     options = parser.parse_args()
-    voxels = sitk.GetArrayFromImage(sitk.DICOMOrient(sitk.ReadImage(str(options.volume)), "LPI"))
-    volume = np.clip(voxels / 1000, -1, 1).astype(np.float32)[None]
+    image = sitk.DICOMOrient(sitk.ReadImage(str(options.volume)), "LPI")
+    volume = np.clip(sitk.GetArrayFromImage(image) / 1000, -1, 1).astype(np.float32)[None]
     for name in ("pretext_tasks", "images"):
         (options.output / name).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
@@ -59,6 +60,7 @@ def main() -> None:
         np.save(folder / "upper.npy", volume[:, -UNSEEN_SLICES:])
         for task in PRETEXT_TASKS:
             draw(task, folder, options.output / "pretext_tasks" / f"{task}.png")
+        draw_anisotropy(volume, image.GetSpacing()[0], options.output / "images" / "anisotropy.png")
         network = trained(folder, options.iterations)
         draw_learnt(network, folder, options.output / "images" / "volume_fusion.png")
 
@@ -110,6 +112,20 @@ def draw_learnt(network: torch.nn.Module, folder: Path, path: Path) -> None:
     with torch.no_grad():
         outputs = network(x)
     task.picture(path, x, target, outputs)
+    fewer_colours(path)
+
+
+def draw_anisotropy(volume: np.ndarray, spacing: float, path: Path) -> None:
+    """A coronal section with slices as they are, merged in pairs and in fours: degrees of anisotropy 0, 1 and 2."""
+    section = volume[0, : volume.shape[1] // 4 * 4, volume.shape[2] // 2]  # (z, x)
+    panels = []
+    for degree in DEGREES_OF_ANISOTROPY:
+        merged = 2**degree
+        slices = section.reshape(-1, merged, section.shape[1]).mean(1)
+        shown = np.repeat(slices, merged, axis=0)[::-1].copy()  # head up
+        title = f"degree {degree}: {merged * spacing:g} x {spacing:g} x {spacing:g} mm"
+        panels.append(Panel(title, torch.from_numpy(shown)[None, None, None], grey))
+    write_panels(path, panels)
     fewer_colours(path)
 
 

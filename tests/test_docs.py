@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import ast
+import json
 import re
 import shlex
 import sys
@@ -14,13 +16,18 @@ import pytest
 import torch
 
 from nnunetv2_misfm.architectures import PCTNet
+from nnunetv2_misfm.plans.run_settings import FinetuningSettings, PretrainingSettings
+from nnunetv2_misfm.plans.settings import Settings, declared, write_settings
+from nnunetv2_misfm.pool.settings import PoolSettings
+from nnunetv2_misfm.pretrain.settings import AugmentSettings
+from nnunetv2_misfm.pretrain.tasks import AUGMENTATION, task_classes
 from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 COMMANDS = {entry.name: entry for entry in entry_points(group="console_scripts")}
 # Words that stand for what the reader knows.
-MEANT = {"DATASET_ID": "4", "ID": "4", "PART": "0", "$SLURM_ARRAY_TASK_ID": "0", "NAME": "vox2vec"}
+MEANT = {"DATASET_ID": "4", "ID": "4", "PART": "0", "GB": "8", "$SLURM_ARRAY_TASK_ID": "0", "NAME": "vox2vec"}
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -83,6 +90,26 @@ def test_links_lead_somewhere(document: Path) -> None:
             assert anchor in {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}, target
 
 
+def test_the_readme_is_short_and_its_pictures_are_small() -> None:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)\s]+)\)", text)
+    assert pictures and all((REPOSITORY / picture).stat().st_size < 150_000 for picture in pictures)
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    listed = set(re.findall(r": (\S+\.md)$", (REPOSITORY / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE))
+    assert {document.relative_to(REPOSITORY).as_posix() for document in DOCUMENTS} <= listed
+    assert all((REPOSITORY / page).is_file() for page in listed)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_lists_are_lists_on_the_site_too(document: Path) -> None:
+    """GitHub takes a list that follows a line of text at once for a list, the site takes it for more text."""
+    text = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    assert re.findall(r"^(?![-*] |\d+\. | |\n).+\n(?:[-*]|\d+\.) .*", text, flags=re.MULTILINE) == []
+
+
 PYTHON = [(path.name, code) for path in DOCUMENTS for code in blocks(path.read_text(encoding="utf-8"), "python")]
 
 
@@ -104,3 +131,52 @@ def test_python_runs(document: str, code: str, tmp_path: Path, monkeypatch: pyte
     write_checkpoint(content, about, "CHECKPOINT")
     torch.save({"state_dict": network.state_dict()}, "FILE")
     exec(compile(code, document, "exec"), {})
+
+
+# The tables of docs/plans_file.md, by the headings that they stand under.
+SETTING_GROUPS: list[tuple[str, type[Settings]]] = [
+    ("A fine-tuning", FinetuningSettings),
+    ("A pretraining", PretrainingSettings),
+    *((f"`{kind.group()}`", kind.Settings) for kind in task_classes()),
+    (f"`{AUGMENTATION}`", AugmentSettings),
+    ("`pool`", PoolSettings),
+]
+
+
+def setting_rows(kind: type[Settings]) -> list[str]:
+    """A line of a table for each declared setting."""
+    rows = []
+    for name, default in write_settings(kind()).items():
+        free = "yes" if declared(kind, name, "may_change") else ""
+        rows.append(f"| `{name}` | `{json.dumps(default)}` | {kind.model_fields[name].description} | {free} |")
+    return rows
+
+
+@pytest.mark.parametrize(("title", "kind"), SETTING_GROUPS, ids=[title.strip("`") for title, _ in SETTING_GROUPS])
+def test_every_setting_of_a_plans_file_is_on_its_page_as_it_is_declared(title: str, kind: type[Settings]) -> None:
+    page = (REPOSITORY / "docs" / "plans_file.md").read_text(encoding="utf-8")
+    section = re.split(r"^## ", page.split(f"## {title}\n", 1)[1], flags=re.MULTILINE)[0]
+    table = [line for line in section.splitlines() if line.startswith("| `")]
+    assert table[: len(kind.model_fields)] == setting_rows(kind)
+
+
+def said_by_the_package() -> str:
+    """All text in the source of the package, a line for each string; an ellipsis stands for what is filled in."""
+    lines = []
+    for file in sorted((REPOSITORY / "nnunetv2_misfm").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                lines.append(
+                    "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                lines.append(node.value)
+    return "\n".join(lines)
+
+
+def test_every_message_of_the_troubleshooting_page_is_one_of_the_package() -> None:
+    page = (REPOSITORY / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    said = said_by_the_package()
+    quoted = re.findall(r"^\| `([^`]+)`(?! \(nnU-Net\))", page, flags=re.MULTILINE)
+    assert len(quoted) > 20
+    assert [message for message in quoted if message not in said] == []
