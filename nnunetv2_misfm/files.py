@@ -137,10 +137,10 @@ def training_lock(results_folder: Path) -> AbstractContextManager[None]:
 
 
 def format_duration(hours: float) -> str:
-    """A time for people, in minutes, hours or days."""
+    """A time for people, in minutes (at least one), hours or days."""
     if hours < 1.5:
-        minutes = round(60 * hours)
-        return "less than a minute" if minutes < 1 else f"{minutes} minute{'s' if minutes > 1 else ''}"
+        minutes = max(1, round(60 * hours))
+        return f"{minutes} minute{'s' if minutes > 1 else ''}"
     return f"{hours:.1f} hours" if hours < 48 else f"{hours / 24:.1f} days"
 
 

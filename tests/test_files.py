@@ -64,7 +64,7 @@ def test_a_full_disk_leaves_the_file_as_it_was_and_names_it(tmp_path: Path, monk
 
 @pytest.mark.parametrize(
     ("hours", "said"),
-    [(0.0, "less than a minute"), (1 / 60, "1 minute"), (0.5, "30 minutes"), (3.0, "3.0 hours"), (72.0, "3.0 days")],
+    [(0.0, "1 minute"), (1 / 60, "1 minute"), (0.5, "30 minutes"), (3.0, "3.0 hours"), (72.0, "3.0 days")],
 )
 def test_a_duration_is_never_zero_and_has_a_unit_that_fits(hours: float, said: str) -> None:
     assert format_duration(hours) == said

@@ -357,7 +357,7 @@ def test_what_an_archive_will_cost_is_said_and_nothing_is_written(
     write_scans(scans, range(3))
     prepare(scans, "--dry_run")
     said = capsys.readouterr().out
-    assert "About 3 volumes in 3 files" in said and "hours" in said and "are free in" in said
+    assert "About 3 volumes in 3 files" in said and "about 1 minute" in said and "are free in" in said
     assert not list((nnunet / "nnUNet_preprocessed").iterdir())
 
 
