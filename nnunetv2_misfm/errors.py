@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -28,6 +29,10 @@ def first_line(error: BaseException) -> str:
 
 def exit_with_message(command: str, run: Callable[[], None]) -> None:
     """Call `run`; end the program with one line and status 2 (130 after Ctrl-C) for an error that has one."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A path or unit that the terminal's encoding does not have must not end hours of work.
+            stream.reconfigure(errors="backslashreplace")
     try:
         run()
     except BrokenPipeError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -65,3 +66,10 @@ def test_a_traceback_is_shown_to_who_asks_for_it(monkeypatch: pytest.MonkeyPatch
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 1
     assert "Traceback" in done.stderr and done.stderr.rstrip().endswith("UserError: -d 9: no such dataset")
+
+
+def test_what_the_terminal_cannot_show_ends_nothing() -> None:
+    program = "from nnunetv2_misfm.errors import exit_with_message; exit_with_message('a', lambda: print('µm, ü.nii'))"
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PATH": os.environ["PATH"]}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout) == (0, "\\xb5m, \\xfc.nii\n"), done.stderr

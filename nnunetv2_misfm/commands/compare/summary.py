@@ -265,7 +265,7 @@ def interval(difference: Difference) -> str:
 
 def points(value: float) -> str:
     """`+1.0`, with a dash for nan."""
-    return "–" if math.isnan(value) else f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
+    return "-" if math.isnan(value) else f"{value:+.1f}"
 
 
 def _comparison_as_json(comparison: Comparison) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def test_the_verdict_says_what_helped_by_how_much() -> None:
 def test_harm_is_called_harm() -> None:
     records = [record("scratch", seed, 0.6) for seed in range(3)]
     records += [record("VF", seed, 0.5 - 0.01 * seed) for seed in range(3)]
-    assert summarise(ARMS, records).verdict.startswith("VF did harm: −11.0 points")
+    assert summarise(ARMS, records).verdict.startswith("VF did harm: -11.0 points")
 
 
 def test_where_nothing_was_shown_the_verdict_says_how_many_more_seeds_it_takes() -> None:
