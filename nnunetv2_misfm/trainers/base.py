@@ -29,7 +29,7 @@ from nnunetv2_misfm.trainers.distributed import check_batch_size, device_of_proc
 from nnunetv2_misfm.trainers.memory_fit import fit_into_memory
 from nnunetv2_misfm.trainers.metrics_file import METRICS, MetricsFile
 from nnunetv2_misfm.trainers.resumable import ResumableTrainer
-from nnunetv2_misfm.trainers.run_page import write_run_page
+from nnunetv2_misfm.trainers.run_page import update_run_page
 from nnunetv2_misfm.trainers.schedules import StagedSchedule, parameter_groups
 from nnunetv2_misfm.transfer.names import names_of
 
@@ -172,7 +172,7 @@ class BaseTrainer(ResumableTrainer):
         super().on_epoch_end()
         is_due = time.monotonic() - self._page_written > _SECONDS_BETWEEN_PAGES
         if self.local_rank == 0 and (is_due or self.current_epoch == self.num_epochs):
-            write_run_page(Path(self.output_folder))
+            update_run_page(Path(self.output_folder), self.print_to_log_file)
             self._page_written = time.monotonic()
 
     def _metrics(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from nnunetv2_misfm.trainers.pretext_data import (
     pretext_block,
     pretext_dataset_json,
 )
-from nnunetv2_misfm.trainers.run_page import PICTURES, STOPPED, write_run_page
+from nnunetv2_misfm.trainers.run_page import PICTURES, STOPPED, update_run_page
 from nnunetv2_misfm.trainers.step_guard import StepGuard
 from nnunetv2_misfm.trainers.stop_request import BY_SIGNAL, StopRequest
 from nnunetv2_misfm.transfer.adaptation_plan import nnssl_adaptation_plan
@@ -273,7 +273,7 @@ class PretrainingTrainer(BaseTrainer):
         done = f"saved after iteration {len(self._losses)} of epoch {self.current_epoch}"
         self.print_to_log_file(f"{STOPPED}: {done}. Continue with --c; the epoch goes on where it was.")
         if self.local_rank == 0 and self.current_epoch > 0:
-            write_run_page(Path(self.output_folder))
+            update_run_page(Path(self.output_folder), self.print_to_log_file)
         if self.is_ddp:
             dist.barrier()  # the launcher stops all processes soon after the first has ended
         raise SystemExit(BY_SIGNAL + (self._stop.signal or 0))

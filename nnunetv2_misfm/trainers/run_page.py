@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.errors import PlanError, first_line
 from nnunetv2_misfm.files import format_duration, read_json
 from nnunetv2_misfm.pages import figures
 from nnunetv2_misfm.pages.html import write_page
@@ -58,6 +58,19 @@ class Alarm:
     first: int
     last: int
     count: int
+
+
+def update_run_page(folder: Path, log: Callable[[str], None]) -> None:
+    """As `write_run_page`, for a run that goes on: one of days must not end because of its page.
+
+    Args:
+        folder: of the fold.
+        log: takes a line if the page could not be written.
+    """
+    try:
+        write_run_page(folder)
+    except Exception as error:  # whatever a template, a figure or the disk makes of it
+        log(f"{PAGE} could not be written: {first_line(error)}. The training goes on; misfm_report writes it later.")
 
 
 def write_run_page(folder: Path) -> Path:

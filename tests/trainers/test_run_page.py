@@ -14,7 +14,7 @@ from nnunetv2_misfm.commands.report import main as misfm_report
 from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS, SEGMENTATION
 from nnunetv2_misfm.pretrain.tasks import task_class
 from nnunetv2_misfm.trainers.metrics_file import MetricsFile
-from nnunetv2_misfm.trainers.run_page import _captions, write_run_page
+from nnunetv2_misfm.trainers.run_page import _captions, update_run_page, write_run_page
 from nnunetv2_misfm.transfer.report import ADAPTED, FRESH, Entry, TransferReport, Unused
 
 PNG = bytes.fromhex("89504e470d0a1a0a")
@@ -43,6 +43,16 @@ def test_how_far_the_run_is_and_how_long_it_still_takes(tmp_path: Path) -> None:
     assert "The rest takes about 13.0 hours" in text  # 390 epochs of 120 seconds
     assert "first epoch began 2026-01-01 09:58" in text
     assert "nnUNetv2_train Dataset001_A 3d_fullres all -tr VolumeFusionTrainer -p P --c" in text
+
+
+def test_a_run_does_not_end_because_of_its_page(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, {"task": "volume_fusion", "num_epochs": 2}, 1)
+    said: list[str] = []
+    update_run_page(folder, said.append)
+    assert not said and (folder / "run.html").is_file()
+    (folder.parent / "plans.json").write_text("{", encoding="utf-8")
+    update_run_page(folder, said.append)
+    assert "plans.json" in said[0] and "The training goes on" in said[0]
 
 
 def test_a_finished_run_says_so(tmp_path: Path) -> None:
