@@ -69,7 +69,7 @@ def test_a_traceback_is_shown_to_who_asks_for_it(monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_the_terminal_cannot_show_ends_nothing() -> None:
-    program = "from nnunetv2_misfm.errors import exit_with_message as run; run('a', lambda: print(chr(0xb5), chr(0xfc)))"
+    program = "from nnunetv2_misfm.errors import exit_with_message as e; e('a', lambda: print(chr(0xb5), chr(0xfc)))"
     environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PATH": os.environ["PATH"]}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout) == (0, "\\xb5 \\xfc\n"), done.stderr
