@@ -138,6 +138,9 @@ def _trainer(request: dict[str, Any], device: Any, continues: bool) -> Any:
         trainer.save_every = min(_MOST_EPOCHS_LOST, max(1, trainer.num_epochs // 20))
         _seed(request["about"]["seed"])
     maybe_load_checkpoint(trainer, continues, validation_only=False)
+    if not request["keep_weights"]:
+        # Drawing progress.png takes a second or two of each epoch, and the results folder does not stay.
+        trainer.logger.plot_progress_png = lambda folder: None
     return trainer
 
 
