@@ -4,7 +4,7 @@
 
 Made from `torso_ct_3mm.nii.gz`, a test file of wasserth/TotalSegmentator (Apache-2.0). Those of `pretext_tasks/` have
 each task's defaults and show no training. For `images/volume_fusion.png`, that of the README, a small U-Net of nnU-Net
-learns Volume Fusion on the lower slices (minutes on a CPU); the picture is of the upper ones, which it has not seen.
+learns Volume Fusion (minutes on a CPU); the picture is of slices at the end of the volume that it has not seen.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         np.save(folder / "whole.npy", volume)
-        np.save(folder / "lower.npy", volume[:, :-UNSEEN_SLICES])
-        np.save(folder / "upper.npy", volume[:, -UNSEEN_SLICES:])
+        np.save(folder / "seen.npy", volume[:, :-UNSEEN_SLICES])
+        np.save(folder / "unseen.npy", volume[:, -UNSEEN_SLICES:])
         for task in PRETEXT_TASKS:
             draw(task, folder, options.output / "pretext_tasks" / f"{task}.png")
         draw_anisotropy(volume, image.GetSpacing()[0], options.output / "images" / "anisotropy.png")
@@ -71,7 +71,7 @@ def fusion() -> VolumeFusion:
 
 
 def trained(folder: Path, iterations: int) -> torch.nn.Module:
-    """A small U-Net of nnU-Net that has learnt to tell the fusion classes of the lower slices."""
+    """A small U-Net of nnU-Net that has learnt to tell the fusion classes of the slices it may see."""
     torch.manual_seed(0)
     task = fusion()
     entry = plain_unet_entry((3, 3, 3), TRAINED_PATCH)
@@ -89,7 +89,7 @@ def trained(folder: Path, iterations: int) -> torch.nn.Module:
     )
     optimiser = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE, weight_decay=1e-5)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimiser, iterations, power=0.9)
-    samples = CropSamples(folder, ["lower"], TRAINED_PATCH, task, task.augmentation_defaults, 0, 1)
+    samples = CropSamples(folder, ["seen"], TRAINED_PATCH, task, task.augmentation_defaults, 0, 1)
     batches = crop_loader(samples, BATCH, iterations)
     for iteration in range(iterations):
         x, target = task.make(next(batches), torch.device("cpu"))
@@ -105,9 +105,9 @@ def trained(folder: Path, iterations: int) -> torch.nn.Module:
 
 
 def draw_learnt(network: torch.nn.Module, folder: Path, path: Path) -> None:
-    """Fused samples of the upper slices, their labels, and what the network says."""
+    """Fused samples of slices that the network has not seen, their labels, and what it says."""
     task = fusion()
-    samples = CropSamples(folder, ["upper"], SHOWN_PATCH, task, task.augmentation_defaults, SEED_OF_README, 1)
+    samples = CropSamples(folder, ["unseen"], SHOWN_PATCH, task, task.augmentation_defaults, SEED_OF_README, 1)
     x, target = task.make(next(crop_loader(samples, ROWS, 1)), torch.device("cpu"))
     with torch.no_grad():
         outputs = network(x)
@@ -122,7 +122,7 @@ def draw_anisotropy(volume: np.ndarray, spacing: float, path: Path) -> None:
     for degree in DEGREES_OF_ANISOTROPY:
         merged = 2**degree
         slices = section.reshape(-1, merged, section.shape[1]).mean(1)
-        shown = np.repeat(slices, merged, axis=0)[::-1].copy()  # head up
+        shown = np.repeat(slices, merged, axis=0)
         title = f"degree {degree}: {merged * spacing:g} x {spacing:g} x {spacing:g} mm"
         panels.append(Panel(title, torch.from_numpy(shown)[None, None, None], grey))
     write_panels(path, panels)

@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from nnunetv2_misfm.files import written_whole
@@ -92,7 +93,7 @@ def _draw(panels: Sequence[Panel], bar: str | None) -> Figure:
     for axis, panel in zip(axes[0], panels, strict=True):
         axis.set_title(panel.title)
     if bar is not None:
-        figure.colorbar(shown, ax=axes, shrink=0.6).set_label(bar)
+        figure.colorbar(shown, ax=axes, shrink=0.6, ticks=MaxNLocator(integer=True)).set_label(bar)
     return figure
 
 
