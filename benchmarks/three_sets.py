@@ -63,7 +63,7 @@ SETS = {
     "hippocampus": LabelledSet("Dataset004_Hippocampus", (32, 32, 32), ISOTROPIC, 40),
     "atrium": LabelledSet("Dataset005_LeftAtrium", (24, 48, 48), ISOTROPIC, 20),
     "heart": LabelledSet(
-        "Dataset006_ACDC", (8, 64, 64), ((1, 1, 1), (1, 2, 2), (2, 2, 2), (1, 2, 2)), 20, r"patient\d+"
+        "Dataset006_ACDC", (8, 64, 64), ((1, 1, 1), (1, 2, 2), (2, 2, 2), (1, 2, 2)), 10, r"patient\d+"
     ),
 }
 # What differs from the tasks' defaults, which are for long runs: boxes a small network learns in minutes.
