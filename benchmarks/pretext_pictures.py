@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("volume", type=Path, help="a CT volume in Hounsfield units")
     parser.add_argument("--output", type=Path, default=Path(__file__).parents[1] / "docs")
-    parser.add_argument("--iterations", type=int, default=600, help="of the training for the picture of the README")
+    parser.add_argument("--iterations", type=int, default=500, help="of the training for the picture of the README")
     options = parser.parse_args()
     image = sitk.DICOMOrient(sitk.ReadImage(str(options.volume)), "LPI")
     volume = np.clip(sitk.GetArrayFromImage(image) / 1000, -1, 1).astype(np.float32)[None]
