@@ -98,10 +98,11 @@ class BareVolumes:
             print(self.inspection.summary())
         whole = self.inspection
         if options.num_parts > 1:
-            folder.ledger.keep_found(self.inspection)
+            needs_all = self._needs_all(settings)
+            if needs_all:  # else the preparation writes it down
+                folder.ledger.keep_found(self.inspection)
             if options.only_inspect:
                 folder.forget_files()
-            needs_all = self._needs_all(settings)
             by_all = folder.ledger.found_by_all(self.inspection.token) if needs_all else None
             if by_all is not None or not needs_all:
                 whole = by_all or self.inspection
