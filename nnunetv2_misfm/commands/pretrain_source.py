@@ -90,15 +90,19 @@ class BareVolumes:
         check_exist(options.folders)
         folder.create()
         of_archive = (options.folders, settings, options.num_processes)
-        self.inspection = inspect_volumes(*of_archive, folder.share.bundles, folder.ledger.index)
+        listing = folder.list_files(options.folders, settings.join_channels)
+        self.inspection = inspect_volumes(*of_archive, folder.share.bundles, folder.ledger.index, listing)
         if options.num_parts > 1:
             print(f"Part {options.part_id} of {options.num_parts}:")
         if self.inspection.volumes or options.num_parts > 1:
             print(self.inspection.summary())
         whole = self.inspection
         if options.num_parts > 1:
-            folder.ledger.keep_found(self.inspection)
             needs_all = self._needs_all(settings)
+            if needs_all:  # else the preparation writes it down
+                folder.ledger.keep_found(self.inspection)
+            if options.only_inspect:
+                folder.forget_files()
             by_all = folder.ledger.found_by_all(self.inspection.token) if needs_all else None
             if by_all is not None or not needs_all:
                 whole = by_all or self.inspection

@@ -3,7 +3,7 @@
 DatasetXXX_NAME/
     dataset.json, dataset_fingerprint.json, <plans_name>.json, report.csv
     <data_identifier>/               case.b2nd, case_seg.b2nd, case.pkl, and nothing else
-    <data_identifier>_preparation/   what `ledger.py` lists, temporary/, locks
+    <data_identifier>_preparation/   what `ledger.py` lists, listing/ (`shared_listing.py`), temporary/, locks
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from nnunetv2_misfm.plans.files import nnunet_folder
 from nnunetv2_misfm.pool.case import CASE_ENDINGS, LEFT_OUT, CaseRecord, temporary_files
 from nnunetv2_misfm.pool.inspection import PoolError
 from nnunetv2_misfm.pool.ledger import Ledger
+from nnunetv2_misfm.pool.listing import Listing
 from nnunetv2_misfm.pool.plan import WRITE_ANEW, existing_plans
 from nnunetv2_misfm.pool.share import WHOLE, Share
+from nnunetv2_misfm.pool.shared_listing import forget_all, forget_share, list_share
 from nnunetv2_misfm.pool.volume_files import LeftOut
 
 REPORT = "report.csv"
@@ -61,6 +63,7 @@ class PoolFolder:
         self.share = share
         self._preparation = self.root / f"{data_identifier}{_PREPARATION}"
         self.ledger = Ledger(self._preparation, share)
+        self._listing = self._preparation / "listing"
         self._all_temporary = self._preparation / "temporary"
         self.temporary = self._all_temporary / str(share)
 
@@ -80,6 +83,21 @@ class PoolFolder:
         for folder in (self.data, self._all_temporary):
             folder.mkdir(parents=True, exist_ok=True)
         self.ledger.create()
+
+    def list_files(self, folders: Sequence[Path], join_channels: bool) -> Listing:
+        """The files of this part's share, as all parts of this run see them (`shared_listing.py`).
+
+        Raises:
+            UserError: naming every folder that does not exist.
+        """
+        return list_share(self._listing, self.share, folders, join_channels)
+
+    def forget_files(self, of_all: bool = False) -> None:
+        """Let the next run of this part, or of every part, list the archive anew."""
+        if of_all:
+            forget_all(self._listing)
+        else:
+            forget_share(self._listing, self.share)
 
     def clear_temporary(self) -> None:
         """Remove what a killed run of the same part left half-written."""

@@ -12,6 +12,7 @@ import numpy as np
 from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.files import format_bytes
 from nnunetv2_misfm.pool.header_index import HeaderIndex
+from nnunetv2_misfm.pool.listing import Listing
 from nnunetv2_misfm.pool.settings import PoolSettings
 from nnunetv2_misfm.pool.share import WHOLE
 from nnunetv2_misfm.pool.volume_files import LeftOut
@@ -79,17 +80,19 @@ def inspect_volumes(
     num_processes: int = 1,
     bundles: range = WHOLE.bundles,
     index: HeaderIndex | None = None,
+    listing: Listing | None = None,
 ) -> PoolInspection:
     """Find the volumes below the folders from their headers; about 1 ms per DICOM file and 2 ms per NIfTI file.
 
     Args:
-        folders, num_processes, bundles, index: as in `find_volumes`.
+        folders, num_processes, bundles, index, listing: as in `find_volumes`.
         settings: say whether channels are joined.
 
     Raises:
         UserError: naming every folder that does not exist.
     """
-    found = find_volumes([Path(folder) for folder in folders], settings.join_channels, num_processes, bundles, index)
+    paths = [Path(folder) for folder in folders]
+    found = find_volumes(paths, settings.join_channels, num_processes, bundles, index, listing)
     return PoolInspection(tuple(found.volumes), tuple(found.left_out), found.passed_over, found.num_files, found.token)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.pool.channels import channels_by_name, usual_channels
@@ -45,6 +46,25 @@ class FileGroup:
         return state.hexdigest()
 
 
+class GroupNames(NamedTuple):
+    """A `FileGroup` in few words."""
+
+    bundle: int
+    folder: str
+    format: str
+    one_number: bool | None
+    names: Sequence[tuple[str, Sequence[str]]]
+    """Folder in the keys, and names of the files with such keys, in the order of the group."""
+
+    def group(self) -> FileGroup:
+        files = (
+            VolumeFile(os.path.join(self.folder, name), f"{key}/{name}", self.format, self.bundle)
+            for key, names in self.names
+            for name in names
+        )
+        return FileGroup(tuple(files), self.one_number)
+
+
 @dataclass
 class Listing:
     """The volume files of some bundles, and what the whole archive holds."""
@@ -58,6 +78,14 @@ class Listing:
     """In the whole archive, that may be volumes."""
     token: str = ""
     """Differs between archives of different folders or numbers of files."""
+
+    def leave_out(self, paths: Collection[str]) -> None:
+        """Take the files of these paths out of their groups."""
+        if not paths:
+            return
+        for groups in self.groups.values():
+            kept = [FileGroup(tuple(f for f in one.files if f.path not in paths), one.one_number) for one in groups]
+            groups[:] = [group for group in kept if group.files]
 
 
 def list_archive(folders: Sequence[Path], join_channels: bool = True, bundles: range = WHOLE.bundles) -> Listing:
@@ -73,8 +101,14 @@ def list_archive(folders: Sequence[Path], join_channels: bool = True, bundles: r
     Raises:
         UserError: naming every folder that does not exist.
     """
-    check_exist(folders)
-    return _Lister(folders, join_channels, bundles).listed()
+    listing = Listing()
+    lister = ArchiveLister(folders, join_channels, bundles, lambda one: listing.groups[one.bundle].append(one.group()))
+    listing.leave_out({copy.path for copy in lister.run()})
+    listing.left_out = lister.left_out
+    for counts in lister.passed_over.values():
+        listing.passed_over.update(counts)
+    listing.num_files, listing.token = lister.num_files, lister.token
+    return listing
 
 
 def check_exist(folders: Sequence[Path]) -> None:
@@ -84,21 +118,51 @@ def check_exist(folders: Sequence[Path]) -> None:
         raise UserError(f"no such folder or file: {', '.join(missing)}; give existing folders with volumes")
 
 
-class _Lister:
-    def __init__(self, folders: Sequence[Path], join_channels: bool, bundles: range):
+class ArchiveLister:
+    """Walks an archive once, and hands each group of files over as it is found, so that none need be held.
+
+    Args:
+        folders, join_channels, bundles: as in `list_archive`.
+        take: is given each group.
+
+    Raises:
+        UserError: naming every folder that does not exist.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[Path],
+        join_channels: bool,
+        bundles: range,
+        take: Callable[[GroupNames], None],
+    ):
+        check_exist(folders)
         self.folders = folders
         self.join = join_channels
         self.bundles = bundles
-        self.listing = Listing()
+        self.take = take
+        self.left_out: list[LeftOut] = []
+        self.passed_over: dict[int, Counter[str]] = defaultdict(Counter)
+        """By bundle."""
+        self.num_files = 0
         self.visited: set[tuple[int, int]] = set()
         self.taken_alone: set[tuple[int, int, str]] = set()
         self.links: set[str] = set()
+        self.linked: list[VolumeFile] = []
         self.digest = hashlib.blake2b(digest_size=8)
         # Two input folders of the same name may have equal contents below: only the whole path tells them apart.
         self.same_names = len({folder.absolute().name for folder in folders}) < len(folders)
         self.keys: set[str] = set()
 
-    def listed(self) -> Listing:
+    @property
+    def token(self) -> str:
+        return self.digest.hexdigest()
+
+    def run(self) -> list[VolumeFile]:
+        """List everything; returns the links that are to be left out, because their targets are listed as well.
+
+        Two links to one file elsewhere have the same voxels, which is seen later.
+        """
         for folder in self.folders:
             root = os.path.abspath(folder)
             if os.path.isfile(root):
@@ -110,10 +174,7 @@ class _Lister:
                 continue
             for current, key, names in self._walk(str(folder), os.path.basename(root) or "."):
                 self._take(current, key, names)
-        if self.links:
-            self._leave_out_links()
-        self.listing.token = self.digest.hexdigest()
-        return self.listing
+        return [link for link in self.linked if self._is_listed(link)]
 
     def _walk(self, root: str, key: str) -> Iterator[tuple[str, str, list[str]]]:
         """Folders, each before those in it, with their keys and the sorted names of their files.
@@ -139,7 +200,7 @@ class _Lister:
                 bundle = bundle_of(key)
                 if bundle in self.bundles:
                     reason = f"unreadable folder: {error.strerror or error}"
-                    self.listing.left_out.append(LeftOut(current, reason, bundle))
+                    self.left_out.append(LeftOut(current, reason, bundle))
                 continue
             self.visited.add(identity)
             if self.taken_alone:
@@ -162,12 +223,12 @@ class _Lister:
                 dicom.append(name)
             elif bundle in self.bundles:
                 stem, ending = split_ending(name)
-                self.listing.passed_over[ending or stem] += 1
+                self.passed_over[bundle][ending or stem] += 1
         count = len(dicom) + sum(map(len, images.values()))
-        self.listing.num_files += count
+        self.num_files += count
         self.digest.update(f"{key}\0{count}\0".encode("utf-8", "surrogateescape"))
         if bundle in self.bundles:
-            self._add(bundle, [self._file(folder, key, name, "DICOM", bundle) for name in dicom])
+            self._add(bundle, folder, key, dicom, "DICOM")
         for ending, same_ending in images.items():
             self._take_images(folder, key, same_ending, IMAGE_ENDINGS[ending])
 
@@ -178,39 +239,42 @@ class _Lister:
         alone = [channels.keys() for channels in (volumes or {}).values()]
         expected = usual_channels(alone) if volumes else None
         one_number = None if together else expected == (0,) and 2 * sum(0 in one for one in alone) > len(names)
-        by_bundle: dict[int, list[VolumeFile]] = defaultdict(list)
+        by_bundle: dict[int, list[str]] = defaultdict(list)
         for name in names:
             bundle = bundle_of(key if together else f"{key}/{name}")
             if bundle in self.bundles:
-                by_bundle[bundle].append(self._file(folder, key, name, kind, bundle))
-        for bundle, files in by_bundle.items():
-            self._add(bundle, files, one_number)
+                by_bundle[bundle].append(name)
+        for bundle, of_bundle in by_bundle.items():
+            self._add(bundle, folder, key, of_bundle, kind, one_number)
 
-    def _add(self, bundle: int, files: Sequence[VolumeFile], one_number: bool | None = None) -> None:
-        if files:
-            self.listing.groups[bundle].append(FileGroup(tuple(files), one_number))
+    def _add(
+        self, bundle: int, folder: str, key: str, names: Sequence[str], kind: str, one_number: bool | None = None
+    ) -> None:
+        if not names:
+            return
+        by_key: Sequence[tuple[str, Sequence[str]]]
+        by_key = self._with_own_keys(folder, key, names) if self.same_names else [(key, names)]
+        group = GroupNames(bundle, folder, kind, one_number, by_key)
+        if self.links:
+            self.linked += [file for file in group.group().files if file.path in self.links]
+        self.take(group)
 
-    def _file(self, folder: str, key: str, name: str, kind: str, bundle: int) -> VolumeFile:
-        path, key = os.path.join(folder, name), f"{key}/{name}"
-        if self.same_names:
-            key = os.path.abspath(path) if key in self.keys else key
-            self.keys.add(key)
-        return VolumeFile(path, key, kind, bundle)
-
-    def _leave_out_links(self) -> None:
-        """Leave links out whose target is listed as well. Two links to one file elsewhere have the same voxels."""
-        for groups in self.listing.groups.values():
-            for number, group in enumerate(groups):
-                kept = [file for file in group.files if not (file.path in self.links and self._is_listed(file))]
-                groups[number] = FileGroup(tuple(kept), group.one_number)
-            groups[:] = [group for group in groups if group.files]
+    def _with_own_keys(self, folder: str, key: str, names: Sequence[str]) -> list[tuple[str, list[str]]]:
+        by_key: list[tuple[str, list[str]]] = []
+        for name in names:
+            own = os.path.abspath(folder) if f"{key}/{name}" in self.keys else key
+            self.keys.add(f"{own}/{name}")
+            if not by_key or by_key[-1][0] != own:
+                by_key.append((own, []))
+            by_key[-1][1].append(name)
+        return by_key
 
     def _is_listed(self, link: VolumeFile) -> bool:
         target = os.path.realpath(link.path)
         parent, name = os.path.split(target)
         known = split_ending(name)[1] in (*IMAGE_ENDINGS, *DICOM_ENDINGS) and not name.startswith(".")
         if known and os.path.exists(target) and _identity(parent) in self.visited:
-            self.listing.left_out.append(LeftOut(link.path, f"the same file as {target}", link.bundle))
+            self.left_out.append(LeftOut(link.path, f"the same file as {target}", link.bundle))
             return True
         return False
 

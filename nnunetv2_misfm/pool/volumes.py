@@ -21,7 +21,7 @@ from nnunetv2_misfm.pool.dicom_series import Series, sort_series
 from nnunetv2_misfm.pool.grid import Grid
 from nnunetv2_misfm.pool.header_index import HeaderIndex
 from nnunetv2_misfm.pool.headers import NEVER, Header, HeaderReader, header_reader
-from nnunetv2_misfm.pool.listing import FileGroup, list_archive
+from nnunetv2_misfm.pool.listing import FileGroup, Listing, list_archive
 from nnunetv2_misfm.pool.share import WHOLE
 from nnunetv2_misfm.pool.volume_files import LeftOut, VolumeFile, case_name, split_ending
 
@@ -98,6 +98,7 @@ def find_volumes(
     num_processes: int = 1,
     bundles: range = WHOLE.bundles,
     index: HeaderIndex | None = None,
+    listing: Listing | None = None,
 ) -> FoundVolumes:
     """Find volumes below the folders, reading headers only.
 
@@ -110,6 +111,7 @@ def find_volumes(
         num_processes: processes to read headers with, used from a few thousand files on.
         bundles: of `share.py`; only what is in them is found.
         index: of the headers that are known already.
+        listing: of the folders for these bundles, if they are listed already.
 
     Returns:
         The volumes, sorted by case name, and everything that was left out with its reason.
@@ -117,7 +119,7 @@ def find_volumes(
     Raises:
         UserError: naming every folder that does not exist.
     """
-    listing = list_archive(folders, join_channels, bundles)
+    listing = listing or list_archive(folders, join_channels, bundles)
     index = index or HeaderIndex(None, bundles)
     outcome: list[Volume | LeftOut] = list(listing.left_out)
     in_groups: dict[str, list[FileGroup]] = defaultdict(list)

@@ -26,8 +26,9 @@ from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
 from nnunetv2_misfm.pool import headers
 from nnunetv2_misfm.pool.bundle_files import BundleFiles
 from nnunetv2_misfm.pool.header_index import HeaderIndex
-from nnunetv2_misfm.pool.listing import list_archive
+from nnunetv2_misfm.pool.listing import ArchiveLister, list_archive
 from nnunetv2_misfm.pool.share import BUNDLES, Share, bundle_of
+from nnunetv2_misfm.pool.shared_listing import forget_share, list_share
 from nnunetv2_misfm.pool.volumes import find_volumes
 from nnunetv2_misfm.start_up import add_plugin_folder
 
@@ -268,16 +269,51 @@ def test_a_torn_line_counts_for_nothing(nnunet: Path, scans: Path, opened: list[
     assert len(opened) == 1
 
 
-def test_parts_that_look_at_different_states_of_the_archive_do_not_complete_the_pool(
+def test_a_job_array_prepares_the_archive_as_its_first_part_found_it(
     nnunet: Path, scans: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """What comes meanwhile is left to the next run, and a part that has seen it waits for the others."""
     write_scans(scans, range(4))
     prepare(scans, "-num_parts", "2", "-part_id", "0")
     write_scans(scans, [4])
     prepare(scans, "-num_parts", "2", "-part_id", "1")
-    assert capsys.readouterr().out.count("Not complete yet") == 2
+    assert '"numTraining": 4' in pool(nnunet)["dataset.json"]
+    capsys.readouterr()
+    prepare(scans, "-num_parts", "2", "-part_id", "1")
+    assert capsys.readouterr().out.count("Not complete yet") == 1
     prepare(scans, "-num_parts", "2", "-part_id", "0")
     assert '"numTraining": 5' in pool(nnunet)["dataset.json"]
+
+
+def test_the_archive_is_listed_once_for_all_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links, files that are passed over and folders of one name included."""
+    scans, kept = [tmp_path / "first" / "scans", tmp_path / "second" / "scans"], tmp_path / "kept"
+    for number in range(9):
+        for name in (
+            f"p{number}/{number}.dcm",
+            f"p{number}/notes.txt",
+            f"v{number}.nii.gz",
+            "a_0000.nrrd",
+            "a_0001.nrrd",
+        ):
+            for folder in scans:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).touch()
+    (scans[0] / "link.nii.gz").symlink_to(scans[0] / "v1.nii.gz")
+    (scans[0] / "d\udce9.nii.gz").touch()
+    kept.mkdir()
+    shares = [Share(4, part) for part in range(4)]
+    expected = [list_archive(scans, bundles=share.bundles) for share in shares]
+    first = list_share(kept, shares[2], scans, True)
+    monkeypatch.setattr(ArchiveLister, "run", lambda _: pytest.fail("the archive is listed again"))
+    assert [list_share(kept, share, scans, True) for share in shares] == expected and first == expected[2]
+    assert sum(len(one.left_out) for one in expected) == 1 and sum(one.passed_over.total() for one in expected) == 18
+    monkeypatch.undo()
+    for share in shares:
+        forget_share(kept, share)
+    (scans[0] / "new.nii.gz").touch()
+    assert list_share(kept, shares[0], scans, True).num_files == first.num_files + 1
+    assert list_share(kept, shares[1], scans[:1], True).num_files < first.num_files  # other folders
 
 
 @pytest.mark.parametrize("held", ["part_0_of_1", "part_2_of_4"])
