@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#a855f7", "#14b8a6", "#ec4899", "#84cc16")
 TEXT = "#7b7c7d"  # a colour that nothing else has; in the SVG it becomes that of the page's text
@@ -47,6 +48,7 @@ def curve(
         for (name, line), colour in zip(lines.items(), cycle(COLOURS)):
             axis.plot(range(1, len(line) + 1) if x is None else x, line, color=colour, label=name)
         axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
+        axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # no epoch 2.5
         outside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(lines) > _MOST_INSIDE else {}
         axis.legend(frameon=False, **outside)
 

@@ -11,6 +11,7 @@ import pytest
 from run_plans import run_plans
 
 from nnunetv2_misfm.commands.report import main as misfm_report
+from nnunetv2_misfm.pages.figures import curve
 from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS, SEGMENTATION
 from nnunetv2_misfm.pretrain.tasks import task_class
 from nnunetv2_misfm.trainers.metrics_file import MetricsFile
@@ -142,3 +143,9 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path, capsys: pytest.Capture
         with pytest.raises(SystemExit):
             misfm_report([str(folder)])
         assert str(folder) in capsys.readouterr().err
+
+
+def test_epochs_on_an_axis_are_whole_numbers() -> None:
+    svg = curve({"loss": [1.0] * 20}, "epoch", "loss")
+    ticks = re.findall(r">([^<>]+)</text>", svg.partition(">epoch</text>")[0])
+    assert len(ticks) > 3 and all(tick.isdigit() for tick in ticks)
