@@ -216,7 +216,9 @@ def write_table(options: argparse.Namespace) -> None:
     probes = {name: summary(options.work / f"probe_{name}_common") for name in names}
     arms = list(dict.fromkeys(score["arm"] for probe in probes.values() for score in probe["scores"]))
     probed = [
-        f"| {arm} | " + " | ".join(mean_and_deviation(score_of(probes[name], arm)) for name in probes) + " |"
+        f"| {'random weights' if arm == 'scratch' else arm} | "
+        + " | ".join(mean_and_deviation(score_of(probes[name], arm)) for name in probes)
+        + " |"
         for arm in arms
     ]
     compared = []
@@ -229,14 +231,26 @@ def write_table(options: argparse.Namespace) -> None:
             cells = [name, pool, score["labelled"], iterations, score["arm"], len(by_seed), mean_and_deviation(by_seed)]
             cells += difference_cells(differences.get((score["arm"], score["labelled"])))
             compared.append(f"| {' | '.join(map(str, cells))} |")
+    fine_tuned = [
+        "## Fine-tuned",
+        "",
+        f"All arms of a set have the same plans, batches of 2, rate ({RATE}, AdamW, poly), cases and seeds; "
+        "differences are paired by seed, with their 95 % t interval.",
+        "",
+        "| set | pool | labelled | iterations | arm | seeds | Dice | minus scratch | iterations to scratch's end |",
+        "| --- " * 9 + "|",
+    ]
     text = "\n".join(
         [
             "# Three public sets: what pretraining brings with few labels",
             "",
             f"nnU-Net's U-Net with {FEATURES} features, pretrained for 20 epochs of {ITERATIONS} iterations "
-            f"(`{' '.join((*CROPS, *PRETRAINING))}`) on the images of patients that are neither tested nor validated "
+            f"(`{' '.join((*CROPS, *PRETRAINING))}`; "
+            + "; ".join(f"{task} {' '.join(words)}" for task, words in TASK_OPTIONS.items())
+            + ") on the images of patients that are neither tested nor validated "
             "on, of all three sets together (pool: common) or of the set alone (own). Mean foreground Dice of the test "
-            "cases, in points; mean ± standard deviation over draws of labelled patients. Test patients: "
+            "cases, in points; mean ± standard deviation over draws of 10 labelled patients; one draw where "
+            "there is none. Test patients: "
             + ", ".join(f"{name} {labelled.num_test}" for name, labelled in SETS.items())
             + ".",
             "",
@@ -246,15 +260,9 @@ def write_table(options: argparse.Namespace) -> None:
             "| --- " * (1 + len(probes)) + "|",
             *probed,
             "",
-            "## Fine-tuned",
-            "",
-            f"All arms of a set have the same plans, batches of 2, rate ({RATE}, AdamW, poly), cases and seeds; "
-            "differences are paired by seed, with their 95 % t interval.",
-            "",
-            "| set | pool | labelled | iterations | arm | seeds | Dice | minus scratch | iterations to scratch's end |",
-            "| --- " * 9 + "|",
+            *(fine_tuned if compared else []),
             *compared,
-            "",
+            *([""] if compared else []),
             *provenance(
                 "python benchmarks/three_sets.py table --data FOLDER --work FOLDER",
                 ("torch", "nnunetv2"),
