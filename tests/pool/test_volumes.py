@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,8 @@ def test_case_names_stay_when_files_are_added(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["mit Leerzeichen ü", "患者", "a.b.c", "scan_seg", "..weird -x-", "n" * 200])
 def test_case_names_are_safe_file_names(tmp_path: Path, name: str) -> None:
+    if not name.isascii() and sys.getfilesystemencoding() != "utf-8":
+        pytest.skip("Python cannot name such a file in this locale")
     phantoms.write(tmp_path / f"x{name}" / f"x{name}.nii.gz", phantoms.mr())
     (volume,) = find_volumes([tmp_path]).volumes
     assert volume.case.replace("_", "").replace("-", "").isalnum() and volume.case.isascii()
