@@ -20,10 +20,11 @@ from nnunetv2_misfm.pool.channels import grid_of, join_channels
 from nnunetv2_misfm.pool.dicom_series import Series, sort_series
 from nnunetv2_misfm.pool.grid import Grid
 from nnunetv2_misfm.pool.header_index import HeaderIndex
-from nnunetv2_misfm.pool.headers import NEVER, Header, HeaderReader, header_reader
+from nnunetv2_misfm.pool.headers import HEADERS_WORTH_A_PROCESS, NEVER, Header, HeaderReader, header_reader
 from nnunetv2_misfm.pool.listing import FileGroup, Listing, list_archive
 from nnunetv2_misfm.pool.share import WHOLE
 from nnunetv2_misfm.pool.volume_files import LeftOut, VolumeFile, case_name, split_ending
+from nnunetv2_misfm.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -123,12 +124,18 @@ def find_volumes(
     index = index or HeaderIndex(None, bundles)
     outcome: list[Volume | LeftOut] = list(listing.left_out)
     in_groups: dict[str, list[FileGroup]] = defaultdict(list)
-    with header_reader(sum(len(g.files) for groups in listing.groups.values() for g in groups), num_processes) as read:
+    num_files = sum(len(group.files) for groups in listing.groups.values() for group in groups)
+    few = num_files < HEADERS_WORTH_A_PROCESS
+    with (
+        header_reader(num_files, num_processes) as read,
+        progress_bar(num_files, "Reading headers", unit="file", disable=few) as bar,
+    ):
         for bundle, groups in sorted(listing.groups.items()):
             for group, found in _outcomes(bundle, groups, index, read):
                 for series in {one.series for one in found if one.series}:
                     in_groups[series].append(group)
                 outcome += found
+                bar.update(len(group.files))
         spread = {series for series, groups in in_groups.items() if len(groups) > 1}
         outcome = [one for one in outcome if one.series not in spread]
         outcome += joined_series(_headers_of(in_groups, spread, index, read), spread)

@@ -212,3 +212,15 @@ def test_real_folders_give_the_volumes_they_hold(real_data_folder: Path) -> None
     assert formats.count("NIfTI") == len(list(real_data_folder.rglob("*.nii.gz")))
     assert formats.count("DICOM") == len(list((real_data_folder / "dicom").iterdir()))
     assert not found.left_out
+
+
+def test_reading_many_headers_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(3):
+        phantoms.write(tmp_path / f"{number}.nii.gz", phantoms.mr())
+    find_volumes([tmp_path])
+    assert "headers" not in capsys.readouterr().err
+    monkeypatch.setattr("nnunetv2_misfm.pool.volumes.HEADERS_WORTH_A_PROCESS", 3)
+    find_volumes([tmp_path])
+    assert "Reading headers: 3 of 3 (100 %)" in capsys.readouterr().err
