@@ -25,7 +25,7 @@ from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS
 from nnunetv2_misfm.pretrain.batches import crop_loader
 from nnunetv2_misfm.pretrain.crops import CropSamples
 from nnunetv2_misfm.pretrain.picture import Panel, classes, grey, write_panels
-from nnunetv2_misfm.pretrain.planning import plain_unet_entry
+from nnunetv2_misfm.pretrain.planning import plain_unet_entry, plain_unet_stages
 from nnunetv2_misfm.pretrain.reconstruction import Target
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
 from nnunetv2_misfm.pretrain.tasks import task_class
@@ -74,15 +74,7 @@ def trained(folder: Path, iterations: int) -> torch.nn.Module:
     torch.manual_seed(0)
     task = fusion()
     entry = plain_unet_entry((3, 3, 3), TRAINED_PATCH)
-    stages = len(FEATURES)
-    entry["arch_kwargs"] |= {
-        "n_stages": stages,
-        "features_per_stage": FEATURES,
-        "kernel_sizes": [[3, 3, 3]] * stages,
-        "strides": STRIDES,
-        "n_conv_per_stage": [2] * stages,
-        "n_conv_per_stage_decoder": [2] * (stages - 1),
-    }
+    entry["arch_kwargs"] |= plain_unet_stages(FEATURES, STRIDES)
     network = get_network_from_plans(
         entry["network_class_name"], entry["arch_kwargs"], entry["_kw_requires_import"], 1, 3, deep_supervision=True
     )

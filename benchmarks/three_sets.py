@@ -28,6 +28,7 @@ from provenance import device_name, provenance
 
 from nnunetv2_misfm.commands.compare.splits import split_cases
 from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS
+from nnunetv2_misfm.pretrain.planning import plain_unet_stages
 
 RESULTS = Path(__file__).parent / "results" / "three_sets.md"
 PLANS = "SmallPlans"
@@ -137,15 +138,7 @@ def small_plans(plans: dict, labelled: LabelledSet) -> dict:
     """nnU-Net's plans with a U-Net of four stages, kernels of 3x3x3 and a small patch."""
     plans = deepcopy(plans) | {"plans_name": PLANS}
     entry = plans["configurations"]["3d_fullres"]
-    stages = len(FEATURES)
-    entry["architecture"]["arch_kwargs"] |= {
-        "n_stages": stages,
-        "features_per_stage": FEATURES,
-        "kernel_sizes": [[3, 3, 3]] * stages,
-        "strides": [list(stride) for stride in labelled.strides],
-        "n_conv_per_stage": [2] * stages,
-        "n_conv_per_stage_decoder": [2] * (stages - 1),
-    }
+    entry["architecture"]["arch_kwargs"] |= plain_unet_stages(FEATURES, labelled.strides)
     entry |= {"patch_size": list(labelled.patch), "batch_size": 2}
     return plans
 
@@ -222,9 +215,9 @@ def write_table(options: argparse.Namespace) -> None:
         for arm in arms
     ]
     compared = []
-    for folder in sorted(options.work.glob("compare_*_*_*/summary.json")):
-        _, name, pool, iterations = folder.parent.name.split("_")
-        found = json.loads(folder.read_text(encoding="utf-8"))
+    for path in sorted(options.work.glob("compare_*_*_*/summary.json")):
+        _, name, pool, iterations = path.parent.name.split("_")
+        found = summary(path.parent)
         differences = {(one["arm"], one["labelled"]): one for one in found["comparisons"] if one["minus"] == "scratch"}
         for score in found["scores"]:
             by_seed = list(score["dice_by_seed"].values())

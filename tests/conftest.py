@@ -62,15 +62,9 @@ def nnunet(dataset_template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     return root
 
 
-@pytest.fixture(autouse=True)
-def progress_is_not_plotted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """nnU-Net's progress.png takes a third of the time of a run of seconds; `progress_plot` asks for it."""
-    if "nnunet" in request.fixturenames and "progress_plot" not in request.fixturenames:
-        from nnunetv2.training.logging.nnunet_logger import LocalLogger
-
-        monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda logger, folder: None)
-
-
 @pytest.fixture
-def progress_plot() -> None:
-    """For tests of nnU-Net's progress.png."""
+def progress_plot(nnunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of nnU-Net's progress.png, which `use_folders` leaves out: it takes a third of a run of seconds."""
+    from nnunet_dataset import PLOT_PROGRESS, LocalLogger
+
+    monkeypatch.setattr(LocalLogger, "plot_progress_png", PLOT_PROGRESS)

@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_misfm.commands.threads import threads_for_processes
 from nnunetv2_misfm.pretrain.planning import plain_unet_entry
 
 NAME = "Dataset004_Small"
+PLOT_PROGRESS = LocalLogger.plot_progress_png
+"""What `use_folders` replaces."""
 SHAPE = (24, 30, 26)
 LABELS = {"background": 0, "inner": 1, "outer": 2}
 CASES = [f"case_{index}" for index in range(6)]
@@ -126,5 +129,6 @@ def use_folders(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("nnUNet_n_proc_DA", "0")
     monkeypatch.setenv("nnUNet_compile", "0")
     monkeypatch.setattr("multiprocessing.get_context", threads_for_processes)
-    monkeypatch.setitem(matplotlib.rcParams, "savefig.dpi", 10)  # nnU-Net draws its progress after every epoch
+    monkeypatch.setitem(matplotlib.rcParams, "savefig.dpi", 10)  # of pictures of samples
+    monkeypatch.setattr(LocalLogger, "plot_progress_png", lambda logger, folder: None)  # nnU-Net draws every epoch
     monkeypatch.setattr("nnunetv2_misfm.pages.figures.svg", lambda draw, width, height: "<svg></svg>")  # and we ours

@@ -143,20 +143,30 @@ def _check_stems(request: RunRequest, degree: int) -> None:
         )
 
 
+def plain_unet_stages(
+    features: Sequence[int], strides: Sequence[Sequence[int]], kernels: Sequence[Sequence[int]] | None = None
+) -> dict[str, Any]:
+    """What a PlainConvUNet is told of its stages, of two convolutions each; all kernels are 3x3x3 if none are given."""
+    stages = len(features)
+    return {
+        "n_stages": stages,
+        "features_per_stage": list(features),
+        "kernel_sizes": [list(map(int, kernel)) for kernel in kernels or [(3, 3, 3)] * stages],
+        "strides": [list(map(int, stride)) for stride in strides],
+        "n_conv_per_stage": [2] * stages,
+        "n_conv_per_stage_decoder": [2] * (stages - 1),
+    }
+
+
 def plain_unet_entry(spacing: Sequence[float], patch_size: Sequence[int]) -> dict[str, Any]:
     """The PlainConvUNet that nnU-Net's planner would choose for this spacing and patch size."""
     _, strides, kernels, _, _ = get_pool_and_conv_props(spacing, patch_size, _UNET_SMALLEST_MAP, 999999)
-    stages = len(strides)
+    features = [min(_UNET_MOST_FEATURES, _UNET_FEATURES * 2**i) for i in range(len(strides))]
     return {
         "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
-        "arch_kwargs": {
-            "n_stages": stages,
-            "features_per_stage": [min(_UNET_MOST_FEATURES, _UNET_FEATURES * 2**i) for i in range(stages)],
+        "arch_kwargs": plain_unet_stages(features, strides, kernels)
+        | {
             "conv_op": "torch.nn.modules.conv.Conv3d",
-            "kernel_sizes": [list(map(int, kernel)) for kernel in kernels],
-            "strides": [list(map(int, stride)) for stride in strides],
-            "n_conv_per_stage": [2] * stages,
-            "n_conv_per_stage_decoder": [2] * (stages - 1),
             "conv_bias": True,
             "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
             "norm_op_kwargs": {"eps": 1e-05, "affine": True},

@@ -30,6 +30,7 @@ from nnunetv2_misfm.cpu_threads import training_threads
 from nnunetv2_misfm.files import format_duration, read_json, write_json
 from nnunetv2_misfm.pages import figures
 from nnunetv2_misfm.plans.files import FINAL
+from nnunetv2_misfm.pretrain.planning import plain_unet_stages
 from nnunetv2_misfm.start_up import add_plugin_folder
 from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
 
@@ -38,6 +39,7 @@ _DATASET_ID, _DATASET = "999", "Dataset999_MisFMDemo"
 _PLANS = "nnUNetDemoPlans"
 _ARM = "VolumeFusion"
 _FEATURES = [8, 16, 32, 64]
+_STRIDES = [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]]
 
 
 class Demo:
@@ -81,15 +83,7 @@ class Demo:
             preprocess([int(_DATASET_ID)], configurations=["3d_fullres"], num_processes=[1], show_progress_bar=False)
         plans = deepcopy(read_json(self.preprocessed / "nnUNetPlans.json", "Start the demo again."))
         entry = plans["configurations"]["3d_fullres"]
-        stages = len(_FEATURES)
-        entry["architecture"]["arch_kwargs"] |= {
-            "n_stages": stages,
-            "features_per_stage": _FEATURES,
-            "kernel_sizes": [[3, 3, 3]] * stages,
-            "strides": [[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
-            "n_conv_per_stage": [2] * stages,
-            "n_conv_per_stage_decoder": [2] * (stages - 1),
-        }
+        entry["architecture"]["arch_kwargs"] |= plain_unet_stages(_FEATURES, _STRIDES)
         entry |= {"patch_size": list(patch_size), "batch_size": batch_size}
         write_json(plans | {"plans_name": _PLANS}, self.preprocessed / f"{_PLANS}.json")
 
