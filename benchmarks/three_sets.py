@@ -205,68 +205,73 @@ def compare(name: str, weights: Sequence[str], options: argparse.Namespace) -> N
 
 def write_table(options: argparse.Namespace) -> None:
     """The results of all probes and comparisons that are there."""
-    names = [name for name in SETS if (options.work / f"probe_{name}_common" / "summary.json").is_file()]
-    probes = {name: summary(options.work / f"probe_{name}_common") for name in names}
-    arms = list(dict.fromkeys(score["arm"] for probe in probes.values() for score in probe["scores"]))
-    probed = [
-        f"| {'random weights' if arm == 'scratch' else arm} | "
-        + " | ".join(mean_and_deviation(score_of(probes[name], arm)) for name in probes)
-        + " |"
+    changed = "; ".join(f"{task} {' '.join(words)}" for task, words in TASK_OPTIONS.items())
+    tested = ", ".join(f"{name} {labelled.num_test}" for name, labelled in SETS.items())
+    lines = [
+        "# Three public sets: what pretraining brings with few labels",
+        "",
+        f"nnU-Net's U-Net with {FEATURES} features, pretrained for {options.pretraining_epochs} epochs of {ITERATIONS} "
+        f"iterations (`{' '.join((*CROPS, *PRETRAINING))}`; {changed}) on the images of patients that are neither "
+        "tested nor validated on, of all three sets together (pool: common) or of the set alone (own). Mean foreground "
+        "Dice of the test cases, in points; mean ± standard deviation over draws of 10 labelled patients; one draw where there "
+        f"is none. Test patients: {tested}.",
+        "",
+        *probed(options.work),
+        "",
+        *fine_tuned(options.work),
+        *provenance(
+            "python benchmarks/three_sets.py table --data FOLDER --work FOLDER",
+            ("torch", "nnunetv2"),
+            {},
+            device_name(options.device),
+        ),
+        "",
+    ]
+    RESULTS.write_text("\n".join(lines), encoding="utf-8")
+    print("\n".join(lines))
+
+
+def probed(work: Path) -> list[str]:
+    folders = {name: work / f"probe_{name}_common" for name in SETS}
+    probes = {name: summary(folder) for name, folder in folders.items() if (folder / "summary.json").is_file()}
+    arms = dict.fromkeys(score["arm"] for probe in probes.values() for score in probe["scores"])
+    rows = [
+        [
+            "random weights" if arm == "scratch" else arm,
+            *(mean_and_deviation(score_of(p, arm)) for p in probes.values()),
+        ]
         for arm in arms
     ]
-    compared = []
-    for path in sorted(options.work.glob("compare_*_*_*/summary.json")):
+    return ["## A linear classifier of frozen features", "", *table(["weights", *probes], rows)]
+
+
+def fine_tuned(work: Path) -> list[str]:
+    """Nothing if nothing was compared yet."""
+    rows = []
+    for path in sorted(work.glob("compare_*_*_*/summary.json")):
         _, name, pool, iterations = path.parent.name.split("_")
         found = summary(path.parent)
         differences = {(one["arm"], one["labelled"]): one for one in found["comparisons"] if one["minus"] == "scratch"}
         for score in found["scores"]:
-            by_seed = list(score["dice_by_seed"].values())
-            cells = [name, pool, score["labelled"], iterations, score["arm"], len(by_seed), mean_and_deviation(by_seed)]
-            cells += difference_cells(differences.get((score["arm"], score["labelled"])))
-            compared.append(f"| {' | '.join(map(str, cells))} |")
-    fine_tuned = [
+            arm, labelled, by_seed = score["arm"], score["labelled"], list(score["dice_by_seed"].values())
+            cells = [name, pool, labelled, iterations, arm, len(by_seed), mean_and_deviation(by_seed)]
+            rows.append([*map(str, cells), *difference_cells(differences.get((arm, labelled)))])
+    if not rows:
+        return []
+    head = ["set", "pool", "labelled", "iterations", "arm", "seeds", "Dice", "minus scratch"]
+    return [
         "## Fine-tuned",
         "",
         f"All arms of a set have the same plans, batches of 2, rate ({RATE}, AdamW, poly), cases and seeds; "
         "differences are paired by seed, with their 95 % t interval.",
         "",
-        "| set | pool | labelled | iterations | arm | seeds | Dice | minus scratch | iterations to scratch's end |",
-        "| --- " * 9 + "|",
+        *table([*head, "iterations to scratch's end"], rows),
+        "",
     ]
-    text = "\n".join(
-        [
-            "# Three public sets: what pretraining brings with few labels",
-            "",
-            f"nnU-Net's U-Net with {FEATURES} features, pretrained for 20 epochs of {ITERATIONS} iterations "
-            f"(`{' '.join((*CROPS, *PRETRAINING))}`; "
-            + "; ".join(f"{task} {' '.join(words)}" for task, words in TASK_OPTIONS.items())
-            + ") on the images of patients that are neither tested nor validated "
-            "on, of all three sets together (pool: common) or of the set alone (own). Mean foreground Dice of the test "
-            "cases, in points; mean ± standard deviation over draws of 10 labelled patients; one draw where "
-            "there is none. Test patients: "
-            + ", ".join(f"{name} {labelled.num_test}" for name, labelled in SETS.items())
-            + ".",
-            "",
-            "## A linear classifier of frozen features",
-            "",
-            f"| weights | {' | '.join(probes)} |",
-            "| --- " * (1 + len(probes)) + "|",
-            *probed,
-            "",
-            *(fine_tuned if compared else []),
-            *compared,
-            *([""] if compared else []),
-            *provenance(
-                "python benchmarks/three_sets.py table --data FOLDER --work FOLDER",
-                ("torch", "nnunetv2"),
-                {},
-                device_name(options.device),
-            ),
-            "",
-        ]
-    )
-    RESULTS.write_text(text, encoding="utf-8")
-    print(text)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(head)} |", "| --- " * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
 def summary(folder: Path) -> dict:
