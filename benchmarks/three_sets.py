@@ -213,8 +213,8 @@ def write_table(options: argparse.Namespace) -> None:
         f"nnU-Net's U-Net with {FEATURES} features, pretrained for {options.pretraining_epochs} epochs of {ITERATIONS} "
         f"iterations (`{' '.join((*CROPS, *PRETRAINING))}`; {changed}) on the images of patients that are neither "
         "tested nor validated on, of all three sets together (pool: common) or of the set alone (own). Mean foreground "
-        "Dice of the test cases, in points; mean ± standard deviation over draws of 10 labelled patients; one draw where there "
-        f"is none. Test patients: {tested}.",
+        "Dice of the test cases, in points; mean ± standard deviation over draws of 10 labelled patients; one draw "
+        f"where there is none. Test patients: {tested}.",
         "",
         *probed(options.work),
         "",
