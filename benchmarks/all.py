@@ -35,7 +35,7 @@ def main() -> None:
         for script in ("fusion_speed.py", "pretext_speed.py"):
             run(script, "--nnssl", options.nnssl, "--pymic", options.pymic)
     if options.run:
-        scripts = ("memory_estimate", "class_shares", "pool_index", "pretraining_speed", "pretext_cost", "archive")
+        scripts = ("memory_estimate", "class_shares", "pool_index", "pretraining_speed", "pretext_cost", "archive_cost")
         for script in scripts:
             run(f"{script}.py")
     pages = sorted(path for path in RESULTS.glob("*.md") if path != PAGE)

@@ -102,7 +102,7 @@ class BareVolumes:
             if needs_all:  # else the preparation writes it down
                 folder.ledger.keep_found(self.inspection)
             if options.only_inspect:
-                folder.forget_files()
+                folder.forget_own_files()
             by_all = folder.ledger.found_by_all(self.inspection.token) if needs_all else None
             if by_all is not None or not needs_all:
                 whole = by_all or self.inspection

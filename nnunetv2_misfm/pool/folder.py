@@ -92,12 +92,13 @@ class PoolFolder:
         """
         return list_share(self._listing, self.share, folders, join_channels)
 
-    def forget_files(self, of_all: bool = False) -> None:
-        """Let the next run of this part, or of every part, list the archive anew."""
-        if of_all:
-            forget_all(self._listing)
-        else:
-            forget_share(self._listing, self.share)
+    def forget_own_files(self) -> None:
+        """Let the next run of this part list the archive anew."""
+        forget_share(self._listing, self.share)
+
+    def forget_all_files(self) -> None:
+        """Let the next run of every part list the archive anew."""
+        forget_all(self._listing)
 
     def clear_temporary(self) -> None:
         """Remove what a killed run of the same part left half-written."""

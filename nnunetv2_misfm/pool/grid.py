@@ -46,10 +46,15 @@ class Grid:
         return _orientation(self.direction)
 
     @property
-    def upright_axes(self) -> list[int]:
+    def upright_axes(self) -> tuple[int, ...]:
         """Which array axes, slowest stored axis first, run along the body, from front to back, and across it."""
-        stored = self.orientation[::-1]
-        return [next(axis for axis, letter in enumerate(stored) if letter in pair) for pair in ("SI", "AP", "RL")]
+        return _upright_axes(self.orientation)
+
+
+@lru_cache
+def _upright_axes(orientation: str) -> tuple[int, ...]:
+    stored = orientation[::-1]
+    return tuple(next(axis for axis, letter in enumerate(stored) if letter in pair) for pair in ("SI", "AP", "RL"))
 
 
 @lru_cache(maxsize=1024)  # most volumes of an archive share a few directions

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,8 @@ class HeaderIndex:
 
     def headers(self, bundle: int, files: Sequence[VolumeFile], read: HeaderReader) -> list[Header]:
         """Headers of files of one bundle in their order; `read` is given those that are not known as they are now."""
-        known = self.in_memory if self._headers is None else {h.file.path: h for h in self.known(bundle)}
+        folders = {file.folder for file in files}
+        known = self.in_memory if self._headers is None else {h.file.path: h for h in self.known(bundle, folders)}
         current = {file.path: known[file.path] for file in files if _holds(known.get(file.path))}
         new = [file for file in files if file.path not in current]
         for first in range(0, len(new), FILES_AT_ONCE):
@@ -58,12 +59,14 @@ class HeaderIndex:
                 self._headers.append(bundle, _lines(headers))
         return [current[file.path] for file in files]
 
-    def known(self, bundle: int) -> list[Header]:
-        """All headers of a bundle that were ever read, in the state they had last."""
+    def known(self, bundle: int, folders: Collection[str] | None = None) -> list[Header]:
+        """All headers of a bundle, or of these folders in it, that were ever read, in the state they had last."""
         if self._headers is None:
             return [header for header in self.in_memory.values() if header.file.bundle == bundle]
         found = {}
         for line in self._headers.read(bundle):
+            if folders is not None and line["folder"] not in folders:
+                continue
             for name, (size, date, content) in line["files"].items():
                 path, key = os.path.join(line["folder"], name), f"{line['key']}/{name}"
                 found[path] = _decoded(VolumeFile(path, key, line["format"], bundle), size, date, content)

@@ -167,6 +167,7 @@ def _records_of(lines: Iterable[Any]) -> dict[str, CaseRecord]:
     records = {}
     for line in lines:
         # Other versions have other fields, too.
-        values = {name: as_tuples(value) for name, value in line.items() if name in _FIELDS}
+        known = ((name, value) for name, value in line.items() if name in _FIELDS)
+        values = {name: as_tuples(value) if isinstance(value, list) else value for name, value in known}
         records[line["case"]] = CaseRecord(**values)
     return records

@@ -163,7 +163,7 @@ def prepare_pool(
                 if one.bundle in folder.share.bundles:
                     tally.add(LEFT_OUT, one.reason)
             folder.ledger.mark(PREPARED_ALL, inspection.token)
-            folder.forget_files()
+            folder.forget_own_files()
             merged = _merge_if_last(folder, inspection.token, plans, configuration, num_processes)
             merged = merged or MergedPool(dict(plans), tally, complete=False)
     statuses = merged.tally.statuses
@@ -197,7 +197,8 @@ def _merge_if_last(
             with folder.lock_merge():
                 _prepare_joined(folder, plans, configuration, num_processes)
                 merged = merge_pool(folder, plans, configuration)
-                folder.forget_files(of_all=merged.complete)
+                if merged.complete:
+                    folder.forget_all_files()
                 return merged
         except LockedError:
             print("Another part is bringing the pool together")

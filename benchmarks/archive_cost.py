@@ -1,17 +1,13 @@
-"""Preparing an archive in parts: what is opened, what it costs, and whether killed parts change the pool.
+"""What preparing an archive in parts opens and costs, and what of it grows with the archive.
 
-    python benchmarks/archive.py [parts archive scale speed] [--data FOLDER] [--series 2000]
+    python benchmarks/archive_cost.py [archive scale] [--series 2000] [--num_parts 100]
 
-parts    Ten parts start at the same moment on 300 real volumes; three of them are killed at random moments and
-         started again, twice. The arrays must be those that one part makes. FOLDER holds nnU-Net datasets.
 archive  All parts in turn on an archive of small DICOM series that is written first; then again, with 1 % new series.
          Everything is done but preparing voxels: `prepare_case` returns a record and no arrays. --quick_headers opens
          every file and takes its numbers from fixed places instead of having pydicom read it, which would take most of
          the time at the paper's size; what it costs for each header is known from fewer series.
 scale    What grows with the archive, with --scale series: listing the folders (of empty files) and the merge (of
          records that are made up).
-speed    CPU time per volume beside what each worker of nnUNetv2_preprocess does with it, with the same target spacing,
-         three times each in turn.
 
 Each replaces its section of benchmarks/results/archive.md. The archive of the paper's size: --series 110000
 --quick_headers.
@@ -24,31 +20,25 @@ import hashlib
 import json
 import multiprocessing
 import os
-import random
-import re
 import shutil
-import signal
-import statistics
 import sys
-import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
-from io import BytesIO, StringIO
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import blosc2
 import numpy as np
 import pydicom
-from provenance import device_name, provenance
+from archive_run import POOL, measure, part, pretrain
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
-from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
 from nnunetv2_misfm.files import append_json_lines
 from nnunetv2_misfm.pool import folder as pool_folder
 from nnunetv2_misfm.pool import headers, prepare
@@ -60,18 +50,10 @@ from nnunetv2_misfm.pool.merge import merge_pool
 from nnunetv2_misfm.pool.share import BUNDLES, Share
 from nnunetv2_misfm.pool.shared_listing import list_share
 
-RESULTS = Path(__file__).parent / "results" / "archive.md"
-POOL = "Dataset900_Pool"
-DATA = Path("nnUNet_preprocessed") / POOL / "nnUNetPlans_3d_fullres"
-TOGETHER, KILLED, TRIALS = 10, 3, 2
-ROUNDS = 3
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", help="default: all, without --data the two that need none")
-    parser.add_argument("--data", type=Path, default=os.environ.get("MISFM_REAL_DATA"))
-    parser.add_argument("--volumes", type=int, default=300)
+    parser.add_argument("sections", nargs="*", default=["archive", "scale"], help="default: both")
     parser.add_argument("--series", type=int, default=2000)
     parser.add_argument("--files", type=int, default=10)
     parser.add_argument("--scale", type=int, default=10_000)
@@ -79,106 +61,9 @@ def main() -> None:
     parser.add_argument("--quick_headers", action="store_true")
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
     options = parser.parse_args()
-    measure = {"parts": measure_parts, "archive": measure_archive, "scale": measure_scale, "speed": measure_speed}
-    for name in options.sections or (measure if options.data else ("archive", "scale")):
-        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            for part in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-                (Path(folder) / part).mkdir()
-                os.environ[part] = str(Path(folder) / part)
-            lines = measure[name](options, Path(folder))
-        command = f"python benchmarks/archive.py {' '.join(sys.argv[1:])}"
-        lines += ["", *provenance(command, ("nnunetv2", "pydicom", "blosc2"), {}, device_name("cpu"))]
-        write_section(lines)
-
-
-def write_section(lines: Sequence[str]) -> None:
-    """Replace the section of that heading in the results."""
-    text = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else "# Preparing an archive in parts\n"
-    head, *sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
-    kept = [section.strip() for section in sections if not section.startswith(lines[0])]
-    RESULTS.write_text("\n\n".join([head.strip(), *kept, "\n".join(lines)]) + "\n", encoding="utf-8")
-    print("\n".join(lines))
-
-
-def pretrain(images: Path, *options: str) -> None:
-    """Prepare, with nothing said unless it fails."""
-    data = ["-i", str(images), "-d", "900", "-n", "Pool", "-np", "1", "-spacing", "1.5", "1.5", "1.5"]
-    said = StringIO()
-    try:
-        with redirect_stdout(said), redirect_stderr(said):
-            misfm_pretrain([*data, "--only_prepare", *options])
-    except SystemExit:
-        print(said.getvalue())
-        raise
-
-
-def part(number: int, num_parts: int) -> list[str]:
-    return ["-num_parts", str(num_parts), "-part_id", str(number)]
-
-
-# ---- parts
-
-
-def measure_parts(options: argparse.Namespace, folder: Path) -> list[str]:
-    images, generator = folder / "images", random.Random(0)
-    sources = sorted(options.data.glob("Dataset*/imagesTr/*.nii.gz"))[: options.volumes]
-    for source in sources:
-        (images / source.parts[-3]).mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, images / source.parts[-3])
-    modality = ["-modality", "mr"]
-    pretrain(images, *modality)
-    one, rows = arrays(folder), []
-    for trial in range(TRIALS):
-        shutil.rmtree(folder / "nnUNet_preprocessed" / POOL)
-        started = {number: start(images, number, modality) for number in range(TOGETHER)}
-        killed: dict[int, str] = {}
-        for moment in sorted(generator.uniform(0.05, 0.6) * len(sources) for _ in range(KILLED)):
-            while num_prepared(folder) < moment:
-                time.sleep(0.02)
-            alive = [number for number, process in started.items() if process.is_alive() and number not in killed]
-            number = generator.choice(alive)
-            os.kill(started[number].pid, signal.SIGKILL)
-            started[number].join()
-            killed[number] = f"part {number} after {num_prepared(folder)} volumes"
-            started[number] = start(images, number, modality)
-        for process in started.values():
-            process.join()
-        failed = [number for number, process in started.items() if process.exitcode]
-        same = "the same" if arrays(folder) == one else "NOT the same"
-        rows.append(f"| {trial + 1} | {', '.join(killed.values())} | {failed or 'none'} | {same} |")
-    return [
-        "## Parts that start together and are killed",
-        "",
-        f"{len(sources)} real volumes. {TOGETHER} parts start at the same moment; {KILLED} are killed (SIGKILL) and "
-        "started again. Compared are the bytes of all arrays, the report, the fingerprint and the plans.",
-        "",
-        "| trial | killed | parts that failed | pool |",
-        "| --- | --- | --- | --- |",
-        *rows,
-    ]
-
-
-def num_prepared(folder: Path) -> int:
-    """Volumes of all parts together."""
-    return len(list((folder / DATA).glob("*_seg.b2nd")))
-
-
-def start(images: Path, number: int, modality: Sequence[str]) -> Any:
-    arguments = (images, *modality, *part(number, TOGETHER))
-    process = multiprocessing.get_context("fork").Process(target=pretrain, args=arguments)
-    process.start()
-    return process
-
-
-def arrays(folder: Path) -> dict[str, str]:
-    """Digests of all arrays of the pool, and of what is said about them."""
-    found = {path.name: digest(blosc2.open(str(path))[:].tobytes()) for path in (folder / DATA).glob("*.b2nd")}
-    found |= {path.name: digest(path.read_bytes()) for path in (folder / DATA).parent.glob("*.csv")}
-    return found | {path.name: digest(path.read_bytes()) for path in (folder / DATA).parent.glob("*.json")}
-
-
-def digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+    measurements = {"archive": measure_archive, "scale": measure_scale}
+    for name in options.sections:
+        measure(options.folder, partial(measurements[name], options))
 
 
 # ---- archive
@@ -310,7 +195,7 @@ def record_only(task: CaseTask) -> CaseResult:
         shape_after_crop=task.volume.shape,
         spacing=task.volume.spacing,
         shape=task.volume.shape,
-        content=digest(task.volume.case.encode()),
+        content=hashlib.sha256(task.volume.case.encode()).hexdigest(),
         intensity=(intensity,),
     )
     return CaseResult(record, 1, 0.001)
@@ -446,97 +331,6 @@ def merge_told(merge: dict[str, float]) -> str:
         f"{merge['peak'] - merge['before']:.0f} MB to the {merge['before']:.0f} MB of a program that has PyTorch and "
         "nnU-Net loaded."
     )
-
-
-# ---- speed
-
-
-def measure_speed(options: argparse.Namespace, folder: Path) -> list[str]:
-    rows = []
-    for name in sorted(path.name for path in options.data.glob("Dataset*")):
-        ours, theirs, spacing = [], [], ""
-        for case in nnunet_cases(options.data / name, folder, options.volumes // 10):
-            for _ in range(ROUNDS):
-                theirs.append(case["theirs"]())
-                ours.append(case["ours"]())
-            spacing = case["spacing"]
-        ratio = sum(ours) / sum(theirs)
-        rows.append(
-            f"| {name} | {len(ours) // ROUNDS} | {spacing} | {statistics.mean(ours):.3f} | "
-            f"{statistics.mean(theirs):.3f} | {ratio:.2f} |"
-        )
-    return [
-        "## Beside nnUNetv2_preprocess",
-        "",
-        f"CPU seconds per volume, mean of {ROUNDS} alternating rounds in one process: ours is `prepare_case` with "
-        "publishing and the record, by the plans of that dataset (`-plans_from`); nnU-Net's is `run_case_save`, which "
-        "its workers run, with labels.",
-        "",
-        "| dataset | volumes | spacing, mm | ours | nnU-Net | ours / nnU-Net |",
-        "| --- | --- | --- | --- | --- | --- |",
-        *rows,
-    ]
-
-
-def nnunet_cases(dataset: Path, folder: Path, most: int) -> Any:
-    """For every case two functions that give the CPU time of preparing it."""
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-    from nnunetv2_misfm.pool.inspection import inspect_volumes
-    from nnunetv2_misfm.pool.plan import adopt_plans, layout_hash
-    from nnunetv2_misfm.pool.settings import PoolSettings
-
-    raw = copy_cases(dataset, folder / "nnUNet_raw" / dataset.name, most)
-    number = int(dataset.name[7:10])
-    extract_fingerprints([number], num_processes=1)
-    plan_experiments([number])
-    root = folder / "nnUNet_preprocessed" / dataset.name
-    plans = json.loads((root / "nnUNetPlans.json").read_text(encoding="utf-8"))
-    dataset_json = json.loads((raw / "dataset.json").read_text(encoding="utf-8"))
-    manager = PlansManager(plans)
-    configuration = manager.get_configuration("3d_fullres")
-    preprocessor = configuration.preprocessor_class(verbose=False)
-    images = sorted((raw / "imagesTr").iterdir())
-    settings = PoolSettings(skip_label_maps=True)
-    adopted = adopt_plans(plans, "3d_fullres", POOL, "nnUNetPlans", "3d_fullres", settings, {})
-    pool = PoolFolder(POOL, "nnUNetPlans", "3d_fullres")
-    pool.create()
-    pool.clear_temporary()
-    (root / "theirs").mkdir()
-    layout = layout_hash(adopted, "3d_fullres")
-    found = inspect_volumes(images, settings).volumes
-    for volume, image in zip(sorted(found, key=lambda one: one.channels[0][0]), images, strict=True):
-        label = raw / "labelsTr" / image.name.replace("_0000", "")
-        case = CaseTask(replace(volume), adopted, "3d_fullres", layout, pool.temporary)
-        arguments = (str(root / "theirs" / volume.case), [str(image)], str(label), manager, configuration, dataset_json)
-
-        def ours(case: CaseTask = case) -> float:
-            started = time.process_time()
-            result = prepare.prepare_case(case)
-            pool.publish(result.record)
-            assert result.record.status == PREPARED, result.record.reason
-            return time.process_time() - started
-
-        def theirs(arguments: tuple[Any, ...] = arguments) -> float:
-            started = time.process_time()
-            preprocessor.run_case_save(*arguments)
-            return time.process_time() - started
-
-        yield {"ours": ours, "theirs": theirs, "spacing": " x ".join(f"{mm:.3g}" for mm in configuration.spacing)}
-
-
-def copy_cases(dataset: Path, target: Path, most: int) -> Path:
-    """The first cases of a dataset of one channel."""
-    (target / "imagesTr").mkdir(parents=True)
-    (target / "labelsTr").mkdir()
-    images = sorted((dataset / "imagesTr").iterdir())[:most]
-    for image in images:
-        shutil.copy(image, target / "imagesTr")
-        shutil.copy(dataset / "labelsTr" / image.name.replace("_0000", ""), target / "labelsTr")
-    described = json.loads((dataset / "dataset.json").read_text(encoding="utf-8"))
-    (target / "dataset.json").write_text(json.dumps({**described, "numTraining": len(images)}), encoding="utf-8")
-    return target
 
 
 if __name__ == "__main__":
