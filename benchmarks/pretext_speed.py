@@ -122,7 +122,7 @@ def our_swaps(crop: torch.Tensor) -> Job:
 def our_masks(crop: torch.Tensor) -> Job:
     def one(index: int) -> object:
         mask = sample_mask(PATCH, MaskSettings(), np.random.default_rng(index))
-        return crop * ~voxel_masks([mask], PATCH, MaskSettings(), CPU)
+        return torch.where(voxel_masks([mask], PATCH, MaskSettings(), CPU), 0.0, crop)
 
     return one
 

@@ -83,4 +83,4 @@ class MaskedAutoencoder(ReconstructionTask[MaskSettings]):
         """The image with hidden voxels at 0, and the whole image, of which the hidden voxels count."""
         (image,) = batch.patches(device)
         hidden = voxel_masks(batch.drawn, batch.patch_size, self.settings, device)
-        return image * ~hidden, Target(standardised(image), hidden)  # torch.where takes twice as long on a CPU
+        return torch.where(hidden, 0.0, image), Target(standardised(image), hidden)

@@ -104,10 +104,17 @@ class SwapTarget(Target):
     """A target that knows what the input has wrong.
 
     Attributes:
-        swap_error: (B,) squared error of the swapped image, as a mean over voxels and channels.
+        before, after: (B, C, X, Y, Z), the crops before and after the swaps, as the network sees them.
+        scale: (B, C, 1, 1, 1), what takes them to the scale of the image.
     """
 
-    swap_error: Tensor
+    before: Tensor
+    after: Tensor
+    scale: Tensor
+
+    def swap_error(self) -> float:
+        """Squared error of an output that is the input, as means over each sample's voxels, added up."""
+        return self.mean(((self.after - self.before) * self.scale).square()).sum().item()
 
 
 class PatchSwap(ReconstructionTask[PatchSwapSettings]):
@@ -133,8 +140,7 @@ class PatchSwap(ReconstructionTask[PatchSwapSettings]):
         (crops,) = batch.patches(device)
         image, scale = standardised_with_scale(crops)
         x = apply_swaps(crops, batch.drawn)
-        squared_error = (torch.linalg.vector_norm(x - crops, dim=(2, 3, 4), keepdim=True) * scale).square()
-        return x, SwapTarget(image=image, swap_error=squared_error.mean((1, 2, 3, 4)) / crops[0, 0].numel())
+        return x, SwapTarget(image=image, before=crops, after=x, scale=scale)
 
     def loss(self, outputs: Tensor, target: Target) -> Tensor:
         """Mean absolute error of all voxels."""
@@ -143,8 +149,7 @@ class PatchSwap(ReconstructionTask[PatchSwapSettings]):
     def count(self, outputs: Tensor, target: Target) -> dict[str, Any]:
         """As for other reconstructions, and the error of an output that is the input."""
         assert isinstance(target, SwapTarget)
-        sums = super().count(outputs, target)
-        return {**sums, "swapped": target.swap_error.sum().item() * target.image.shape[1]}
+        return {**super().count(outputs, target), "swapped": target.swap_error()}
 
     def scores(self, sums: Mapping[str, Any]) -> Scores:
         """Share of the swaps' error that is undone, and the scores of other reconstructions."""

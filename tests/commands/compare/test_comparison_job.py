@@ -15,24 +15,24 @@ SIZES = ["-num_iterations_per_epoch", "2", "-num_val_iterations_per_epoch", "1",
 
 
 @pytest.mark.end_to_end
-def test_a_comparison_ends_with_a_page_and_goes_on_with_more_seeds(
+def test_a_comparison_ends_with_a_page_and_goes_on_with_more_seeds_and_another_arm(
     nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     network = ["-features_per_stage", "4", "4", "8", "8", "16", "-patch_size", "16", "16", "16", "-batch_size", "2"]
     misfm_pretrain(["-d", "4", "-num_epochs", "1", *SIZES[:4], *network, "-device", "cpu"])
     weights = next(nnunet.glob("nnUNet_results/*/*/fold_all/checkpoint_final.pth"))
     common = [*WORDS, *SIZES, "-batch_size", "2", "-num_epochs", "2", "--disable_tta", "-pretrained_weights"]
-    common += [f"VF={weights}", "-o", str(tmp_path / "comparison"), "--nnunet"]
+    common += [f"VF={weights}", "-o", str(tmp_path / "comparison")]
     main([*common, "-seeds", "1"])
     said = capsys.readouterr().out
-    assert "3 runs on cpu: about" in said and "Nothing can be shown with one seed" in said
+    assert "2 runs on cpu: about" in said and "Nothing can be shown with one seed" in said
     folder = tmp_path / "comparison"
     finished = folder / "runs" / "VF_n2_seed0" / "record.json"
     before = finished.stat().st_mtime_ns
     assert len(json.loads(finished.read_text(encoding="utf-8"))["curve"]) == 2
     assert not list((folder / "nnUNet_results").rglob("*.pth"))  # weights of finished runs are not kept
 
-    main([*common, "-seeds", "2", "-jobs", "2"])
+    main([*common, "-seeds", "2", "-jobs", "2", "--nnunet"])
     assert finished.stat().st_mtime_ns == before
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     assert {score["arm"]: len(score["dice_by_seed"]) for score in summary["scores"]} == dict.fromkeys(
