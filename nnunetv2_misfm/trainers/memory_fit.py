@@ -36,22 +36,21 @@ def fit_into_memory(
         PlanError: if a step does not fit even so.
     """
     available = available_memory(device)
-    needed = {on: _bytes_of_a_step(build, input_shape, device, checkpointing=on) for on in (False, True)}
     # All processes alike: one that recomputes synchronises its BatchNorms more often, and the others would wait.
-    too_much = {on: any_process(bytes_ > available, device) for on, bytes_ in needed.items()}
-    if not too_much[False]:
+    plain = _bytes_of_a_step(build, input_shape, device, checkpointing=False)
+    if not any_process(plain > available, device):
         return
-    gigabytes = {on: f"{bytes_ / 2**30:.1f} GB" for on, bytes_ in needed.items()}
-    if too_much[True]:
+    checkpointed = _bytes_of_a_step(build, input_shape, device, checkpointing=True)
+    if any_process(checkpointed > available, device):
         raise PlanError(
             f"A training step with patch size {list(input_shape[2:])} and batch size {input_shape[0]} needs about "
-            f"{gigabytes[True]} even with activation checkpointing; {device} has {available / 2**30:.1f} GB. "
-            f"{remedy(available / 2**30)}"
+            f"{checkpointed / 2**30:.1f} GB even with activation checkpointing; {device} has "
+            f"{available / 2**30:.1f} GB. {remedy(available / 2**30)}"
         )
     set_checkpointing(network, True)
     say(
-        f"Activation checkpointing is on: a step needs about {gigabytes[False]} without it and {gigabytes[True]} with "
-        f"it; {device} has {available / 2**30:.1f} GB."
+        f"Activation checkpointing is on: a step needs about {plain / 2**30:.1f} GB without it and "
+        f"{checkpointed / 2**30:.1f} GB with it; {device} has {available / 2**30:.1f} GB."
     )
 
 
