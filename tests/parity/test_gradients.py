@@ -90,8 +90,8 @@ def test_gradient_norms(name: str) -> None:
     if uncertain:
         # Which side of a kink a voxel is on depends on the processor, too; float64 shows what that leaves open.
         exact, _ = gradients(name, torch.float64)
-        shifted = [gradients(name, torch.float64, scale=scale)[0] for scale in (1 - 1e-6, 1 + 1e-6)]
-        rounding = {key: max((g[key] - exact[key]).norm().item() for g in (single, *shifted)) for key in uncertain}
+        shifted, _ = gradients(name, torch.float64, scale=1 + 1e-6)
+        rounding = {key: max((g[key] - exact[key]).norm().item() for g in (single, shifted)) for key in uncertain}
         assert [key for key in uncertain if errors[key] > 10 * rounding[key]] == []
         # Convolutions, linear layers and bias tables leave no doubt.
         weights = [key for key in uncertain if single[key].ndim > 1]
