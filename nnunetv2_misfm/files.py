@@ -133,7 +133,23 @@ def locked(path: Path, timeout: float, message: str) -> Iterator[None]:
 
 def training_lock(results_folder: Path) -> AbstractContextManager[None]:
     """For the one process that trains in a results folder, see `locked`."""
-    return locked(results_folder / ".training.lock", 0.0, "another process trains in this results folder")
+    # The second is for `is_training`, which holds the lock for a moment.
+    return locked(_training_lock_file(results_folder), 1.0, "another process trains in this results folder")
+
+
+def is_training(results_folder: Path) -> bool:
+    """Whether a process trains in a results folder; True also where this user may not look."""
+    if not _training_lock_file(results_folder).exists():
+        return False
+    try:
+        with training_lock(results_folder):
+            return False
+    except (LockedError, OSError):
+        return True
+
+
+def _training_lock_file(results_folder: Path) -> Path:
+    return results_folder / ".training.lock"
 
 
 def format_duration(hours: float) -> str:

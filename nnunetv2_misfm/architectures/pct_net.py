@@ -370,7 +370,8 @@ def _check(
         problems.append(f"num_heads needs 3 entries (stages 2 to 4), got {list(num_heads)}")
     elif len(features) == NUM_STAGES:
         problems += [
-            f"features_per_stage[{stage}] = {channels} is not a multiple of its {heads} attention heads"
+            f"features_per_stage[{stage}] = {channels} is not a multiple of its {heads} attention heads, as "
+            f"{heads} and {2 * heads} are"
             for stage, channels, heads in zip((2, 3, 4), features[2:], num_heads, strict=True)
             if channels % heads
         ]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2_misfm.architectures.resolution import DEGREES_OF_ANISOTROPY
+from nnunetv2_misfm.commands.parser import CommandParser
 from nnunetv2_misfm.errors import PlanError, UserError, exit_with_message
 from nnunetv2_misfm.plans.network_entry import NETWORKS
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 def import_main(arguments: list[str] | None = None) -> None:
     """Entry point of misfm_import_checkpoint."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="misfm_import_checkpoint",
         description="Write a published MIS-FM file, such as pctnet_ct10k_volf.pt, as a checkpoint of this package with "
         "all or one of its stems: to share it, or for nnU-Net's own -pretrained_weights. misfm_plan, misfm_inspect and "
@@ -57,7 +58,7 @@ def import_checkpoint(options: argparse.Namespace) -> None:
 
 def export_main(arguments: list[str] | None = None) -> None:
     """Entry point of misfm_export_checkpoint."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="misfm_export_checkpoint",
         description="Write the weights of a checkpoint and what they are as safetensors, with a model card: a folder "
         "that can be uploaded to the Hugging Face Hub (hf upload OWNER/NAME FOLDER) and used as hf:OWNER/NAME.",
@@ -87,7 +88,7 @@ def export_checkpoint(options: argparse.Namespace) -> None:
 
 def inspect_main(arguments: list[str] | None = None) -> None:
     """Entry point of misfm_inspect."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="misfm_inspect",
         description="Show what a checkpoint is and how it was made, without running code from it; with -d, also how it "
         "would transfer to a dataset, and the command that uses most of it.",

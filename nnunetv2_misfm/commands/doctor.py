@@ -26,6 +26,7 @@ from typing import Literal
 
 import nnunetv2_misfm
 from nnunetv2_misfm.commands.launch import best_device, usable_gpus
+from nnunetv2_misfm.commands.parser import CommandParser
 from nnunetv2_misfm.environment import without_quotes
 from nnunetv2_misfm.errors import discard_output
 from nnunetv2_misfm.start_up import OFF_SWITCH, SEARCH_PATH, is_switched_off
@@ -295,7 +296,7 @@ def report(sections: tuple[tuple[str, tuple[Check, ...]], ...] = SECTIONS) -> in
 
 def main(arguments: list[str] | None = None) -> int:
     """The command `misfm_doctor`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         "misfm_doctor",
         description="Show what this installation consists of, what is wrong with it, and what mends it.",
         epilog=NOTES,

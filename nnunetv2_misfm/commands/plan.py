@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from nnunetv2_misfm.commands.launch import usable_gpus
+from nnunetv2_misfm.commands.parser import CommandParser
 from nnunetv2_misfm.commands.setting_options import add_setting_options, given
 from nnunetv2_misfm.errors import PlanError, exit_with_message
 from nnunetv2_misfm.files import write_json
@@ -16,6 +18,7 @@ from nnunetv2_misfm.plans.network_entry import NETWORKS
 from nnunetv2_misfm.plans.run_settings import (
     DEFAULT_BASELINE_PLANS,
     DEFAULT_FINETUNING_PLANS,
+    SCHEDULE_WITH_WEIGHTS,
     SEGMENTATION,
     FinetuningSettings,
 )
@@ -71,6 +74,8 @@ def plan(options: argparse.Namespace) -> None:
     print("Train with:")
     for command in target.training_commands(plans):
         print(f"  {command}")
+    if not usable_gpus():
+        print("There is no usable GPU here: to train on this machine, add -device cpu.")
 
 
 class TargetDataset:
@@ -97,7 +102,7 @@ class TargetDataset:
         from nnunetv2_misfm.transfer.planning import PlanRequest
 
         scratch = options.from_scratch or source is None
-        settings = {**({} if scratch else {"schedule": "sawtooth"}), **given(options, FinetuningSettings)}
+        settings = {**({} if scratch else {"schedule": SCHEDULE_WITH_WEIGHTS}), **given(options, FinetuningSettings)}
         return PlanRequest(
             plans_name=self.plans_name,
             configurations=tuple(options.c),
@@ -180,10 +185,11 @@ def _spacing(given: list[str]) -> str | tuple[float, float, float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="misfm_plan",
         description="Write the plans for fine-tuning pretrained weights on an nnU-Net dataset, or for the baseline "
-        "that starts from scratch. It ends with the command that trains.",
+        "that starts from scratch. Plans of the same name are replaced, and options that are not given have their "
+        "defaults again. It ends with the command that trains.",
     )
     add = parser.add_argument
     add("-d", required=True, metavar="ID", help="ID or name of the dataset")

@@ -89,7 +89,9 @@ def plan_and_prepare(options: PretrainOptions) -> tuple[str, str, str] | None:
     if prepared is None:
         return None
     if options.only_prepare:
-        print(f"Train with: misfm_pretrain -d {source.dataset_name} -p {source.plans_name} -c {options.configuration}")
+        device = "" if options.device == "cuda" else f" -device {options.device}"
+        command = f"misfm_pretrain -d {source.dataset_name} -p {source.plans_name} -c {options.configuration}{device}"
+        print(f"Train with: {command}")
         return None
     print(describe_choices(options, prepared))
     if options.overwrite:
@@ -108,7 +110,9 @@ def describe_choices(options: PretrainOptions, plans: Mapping[str, Any]) -> str:
 
     entry, block = plans["configurations"][options.configuration], plans[BLOCK]
     network = entry["architecture"]["network_class_name"].rpartition(".")[2]
+    features = entry["architecture"]["arch_kwargs"].get("features_per_stage")
     sizes = f"patch size {entry['patch_size']}, batch size {entry['batch_size']}"
+    network += f" with {features} features" if features else ""
     lines = [f"{plans['plans_name']}: {block['task']}, {network}, {sizes}"]
     # No two settings share a name, whatever group they are in.
     asked = {**options.run, **options.of_tasks[block["task"]], **options.augmentation}

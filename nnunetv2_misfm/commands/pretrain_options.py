@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.architectures.resolution import DEGREES_OF_ANISOTROPY
+from nnunetv2_misfm.commands.parser import CommandParser
 from nnunetv2_misfm.commands.setting_options import add_setting_options, flag_of, given
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.network_entry import NETWORKS
@@ -172,7 +173,7 @@ def _problems_of_run(options: argparse.Namespace, under_torchrun: bool) -> Itera
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="misfm_pretrain",
         description="Pretrain a network with a pretext task on bare volumes (-i), or on a dataset that nnU-Net has "
         "preprocessed (no -i). Labels are never used.",

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from nnunetv2_misfm.commands.parser import CommandParser
 from nnunetv2_misfm.errors import PlanError, exit_with_message
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of misfm_report."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="misfm_report",
         description="Write the page of a pretraining or fine-tuning run, to look at while it runs or afterwards.",
     )

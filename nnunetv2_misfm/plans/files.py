@@ -120,6 +120,12 @@ def read_plans(dataset_folder: Path, plans_name: str, configurations: Collection
     return plans
 
 
+def plans_with_weights(dataset_folder: Path) -> list[str]:
+    """Names of the dataset's plans that start from pretrained weights."""
+    paths = sorted(dataset_folder.glob("*.json"))
+    return [path.stem for path in paths if (_read(path).get(PRETRAIN_INFO) or {}).get("checkpoint_path")]
+
+
 def check_dataset_of_plans(plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> None:
     """Raise a PlanError if plans may have been read from another dataset's folder than the one they name.
 

@@ -14,6 +14,7 @@ BLOCK = "misfm"
 PRETRAIN_INFO = "pretrain_info"  # beside the block, as in nnU-Net: the weights that a fine-tuning starts from
 DEFAULT_FINETUNING_PLANS = "nnUNetMisFMPlans"
 DEFAULT_BASELINE_PLANS = "nnUNetMisFMScratchPlans"
+SCHEDULE_WITH_WEIGHTS = "sawtooth"  # what misfm_plan chooses for a fine-tuning
 SEGMENTATION = "segmentation"
 # The pretext tasks by the names that -pretext and the plans give them; the first is the default.
 PRETEXT_TASKS = {

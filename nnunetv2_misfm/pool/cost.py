@@ -14,7 +14,7 @@ import numpy as np
 
 from nnunetv2_misfm.files import format_bytes, format_duration
 from nnunetv2_misfm.plans.files import nnunet_folder
-from nnunetv2_misfm.pool.case import CaseResult, CaseTask, prepare_case
+from nnunetv2_misfm.pool.case import PREPARED, CaseResult, CaseTask, prepare_case
 from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection, inspect_volumes
 from nnunetv2_misfm.pool.plan import expected_shape
 from nnunetv2_misfm.pool.settings import PoolSettings
@@ -92,10 +92,12 @@ def estimate(sample: Sample, plans: Mapping[str, Any], configuration: str, num_p
     target = nnunet_folder("nnUNet_preprocessed")
     free = format_bytes(shutil.disk_usage(target).free)
     read = format_bytes(sum(volume.num_bytes for volume in volumes) / sample.share)
+    left_out = [f"{one.record.source}: {one.record.reason}" for one in measured if one.record.status != PREPARED]
     return "\n".join(
         [
             f"About {round(len(volumes) / sample.share):,} volumes in {sample.inspection.num_files:,} files, {read}, "
-            f"judged by {len(volumes)} of them and by preparing {len(measured)}",
+            f"judged by the headers of {len(volumes)} and by preparing {len(measured)} of them",
+            *(f"Would be left out: {line}" for line in left_out),
             f"Preparing them takes one process about {format_duration(hours)}, and -np {num_processes} about "
             f"{format_duration(hours / num_processes)}; parts (-num_parts) share the work",
             f"The pool takes about {format_bytes(bytes_per_work * work)}; {free} are free in {target}",

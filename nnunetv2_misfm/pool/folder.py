@@ -59,6 +59,7 @@ class PoolFolder:
         self.data = self.root / data_identifier
         self.plans = self.root / f"{plans_name}.json"
         self.dataset_json = self.root / "dataset.json"
+        self.report = self.root / REPORT
         self.fingerprint = self.root / "dataset_fingerprint.json"
         self.share = share
         self._preparation = self.root / f"{data_identifier}{_PREPARATION}"

@@ -340,7 +340,10 @@ def check_names(dataset_name: str, plans_name: str, configuration: str) -> None:
     dataset_id = convert_dataset_name_to_id(dataset_name)
     others = [str(name) for name in find_candidate_datasets(dataset_id) if name != dataset_name]
     if others:
-        raise PoolError(f"dataset ID {dataset_id} belongs to {', '.join(others)}; choose another ID")
+        raise PoolError(
+            f"dataset ID {dataset_id} belongs to {', '.join(others)}; choose another ID, or that dataset's own name "
+            f"with -n. Where nothing of it is needed, delete its folders in nnU-Net's three folders."
+        )
     if nnUNet_raw.is_set() and (Path(nnUNet_raw.require()) / dataset_name).exists():
         raise PoolError(f"{dataset_name} is a dataset in {nnUNet_raw.require()}; choose another ID and name")
 

@@ -178,7 +178,9 @@ def prepare_pool(
         complete=merged.complete,
     )
     if report.complete and report.num_prepared == 0:
-        raise PoolError(f"none of the volumes can be used\n{report.summary()}")
+        raise PoolError(
+            f"none of the volumes can be used; each and its reason is in {folder.report}\n{report.summary()}"
+        )
     return report
 
 

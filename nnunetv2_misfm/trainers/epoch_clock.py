@@ -7,6 +7,7 @@ from time import perf_counter
 
 import torch
 
+from nnunetv2_misfm.files import format_duration
 from nnunetv2_misfm.trainers.device_memory import peak_memory_gb
 
 
@@ -20,10 +21,10 @@ class Speed:
 
     def text(self, iterations_left: int) -> str:
         """A sentence for the log."""
-        hours = iterations_left / max(self.iterations_per_s, 1e-9) / 3600
+        time_left = format_duration(iterations_left / max(self.iterations_per_s, 1e-9) / 3600)
         return (
             f"{self.iterations_per_s:.2f} iterations/s, {100 * self.data_wait_share:.0f} % of the time waiting for "
-            f"data, peak memory {self.peak_memory_gb or 0:.1f} GB, about {hours:.1f} h left"
+            f"data, peak memory {self.peak_memory_gb or 0:.1f} GB, about {time_left} left"
         )
 
 

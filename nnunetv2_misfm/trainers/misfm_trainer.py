@@ -11,7 +11,7 @@ from batchgenerators.utilities.file_and_folder_operations import join, save_json
 
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.checks import check_labels, without_memory
-from nnunetv2_misfm.plans.files import check_dataset_of_plans
+from nnunetv2_misfm.plans.files import check_dataset_of_plans, plans_with_weights
 from nnunetv2_misfm.plans.run_settings import DEFAULT_FINETUNING_PLANS, PRETRAIN_INFO, FinetuningSettings
 from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
 from nnunetv2_misfm.trainers.run_page import TRANSFER_REPORT
@@ -90,7 +90,11 @@ class MisFMTrainer(BaseTrainer):
             self.print_to_log_file("Training starts from the weights given with -pretrained_weights.")
             return
         if info.get("checkpoint_path") is None:
-            self.print_to_log_file("Training from scratch: the plan names no pretrained weights.")
+            message = f"Training from scratch: the plans {self.plans_manager.plans_name} name no pretrained weights."
+            others = plans_with_weights(Path(self.preprocessed_dataset_folder_base))
+            if others and PRETRAIN_INFO not in self.plans_manager.plans:  # a -p that was forgotten, not a baseline
+                message += f" {', '.join(others)} of this dataset name some: to start from them, stop this and give -p."
+            self.print_to_log_file(message)
             return
         weights, report = transfer_source(
             load_source(info),

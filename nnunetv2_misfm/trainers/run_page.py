@@ -13,11 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.errors import PlanError, first_line
-from nnunetv2_misfm.files import format_duration, read_json
+from nnunetv2_misfm.files import format_duration, is_training, read_json
 from nnunetv2_misfm.pages import figures
 from nnunetv2_misfm.pages.html import write_page
 from nnunetv2_misfm.plans.checks import configuration_3d
-from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, SEGMENTATION, FinetuningSettings
+from nnunetv2_misfm.plans.run_settings import (
+    BLOCK,
+    PRETRAIN_INFO,
+    SCHEDULE_WITH_WEIGHTS,
+    SEGMENTATION,
+    FinetuningSettings,
+)
 from nnunetv2_misfm.plans.settings import write_settings
 from nnunetv2_misfm.pretrain.tasks import settings_of, task_class
 from nnunetv2_misfm.trainers.metrics_file import METRICS, MetricsFile
@@ -41,9 +47,10 @@ _SPEED = {
     "data_wait_share": "Share of the time waiting for data",
     "peak_memory_gb": "Peak memory in GB",
 }
+_DICE_OF_LABELS = "dice_per_class_or_region"
 # Of the figures of a fine-tuning; those of a pretraining are the task's.
 _SEGMENTATION_CAPTIONS = {
-    "dice_per_class_or_region": "nnU-Net's pseudo Dice of each label, on patches of the validation cases.",
+    _DICE_OF_LABELS: "nnU-Net's pseudo Dice of each label, on patches of the validation cases.",
     "mean_fg_dice": "mean fg dice is the mean over the labels without the background.",
     "ema_fg_dice": "ema fg dice is its moving average, which chooses checkpoint_best.pth.",
 }
@@ -88,34 +95,36 @@ def write_run_page(folder: Path) -> Path:
     rows = MetricsFile(folder / METRICS).rows()
     if not rows or not (folder.parent / "plans.json").is_file():
         raise PlanError(
-            f"{folder} is not the results folder of a MisFM run that has finished an epoch: it has no {METRICS}, or "
-            f"there is no plans.json above it. Give a folder like "
-            f"nnUNet_results/DATASET/TRAINER__PLANS__CONFIGURATION/fold_0."
+            f"{folder} is not the results folder of a MisFM run that has finished an epoch: it has no {METRICS} with "
+            f"an epoch in it, or there is no plans.json above it. {_where_runs_are(folder)}"
         )
     plans = read_json(folder.parent / "plans.json", "It is written anew when the run goes on.")
     trainer, _, configuration = folder.parent.name.split("__")
     block = plans.get(BLOCK) or {"task": SEGMENTATION}
-    settings = list(_settings(block))
+    settings = list(_settings(block, has_weights=_weights(plans) is not None))
+    num_epochs = next(value for name, value, _ in settings if name == "num_epochs")
     paths = sorted(folder.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime)
     logs = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
     columns = {name: [_number(row.get(name)) for row in rows] for name in rows[-1]}
+    names = {name: name.replace("_", " ") for name in columns} | _names_of_labels(folder.parent / "dataset.json")
     values = {
         "dataset": plans["dataset_name"],
         "task": block["task"].replace("_", " "),
         "pretraining": block["task"] != SEGMENTATION,
-        "state": _state(rows, next(value for name, value, _ in settings if name == "num_epochs"), _was_stopped(logs)),
+        "state": _state(rows, num_epochs, _what_became_of_it(folder, logs)),
+        "finished": int(rows[-1]["epoch"]) + 1 >= num_epochs,
         "facts": _facts(folder, plans, trainer, configuration, rows[0]),
         "alarms": _alarms(logs),
         "skipped": columns.get("skipped_steps", [0])[-1],
-        "figures": list(_figures(columns, _captions(block["task"]))),
-        "measured_once": _measured_once(columns),
+        "figures": list(_figures(columns, _captions(block["task"]), names)),
+        "measured_once": _measured_once(columns, names),
         "stage": rows[-1].get("stage", ""),
         "pictures": _pictures(folder),
         "picture_caption": "" if block["task"] == SEGMENTATION else task_class(block["task"]).picture_caption,
         "transfer": _transfer(folder),
         "settings": sorted(settings, key=lambda row: row[1] == row[2]),
         "command": f"nnUNetv2_train {plans['dataset_name']} {configuration} {folder.name.removeprefix('fold_')} "
-        f"-tr {trainer} -p {plans['plans_name']} --c",
+        f"-tr {trainer} -p {plans['plans_name']}{_device_option(folder)} --c",
         "written": f"{datetime.now():%Y-%m-%d %H:%M}",
     }
     template = files(__package__).joinpath("run_page.html.j2").read_text(encoding="utf-8")
@@ -123,8 +132,23 @@ def write_run_page(folder: Path) -> Path:
     return folder / PAGE
 
 
-def _state(rows: Sequence[Mapping[str, str]], num_epochs: int, was_stopped: bool) -> str:
-    """One or two sentences: how far the run is, and how much time is left."""
+def _where_runs_are(folder: Path) -> str:
+    """What to give instead of a folder that is none of a run's."""
+    runs = sorted({path.parent for path in folder.rglob(METRICS)})
+    if runs:
+        return "Runs in this folder:\n" + "\n".join(f"  {run}" for run in runs)
+    return "Give a folder like nnUNet_results/DATASET/TRAINER__PLANS__CONFIGURATION/fold_0."
+
+
+def _device_option(folder: Path) -> str:
+    """The option that the run was started with, by what nnU-Net writes down when a training starts."""
+    debug = folder / "debug.json"
+    device = str(read_json(debug, "").get("device", "cuda")) if debug.is_file() else "cuda"
+    return "" if device.startswith("cuda") else f" -device {device}"
+
+
+def _state(rows: Sequence[Mapping[str, str]], num_epochs: int, what_became_of_it: str) -> str:
+    """Some sentences: how far the run is, how much time is left, and whether it is still trained."""
     done = int(rows[-1]["epoch"]) + 1
     seconds = sorted(_number(row.get("seconds")) for row in rows)
     usual = seconds[len(seconds) // 2]
@@ -137,8 +161,7 @@ def _state(rows: Sequence[Mapping[str, str]], num_epochs: int, was_stopped: bool
         if math.isnan(usual)
         else f" The rest takes about {format_duration((num_epochs - done) * usual / 3600)} at this speed."
     )
-    stopped = " It was asked to stop and has saved; the command below continues it." if was_stopped else ""
-    return f"{done} of {num_epochs} epochs are done.{when}{left}{stopped}"
+    return f"{done} of {num_epochs} epochs are done.{when}{left}{what_became_of_it}"
 
 
 def _facts(
@@ -156,18 +179,27 @@ def _facts(
     if first.get("ended"):
         began = datetime.fromisoformat(first["ended"]) - timedelta(seconds=_number(first["seconds"]))
         facts.append(("first epoch began", f"{began:%Y-%m-%d %H:%M}"))
-    if weights := (plans.get(PRETRAIN_INFO) or {}).get("checkpoint_path"):
+    if weights := _weights(plans):
         facts.append(("starts from", str(weights)))
+    if (summary := folder / "validation" / "summary.json").is_file():
+        dice = read_json(summary, "")["foreground_mean"]["Dice"]
+        facts.append(("mean Dice of nnU-Net's validation", f"{dice:.4f}"))
     return facts
 
 
-def _settings(block: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+def _weights(plans: Mapping[str, Any]) -> str | None:
+    """The checkpoint that a fine-tuning starts from."""
+    return (plans.get(PRETRAIN_INFO) or {}).get("checkpoint_path")
+
+
+def _settings(block: Mapping[str, Any], has_weights: bool) -> Iterator[tuple[str, Any, Any]]:
     """Each setting of a run: its name, its value, and its default."""
     if block["task"] != SEGMENTATION:
         for group, name, value, default in settings_of(block):
             yield f"{group}.{name}" if group else name, value, default
         return
-    for name, default in write_settings(FinetuningSettings()).items():
+    defaults = write_settings(FinetuningSettings()) | ({"schedule": SCHEDULE_WITH_WEIGHTS} if has_weights else {})
+    for name, default in defaults.items():
         yield name, block.get(name, default), default
 
 
@@ -176,14 +208,26 @@ def _captions(task: str) -> Mapping[str, str]:
     return _SEGMENTATION_CAPTIONS if task == SEGMENTATION else task_class(task).score_captions
 
 
-def _figures(columns: Mapping[str, Sequence[float]], captions: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+def _names_of_labels(dataset_json: Path) -> dict[str, str]:
+    """What the columns of nnU-Net's Dice are about: labels in order of their values, or regions as they are listed."""
+    labels = read_json(dataset_json, "").get("labels", {}) if dataset_json.is_file() else {}
+    foreground = {name: value for name, value in labels.items() if value != 0 and name not in ("background", "ignore")}
+    in_order = list(foreground)
+    if all(isinstance(value, int) for value in foreground.values()):
+        in_order.sort(key=foreground.__getitem__)
+    return {f"{_DICE_OF_LABELS}_{number}": f"Dice of {name}" for number, name in enumerate(in_order)}
+
+
+def _figures(
+    columns: Mapping[str, Sequence[float]], captions: Mapping[str, str], legend: Mapping[str, str]
+) -> Iterator[tuple[str, str, str]]:
     """Titles, curves as SVG, and captions, which may be empty; nothing that was measured only once."""
     epochs = [epoch + 1 for epoch in columns["epoch"]]
 
     def shown(title: str, names: Sequence[str], *, log: bool = False) -> Iterator[tuple[str, str, str]]:
         drawn = [name for name in names if _number_of_values(columns.get(name, ())) > 1]
         if drawn:
-            lines = {name.replace("_", " "): columns[name] for name in drawn}
+            lines = {legend[name]: columns[name] for name in drawn}
             said = dict.fromkeys(captions.get(_CLASS.sub("", name), "") for name in drawn)
             yield title, figures.curve(lines, "epoch", "", epochs, log=log), " ".join(filter(None, said))
 
@@ -201,18 +245,22 @@ def _figures(columns: Mapping[str, Sequence[float]], captions: Mapping[str, str]
         yield from shown(title, [name])
 
 
-def _measured_once(columns: Mapping[str, Sequence[float]]) -> list[tuple[str, float]]:
+def _measured_once(columns: Mapping[str, Sequence[float]], legend: Mapping[str, str]) -> list[tuple[str, float]]:
     """What cannot be drawn yet, because a single epoch has measured it: names and values."""
     return [
-        (name.replace("_", " "), next(value for value in values if not math.isnan(value)))
+        (legend[name], next(value for value in values if not math.isnan(value)))
         for name, values in columns.items()
         if name != "epoch" and _number_of_values(values) == 1
     ]
 
 
-def _was_stopped(logs: Sequence[str]) -> bool:
-    """Whether the last thing in the newest log is that the run was asked to stop."""
-    return bool(logs) and STOPPED in logs[-1][-500:]
+def _what_became_of_it(folder: Path, logs: Sequence[str]) -> str:
+    """A sentence on a run that nobody trains now, by the end of its newest log and its lock; nothing if it goes on."""
+    if logs and STOPPED in logs[-1][-500:]:
+        return " It was asked to stop and has saved; the command below continues it."
+    if not is_training(folder):
+        return " No process seems to train in this folder now; the command below continues the run."
+    return ""
 
 
 def _alarms(logs: Sequence[str]) -> list[Alarm]:

@@ -12,6 +12,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 
 from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.commands.launch import usable_gpus
 from nnunetv2_misfm.commands.plan import plan_main
 from nnunetv2_misfm.files import locked
 from nnunetv2_misfm.plans.network_entry import NETWORKS, architecture_entry
@@ -141,6 +142,7 @@ def test_running_it_again_does_not_preprocess_again(nnunet: Path, capsys: pytest
     plan_main(["-d", "4", "-num_epochs", "3"])
     out = capsys.readouterr().out
     assert "shares the arrays" in out and "is up to date" in out
+    assert ("add -device cpu" in out) is (usable_gpus() == 0)
 
 
 def test_what_a_killed_run_left_is_removed_and_never_taken_for_the_data(nnunet: Path) -> None:

@@ -108,7 +108,8 @@ def test_parts_prepare_and_train_nothing(nnunet: Path, tmp_path: Path, capsys: p
     arguments = ["-i", str(tmp_path / "scans"), "-d", "900", "-n", "Pool", "-modality", "ct", *TINY, "-num_parts", "2"]
     for part in ("0", "1"):
         main([*arguments, "-part_id", part])
-        assert ("Train with: misfm_pretrain -d Dataset900_Pool" in capsys.readouterr().out) is (part == "1")
+        command = "Train with: misfm_pretrain -d Dataset900_Pool -p nnUNetPlans -c 3d_fullres -device cpu"
+        assert (command in capsys.readouterr().out) is (part == "1")
     assert (nnunet / "nnUNet_preprocessed" / "Dataset900_Pool" / "dataset_fingerprint.json").is_file()
     assert not (nnunet / "nnUNet_results" / "Dataset900_Pool").exists()
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import blosc2
 import dicom_files
+import numpy as np
 import phantoms
 import pytest
 from filelock import FileLock
@@ -394,6 +395,10 @@ def test_what_an_archive_will_cost_is_said_and_nothing_is_written(
     prepare(scans, "--dry_run")
     said = capsys.readouterr().out
     assert "About 3 volumes in 3 files" in said and "about 1 minute" in said and "are free in" in said
+    assert "left out" not in said
+    phantoms.write(scans / "grey.nii.gz", np.clip(phantoms.ct(), 0, 255))
+    prepare(scans, "-modality", "ct", "--dry_run")
+    assert "Would be left out" in (said := capsys.readouterr().out) and "-modality mr" in said
     assert not list((nnunet / "nnUNet_preprocessed").iterdir())
 
 

@@ -11,6 +11,7 @@ import pytest
 from run_plans import run_plans
 
 from nnunetv2_misfm.commands.report import main as misfm_report
+from nnunetv2_misfm.files import training_lock
 from nnunetv2_misfm.pages.figures import curve
 from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS, SEGMENTATION
 from nnunetv2_misfm.pretrain.tasks import task_class
@@ -58,7 +59,65 @@ def test_a_run_does_not_end_because_of_its_page(tmp_path: Path) -> None:
 
 def test_a_finished_run_says_so(tmp_path: Path) -> None:
     folder = make_run(tmp_path, {"task": "volume_fusion", "num_epochs": 2}, 2)
-    assert "Finished: all 2 epochs are done." in text_of(write_run_page(folder))
+    text = text_of(write_run_page(folder))
+    assert "Finished: all 2 epochs are done." in text
+    assert "--c" not in text and "No process" not in text  # there is nothing to continue
+
+
+def test_a_run_that_was_killed_does_not_look_alive(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, {"task": "volume_fusion", "num_epochs": 4}, 2)
+    with training_lock(folder):
+        assert "No process" not in text_of(write_run_page(folder))
+    assert "No process seems to train in this folder now" in text_of(write_run_page(folder))
+    with training_lock(folder):  # looking has not kept it
+        pass
+
+
+def test_the_command_that_continues_a_run_takes_its_device(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, {"task": "volume_fusion", "num_epochs": 4}, 2)
+    for device, words in (("cuda:0", "-p P --c"), ("cpu", "-p P -device cpu --c")):
+        (folder / "debug.json").write_text(json.dumps({"device": device}), encoding="utf-8")
+        assert words in text_of(write_run_page(folder))
+
+
+@pytest.mark.parametrize(
+    ("labels", "legend"),
+    [
+        ({"background": 0, "tumour": 2, "liver": 1}, ("Dice of liver", "Dice of tumour")),
+        ({"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}, ("Dice of whole", "Dice of core")),
+    ],
+)
+def test_labels_have_their_names_in_nnunets_order(
+    tmp_path: Path, labels: dict[str, Any], legend: tuple[str, str]
+) -> None:
+    folder = make_run(tmp_path, {"task": SEGMENTATION}, 1, dice_per_class_or_region=[0.25, 0.5])
+    (folder.parent / "dataset.json").write_text(json.dumps({"labels": labels}), encoding="utf-8")
+    text = text_of(write_run_page(folder))
+    assert f"{legend[0]} 0.25" in text and f"{legend[1]} 0.5" in text
+
+
+def test_the_score_of_nnunets_validation_is_told(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, {"task": SEGMENTATION}, 1, mean_fg_dice=0.5)
+    (folder / "validation").mkdir()
+    summary = {"foreground_mean": {"Dice": 0.22149}}
+    (folder / "validation" / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    assert "mean Dice of nnU-Net's validation 0.2215" in text_of(write_run_page(folder)).replace("&#39;", "'")
+
+
+def test_weights_change_what_the_default_schedule_is(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, {"task": SEGMENTATION, "schedule": "sawtooth"}, 1)
+    assert "schedule sawtooth poly" in text_of(write_run_page(folder))
+    plans = json.loads((folder.parent / "plans.json").read_text(encoding="utf-8"))
+    plans["pretrain_info"] = {"checkpoint_path": "W.pth"}
+    (folder.parent / "plans.json").write_text(json.dumps(plans), encoding="utf-8")
+    assert "schedule sawtooth poly" not in text_of(write_run_page(folder))
+
+
+def test_a_folder_above_runs_names_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path, {"task": "volume_fusion"}, 1)
+    with pytest.raises(SystemExit):
+        misfm_report([str(tmp_path)])
+    assert str(folder) in capsys.readouterr().err
 
 
 def test_a_run_that_was_asked_to_stop_says_so_until_it_goes_on(tmp_path: Path) -> None:

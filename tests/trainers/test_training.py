@@ -205,6 +205,16 @@ def test_a_changed_checkpoint_is_noticed(nnunet: Path) -> None:
         trainer("MisFMTrainer", "nnUNetMisFMPlans").on_train_start()
 
 
+def starting_message(plans: str) -> str:
+    """What a training with these plans says of its weights."""
+    said: list[str] = []
+    starting = trainer("MisFMTrainer", plans)
+    starting.initialize()
+    starting.print_to_log_file = lambda *text, **_: said.append(" ".join(map(str, text)))
+    starting._load_pretrained_weights()
+    return said[-1]
+
+
 def test_the_baseline_differs_in_nothing_but_weights_and_schedule(nnunet: Path) -> None:
     """And stands beside the plan of the fine-tuning, so that neither trains in the other's results folder."""
     checkpoint = pretrained()
@@ -214,6 +224,8 @@ def test_the_baseline_differs_in_nothing_but_weights_and_schedule(nnunet: Path) 
     names = ("nnUNetMisFMPlans", "nnUNetMisFMScratchPlans")
     ours, twin = (json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in names)
     assert (ours["misfm"].pop("schedule"), twin["misfm"].pop("schedule")) == ("sawtooth", "poly")
+    assert "nnUNetMisFMPlans of this dataset name some" in starting_message("nnUNetPlans")  # without -p
+    assert starting_message("nnUNetMisFMScratchPlans").endswith("name no pretrained weights.")
     assert ours.pop("pretrain_info")["checkpoint_path"] is not None
     assert twin.pop("pretrain_info")["checkpoint_path"] is None
     for plans in (ours, twin):

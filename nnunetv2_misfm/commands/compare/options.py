@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_misfm.commands.parser import CommandParser
 from nnunetv2_misfm.commands.setting_options import add_setting_options, flag_of, given
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.network_entry import NETWORKS
@@ -208,7 +209,7 @@ def _planning_options(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="misfm_compare",
         description="Find out whether pretraining helps on a dataset. Each arm is trained with the same plans, "
         "batches, iterations and labelled cases and tested on the same test cases; a page with the answer is "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 from pathlib import Path
 from time import perf_counter
 
+from nnunetv2_misfm.commands.parser import CommandParser
 from nnunetv2_misfm.cpu_threads import keep_cores_free, usable_cores
 from nnunetv2_misfm.errors import PlanError, exit_with_message
 from nnunetv2_misfm.files import format_duration
@@ -25,7 +25,7 @@ _COMPARISON = ("-num_labelled", "2", "-seeds", "3", "-num_test", "6", "-num_vali
 
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of misfm_demo."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="misfm_demo",
         description="Make volumes, pretrain on them without labels, and compare fine-tuning on two labelled volumes "
         "with training from scratch. It takes minutes and ends with a page.",
