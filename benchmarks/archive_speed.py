@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from archive_run import POOL, measure
+from archive_run import measure
 
 from nnunetv2_misfm.pool.case import PREPARED, CaseTask, prepare_case
 from nnunetv2_misfm.pool.folder import PoolFolder
@@ -84,8 +84,9 @@ def nnunet_cases(dataset: Path, folder: Path, most: int) -> Iterator[dict[str, A
     preprocessor = configuration.preprocessor_class(verbose=False)
     images = sorted((raw / "imagesTr").iterdir())
     settings = PoolSettings(skip_label_maps=True)
-    adopted = adopt_plans(plans, "3d_fullres", POOL, "nnUNetPlans", "3d_fullres", settings, {})
-    pool = PoolFolder(POOL, "nnUNetPlans", "3d_fullres")
+    names = f"Dataset{900 + number}_Pool", "nnUNetPlans", "3d_fullres"
+    adopted = adopt_plans(plans, "3d_fullres", *names, settings, {})
+    pool = PoolFolder(*names)
     pool.create()
     pool.clear_temporary()
     (root / "theirs").mkdir()
@@ -104,6 +105,8 @@ def nnunet_cases(dataset: Path, folder: Path, most: int) -> Iterator[dict[str, A
             return time.process_time() - started
 
         def theirs(arguments: tuple[Any, ...] = arguments) -> float:
+            for earlier in (root / "theirs").iterdir():  # blosc2 does not write over a file
+                earlier.unlink()
             started = time.process_time()
             preprocessor.run_case_save(*arguments)
             return time.process_time() - started

@@ -79,9 +79,10 @@ def plan_and_prepare(options: PretrainOptions) -> tuple[str, str, str] | None:
     plans = source.plan(request)
     if plans is None:
         return None
-    entry = plans["configurations"][options.configuration]
-    channels = len(entry["normalization_schemes"])
-    checked_network(entry, channels, request.pretext.task().num_outputs(channels))
+    if options.num_parts == 1 or source.earlier is None:  # a part leaves plans that are there as they are
+        entry = plans["configurations"][options.configuration]
+        channels = len(entry["normalization_schemes"])
+        checked_network(entry, channels, request.pretext.task().num_outputs(channels))
     if options.continue_training:
         # Before anything is written, by the plans of the run; the trainer looks at its checkpoint too.
         run.check_same(plans, options.configuration)

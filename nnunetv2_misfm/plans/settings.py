@@ -139,7 +139,9 @@ def is_number(value: Any) -> bool:
 
 def as_tuples(value: Any) -> Any:
     """A JSON value with tuples for its lists."""
-    return tuple(as_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+    if not isinstance(value, (list, tuple)):
+        return value
+    return tuple(as_tuples(v) if isinstance(v, (list, tuple)) else v for v in value)
 
 
 def _problem(cls: type[Settings], name: str, value: Any, kind: str, message: str) -> str:

@@ -167,7 +167,7 @@ def _records_of(lines: Iterable[Any]) -> dict[str, CaseRecord]:
     records = {}
     for line in lines:
         # Other versions have other fields, too.
-        known = ((name, value) for name, value in line.items() if name in _FIELDS)
-        values = {name: as_tuples(value) if isinstance(value, list) else value for name, value in known}
-        records[line["case"]] = CaseRecord(**values)
+        values = line if line.keys() <= _FIELDS else {name: line[name] for name in line.keys() & _FIELDS}
+        lists = {name: as_tuples(value) for name, value in values.items() if isinstance(value, list)}
+        records[line["case"]] = CaseRecord(**{**values, **lists})
     return records

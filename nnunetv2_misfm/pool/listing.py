@@ -57,8 +57,9 @@ class GroupNames(NamedTuple):
     """Folder in the keys, and names of the files with such keys, in the order of the group."""
 
     def group(self) -> FileGroup:
+        folder = os.path.join(self.folder, "")
         files = (
-            VolumeFile(os.path.join(self.folder, name), f"{key}/{name}", self.format, self.bundle)
+            VolumeFile(folder + name, f"{key}/{name}", self.format, self.bundle)
             for key, names in self.names
             for name in names
         )

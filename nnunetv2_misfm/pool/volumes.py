@@ -218,7 +218,8 @@ def _as_json(one: Volume | LeftOut) -> Any:
 def _from_json(content: Any, folder: str) -> Volume | LeftOut:
     if isinstance(content, list):
         return LeftOut(*content)
-    channels = [[os.path.join(folder, name) for name in channel] for channel in content["channels"]]
+    folder = os.path.join(folder, "")
+    channels = [[folder + name for name in channel] for channel in content["channels"]]
     return volume_from_json(content | {"channels": channels})
 
 
