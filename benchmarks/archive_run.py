@@ -33,7 +33,8 @@ def measure(work: Path | None, measurement: Callable[[Path], list[str]]) -> None
     """Measure in nnU-Net folders of its own, and replace the section of that heading in the results."""
     with nnunet_folders(work) as folder:
         lines = measurement(folder)
-    command = f"python benchmarks/{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}".strip()
+    words = re.sub(r"(--data|--folder) \S+", r"\1 FOLDER", " ".join(sys.argv[1:]))
+    command = f"python benchmarks/{Path(sys.argv[0]).name} {words}".strip()
     lines += ["", *provenance(command, ("nnunetv2", "pydicom", "blosc2"), {}, device_name("cpu"))]
     text = RESULTS.read_text(encoding="utf-8") if RESULTS.exists() else "# Preparing an archive in parts\n"
     head, *sections = re.split(r"^(?=## )", text, flags=re.MULTILINE)
