@@ -41,10 +41,11 @@ class EarlierRun:
         if not self.exists:
             return
         finished = (self.folder / FINAL).is_file()
-        state, remedy = ("a finished", "") if finished else ("an unfinished", "--c to continue it, ")
+        state = "a finished" if finished else "an unfinished"
+        remedy = "--c -num_epochs N to make it longer" if finished else "--c to continue it"
         raise PlanError(
-            f"{self.folder} holds {state} run. Use {remedy}--overwrite to delete it and start anew, or, "
-            f"without -i, which would prepare the volumes once more, -overwrite_plans_name to train beside it."
+            f"{self.folder} holds {state} run. Use {remedy}, --overwrite to delete it and start anew, or "
+            f"-overwrite_plans_name to train beside it (without -i, which would prepare the volumes once more)."
         )
 
     def check_same(self, plans: Mapping[str, Any], configuration: str) -> None:

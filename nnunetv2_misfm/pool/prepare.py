@@ -306,7 +306,8 @@ def _prepare_all(folder: PoolFolder, tasks: Sequence[CaseTask], num_processes: i
     """Prepare the volumes; publish each as it is done, the first ones once time and disk have been estimated."""
     tasks = typical_first(tasks)
     unpublished: list[CaseResult] | None = []
-    print(f"Preparing {len(tasks)} volumes with {num_processes} process{'es' if num_processes > 1 else ''}")
+    what = "1 volume" if len(tasks) == 1 else f"{len(tasks)} volumes"
+    print(f"Preparing {what} with {num_processes} process{'es' if num_processes > 1 else ''}")
     try:
         with progress_bar(len(tasks), "Preprocessing volumes") as progress:
             with closing(run_jobs(prepare_case, tasks, num_processes)) as outcomes:

@@ -203,7 +203,7 @@ def test_plans_with_weights_are_not_replaced_by_plans_without(
     before = plans(nnunet)
     with pytest.raises(SystemExit):
         plan_main(["-d", "4", "--no_pp"])
-    assert "would start from nothing" in capsys.readouterr().err
+    assert "no -pretrained_weights was given now" in capsys.readouterr().err
     assert plans(nnunet) == before
 
 
