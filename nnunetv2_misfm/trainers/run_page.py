@@ -181,9 +181,10 @@ def _facts(
         facts.append(("first epoch began", f"{began:%Y-%m-%d %H:%M}"))
     if weights := _weights(plans):
         facts.append(("starts from", str(weights)))
-    if (summary := folder / "validation" / "summary.json").is_file():
-        dice = read_json(summary, "")["foreground_mean"]["Dice"]
-        facts.append(("mean Dice of nnU-Net's validation", f"{dice:.4f}"))
+    summary = folder / "validation" / "summary.json"
+    mean = read_json(summary, "").get("foreground_mean") if summary.is_file() else None  # a pretraining's has none
+    if mean is not None:
+        facts.append(("mean Dice of nnU-Net's validation", f"{mean['Dice']:.4f}"))
     return facts
 
 

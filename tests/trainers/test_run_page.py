@@ -102,6 +102,8 @@ def test_the_score_of_nnunets_validation_is_told(tmp_path: Path) -> None:
     summary = {"foreground_mean": {"Dice": 0.22149}}
     (folder / "validation" / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
     assert "mean Dice of nnU-Net's validation 0.2215" in text_of(write_run_page(folder)).replace("&#39;", "'")
+    (folder / "validation" / "summary.json").write_text('{"dice": [0.5]}', encoding="utf-8")  # as pretraining writes it
+    assert "nnU-Net's validation" not in text_of(write_run_page(folder)).replace("&#39;", "'")
 
 
 def test_weights_change_what_the_default_schedule_is(tmp_path: Path) -> None:
