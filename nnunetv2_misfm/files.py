@@ -93,6 +93,9 @@ def read_json_lines(path: Path) -> Iterator[Any]:
 _NO_LOCKS_HERE = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
 
+_ANOTHER_TRAINS = "another process trains in this results folder"
+
+
 class LockedError(UserError, RuntimeError):
     """Another process is doing the same; the message says what and where."""
 
@@ -134,7 +137,7 @@ def locked(path: Path, timeout: float, message: str) -> Iterator[None]:
 def training_lock(results_folder: Path) -> AbstractContextManager[None]:
     """For the one process that trains in a results folder, see `locked`."""
     # The second is for `is_training`, which holds the lock for a moment.
-    return locked(_training_lock_file(results_folder), 1.0, "another process trains in this results folder")
+    return locked(_training_lock_file(results_folder), 1.0, _ANOTHER_TRAINS)
 
 
 def is_training(results_folder: Path) -> bool:
@@ -142,7 +145,8 @@ def is_training(results_folder: Path) -> bool:
     if not _training_lock_file(results_folder).exists():
         return False
     try:
-        with training_lock(results_folder):
+        # Without waiting: a training asks this of its own folder whenever it writes its page.
+        with locked(_training_lock_file(results_folder), 0.0, _ANOTHER_TRAINS):
             return False
     except (LockedError, OSError):
         return True
