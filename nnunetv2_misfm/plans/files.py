@@ -120,10 +120,24 @@ def read_plans(dataset_folder: Path, plans_name: str, configurations: Collection
     return plans
 
 
+def foreground_labels(dataset_json: Mapping[str, Any]) -> dict[str, int | list[int]]:
+    """Labels by name in the order of their values, or regions as they are listed: the order of nnU-Net's scores."""
+    labels = dataset_json["labels"].items()
+    foreground = {name: label for name, label in labels if name != "ignore" and label not in (0, [0])}
+    if any(isinstance(label, list) and len(label) > 1 for label in foreground.values()):
+        return foreground
+    return dict(sorted(foreground.items(), key=lambda one: one[1][0] if isinstance(one[1], list) else one[1]))
+
+
+def weights_of(plans: Mapping[str, Any]) -> str | None:
+    """The checkpoint that a fine-tuning by these plans starts from."""
+    return (plans.get(PRETRAIN_INFO) or {}).get("checkpoint_path")
+
+
 def plans_with_weights(dataset_folder: Path) -> list[str]:
     """Names of the dataset's plans that start from pretrained weights."""
     paths = sorted(dataset_folder.glob("*.json"))
-    return [path.stem for path in paths if (_read(path).get(PRETRAIN_INFO) or {}).get("checkpoint_path")]
+    return [path.stem for path in paths if weights_of(_read(path))]
 
 
 def check_dataset_of_plans(plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> None:

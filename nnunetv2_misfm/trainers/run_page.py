@@ -17,9 +17,9 @@ from nnunetv2_misfm.files import format_duration, is_training, read_json
 from nnunetv2_misfm.pages import figures
 from nnunetv2_misfm.pages.html import write_page
 from nnunetv2_misfm.plans.checks import configuration_3d
+from nnunetv2_misfm.plans.files import foreground_labels, weights_of
 from nnunetv2_misfm.plans.run_settings import (
     BLOCK,
-    PRETRAIN_INFO,
     SCHEDULE_WITH_WEIGHTS,
     SEGMENTATION,
     FinetuningSettings,
@@ -101,7 +101,8 @@ def write_run_page(folder: Path) -> Path:
     plans = read_json(folder.parent / "plans.json", "It is written anew when the run goes on.")
     trainer, _, configuration = folder.parent.name.split("__")
     block = plans.get(BLOCK) or {"task": SEGMENTATION}
-    settings = list(_settings(block, has_weights=_weights(plans) is not None))
+    settings = list(_settings(block, has_weights=weights_of(plans) is not None))
+    done = int(rows[-1]["epoch"]) + 1
     num_epochs = next(value for name, value, _ in settings if name == "num_epochs")
     paths = sorted(folder.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime)
     logs = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
@@ -111,8 +112,8 @@ def write_run_page(folder: Path) -> Path:
         "dataset": plans["dataset_name"],
         "task": block["task"].replace("_", " "),
         "pretraining": block["task"] != SEGMENTATION,
-        "state": _state(rows, num_epochs, _what_became_of_it(folder, logs)),
-        "finished": int(rows[-1]["epoch"]) + 1 >= num_epochs,
+        "state": _state(rows, done, num_epochs, _what_became_of_it(folder, logs)),
+        "finished": done >= num_epochs,
         "facts": _facts(folder, plans, trainer, configuration, rows[0]),
         "alarms": _alarms(logs),
         "skipped": columns.get("skipped_steps", [0])[-1],
@@ -147,9 +148,8 @@ def _device_option(folder: Path) -> str:
     return "" if device.startswith("cuda") else f" -device {device}"
 
 
-def _state(rows: Sequence[Mapping[str, str]], num_epochs: int, what_became_of_it: str) -> str:
+def _state(rows: Sequence[Mapping[str, str]], done: int, num_epochs: int, what_became_of_it: str) -> str:
     """Some sentences: how far the run is, how much time is left, and whether it is still trained."""
-    done = int(rows[-1]["epoch"]) + 1
     seconds = sorted(_number(row.get("seconds")) for row in rows)
     usual = seconds[len(seconds) // 2]
     ended = rows[-1].get("ended") or ""
@@ -179,18 +179,13 @@ def _facts(
     if first.get("ended"):
         began = datetime.fromisoformat(first["ended"]) - timedelta(seconds=_number(first["seconds"]))
         facts.append(("first epoch began", f"{began:%Y-%m-%d %H:%M}"))
-    if weights := _weights(plans):
+    if weights := weights_of(plans):
         facts.append(("starts from", str(weights)))
     summary = folder / "validation" / "summary.json"
     mean = read_json(summary, "").get("foreground_mean") if summary.is_file() else None  # a pretraining's has none
     if mean is not None:
         facts.append(("mean Dice of nnU-Net's validation", f"{mean['Dice']:.4f}"))
     return facts
-
-
-def _weights(plans: Mapping[str, Any]) -> str | None:
-    """The checkpoint that a fine-tuning starts from."""
-    return (plans.get(PRETRAIN_INFO) or {}).get("checkpoint_path")
 
 
 def _settings(block: Mapping[str, Any], has_weights: bool) -> Iterator[tuple[str, Any, Any]]:
@@ -210,13 +205,9 @@ def _captions(task: str) -> Mapping[str, str]:
 
 
 def _names_of_labels(dataset_json: Path) -> dict[str, str]:
-    """What the columns of nnU-Net's Dice are about: labels in order of their values, or regions as they are listed."""
-    labels = read_json(dataset_json, "").get("labels", {}) if dataset_json.is_file() else {}
-    foreground = {name: value for name, value in labels.items() if value != 0 and name not in ("background", "ignore")}
-    in_order = list(foreground)
-    if all(isinstance(value, int) for value in foreground.values()):
-        in_order.sort(key=foreground.__getitem__)
-    return {f"{_DICE_OF_LABELS}_{number}": f"Dice of {name}" for number, name in enumerate(in_order)}
+    """What the columns of nnU-Net's Dice are about."""
+    names = foreground_labels(read_json(dataset_json, "")) if dataset_json.is_file() else {}
+    return {f"{_DICE_OF_LABELS}_{number}": f"Dice of {name}" for number, name in enumerate(names)}
 
 
 def _figures(

@@ -18,7 +18,7 @@ from nnunetv2_misfm.commands.compare.arms import Arm, Run
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import read_json, write_json
 from nnunetv2_misfm.plans.checks import configuration_3d
-from nnunetv2_misfm.plans.files import nnunet_folder, preprocessed_dataset, read_plans
+from nnunetv2_misfm.plans.files import foreground_labels, nnunet_folder, preprocessed_dataset, read_plans
 from nnunetv2_misfm.plans.run_settings import BLOCK
 
 _VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -82,9 +82,8 @@ class Workspace:
         return {case: (list(files["images"]), str(files["label"])) for case, files in found.items()}
 
     def labels(self) -> dict[str, int | list[int]]:
-        """The foreground labels or regions by name."""
-        labels = read_json(self.preprocessed / "dataset.json", "Plan the dataset again.")["labels"]
-        return {name: label for name, label in labels.items() if name != "ignore" and label not in (0, [0])}
+        """The foreground labels or regions by name, in the order of nnU-Net's scores."""
+        return foreground_labels(read_json(self.preprocessed / "dataset.json", "Plan the dataset again."))
 
     def write_folds(self, folds: Sequence[Mapping[str, list[str]]]) -> dict[str, int]:
         """Add folds to the splits file; those of earlier calls keep their numbers.
