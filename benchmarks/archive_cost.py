@@ -3,20 +3,18 @@
     python benchmarks/archive_cost.py [archive scale] [--series 2000] [--num_parts 100]
 
 archive  All parts in turn on an archive of small DICOM series that is written first; then again, with 1 % new series.
-         Everything is done but preparing voxels: `prepare_case` returns a record and no arrays. --quick_headers opens
-         every file and takes its numbers from fixed places instead of having pydicom read it, which would take most of
-         the time at the paper's size; what it costs for each header is known from fewer series.
+         --quick_headers opens every file and takes its numbers from fixed places instead of having pydicom read it;
+         what that costs for each header is known from fewer series.
 scale    What grows with the archive, with --scale series: listing the folders (of empty files) and the merge (of
          records that are made up).
 
-Each replaces its section of benchmarks/results/archive.md. The archive of the paper's size: --series 110000
---quick_headers.
+Each replaces its section of benchmarks/results/archive.md. The archive of the paper's size: --series 110000,
+which takes two hours.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import multiprocessing
 import os
@@ -24,8 +22,8 @@ import shutil
 import sys
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from io import BytesIO
@@ -42,13 +40,16 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from nnunetv2_misfm.files import append_json_lines
 from nnunetv2_misfm.pool import folder as pool_folder
 from nnunetv2_misfm.pool import headers, prepare
-from nnunetv2_misfm.pool.case import PREPARED, CaseRecord, CaseResult, CaseTask
+from nnunetv2_misfm.pool.case import PREPARED
 from nnunetv2_misfm.pool.dicom_frames import DicomHeader
 from nnunetv2_misfm.pool.folder import PoolFolder
 from nnunetv2_misfm.pool.inspection import PoolInspection
 from nnunetv2_misfm.pool.merge import merge_pool
 from nnunetv2_misfm.pool.share import BUNDLES, Share
 from nnunetv2_misfm.pool.shared_listing import list_share
+
+SMALL = ("-modality", "ct", "-spacing", "1", "0.8", "0.8", "-min_size", "8", "-patch_size", "16", "16", "16")
+"""The volumes' own spacing, so that preparing one takes as little as it can."""
 
 
 def main() -> None:
@@ -69,65 +70,69 @@ def main() -> None:
 # ---- archive
 
 
-class Opened:
-    """Counts the files that this process opens, by the folder they lie in."""
-
-    def __init__(self, archive: Path, pool: Path):
-        self.folders = {"headers": str(archive), "small": str(pool)}
-        self.counts: Counter[str] = Counter()
-        sys.addaudithook(self._count)
-
-    def _count(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open" and isinstance(arguments[0], (str, os.PathLike)):
-            path = os.fspath(arguments[0])
-            for name, folder in self.folders.items():
-                if path.startswith(folder):
-                    self.counts[name] += 1
-
-
 class Stopwatch:
     """Adds up the CPU time of calls of a function that it stands in for."""
 
     def __init__(self, function: Callable[..., Any]):
         self.function = function
         self.seconds = 0.0
+        self.running = False
 
     def __call__(self, *arguments: Any) -> Any:
-        started = time.process_time()
+        started, self.running = time.process_time(), True
         try:
             return self.function(*arguments)
         finally:
             self.seconds += time.process_time() - started
+            self.running = False
+
+
+class Opened:
+    """Counts the files that this process opens for headers and for what the pool keeps beside its arrays."""
+
+    def __init__(self, archive: Path, pool: Path, preparing: Stopwatch):
+        self.archive, self.pool, self.preparing = str(archive), str(pool), preparing
+        self.counts: Counter[str] = Counter()
+        sys.addaudithook(self._count)
+
+    def _count(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(arguments[0], (str, os.PathLike)):
+            path = os.fspath(arguments[0])
+            if path.startswith(self.archive):
+                self.counts["voxels" if self.preparing.running else "headers"] += 1
+            elif path.startswith(self.pool) and not path.endswith((".b2nd", ".pkl")):
+                self.counts["small"] += 1
 
 
 def measure_archive(options: argparse.Namespace, folder: Path) -> list[str]:
     archive, pool = folder / "archive", folder / "nnUNet_preprocessed"
-    template = dicom_template()
+    slices = [dicom_template(number) for number in range(options.files)]
     new = max(1, options.series // 100)
-    write_series(archive, range(options.series), options.files, template)
-    read_dicom_header = QuickHeaders(template, folder) if options.quick_headers else headers.read_dicom_header
-    opened = Opened(archive, pool)
-    with without_voxels() as watches, patch.object(headers, "read_dicom_header", read_dicom_header):
+    write_series(archive, range(options.series), slices)
+    read_dicom_header = QuickHeaders(slices[0], folder) if options.quick_headers else headers.read_dicom_header
+    with watched() as watches, patch.object(headers, "read_dicom_header", read_dicom_header):
+        opened = Opened(archive, pool, watches["preparing"])
         first = run_parts(archive, options.num_parts, watches, opened)
         num_files = options.series * options.files
         rows = [row("first run", first, options.series, num_files, opened.counts)]
-        write_series(archive, range(options.series, options.series + new), options.files, template)
+        write_series(archive, range(options.series, options.series + new), slices)
         for name, num_parts in (("again, 1 % new", options.num_parts), ("the same in one part", 1)):
             opened.counts.clear()
             again = run_parts(archive, num_parts, watches, opened)
             share = f"{100 * again['cpu'] / first['cpu']:.1f} % of the first"
             rows.append(row(f"{name} ({share})", again, options.series + new, new * options.files, opened.counts))
             if num_parts > 1:
-                write_series(archive, range(options.series + new, options.series + 2 * new), options.files, template)
+                write_series(archive, range(options.series + new, options.series + 2 * new), slices)
     merge = merge_in_a_process(folder)
     return [
         "## An archive in parts",
         "",
         f"{options.series:,} DICOM series of {options.files} files (16 x 16 pixels, each file of its own), "
-        f"{options.num_parts} parts in turn in one process; CPU time without imports. Voxels are not prepared here. "
+        f"{options.num_parts} parts in turn in one process; CPU time without imports. "
         f"{'Files are opened, but pydicom does not read them. ' if options.quick_headers else ''}"
-        "Headers are files of the archive that are opened, small files those of the pool's folder; both are counted "
-        "for all parts together and given per new file and per volume of the archive.",
+        "Headers are files of the archive that are opened before voxels are prepared, which opens each once more; "
+        "small files are those of the pool's folder but its arrays and their properties. Both are counted for all "
+        "parts together and given per new file and per volume of the archive.",
         "",
         "| run | CPU, s | headers opened per file | small files opened per volume | CPU per header, ms | longest start "
         "of a part beyond its headers, s | longest listing, s |",
@@ -144,7 +149,7 @@ def run_parts(archive: Path, num_parts: int, watches: dict[str, Stopwatch], open
         for watch in watches.values():
             watch.seconds = 0.0
         started = time.process_time()
-        pretrain(archive, "-modality", "ct", "-patch_size", "16", "16", "16", *part(number, num_parts))
+        pretrain(archive, *SMALL, *part(number, num_parts))
         used = time.process_time() - started
         cpu += used
         headers_read += watches["headers"].seconds
@@ -162,43 +167,19 @@ def row(name: str, run: dict[str, float], num_volumes: int, num_files: int, coun
 
 
 @contextmanager
-def without_voxels() -> Any:
-    """Stands in for the preparation of voxels, and measures what takes the rest of the time."""
-    watches = {
-        "headers": Stopwatch(headers.read_header),
-        "listing": Stopwatch(pool_folder.list_share),
-        "preparing": Stopwatch(prepare._prepare_all),
-        "merging": Stopwatch(prepare._merge_if_last),
+def watched() -> Iterator[dict[str, Stopwatch]]:
+    """Measures what takes the time of a part beside its start."""
+    places = {
+        "headers": (headers, "read_header"),
+        "listing": (pool_folder, "list_share"),
+        "preparing": (prepare, "_prepare_all"),
+        "merging": (prepare, "_merge_if_last"),
     }
-    kept = [(headers, "read_header"), (pool_folder, "list_share")]
-    kept += [(prepare, "_prepare_all"), (prepare, "_merge_if_last")]
-    before = [(module, name, getattr(module, name)) for module, name in kept]
-    before += [(prepare, "prepare_case", prepare.prepare_case), (PoolFolder, "is_whole", PoolFolder.is_whole)]
-    for (module, name), watch in zip(kept, watches.values(), strict=True):
-        setattr(module, name, watch)
-    prepare.prepare_case, PoolFolder.is_whole = record_only, lambda self, case: True  # type: ignore[method-assign]
-    try:
+    watches = {name: Stopwatch(getattr(*place)) for name, place in places.items()}
+    with ExitStack() as stack:
+        for name, place in places.items():
+            stack.enter_context(patch.object(*place, watches[name]))
         yield watches
-    finally:
-        for module, name, function in before:
-            setattr(module, name, function)
-
-
-def record_only(task: CaseTask) -> CaseResult:
-    intensity = dict.fromkeys(("mean", "median", "std", "min", "max", "percentile_99_5", "percentile_00_5"), 1.5)
-    record = CaseRecord.of(
-        task.volume,
-        PREPARED,
-        task.layout,
-        modality="ct",
-        modality_from="settings",
-        shape_after_crop=task.volume.shape,
-        spacing=task.volume.spacing,
-        shape=task.volume.shape,
-        content=hashlib.sha256(task.volume.case.encode()).hexdigest(),
-        intensity=(intensity,),
-    )
-    return CaseResult(record, 1, 0.001)
 
 
 def merge_in_a_process(folder: Path) -> dict[str, float]:
@@ -225,8 +206,8 @@ def memory(name: str) -> float:
     return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024 / 1e6
 
 
-def dicom_template() -> bytes:
-    """A file whose numbers can be replaced by others of the same length."""
+def dicom_template(seed: int) -> bytes:
+    """A slice of noise, whose numbers can be replaced by others of the same length."""
     dataset = Dataset()
     dataset.SOPClassUID, dataset.SOPInstanceUID = CTImageStorage, "1.2.3.77777777.88888888"
     dataset.StudyInstanceUID, dataset.SeriesInstanceUID = "1.2.3.77777777", "1.2.3.77777777.1"
@@ -238,7 +219,7 @@ def dicom_template() -> bytes:
     dataset.Rows = dataset.Columns = 16
     dataset.BitsAllocated = dataset.BitsStored = 16
     dataset.HighBit, dataset.PixelRepresentation = 15, 0
-    dataset.PixelData = np.arange(256, dtype="<u2").tobytes()
+    dataset.PixelData = np.random.default_rng(seed).integers(0, 3000, 252).astype("<u2").tobytes() + b"77777777"
     dataset.file_meta = FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dataset.file_meta.MediaStorageSOPClassUID = CTImageStorage
@@ -269,15 +250,15 @@ class QuickHeaders:
         )
 
 
-def write_series(archive: Path, numbers: range, num_files: int, template: bytes) -> None:
+def write_series(archive: Path, numbers: range, slices: Sequence[bytes]) -> None:
     """Each series in a folder `site/patient/series`, as archives have it."""
     for number in numbers:
         folder = archive / f"site{number % 7}" / f"patient{number // 3}" / f"series{number}"
         folder.mkdir(parents=True)
-        of_series = template.replace(b"77777777", f"{10000000 + number}".encode())
-        for slice_number in range(num_files):
+        for slice_number, template in enumerate(slices):
+            content = template.replace(b"77777777", f"{10000000 + number}".encode())
             with open(folder / f"{slice_number:04d}.dcm", "wb") as file:
-                file.write(of_series.replace(b"88888888", f"{10000000 + slice_number}".encode()))
+                file.write(content.replace(b"88888888", f"{10000000 + slice_number}".encode()))
 
 
 # ---- scale
@@ -285,16 +266,15 @@ def write_series(archive: Path, numbers: range, num_files: int, template: bytes)
 
 def measure_scale(options: argparse.Namespace, folder: Path) -> list[str]:
     archive, shares = folder / "archive", folder / "listing"
-    write_series(archive, range(options.scale), options.files, b"")
+    write_series(archive, range(options.scale), [b""] * options.files)
     listings = []
     for number in (0, options.num_parts // 2):
         started = time.process_time()
         listing = list_share(shares, Share(options.num_parts, number), [archive], True)
         listings.append(time.process_time() - started)
     shutil.rmtree(archive)
-    write_series(archive, range(1), options.files, dicom_template())
-    with without_voxels():
-        pretrain(archive, "-modality", "ct", "-patch_size", "16", "16", "16")
+    write_series(archive, range(1), [dicom_template(number) for number in range(options.files)])
+    pretrain(archive, *SMALL)
     make_records(options.scale)
     merge = merge_in_a_process(folder)
     return [
