@@ -43,12 +43,12 @@ def measure_parts(options: argparse.Namespace, folder: Path) -> list[str]:
     for source in sources:
         (images / source.parts[-3]).mkdir(parents=True, exist_ok=True)
         shutil.copy(source, images / source.parts[-3])
-    modality = ["-modality", "mr"]
-    pretrain(images, *modality)
+    settings = ["-modality", "mr", "-spacing", "1.5", "1.5", "1.5"]
+    pretrain(images, *settings)
     one, rows = arrays(folder), []
     for trial in range(TRIALS):
         shutil.rmtree(folder / "nnUNet_preprocessed" / POOL)
-        started = {number: start(images, number, modality) for number in range(TOGETHER)}
+        started = {number: start(images, number, settings) for number in range(TOGETHER)}
         killed: dict[int, str] = {}
         for moment in sorted(generator.uniform(0.05, 0.6) * len(sources) for _ in range(KILLED)):
             while num_prepared(folder) < moment:
@@ -58,7 +58,7 @@ def measure_parts(options: argparse.Namespace, folder: Path) -> list[str]:
             os.kill(started[number].pid, signal.SIGKILL)
             started[number].join()
             killed[number] = f"part {number} after {num_prepared(folder)} volumes"
-            started[number] = start(images, number, modality)
+            started[number] = start(images, number, settings)
         for process in started.values():
             process.join()
         failed = [number for number, process in started.items() if process.exitcode]
@@ -81,8 +81,8 @@ def num_prepared(folder: Path) -> int:
     return len(list((folder / DATA).glob("*_seg.b2nd")))
 
 
-def start(images: Path, number: int, modality: Sequence[str]) -> Any:
-    arguments = (images, *modality, *part(number, TOGETHER))
+def start(images: Path, number: int, settings: Sequence[str]) -> Any:
+    arguments = (images, *settings, *part(number, TOGETHER))
     process = multiprocessing.get_context("fork").Process(target=pretrain, args=arguments)
     process.start()
     return process

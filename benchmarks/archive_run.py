@@ -45,7 +45,7 @@ def measure(work: Path | None, measurement: Callable[[Path], list[str]]) -> None
 
 def pretrain(images: Path, *options: str) -> None:
     """Prepare, with nothing said unless it fails."""
-    data = ["-i", str(images), "-d", "900", "-n", "Pool", "-np", "1", "-spacing", "1.5", "1.5", "1.5"]
+    data = ["-i", str(images), "-d", "900", "-n", "Pool", "-np", "1"]
     said = StringIO()
     try:
         with redirect_stdout(said), redirect_stderr(said):
