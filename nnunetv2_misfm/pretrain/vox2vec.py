@@ -227,15 +227,15 @@ def info_nce(first: Tensor, second: Tensor, there: Tensor, temperature: float) -
     Returns:
         the mean over pairs of the mean over voxels and views of the cross entropy.
     """
-    match = (first * second).sum(2) / temperature
-    across = (first @ second.mT / temperature).masked_fill(~there[:, None], -torch.inf)
-    back = (second @ first.mT / temperature).masked_fill(~there[:, None], -torch.inf)
-    itself = torch.eye(first.shape[1], dtype=torch.bool, device=first.device)
-    losses = torch.zeros_like(match)
-    for own, other in ((first, across), (second, back)):
-        within = (own @ own.mT / temperature).masked_fill(itself | ~there[:, None], -torch.inf)
-        losses = losses + torch.cat([within, other], dim=2).logsumexp(2) - match
-    return (losses * there / 2).sum(1).div(there.sum(1)).mean()
+    losses = []
+    for own, other, here in zip(first, second, there, strict=True):
+        # Pair by pair: the similarities of one fit into a processor's cache.
+        views = torch.cat([own[here], other[here]])
+        itself = torch.eye(len(views), dtype=torch.bool, device=views.device)
+        similarity = (views @ views.mT / temperature).masked_fill(itself, -torch.inf)
+        match = torch.arange(len(views), device=views.device).roll(len(views) // 2)
+        losses.append(F.cross_entropy(similarity, match))
+    return torch.stack(losses).mean()
 
 
 def retrieved(first: Tensor, second: Tensor, there: Tensor) -> Tensor:
