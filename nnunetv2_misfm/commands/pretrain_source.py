@@ -15,7 +15,7 @@ from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.plans.checks import check_plans_name, check_replaceable
 from nnunetv2_misfm.plans.compare import run_changes
-from nnunetv2_misfm.plans.files import preprocessed_cases, preprocessed_dataset, read_dataset_json, read_plans
+from nnunetv2_misfm.plans.files import preprocessed_dataset, read_dataset_json, read_plans
 from nnunetv2_misfm.plans.run_settings import BLOCK, pretext_task_of
 from nnunetv2_misfm.plans.settings import read_settings
 from nnunetv2_misfm.pool.cost import estimate, sample_volumes
@@ -185,7 +185,7 @@ class PreprocessedDataset:
             # Runs of other configurations under the same name need their entries to be continued.
             plans["configurations"] = {**self.replaced["configurations"], **plans["configurations"]}
         data = self.folder / plans["configurations"][self.options.configuration]["data_identifier"]
-        if not preprocessed_cases(data):
+        if not any(path.suffix in (".b2nd", ".npz") for path in data.glob("*")):  # .npz is of before nnU-Net 2.6
             raise PlanError(
                 f"{data} holds no preprocessed cases. Run nnUNetv2_preprocess -d {self.options.dataset} -plans_name "
                 f"{self.base['plans_name']} -c {self.options.configuration} first, or give volumes with -i."

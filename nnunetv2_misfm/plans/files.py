@@ -70,16 +70,6 @@ def folds(dataset_folder: Path, num_cases: int) -> list[int | str]:
         raise PlanError(f"{path} is not readable JSON ({error}). Remove it; nnU-Net writes it anew.") from None
 
 
-def preprocessed_cases(folder: Path) -> list[str]:
-    """The cases in a folder of nnU-Net's arrays, in .b2nd files or, of before nnU-Net 2.6, in .npz files."""
-    if not folder.is_dir():
-        return []
-    names = {path.name for path in folder.iterdir()}
-    blosc = {name.removesuffix(".b2nd") for name in names if name.endswith(".b2nd")}
-    segmentations = {f"{case}_seg" for case in blosc}
-    return sorted((blosc - segmentations) | {name.removesuffix(".npz") for name in names if name.endswith(".npz")})
-
-
 def read_dataset_json(dataset_folder: Path) -> dict[str, Any]:
     """The dataset.json of a preprocessed dataset.
 

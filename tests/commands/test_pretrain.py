@@ -148,6 +148,12 @@ def test_a_pool_that_is_not_complete_is_named(nnunet: Path, capsys: pytest.Captu
     assert "is not complete: volumes are still to be prepared" in refused(capsys, "-d", "4")
 
 
+def test_a_dataset_that_is_not_preprocessed_is_named(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = nnunet / "nnUNet_preprocessed" / "Dataset004_Small" / "nnUNetPlans_3d_fullres"
+    data.rename(data.with_name("elsewhere"))
+    assert f"{data} holds no preprocessed cases. Run nnUNetv2_preprocess -d 4" in refused(capsys, "-d", "4")
+
+
 def test_without_nnunets_folders_the_remedy_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
