@@ -12,6 +12,8 @@ from typing import Any
 
 import nibabel
 import numpy as np
+from nibabel.affines import from_matvec
+from nibabel.quaternions import quat2mat
 
 from nnunetv2_misfm.pool.grid import check_spacing, make_grid, tilt
 from nnunetv2_misfm.pool.stored_image import GZIP_START, StoredImage, check_scalars, inflate
@@ -112,17 +114,6 @@ def _qform(header: Any) -> np.ndarray | None:
     rest = 1 - (b * b + c * c + d * d)
     if not np.isfinite(rest) or rest < -QUATERNION_ROUNDING:
         raise VolumeProblem(f"unreadable: the quaternion ({b:g}, {c:g}, {d:g}) in its header is no rotation")
-    a, length = (math.sqrt(rest), 1.0) if rest > 1e-7 else (0.0, math.sqrt(b * b + c * c + d * d))
-    b, c, d = b / length, c / length, d / length
-    rotation = np.array(
-        [
-            [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
-            [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
-            [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
-        ]
-    )
-    qfac = -1.0 if header["pixdim"][0] < 0 else 1.0
-    affine = np.eye(4)
-    affine[:3, :3] = rotation * np.abs(header["pixdim"][1:4].astype(float)) * (1.0, 1.0, qfac)
-    affine[:3, 3] = [float(header[f"qoffset_{name}"]) for name in "xyz"]
-    return affine
+    rotation = quat2mat((math.sqrt(rest) if rest > 1e-7 else 0.0, b, c, d))  # brings the length to 1
+    sizes = np.abs(header["pixdim"][1:4].astype(float)) * (1.0, 1.0, -1.0 if header["pixdim"][0] < 0 else 1.0)
+    return from_matvec(rotation * sizes, [float(header[f"qoffset_{name}"]) for name in "xyz"])
