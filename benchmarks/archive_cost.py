@@ -37,8 +37,8 @@ from archive_run import POOL, measure, part, pretrain
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
+from nnunetv2_misfm.commands import pretrain_source
 from nnunetv2_misfm.files import append_json_lines
-from nnunetv2_misfm.pool import folder as pool_folder
 from nnunetv2_misfm.pool import headers, prepare
 from nnunetv2_misfm.pool.case import PREPARED
 from nnunetv2_misfm.pool.dicom_frames import DicomHeader
@@ -171,7 +171,7 @@ def watched() -> Iterator[dict[str, Stopwatch]]:
     """Measures what takes the time of a part beside its start."""
     places = {
         "headers": (headers, "read_header"),
-        "listing": (pool_folder, "list_share"),
+        "listing": (pretrain_source, "list_share"),
         "preparing": (prepare, "_prepare_all"),
         "merging": (prepare, "_merge_if_last"),
     }

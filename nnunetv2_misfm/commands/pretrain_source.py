@@ -26,6 +26,7 @@ from nnunetv2_misfm.pool.plan import adopt_plans, check_names, existing_plans, f
 from nnunetv2_misfm.pool.prepare import check_usable, prepare_pool, start_pool
 from nnunetv2_misfm.pool.settings import PoolSettings
 from nnunetv2_misfm.pool.share import Share
+from nnunetv2_misfm.pool.shared_listing import forget_share, list_share
 from nnunetv2_misfm.pretrain.planning import RunRequest, new_pool_entry, run_plans
 from nnunetv2_misfm.pretrain.tasks import AUGMENTATION, PretextSettings, default_settings, task_class
 
@@ -90,7 +91,7 @@ class BareVolumes:
         check_exist(options.folders)
         folder.create()
         of_archive = (options.folders, settings, options.num_processes)
-        listing = folder.list_files(options.folders, settings.join_channels)
+        listing = list_share(folder.listing, folder.share, options.folders, settings.join_channels)
         self.inspection = inspect_volumes(*of_archive, folder.share.bundles, folder.ledger.index, listing)
         if options.num_parts > 1:
             print(f"Part {options.part_id} of {options.num_parts}:")
@@ -102,7 +103,7 @@ class BareVolumes:
             if needs_all:  # else the preparation writes it down
                 folder.ledger.keep_found(self.inspection)
             if options.only_inspect:
-                folder.forget_own_files()
+                forget_share(folder.listing, folder.share)
             by_all = folder.ledger.found_by_all(self.inspection.token) if needs_all else None
             if by_all is not None or not needs_all:
                 whole = by_all or self.inspection

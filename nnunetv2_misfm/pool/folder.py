@@ -13,7 +13,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,8 @@ from nnunetv2_misfm.plans.files import nnunet_folder
 from nnunetv2_misfm.pool.case import CASE_ENDINGS, LEFT_OUT, CaseRecord, temporary_files
 from nnunetv2_misfm.pool.inspection import PoolError
 from nnunetv2_misfm.pool.ledger import Ledger
-from nnunetv2_misfm.pool.listing import Listing
 from nnunetv2_misfm.pool.plan import WRITE_ANEW, existing_plans
 from nnunetv2_misfm.pool.share import WHOLE, Share
-from nnunetv2_misfm.pool.shared_listing import forget_all, forget_share, list_share
 from nnunetv2_misfm.pool.volume_files import LeftOut
 
 REPORT = "report.csv"
@@ -64,7 +62,7 @@ class PoolFolder:
         self.share = share
         self._preparation = self.root / f"{data_identifier}{_PREPARATION}"
         self.ledger = Ledger(self._preparation, share)
-        self._listing = self._preparation / "listing"
+        self.listing = self._preparation / "listing"
         self._all_temporary = self._preparation / "temporary"
         self.temporary = self._all_temporary / str(share)
 
@@ -84,22 +82,6 @@ class PoolFolder:
         for folder in (self.data, self._all_temporary):
             folder.mkdir(parents=True, exist_ok=True)
         self.ledger.create()
-
-    def list_files(self, folders: Sequence[Path], join_channels: bool) -> Listing:
-        """The files of this part's share, as all parts of this run see them (`shared_listing.py`).
-
-        Raises:
-            UserError: naming every folder that does not exist.
-        """
-        return list_share(self._listing, self.share, folders, join_channels)
-
-    def forget_own_files(self) -> None:
-        """Let the next run of this part list the archive anew."""
-        forget_share(self._listing, self.share)
-
-    def forget_all_files(self) -> None:
-        """Let the next run of every part list the archive anew."""
-        forget_all(self._listing)
 
     def clear_temporary(self) -> None:
         """Remove what a killed run of the same part left half-written."""
@@ -127,17 +109,13 @@ class PoolFolder:
                 held.enter_context(locked(own, 0.0, "another process is preparing this part"))
             yield
 
-    @contextmanager
-    def lock_start(self) -> Iterator[None]:
+    def lock_start(self) -> AbstractContextManager[None]:
         """Let one part at a time write the plans, or take over those that another has just written."""
-        with locked(self._preparation / "start.lock", -1.0, "another process is starting"):
-            yield
+        return locked(self._preparation / "start.lock", -1.0, "another process is starting")
 
-    @contextmanager
-    def lock_merge(self) -> Iterator[None]:
+    def lock_merge(self) -> AbstractContextManager[None]:
         """Let one part bring the results together. Raises LockedError if another is doing so."""
-        with locked(self._preparation / "merge.lock", 0.0, "another process is merging the parts"):
-            yield
+        return locked(self._preparation / "merge.lock", 0.0, "another process is merging the parts")
 
     def is_whole(self, case: str) -> bool:
         return (self.data / f"{case}.b2nd").exists()

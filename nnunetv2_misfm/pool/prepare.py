@@ -53,6 +53,7 @@ from nnunetv2_misfm.pool.plan import (
 )
 from nnunetv2_misfm.pool.settings import PoolSettings
 from nnunetv2_misfm.pool.share import BUNDLES, Share
+from nnunetv2_misfm.pool.shared_listing import forget_all, forget_share
 from nnunetv2_misfm.pool.volume_files import LeftOut
 from nnunetv2_misfm.pool.volumes import Volume, joined_series, with_own_names
 from nnunetv2_misfm.pool.workers import Killed, run_jobs
@@ -163,7 +164,7 @@ def prepare_pool(
                 if one.bundle in folder.share.bundles:
                     tally.add(LEFT_OUT, one.reason)
             folder.ledger.mark(PREPARED_ALL, inspection.token)
-            folder.forget_own_files()
+            forget_share(folder.listing, folder.share)
             merged = _merge_if_last(folder, inspection.token, plans, configuration, num_processes)
             merged = merged or MergedPool(dict(plans), tally, complete=False)
     statuses = merged.tally.statuses
@@ -200,7 +201,7 @@ def _merge_if_last(
                 _prepare_joined(folder, plans, configuration, num_processes)
                 merged = merge_pool(folder, plans, configuration)
                 if merged.complete:
-                    folder.forget_all_files()
+                    forget_all(folder.listing)
                 return merged
         except LockedError:
             print("Another part is bringing the pool together")
