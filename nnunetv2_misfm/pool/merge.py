@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nnunetv2_misfm.files import read_json, write_json
-from nnunetv2_misfm.pool.case import LEFT_OUT, PREPARED, CaseRecord
+from nnunetv2_misfm.pool.case import FAILED, LEFT_OUT, PREPARED, CaseRecord
 from nnunetv2_misfm.pool.folder import PoolFolder, report_row, write_report
 from nnunetv2_misfm.pool.ledger import MADE_ANEW, JoinedSeries, Ledger
-from nnunetv2_misfm.pool.plan import layout_hash, measured_plans, pool_dataset_json, with_medians
+from nnunetv2_misfm.pool.plan import layout_hash, measured_plans, pool_block, pool_dataset_json, with_medians
 from nnunetv2_misfm.pool.share import WHOLE
 from nnunetv2_misfm.pool.volume_files import LeftOut
 
@@ -153,17 +153,43 @@ def _add_records(
 
 
 @dataclass(frozen=True)
-class MergedPool:
+class PoolReport:
+    """What a pool holds after a run."""
+
+    folder: Path
+    """The dataset in nnUNet_preprocessed."""
     plans: dict[str, Any]
+    """As written to disk: with the normalisation and the counts of what was really found in the volumes."""
     tally: Tally
     complete: bool
+    """Whether every volume has been looked at; False while other parts are at work."""
+
+    @property
+    def num_prepared(self) -> int:
+        return self.tally.statuses[PREPARED]
+
+    def summary(self) -> str:
+        modalities = ", ".join(f"{name} ({n})" for name, n in pool_block(self.plans)["modalities"].items() if name)
+        lines = [
+            f"Pool {self.folder}: {self.num_prepared} volumes" + (f"; modality {modalities}" if modalities else "")
+        ]
+        if self.tally.reasons:
+            left_out, failed = (self.tally.statuses[status] for status in (LEFT_OUT, FAILED))
+            lines.append(f"Not in it: {left_out} left out, {failed} failed (see report.csv)")
+            lines += [f"  {count} x {reason}" for reason, count in self.tally.reasons.most_common()]
+        if self.tally.mended:
+            lines.append(f"Mended while they were read ({self.tally.mended.total()}, see report.csv):")
+            lines += [f"  {count} x {what}" for what, count in self.tally.mended.most_common()]
+        if not self.complete:
+            lines.append("Not complete yet: other parts are still to be prepared")
+        return "\n".join(lines)
 
 
-def merge_pool(folder: PoolFolder, plans: Mapping[str, Any], configuration: str) -> MergedPool:
+def merge_pool(folder: PoolFolder, plans: Mapping[str, Any], configuration: str) -> PoolReport:
     """Once every volume has its record: drop duplicates and write fingerprint, plans and report."""
     pool = read_entries(folder.ledger, layout_hash(plans, configuration))
     if pool.num_waiting:
-        return MergedPool(dict(plans), pool.tally(), complete=False)
+        return PoolReport(folder.root, dict(plans), pool.tally(), complete=False)
     _drop_duplicates(pool, folder.ledger, _cases_of(folder.fingerprint))
     for case in pool.gone:
         folder.remove_case(case)
@@ -180,7 +206,7 @@ def merge_pool(folder: PoolFolder, plans: Mapping[str, Any], configuration: str)
         write_json(plans, folder.plans)
         write_json(fingerprint, folder.fingerprint)
     write_report(folder.root, (entry.row.split("\0") for entry in pool.entries))
-    return MergedPool(dict(plans), pool.tally(), complete=True)
+    return PoolReport(folder.root, dict(plans), pool.tally(), complete=True)
 
 
 def _cases_of(fingerprint: Path) -> set[str]:

@@ -13,12 +13,11 @@ what became of them (`ledger.py`), and the one that ends last brings everything 
 from __future__ import annotations
 
 import copy
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.files import LockedError, write_json
@@ -40,7 +39,7 @@ from nnunetv2_misfm.pool.inspection import (
     inspect_volumes,
 )
 from nnunetv2_misfm.pool.ledger import PREPARED_ALL
-from nnunetv2_misfm.pool.merge import MergedPool, Tally, merge_pool
+from nnunetv2_misfm.pool.merge import PoolReport, Tally, merge_pool
 from nnunetv2_misfm.pool.plan import (
     check_names,
     existing_plans,
@@ -60,41 +59,6 @@ from nnunetv2_misfm.pool.workers import Killed, run_jobs
 from nnunetv2_misfm.progress import progress_bar
 
 __all__ = ["PoolError", "PoolReport", "PoolSettings", "check_usable", "inspect_volumes", "plan_pool", "prepare_pool"]
-
-
-@dataclass(frozen=True)
-class PoolReport:
-    """What a pool holds after a run."""
-
-    folder: Path
-    """The dataset in nnUNet_preprocessed."""
-    plans: dict[str, Any]
-    """As written to disk: with the normalisation and the counts of what was really found in the volumes."""
-    num_prepared: int
-    num_left_out: int
-    num_failed: int
-    """Volumes whose preparation broke off; the next run tries them again."""
-    reasons: Counter[str]
-    """Why volumes are not in the pool, by the first words of the reason."""
-    mended: Counter[str]
-    """What was done to volumes before their voxels lay on a straight grid, by the first words."""
-    complete: bool
-    """Whether every volume has been looked at; False while other parts are at work."""
-
-    def summary(self) -> str:
-        modalities = ", ".join(f"{name} ({n})" for name, n in pool_block(self.plans)["modalities"].items() if name)
-        lines = [
-            f"Pool {self.folder}: {self.num_prepared} volumes" + (f"; modality {modalities}" if modalities else "")
-        ]
-        if self.num_left_out or self.num_failed:
-            lines.append(f"Not in it: {self.num_left_out} left out, {self.num_failed} failed (see report.csv)")
-            lines += [f"  {count} x {reason}" for reason, count in self.reasons.most_common()]
-        if self.mended:
-            lines.append(f"Mended while they were read ({self.mended.total()}, see report.csv):")
-            lines += [f"  {count} x {what}" for what, count in self.mended.most_common()]
-        if not self.complete:
-            lines.append("Not complete yet: other parts are still to be prepared")
-        return "\n".join(lines)
 
 
 def check_usable(inspection: PoolInspection, dataset_name: str, plans_name: str) -> None:
@@ -166,18 +130,7 @@ def prepare_pool(
             folder.ledger.mark(PREPARED_ALL, inspection.token)
             forget_share(folder.listing, folder.share)
             merged = _merge_if_last(folder, inspection.token, plans, configuration, num_processes)
-            merged = merged or MergedPool(dict(plans), tally, complete=False)
-    statuses = merged.tally.statuses
-    report = PoolReport(
-        folder=folder.root,
-        plans=merged.plans,
-        num_prepared=statuses[PREPARED],
-        num_left_out=statuses[LEFT_OUT],
-        num_failed=statuses[FAILED],
-        reasons=merged.tally.reasons,
-        mended=merged.tally.mended,
-        complete=merged.complete,
-    )
+    report = merged or PoolReport(folder.root, dict(plans), tally, complete=False)
     if report.complete and report.num_prepared == 0:
         raise PoolError(
             f"none of the volumes can be used; each and its reason is in {folder.report}\n{report.summary()}"
@@ -193,7 +146,7 @@ def _folder(plans: Mapping[str, Any], configuration: str, num_parts: int, part_i
 
 def _merge_if_last(
     folder: PoolFolder, token: str, plans: Mapping[str, Any], configuration: str, num_processes: int
-) -> MergedPool | None:
+) -> PoolReport | None:
     """Bring the parts together if all are done and no other part is doing so."""
     if folder.ledger.all_have(PREPARED_ALL, token):
         try:

@@ -230,8 +230,8 @@ def test_volumes_with_other_channels_than_most_are_left_out(images: Path) -> Non
     for number in range(2):
         phantoms.write(images / "two" / f"a_{number:04d}.nii.gz", phantoms.mr(9 + number))
     report = make_pool([images])
-    assert (report.num_prepared, report.num_left_out) == (3, 1)
-    assert "2 channels, but the pool's volumes have 1" in report.reasons
+    assert report.tally.statuses == {"prepared": 3, "left out": 1}
+    assert "2 channels, but the pool's volumes have 1" in report.tally.reasons
 
 
 def test_bad_files_are_left_out_with_their_reason_and_stop_nothing(images: Path) -> None:
@@ -242,7 +242,7 @@ def test_bad_files_are_left_out_with_their_reason_and_stop_nothing(images: Path)
     phantoms.write(images / "large.nrrd", phantoms.mr(4), (99, 99, 99))
     phantoms.write(images / "same.nrrd", phantoms.mr(0))
     report = make_pool([images])
-    assert (report.num_prepared, report.num_left_out, report.num_failed) == (3, len(VOLUMES) + 3, 0)
+    assert report.tally.statuses == {"prepared": 3, "left out": len(VOLUMES) + 3}
     assert set(arrays(report)) == {"good0", "good1", "good2"}
     with open(report.folder / "report.csv", newline="", encoding="utf-8") as file:
         left_out = [row for row in csv.DictReader(file) if row["status"] == "left out"]
@@ -639,7 +639,7 @@ def test_a_volume_whose_preparation_breaks_off_is_reported_and_tried_again(
 
     monkeypatch.setattr(DefaultPreprocessor, "run_case_npy", fail_for_b)
     report = make_pool([images])
-    assert (report.num_prepared, report.num_failed) == (1, 1)
+    assert report.tally.statuses == {"prepared": 1, "failed": 1}
     assert "out of memory" in rows(report)["b.nii.gz"]["reason"]
     monkeypatch.undo()
     for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
@@ -651,4 +651,4 @@ def test_a_volume_whose_preparation_breaks_off_is_reported_and_tried_again(
 def test_real_volumes_of_all_kinds_make_a_pool(real_data_folder: Path) -> None:
     report = make_pool([real_data_folder / "volumes", real_data_folder / "dicom"], spacing=(3, 3, 3))
     assert report.plans["misfm"]["pool"]["modalities"] == {"ct": 3, "mr": 3}
-    assert report.reasons == {"looks like a label map": 1}
+    assert report.tally.reasons == {"looks like a label map": 1}
