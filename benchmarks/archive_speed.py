@@ -23,7 +23,7 @@ from archive_run import measure
 
 from nnunetv2_misfm.pool.case import PREPARED, CaseTask, prepare_case
 from nnunetv2_misfm.pool.folder import PoolFolder
-from nnunetv2_misfm.pool.inspection import inspect_volumes
+from nnunetv2_misfm.pool.inspection import find_volumes
 from nnunetv2_misfm.pool.plan import adopt_plans, layout_hash
 from nnunetv2_misfm.pool.settings import PoolSettings
 
@@ -91,7 +91,7 @@ def nnunet_cases(dataset: Path, folder: Path, most: int) -> Iterator[dict[str, A
     pool.clear_temporary()
     (root / "theirs").mkdir()
     layout = layout_hash(adopted, "3d_fullres")
-    found = inspect_volumes(images, settings).volumes
+    found = find_volumes(images, settings.join_channels).volumes
     for volume, image in zip(sorted(found, key=lambda one: one.channels[0][0]), images, strict=True):
         label = raw / "labelsTr" / image.name.replace("_0000", "")
         case = CaseTask(replace(volume), adopted, "3d_fullres", layout, pool.temporary)

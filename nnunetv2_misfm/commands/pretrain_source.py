@@ -20,7 +20,7 @@ from nnunetv2_misfm.plans.run_settings import BLOCK, pretext_task_of
 from nnunetv2_misfm.plans.settings import read_settings
 from nnunetv2_misfm.pool.cost import estimate, sample_volumes
 from nnunetv2_misfm.pool.folder import PoolFolder
-from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection, inspect_volumes
+from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection, find_volumes
 from nnunetv2_misfm.pool.listing import check_exist
 from nnunetv2_misfm.pool.plan import adopt_plans, check_names, existing_plans, find_geometry, plan_pool
 from nnunetv2_misfm.pool.prepare import check_usable, prepare_pool, start_pool
@@ -60,7 +60,7 @@ class BareVolumes:
         check_names(*names)
         settings = read_settings(PoolSettings, options.pool, "The pool's settings")
         if options.dry_run:
-            self.sample = sample_volumes(options.folders, settings, options.num_processes)
+            self.sample = sample_volumes(options.folders, settings.join_channels, options.num_processes)
             whole: PoolInspection | None = self.sample.inspection
             if not self.sample.inspection.volumes:
                 raise PoolError(f"no usable volume in the given folders\n{self.sample.inspection.summary()}")
@@ -90,9 +90,9 @@ class BareVolumes:
         options = self.options
         check_exist(options.folders)
         folder.create()
-        of_archive = (options.folders, settings, options.num_processes)
+        of_archive = (options.folders, settings.join_channels, options.num_processes)
         listing = list_share(folder.listing, folder.share, options.folders, settings.join_channels)
-        self.inspection = inspect_volumes(*of_archive, folder.share.bundles, folder.ledger.index, listing)
+        self.inspection = find_volumes(*of_archive, folder.share.bundles, folder.ledger.index, listing)
         if options.num_parts > 1:
             print(f"Part {options.part_id} of {options.num_parts}:")
         if self.inspection.volumes or options.num_parts > 1:
@@ -113,7 +113,7 @@ class BareVolumes:
             else:
                 if self.inspection.volumes:
                     print("All headers are read for the median; run all parts with --only_inspect first to share that")
-                whole = inspect_volumes(*of_archive, index=folder.ledger.index)
+                whole = find_volumes(*of_archive, index=folder.ledger.index)
         check_usable(whole, self.dataset_name, self.plans_name)
         return whole
 

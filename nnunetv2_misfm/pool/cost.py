@@ -15,9 +15,8 @@ import numpy as np
 from nnunetv2_misfm.files import format_bytes, format_duration
 from nnunetv2_misfm.plans.files import nnunet_folder
 from nnunetv2_misfm.pool.case import PREPARED, CaseResult, CaseTask, prepare_case
-from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection, inspect_volumes
+from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection, find_volumes
 from nnunetv2_misfm.pool.plan import expected_shape
-from nnunetv2_misfm.pool.settings import PoolSettings
 from nnunetv2_misfm.pool.share import BUNDLES
 
 MEASURED_FIRST = 3
@@ -65,7 +64,7 @@ class Sample:
     """That reading the headers took."""
 
 
-def sample_volumes(folders: Sequence[Path], settings: PoolSettings, num_processes: int) -> Sample:
+def sample_volumes(folders: Sequence[Path], join_channels: bool, num_processes: int) -> Sample:
     """Look at one bundle of the archive, or at as many as it takes to find `ENOUGH_VOLUMES`.
 
     Raises:
@@ -74,7 +73,7 @@ def sample_volumes(folders: Sequence[Path], settings: PoolSettings, num_processe
     count = 1
     while True:
         started = time.monotonic()
-        inspection = inspect_volumes(folders, settings, num_processes, range(count))
+        inspection = find_volumes(folders, join_channels, num_processes, range(count))
         if len(inspection.volumes) >= ENOUGH_VOLUMES or count == BUNDLES:
             return Sample(inspection, count / BUNDLES, time.monotonic() - started)
         count *= 4

@@ -1,8 +1,8 @@
-"""What a pool is made of: the settings, what an inspection found, and the error for pools that cannot be made."""
+"""Finding the volumes in folders, and the error for pools that cannot be made of them."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +12,12 @@ import numpy as np
 from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.files import format_bytes
 from nnunetv2_misfm.pool.header_index import HeaderIndex
-from nnunetv2_misfm.pool.listing import Listing
-from nnunetv2_misfm.pool.settings import PoolSettings
+from nnunetv2_misfm.pool.headers import HEADERS_WORTH_A_PROCESS, header_reader
+from nnunetv2_misfm.pool.listing import FileGroup, Listing, list_archive
 from nnunetv2_misfm.pool.share import WHOLE
 from nnunetv2_misfm.pool.volume_files import LeftOut
-from nnunetv2_misfm.pool.volumes import Volume, find_volumes
+from nnunetv2_misfm.pool.volumes import Volume, headers_of, joined_series, outcomes, with_own_names
+from nnunetv2_misfm.progress import progress_bar
 
 
 class PoolError(UserError):
@@ -74,26 +75,56 @@ class PoolInspection:
         return "\n".join(lines)
 
 
-def inspect_volumes(
+def find_volumes(
     folders: Sequence[Path],
-    settings: PoolSettings,
+    join_channels: bool = True,
     num_processes: int = 1,
     bundles: range = WHOLE.bundles,
     index: HeaderIndex | None = None,
     listing: Listing | None = None,
 ) -> PoolInspection:
-    """Find the volumes below the folders from their headers; about 1 ms per DICOM file and 2 ms per NIfTI file.
+    """Find volumes below the folders, reading headers only; about 1 ms per DICOM file and 2 ms per NIfTI file.
+
+    A DICOM series that lies in several folders is one volume if all of them are in these bundles; else each folder is
+    taken by itself, which `joined_series` mends.
 
     Args:
-        folders, num_processes, bundles, index, listing: as in `find_volumes`.
-        settings: say whether channels are joined.
+        folders: searched with everything below them; single files are taken too.
+        join_channels: join files that end in `_0000`, `_0001`, ... as nnU-Net does.
+        num_processes: processes to read headers with, used from a few thousand files on.
+        bundles: of `share.py`; only what is in them is found.
+        index: of the headers that are known already.
+        listing: of the folders for these bundles, if they are listed already.
 
     Raises:
         UserError: naming every folder that does not exist.
     """
-    paths = [Path(folder) for folder in folders]
-    found = find_volumes(paths, settings.join_channels, num_processes, bundles, index, listing)
-    return PoolInspection(tuple(found.volumes), tuple(found.left_out), found.passed_over, found.num_files, found.token)
+    listing = listing or list_archive(folders, join_channels, bundles)
+    index = index or HeaderIndex(None, bundles)
+    outcome: list[Volume | LeftOut] = list(listing.left_out)
+    in_groups: dict[str, list[FileGroup]] = defaultdict(list)
+    num_files = sum(len(group.files) for groups in listing.groups.values() for group in groups)
+    few = num_files < HEADERS_WORTH_A_PROCESS
+    with (
+        header_reader(num_files, num_processes) as read,
+        progress_bar(num_files, "Reading headers", unit="file", disable=few) as bar,
+    ):
+        for bundle, groups in sorted(listing.groups.items()):
+            for group, found in outcomes(bundle, groups, index, read):
+                for series in {one.series for one in found if one.series}:
+                    in_groups[series].append(group)
+                outcome += found
+                bar.update(len(group.files))
+        spread = {series for series, groups in in_groups.items() if len(groups) > 1}
+        outcome = [one for one in outcome if one.series not in spread]
+        outcome += joined_series(headers_of(in_groups, spread, index, read), spread)
+    return PoolInspection(
+        tuple(with_own_names([one for one in outcome if isinstance(one, Volume)], {})),
+        tuple(one for one in outcome if isinstance(one, LeftOut)),
+        listing.passed_over,
+        listing.num_files,
+        listing.token,
+    )
 
 
 def _counts(values: Iterable[object]) -> str:

@@ -1,6 +1,6 @@
 """Bare volumes to a pretraining pool: an nnU-Net dataset without labels in nnUNet_preprocessed.
 
-    inspection = inspect_volumes(folders, settings)
+    inspection = find_volumes(folders)
     check_usable(inspection, dataset_name, plans_name)
     plans = plan_pool(inspection, settings, find_geometry(inspection, settings, ...), ...)
     report = prepare_pool(inspection, plans, configuration, num_processes)
@@ -33,11 +33,7 @@ from nnunetv2_misfm.pool.case import (
 )
 from nnunetv2_misfm.pool.cost import MEASURED_FIRST, check_disk, typical_first
 from nnunetv2_misfm.pool.folder import PoolFolder, check_is_pool, report_row, write_report
-from nnunetv2_misfm.pool.inspection import (
-    PoolError,
-    PoolInspection,
-    inspect_volumes,
-)
+from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection, find_volumes
 from nnunetv2_misfm.pool.ledger import PREPARED_ALL
 from nnunetv2_misfm.pool.merge import PoolReport, Tally, merge_pool
 from nnunetv2_misfm.pool.plan import (
@@ -58,7 +54,7 @@ from nnunetv2_misfm.pool.volumes import Volume, joined_series, with_own_names
 from nnunetv2_misfm.pool.workers import Killed, run_jobs
 from nnunetv2_misfm.progress import progress_bar
 
-__all__ = ["PoolError", "PoolReport", "PoolSettings", "check_usable", "inspect_volumes", "plan_pool", "prepare_pool"]
+__all__ = ["PoolError", "PoolReport", "PoolSettings", "check_usable", "find_volumes", "plan_pool", "prepare_pool"]
 
 
 def check_usable(inspection: PoolInspection, dataset_name: str, plans_name: str) -> None:

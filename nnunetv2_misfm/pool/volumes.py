@@ -1,4 +1,4 @@
-"""Finding the volumes in folders of medical images: files, DICOM series and nnU-Net channels, from headers alone.
+"""What files amount to as volumes: single images, DICOM series and nnU-Net channels, from headers alone.
 
 Every volume is described in canonical axis order: array axes (z, y, x) = (inferior to superior, posterior to
 anterior, left to right), which is what nnU-Net's readers `SimpleITKIOWithReorient` and `NibabelIOWithReorient` give.
@@ -10,9 +10,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,9 @@ from nnunetv2_misfm.pool.channels import grid_of, join_channels
 from nnunetv2_misfm.pool.dicom_series import Series, sort_series
 from nnunetv2_misfm.pool.grid import Grid
 from nnunetv2_misfm.pool.header_index import HeaderIndex
-from nnunetv2_misfm.pool.headers import HEADERS_WORTH_A_PROCESS, NEVER, Header, HeaderReader, header_reader
-from nnunetv2_misfm.pool.listing import FileGroup, Listing, list_archive
-from nnunetv2_misfm.pool.share import WHOLE
+from nnunetv2_misfm.pool.headers import NEVER, Header, HeaderReader
+from nnunetv2_misfm.pool.listing import FileGroup
 from nnunetv2_misfm.pool.volume_files import LeftOut, VolumeFile, case_name, split_ending
-from nnunetv2_misfm.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -82,72 +80,6 @@ class Volume:
         return tuple(self.stored_spacing[axis] for axis in self.grid.upright_axes)
 
 
-@dataclass
-class FoundVolumes:
-    volumes: list[Volume] = field(default_factory=list)
-    left_out: list[LeftOut] = field(default_factory=list)
-    passed_over: Counter[str] = field(default_factory=Counter)
-    """Number of files that are no volumes, by ending."""
-    num_files: int = 0
-    token: str = ""
-    """As in `Listing`; these two are of the whole archive."""
-
-
-def find_volumes(
-    folders: Sequence[Path],
-    join_channels: bool = True,
-    num_processes: int = 1,
-    bundles: range = WHOLE.bundles,
-    index: HeaderIndex | None = None,
-    listing: Listing | None = None,
-) -> FoundVolumes:
-    """Find volumes below the folders, reading headers only.
-
-    A DICOM series that lies in several folders is one volume if all of them are in these bundles; else each folder is
-    taken by itself, which `joined_series` mends.
-
-    Args:
-        folders: searched with everything below them; single files are taken too.
-        join_channels: join files that end in `_0000`, `_0001`, ... as nnU-Net does.
-        num_processes: processes to read headers with, used from a few thousand files on.
-        bundles: of `share.py`; only what is in them is found.
-        index: of the headers that are known already.
-        listing: of the folders for these bundles, if they are listed already.
-
-    Returns:
-        The volumes, sorted by case name, and everything that was left out with its reason.
-
-    Raises:
-        UserError: naming every folder that does not exist.
-    """
-    listing = listing or list_archive(folders, join_channels, bundles)
-    index = index or HeaderIndex(None, bundles)
-    outcome: list[Volume | LeftOut] = list(listing.left_out)
-    in_groups: dict[str, list[FileGroup]] = defaultdict(list)
-    num_files = sum(len(group.files) for groups in listing.groups.values() for group in groups)
-    few = num_files < HEADERS_WORTH_A_PROCESS
-    with (
-        header_reader(num_files, num_processes) as read,
-        progress_bar(num_files, "Reading headers", unit="file", disable=few) as bar,
-    ):
-        for bundle, groups in sorted(listing.groups.items()):
-            for group, found in _outcomes(bundle, groups, index, read):
-                for series in {one.series for one in found if one.series}:
-                    in_groups[series].append(group)
-                outcome += found
-                bar.update(len(group.files))
-        spread = {series for series, groups in in_groups.items() if len(groups) > 1}
-        outcome = [one for one in outcome if one.series not in spread]
-        outcome += joined_series(_headers_of(in_groups, spread, index, read), spread)
-    return FoundVolumes(
-        with_own_names([one for one in outcome if isinstance(one, Volume)], {}),
-        [one for one in outcome if isinstance(one, LeftOut)],
-        listing.passed_over,
-        listing.num_files,
-        listing.token,
-    )
-
-
 def joined_series(headers: Iterable[Header], wanted: Collection[str]) -> list[Volume | LeftOut]:
     """What the wanted series (as in `Volume`) amount to, which lie in several folders, from all their headers."""
     chosen = [header for header in headers if series_hash(header) in wanted]
@@ -188,7 +120,7 @@ def _volumes_of(headers: Sequence[Header], one_number: bool | None) -> list[Volu
     return [*found, *without_partner, *(_from_images(group, stem) for stem, group in images)]
 
 
-def _outcomes(
+def outcomes(
     bundle: int, groups: Sequence[FileGroup], index: HeaderIndex, read: HeaderReader
 ) -> Iterator[tuple[FileGroup, list[Volume | LeftOut]]]:
     """What the groups of a bundle amount to, from what is known of them or else from their headers."""
@@ -236,7 +168,7 @@ def volume_from_json(content: Mapping[str, Any]) -> Volume:
     return Volume(**{**content, "channels": channels, "grid": grid, "bundles": bundles})
 
 
-def _headers_of(
+def headers_of(
     groups: Mapping[str, Sequence[FileGroup]], series: Collection[str], index: HeaderIndex, read: HeaderReader
 ) -> Iterator[Header]:
     by_bundle: dict[int, dict[VolumeFile, None]] = defaultdict(dict)

@@ -27,10 +27,10 @@ from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
 from nnunetv2_misfm.pool import headers
 from nnunetv2_misfm.pool.bundle_files import BundleFiles
 from nnunetv2_misfm.pool.header_index import HeaderIndex
+from nnunetv2_misfm.pool.inspection import find_volumes
 from nnunetv2_misfm.pool.listing import ArchiveLister, list_archive
 from nnunetv2_misfm.pool.share import BUNDLES, Share, bundle_of
 from nnunetv2_misfm.pool.shared_listing import forget_share, list_share
-from nnunetv2_misfm.pool.volumes import find_volumes
 from nnunetv2_misfm.start_up import add_plugin_folder
 
 POOL = "Dataset900_Pool"
@@ -135,9 +135,9 @@ def test_channels_of_one_folder_stay_together(tmp_path: Path) -> None:
     shares = [find_volumes([tmp_path], bundles=Share(5, part).bundles) for part in range(5)]
     volumes = [volume for found in shares for volume in found.volumes]
     whole = find_volumes([tmp_path])
-    assert sorted(volumes, key=lambda volume: volume.case) == whole.volumes
+    assert sorted(volumes, key=lambda volume: volume.case) == list(whole.volumes)
     assert sorted(volume.num_channels for volume in volumes) == [1, 1, 2, 2]
-    assert [one for found in shares for one in found.left_out] == whole.left_out
+    assert [one for found in shares for one in found.left_out] == list(whole.left_out)
 
 
 def test_headers_are_kept_as_they_were_read(tmp_path: Path, opened: list[str]) -> None:

@@ -20,9 +20,9 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from nnunetv2_misfm.pool.inspection import find_volumes
 from nnunetv2_misfm.pool.reading import read_volume
 from nnunetv2_misfm.pool.volume_files import VolumeProblem
-from nnunetv2_misfm.pool.volumes import find_volumes
 
 HU = phantoms.ct(shape=(12, 20, 24)).astype(float)
 POSITIONS = [[0, 0, 2.5 * number] for number in range(len(HU))]
@@ -42,7 +42,7 @@ def only_volume(folder: Path) -> tuple[np.ndarray, tuple[float, ...], str]:
 
 def only_reason(folder: Path) -> str:
     found = find_volumes([folder])
-    assert found.volumes == []
+    assert not found.volumes
     assert len(found.left_out) == 1
     return found.left_out[0].reason
 
@@ -370,7 +370,7 @@ def test_two_patients_in_one_folder_with_one_series_uid_are_two_volumes(tmp_path
     for number, patient in enumerate("ab"):
         dicom_files.series(tmp_path, HU + number, name=f"{patient}{{}}.dcm".format, PatientID=patient)
     found = find_volumes([tmp_path])
-    assert (len({volume.case for volume in found.volumes}), found.left_out) == (2, [])
+    assert (len({volume.case for volume in found.volumes}), found.left_out) == (2, ())
 
 
 def test_a_file_without_preamble_and_ending_is_found(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ import phantoms
 import pytest
 import SimpleITK as sitk
 
+from nnunetv2_misfm.pool.inspection import find_volumes
 from nnunetv2_misfm.pool.reading import read_volume
 from nnunetv2_misfm.pool.volume_files import VolumeProblem
-from nnunetv2_misfm.pool.volumes import find_volumes
 
 VOXELS = phantoms.mr()
 SPACING = (2.5, 0.8, 0.7)

@@ -28,9 +28,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.files import LockedError
 from nnunetv2_misfm.plans.settings import SettingsError, read_settings
-from nnunetv2_misfm.pool.inspection import PoolError
+from nnunetv2_misfm.pool.inspection import PoolError, find_volumes
 from nnunetv2_misfm.pool.plan import adopt_plans, find_geometry
-from nnunetv2_misfm.pool.prepare import PoolReport, check_usable, inspect_volumes, plan_pool, prepare_pool
+from nnunetv2_misfm.pool.prepare import PoolReport, check_usable, plan_pool, prepare_pool
 from nnunetv2_misfm.pool.settings import PoolSettings
 
 DATASET, PLANS, CONFIGURATION = "Dataset100_Pool", "MisFMPlans", "3d_fullres"
@@ -64,7 +64,7 @@ def make_pool(
     **settings: Any,
 ) -> PoolReport:
     wanted = read_settings(PoolSettings, settings, "The pool's settings")
-    inspection = inspect_volumes(folders, wanted)
+    inspection = find_volumes(folders, wanted.join_channels)
     names = (dataset, PLANS, CONFIGURATION)
     check_usable(inspection, dataset, PLANS)
     geometry = find_geometry(inspection, wanted, *names)
@@ -284,7 +284,7 @@ def test_what_was_found_is_told_before_the_work_starts(images: Path) -> None:
     for number in range(3):
         phantoms.write(images / f"{number}.nii.gz", phantoms.mr(number, (20, 24, 28 + number)), (2, 1, 1))
     (images / "x.nii.gz").write_bytes(b"")
-    summary = inspect_volumes([images], PoolSettings()).summary()
+    summary = find_volumes([images]).summary()
     assert "Found 3 volumes" in summary
     assert "median 20 x 24 x 29, from 20 x 24 x 28 to 20 x 24 x 30" in summary
     assert "median 2 x 1 x 1" in summary
@@ -393,7 +393,7 @@ def test_another_patch_or_network_is_no_other_pool(images: Path) -> None:
     phantoms.write(images / "a.nii.gz", phantoms.mr())
     make_pool([images])
     settings = PoolSettings()
-    inspection = inspect_volumes([images], settings)
+    inspection = find_volumes([images])
     names = (DATASET, PLANS, CONFIGURATION)
     geometry = find_geometry(inspection, settings, *names)
     plans = plan_pool(inspection, settings, geometry, *names, (8, 8, 8), 7, ARCHITECTURE, {"seed": 2})
@@ -587,7 +587,7 @@ def test_with_the_plans_of_another_dataset_cases_are_those_nnunet_makes(
     stored.SetSpacing((1.0, 1.0, 2.0))
     path = phantoms.write_image(images / "a.nii.gz", stored)
     settings = PoolSettings()
-    inspection = inspect_volumes([images], settings)
+    inspection = find_volumes([images])
     source = source_plans(image_reader_writer=reader)
     plans = adopt_plans(source, configuration, DATASET, PLANS, CONFIGURATION, settings, {})
     report = prepare_pool(inspection, plans, CONFIGURATION)
@@ -608,7 +608,7 @@ def test_settings_the_other_plans_decide_are_refused_beside_them() -> None:
 def test_other_plans_on_an_existing_pool_are_an_error(images: Path) -> None:
     phantoms.write(images / "a.nii.gz", phantoms.ct())
     settings = PoolSettings()
-    inspection = inspect_volumes([images], settings)
+    inspection = find_volumes([images])
     for configuration in ("3d_fullres", "3d_large"):
         plans = adopt_plans(source_plans(), configuration, DATASET, PLANS, CONFIGURATION, settings, {})
         if configuration == "3d_fullres":
@@ -620,7 +620,7 @@ def test_other_plans_on_an_existing_pool_are_an_error(images: Path) -> None:
 def test_the_geometry_is_known_before_a_network_is_chosen(images: Path) -> None:
     phantoms.write(images / "a.nii.gz", phantoms.mr(shape=(18, 20, 22)), (1, 1, 4))
     settings = PoolSettings(spacing=(1, 2, 4))
-    geometry = find_geometry(inspect_volumes([images], settings), settings, DATASET, PLANS, CONFIGURATION)
+    geometry = find_geometry(find_volumes([images]), settings, DATASET, PLANS, CONFIGURATION)
     assert geometry.spacing == (4, 1, 2)
     assert geometry.median_shape == (22, 18, 10)
 

@@ -12,11 +12,11 @@ import pytest
 import SimpleITK as sitk
 
 from nnunetv2_misfm.errors import UserError
+from nnunetv2_misfm.pool.inspection import PoolInspection, find_volumes
 from nnunetv2_misfm.pool.reading import read_volume
-from nnunetv2_misfm.pool.volumes import FoundVolumes, find_volumes
 
 
-def only_reason(found: FoundVolumes) -> str:
+def only_reason(found: PoolInspection) -> str:
     assert not found.volumes
     assert len(found.left_out) == 1
     return found.left_out[0].reason
@@ -221,6 +221,6 @@ def test_reading_many_headers_says_how_far_it_is(
         phantoms.write(tmp_path / f"{number}.nii.gz", phantoms.mr())
     find_volumes([tmp_path])
     assert "headers" not in capsys.readouterr().err
-    monkeypatch.setattr("nnunetv2_misfm.pool.volumes.HEADERS_WORTH_A_PROCESS", 3)
+    monkeypatch.setattr("nnunetv2_misfm.pool.inspection.HEADERS_WORTH_A_PROCESS", 3)
     find_volumes([tmp_path])
     assert "Reading headers: 3 of 3 (100 %)" in capsys.readouterr().err

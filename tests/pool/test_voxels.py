@@ -9,9 +9,10 @@ import numpy as np
 import phantoms
 import pytest
 
+from nnunetv2_misfm.pool.inspection import find_volumes
 from nnunetv2_misfm.pool.reading import read_volume
 from nnunetv2_misfm.pool.volume_files import VolumeProblem
-from nnunetv2_misfm.pool.volumes import Volume, find_volumes
+from nnunetv2_misfm.pool.volumes import Volume
 from nnunetv2_misfm.pool.voxels import body_box, check_voxels, content_hash, guess_modality
 
 SPACING = (2.0, 2.0, 2.0)
