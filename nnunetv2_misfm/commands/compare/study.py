@@ -164,8 +164,7 @@ class Study:
         Returns:
             The runs that failed, and the learning rate of each arm for each number of labelled cases.
         """
-        options = self.options
-        tuning = [] if options.probe else tuning_runs(self.arms, self.labelled, options.tuning_seeds)
+        tuning = self.tuning()
         failures = runner.perform(self._requests(tuning), "Learning rates", self._epochs)
         scores = {run: record.score for run in tuning if (record := self.record(run)) is not None}
         chosen = choose_rates(self.arms, self.labelled, scores)
@@ -174,6 +173,10 @@ class Study:
                 print(f"Learning rate of {arm} with {number} labelled: {rate:g}")
         failures += runner.perform(self._requests(self.tested(chosen)), "Runs", self._epochs)
         return failures, chosen
+
+    def tuning(self) -> list[Run]:
+        """The runs that choose learning rates; probes have none."""
+        return [] if self.options.probe else tuning_runs(self.arms, self.labelled, self.options.tuning_seeds)
 
     def tested(self, chosen: Mapping[tuple[str, int], float]) -> list[Run]:
         """The runs that are tested."""
@@ -186,8 +189,7 @@ class Study:
     def left(self) -> list[Run]:
         """The runs that are not finished; those that are tested with any of the learning rates."""
         first = {(arm.name, number): arm.rates[0] for arm in self.arms for number in self.labelled}
-        tuning = [] if self.options.probe else tuning_runs(self.arms, self.labelled, self.options.tuning_seeds)
-        return [run for run in [*tuning, *self.tested(first)] if self.record(run) is None]
+        return [run for run in [*self.tuning(), *self.tested(first)] if self.record(run) is None]
 
     def _epochs(self, request: Mapping[str, Any]) -> int:
         return 0 if self.options.probe else self.settings.num_epochs
