@@ -6,7 +6,6 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 
 from nnunetv2_misfm.commands.compare import figures
@@ -76,7 +75,7 @@ def write_page(page: Page, path: Path) -> None:
         "case_rows": _case_rows(summary),
         "hours": _hours(summary),
     }
-    template = files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
+    template = "commands/compare/page.html.j2"
     html.write_page(path, template, values, {"points": points, "interval": interval, "labels": _labels})
 
 
