@@ -128,4 +128,4 @@ def _pictures(study: Study, summary: Summary, chosen: Mapping[tuple[str, int], f
             run = Run(arm, first.labelled, seed, chosen[arm, first.labelled])
             shown[arm] = study.workspace.run_folder(run) / "predictions" / f"{case}{study.file_ending}"
         picture = figures.case_picture(Path(images[0]), list(shown.values()))
-        yield CasePicture(case, summary.gains[case], tuple(shown), picture)
+        yield CasePicture(case, summary.cases[case].gain, tuple(shown), picture)
