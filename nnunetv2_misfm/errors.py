@@ -36,7 +36,7 @@ def exit_with_message(command: str, run: Callable[[], None]) -> None:
     try:
         run()
     except BrokenPipeError:
-        discard_output()
+        _discard_output()
         print(f"{command}: whatever read the output has ended; stopped", file=sys.stderr)
         raise SystemExit(1) from None
     except (UserError, OSError, KeyboardInterrupt) as error:
@@ -47,7 +47,7 @@ def exit_with_message(command: str, run: Callable[[], None]) -> None:
         raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from None
 
 
-def discard_output() -> None:
+def _discard_output() -> None:
     """After the reader of the output went away (`| head`); else Python would complain when it flushes at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

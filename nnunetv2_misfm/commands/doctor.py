@@ -16,7 +16,6 @@ import shutil
 import site
 import sys
 import tempfile
-import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ import nnunetv2_misfm
 from nnunetv2_misfm.commands.launch import best_device, usable_gpus
 from nnunetv2_misfm.commands.parser import CommandParser
 from nnunetv2_misfm.environment import without_quotes
-from nnunetv2_misfm.errors import discard_output
+from nnunetv2_misfm.errors import exit_with_message, first_line
 from nnunetv2_misfm.start_up import OFF_SWITCH, SEARCH_PATH, is_switched_off
 
 PACKAGE = Path(nnunetv2_misfm.__file__).resolve().parent
@@ -294,8 +293,8 @@ def report(sections: tuple[tuple[str, tuple[Check, ...]], ...] = SECTIONS) -> in
     return 1 if problems else 0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command `misfm_doctor`."""
+def main(arguments: list[str] | None = None) -> None:
+    """The command `misfm_doctor`; the program ends with the status of the report."""
     parser = CommandParser(
         "misfm_doctor",
         description="Show what this installation consists of, what is wrong with it, and what mends it.",
@@ -303,15 +302,7 @@ def main(arguments: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # paths may hold what the terminal's encoding lacks
-    try:
-        return report()
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        discard_output()
-        return 1
+    exit_with_message("misfm_doctor", lambda: sys.exit(report()))
 
 
 def _own_metadata(key: str) -> str | None:
@@ -346,9 +337,9 @@ def _set_variable(variable: str, value: str) -> str:
 
 
 def _summary(error: BaseException) -> str:
-    """The kind of error and what its first line says, short enough for one line of the report."""
-    return textwrap.shorten(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}", 160)
+    """The kind of error and what its first line says."""
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

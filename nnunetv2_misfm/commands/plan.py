@@ -225,6 +225,22 @@ def _parser() -> argparse.ArgumentParser:
         "with all its stages (pretrained); by default the checkpoint's if it is PCT-Net or FMUNet, plan if it is one "
         "of nnU-Net's, and pctnet without a checkpoint",
     )
+    add_planning_options(parser)
+    add(
+        "-gpu_memory_target",
+        type=float,
+        metavar="GB",
+        help="choose the patch and batch size that need this much GPU memory",
+    )
+    add("-np", type=int, default=2, metavar="N", help="number of processes, if data are preprocessed (default: 2)")
+    add("--no_pp", action="store_true", help="write the plans only; nnUNetv2_preprocess can preprocess later")
+    add_setting_options(parser, "the run", FinetuningSettings)
+    return parser
+
+
+def add_planning_options(group: argparse._ActionsContainer) -> None:
+    """Options that misfm_compare has too, for all its arms."""
+    add = group.add_argument
     add("-features_per_stage", nargs=5, type=int, metavar="N", help="channels of the network's five stages")
     add(
         "-spacing",
@@ -242,13 +258,3 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("-patch_size", nargs=3, type=int, metavar="N", help="patch size in plans axis order (default: the plan's)")
     add("-batch_size", type=int, metavar="N", help="batch size (default: the plan's)")
-    add(
-        "-gpu_memory_target",
-        type=float,
-        metavar="GB",
-        help="choose the patch and batch size that need this much GPU memory",
-    )
-    add("-np", type=int, default=2, metavar="N", help="number of processes, if data are preprocessed (default: 2)")
-    add("--no_pp", action="store_true", help="write the plans only; nnUNetv2_preprocess can preprocess later")
-    add_setting_options(parser, "the run", FinetuningSettings)
-    return parser

@@ -42,6 +42,7 @@ def pretrain(arguments: list[str] | None = None) -> None:
     from nnunetv2_misfm.pretrain.tasks import task_class
 
     with processes.training(options.device):
+        # nnU-Net finds the trainer by the name of its class; what follows is in trainers/pretraining_trainer.py.
         launch(
             task_class(task).trainer(),
             dataset,

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import DictLoader, Environment, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from nnunetv2_misfm.files import written_whole
-
-_BASE = "base.html.j2"
 
 
 def write_page(
@@ -22,20 +19,20 @@ def write_page(
 
     Args:
         path: of the HTML file.
-        template: text of a Jinja template that extends `base.html.j2` and fills its blocks `title` and `content`.
+        template: a Jinja template of this package, such as `trainers/run_page.html.j2`; it extends
+            `pages/base.html.j2` and fills its blocks `title` and `content`.
         values: what the template names.
         filters: that it uses besides Jinja's own and `number`.
     """
-    base = files(__package__).joinpath(_BASE).read_text(encoding="utf-8")
     environment = Environment(
-        loader=DictLoader({_BASE: base}),
+        loader=PackageLoader("nnunetv2_misfm", ""),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
     environment.filters |= {"number": number, **(filters or {})}
-    text = environment.from_string(template).render(values)
+    text = environment.get_template(template).render(values)
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -62,6 +62,9 @@ def new_pool_entry(
 ) -> tuple[dict[str, Any], tuple[int, int, int], int]:
     """Network entry, patch size and batch size for a pool that has no plans yet.
 
+    The patch size is the requested one as it is. Without a request it is the published one, along each axis no larger
+    than the median shape rounded up to a multiple of the total stride at this spacing, whatever the network.
+
     Args:
         spacing: mm, plans axis order.
         median_shape: voxels at that spacing, plans axis order.
@@ -92,6 +95,8 @@ def run_plans(
     base: Mapping[str, Any], configuration: str, plans_name: str, dataset_name: str, request: RunRequest
 ) -> dict[str, Any]:
     """Plans for pretraining in a configuration of existing plans, with its spacing, normalisation and axis order.
+
+    The patch size is the requested one, else that of `base`; neither is changed, and the network must divide it.
 
     Raises:
         PlanError: if the configuration is missing, not 3D, or part of a cascade's second stage, or if arguments are

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +127,7 @@ def write_run_page(folder: Path) -> Path:
         f"-tr {trainer} -p {plans['plans_name']}{_device_option(folder)} --c",
         "written": f"{datetime.now():%Y-%m-%d %H:%M}",
     }
-    template = files(__package__).joinpath("run_page.html.j2").read_text(encoding="utf-8")
-    write_page(folder / PAGE, template, values)
+    write_page(folder / PAGE, "trainers/run_page.html.j2", values)
     return folder / PAGE
 
 

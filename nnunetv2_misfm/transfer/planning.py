@@ -109,6 +109,11 @@ def finetuning_plans(
 ) -> tuple[dict[str, Any], list[str]]:
     """The plans for a request, and remarks the user should see.
 
+    The patch size is the requested one as it is, which must suit the network and nnU-Net's augmentation. Without a
+    request it is that of `base`, cut to the median image where `-spacing` makes that smaller, then enlarged to what
+    the checkpoint's network divides with `-network pretrained`, then to what the augmentation needs. Last,
+    `-gpu_memory_target`, which goes with no requested size, chooses anew in `memory_target.fit_to_memory`.
+
     Args:
         base: the dataset's plans as nnU-Net wrote them.
         request: what to plan.

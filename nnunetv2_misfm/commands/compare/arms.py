@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal
 
 Kind = Literal["pretrained", "scratch", "nnunet"]
@@ -106,17 +108,11 @@ def choose_rates(
         arms, labelled: what to compare.
         scores: mean validation Dice of the tuning runs; of equal ones the lower rate is taken.
     """
-    chosen = {}
-    for arm in arms:
-        for number in labelled:
-            of_rate = {rate: list(_scores(scores, arm.name, number, rate)) for rate in sorted(arm.rates)}
-            chosen[arm.name, number] = max(
-                of_rate, key=lambda rate: sum(of_rate[rate]) / len(of_rate[rate]) if of_rate[rate] else 0.0
-            )
-    return chosen
-
-
-def _scores(scores: Mapping[Run, float], arm: str, labelled: int, rate: float) -> Iterator[float]:
+    of_rate: dict[tuple[str, int, float], list[float]] = defaultdict(list)
     for run, score in scores.items():
-        if (run.arm, run.labelled, run.rate, run.tuning) == (arm, labelled, rate, True):
-            yield score
+        of_rate[run.arm, run.labelled, run.rate].append(score)
+    return {
+        (arm.name, number): max(sorted(arm.rates), key=lambda rate: fmean(of_rate[arm.name, number, rate] or [0.0]))
+        for arm in arms
+        for number in labelled
+    }

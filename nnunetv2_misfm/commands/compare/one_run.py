@@ -118,6 +118,8 @@ def _can_go_on(latest: Path, trainer: str) -> bool:
 
 def _trainer(request: dict[str, Any], device: Any, continues: bool) -> Any:
     """nnU-Net's trainer, ready to run."""
+    import numpy as np
+    import torch
     from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 
     from nnunetv2_misfm.start_up import add_plugin_folder
@@ -136,21 +138,15 @@ def _trainer(request: dict[str, Any], device: Any, continues: bool) -> Any:
         for name, value in request["stock"].items():
             setattr(trainer, name, value)
         trainer.save_every = min(_MOST_EPOCHS_LOST, max(1, trainer.num_epochs // 20))
-        _seed(request["about"]["seed"])
+        seed = request["about"]["seed"]
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
     maybe_load_checkpoint(trainer, continues, validation_only=False)
     if not request["keep_weights"]:
         # Drawing progress.png takes a second or two of each epoch, and the results folder does not stay.
         trainer.logger.plot_progress_png = lambda folder: None
     return trainer
-
-
-def _seed(seed: int) -> None:
-    import numpy as np
-    import torch
-
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def _predictor(request: dict[str, Any], device: Any) -> Any:
@@ -178,11 +174,10 @@ def _predict_and_evaluate(request: dict[str, Any], predictor: Any, device: Any) 
     cases = request["cases"]
     images = [files["images"] for files in cases.values()]
     targets = [str(predictions / case) for case in cases]
-    with _without_gradients():
-        if device.type == "cpu":
-            predictor.predict_from_files_sequential(images, targets, overwrite=True)
-        else:
-            predictor.predict_from_files(images, targets, overwrite=True)
+    if device.type == "cpu":
+        predictor.predict_from_files_sequential(images, targets, overwrite=True)
+    else:
+        predictor.predict_from_files(images, targets, overwrite=True)
     manager = predictor.label_manager
     labels = manager.foreground_regions if manager.has_regions else manager.foreground_labels
     reader = predictor.plans_manager.image_reader_writer_class()
@@ -195,12 +190,6 @@ def _predict_and_evaluate(request: dict[str, Any], predictor: Any, device: Any) 
             name: None if value != value else value for name, value in zip(request["labels"], values, strict=True)
         }
     return dice
-
-
-def _without_gradients() -> AbstractContextManager[Any]:
-    import torch
-
-    return torch.no_grad()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.commands.parser import CommandParser
+from nnunetv2_misfm.commands.plan import add_planning_options
 from nnunetv2_misfm.commands.setting_options import add_setting_options, flag_of, given
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.network_entry import NETWORKS
@@ -324,18 +325,5 @@ def _add_place_and_plans(parser: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "-network", choices=[*NETWORKS, "plan"], help="network of all arms but --nnunet (default: the checkpoint's)"
     )
-    plan.add_argument(
-        "-features_per_stage", nargs=5, type=int, metavar="N", help="channels of the network's five stages"
-    )
-    plan.add_argument(
-        "-patch_size", nargs=3, type=int, metavar="N", help="patch size in plans axis order (default: the plan's)"
-    )
-    plan.add_argument("-batch_size", type=int, metavar="N", help="batch size (default: the plan's)")
-    plan.add_argument(
-        "-spacing", nargs="+", metavar="MM", help="spacing to resample to: dataset, pretrained, or three numbers in mm"
-    )
-    plan.add_argument(
-        "-ct_intensities",
-        choices=("pretrained", "dataset"),
-        help="clip and scale CT as pretraining did, or as the dataset's plans do",
-    )
+    add_planning_options(plan)
+    plan.set_defaults(spacing=None, ct_intensities=None)  # misfm_plan's own, unless they are given

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 
 from nnunetv2_misfm.commands.compare import figures
 from nnunetv2_misfm.commands.compare.arms import MEANINGS
-from nnunetv2_misfm.commands.compare.records import mean
 from nnunetv2_misfm.commands.compare.statistics import CONFIDENCE
-from nnunetv2_misfm.commands.compare.summary import Comparison, Summary, interval, label_means, points
+from nnunetv2_misfm.commands.compare.summary import Comparison, Summary, interval, points
 from nnunetv2_misfm.pages import html
 
 
@@ -62,7 +59,7 @@ class Page:
 
 def write_page(page: Page, path: Path) -> None:
     """Write the page; it appears complete or not at all."""
-    summary = page.summary
+    summary, rows = page.summary, page.summary.rows()
     values = {
         "page": page,
         "summary": summary,
@@ -71,65 +68,11 @@ def write_page(page: Page, path: Path) -> None:
         "differences": figures.differences(summary) if summary.comparisons else None,
         "curves": [(number, svg) for number in summary.labelled if (svg := figures.learning_curves(summary, number))],
         "by_labelled": figures.dice_by_labelled(summary),
-        "scores": _score_rows(summary),
-        "label_names": _label_names(summary),
-        "case_rows": _case_rows(summary),
-        "hours": _hours(summary),
+        "rows": rows,
+        "label_names": list(rows[0]["dice_by_label"]) if rows else [],
     }
-    template = files(__package__).joinpath("page.html.j2").read_text(encoding="utf-8")
+    template = "commands/compare/page.html.j2"
     html.write_page(path, template, values, {"points": points, "interval": interval, "labels": _labels})
-
-
-def _score_rows(summary: Summary) -> list[dict[str, object]]:
-    """A row for each arm and number of labelled cases: Dice, its spread, and the Dice of each label."""
-    rows = []
-    for number in summary.labelled:
-        for arm in summary.arms:
-            runs = summary.runs.get((arm.name, number))
-            if not runs:
-                continue
-            values = [run.score for run in runs.values()]
-            rows.append(
-                {
-                    "labelled": number,
-                    "arm": arm.name,
-                    "seeds": len(values),
-                    "dice": mean(values),
-                    "spread": statistics.stdev(values) if len(values) > 1 else None,
-                    "labels": label_means(runs.values()),
-                    "rate": ", ".join(f"{rate:g}" for rate in sorted({run.rate for run in runs.values()})),
-                }
-            )
-    return rows
-
-
-def _label_names(summary: Summary) -> list[str]:
-    return next((list(run.label_dice) for by_seed in summary.runs.values() for run in by_seed.values()), [])
-
-
-def _case_rows(summary: Summary) -> list[tuple[str, float, float, float]]:
-    """Case, Dice of the arm and of the other, and gain, for the comparison that the verdict names; worst gain first."""
-    first = summary.first
-    if first is None:
-        return []
-
-    def of(arm: str, case: str) -> float:
-        runs = summary.runs[arm, first.labelled]
-        values = [run.case_dice[case] for run in runs.values()]
-        return sum(values) / len(values)
-
-    ordered = sorted(summary.gains.items(), key=lambda item: item[1])
-    return [(case, of(first.arm, case), of(first.other, case), gain) for case, gain in ordered]
-
-
-def _hours(summary: Summary) -> list[tuple[str, int, float, float]]:
-    """Arm, runs, hours of training and hours in all."""
-    rows = []
-    for arm in summary.arms:
-        runs = [run for (name, _), by_seed in summary.runs.items() if name == arm.name for run in by_seed.values()]
-        training = sum(run.training_seconds for run in runs) / 3600
-        rows.append((arm.name, len(runs), training, sum(run.seconds for run in runs) / 3600))
-    return rows
 
 
 def _labels(comparison: Comparison, summary: Summary) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunetv2_misfm.commands.compare import figures
-from nnunetv2_misfm.commands.compare.arms import MEANINGS, Arm, Run, tuning_runs
+from nnunetv2_misfm.commands.compare.arms import MEANINGS, Arm, Run
 from nnunetv2_misfm.commands.compare.page import CasePicture, Page, Section, write_page
 from nnunetv2_misfm.commands.compare.records import RunRecord, write_csv
 from nnunetv2_misfm.commands.compare.study import Study
@@ -42,12 +42,13 @@ def write_results(
         more: sections of the page that come first.
     """
     folder = study.workspace.folder
-    tuning = [] if study.options.probe else tuning_runs(study.arms, study.labelled, study.options.tuning_seeds)
-    runs = {run: record for run in [*tuning, *study.tested(chosen)] if (record := study.record(run)) is not None}
-    write_csv(runs.values(), folder / "runs.csv")
-    summary = summarise(study.arms, runs.values())
-    terms = list(_terms(study, runs.values()))
-    content = summary.as_json() | {"terms": dict(terms), "command": shlex.join(["misfm_compare", *words])}
+    runs = [*study.tuning(), *study.tested(chosen)]
+    records = [record for run in runs if (record := study.record(run)) is not None]
+    write_csv(records, folder / "runs.csv")
+    summary = summarise(study.arms, records)
+    terms = list(_terms(study, records))
+    command = shlex.join(["misfm_compare", *words])
+    content = summary.as_json() | {"terms": dict(terms), "command": command}
     write_json(content, folder / "summary.json")
     page = Page(
         title=title or f"Does pretraining help on {study.workspace.dataset}?",
@@ -55,7 +56,7 @@ def write_results(
         terms=terms,
         differing=list(_differing(study)),
         cases=list(_pictures(study, summary, chosen)),
-        commands=_commands(words),
+        commands=f"export nnUNet_raw=... nnUNet_preprocessed=... nnUNet_results=...\n{command}",
         more=more,
     )
     write_page(page, folder / "report.html")
@@ -127,8 +128,4 @@ def _pictures(study: Study, summary: Summary, chosen: Mapping[tuple[str, int], f
             run = Run(arm, first.labelled, seed, chosen[arm, first.labelled])
             shown[arm] = study.workspace.run_folder(run) / "predictions" / f"{case}{study.file_ending}"
         picture = figures.case_picture(Path(images[0]), list(shown.values()))
-        yield CasePicture(case, summary.gains[case], tuple(shown), picture)
-
-
-def _commands(words: list[str]) -> str:
-    return "export nnUNet_raw=... nnUNet_preprocessed=... nnUNet_results=...\n" + shlex.join(["misfm_compare", *words])
+        yield CasePicture(case, summary.cases[case].gain, tuple(shown), picture)

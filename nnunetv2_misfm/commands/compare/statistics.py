@@ -6,6 +6,7 @@ Scores are Dice in points (0 to 100). The seeds of two arms are paired: same lab
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -49,25 +50,15 @@ def paired_difference(
     values = tuple(arm[seed] - other[seed] for seed in sorted(set(arm) & set(other)))
     if not values:
         return None
-    mean, half = float(np.mean(values)), half_width(values, confidence)
-    return Difference(values, mean - half, mean + half, _p_value(values))
-
-
-def half_width(values: Sequence[float], confidence: float = CONFIDENCE) -> float:
-    """Half the width of the t interval of a mean; infinite for a single value."""
     if len(values) < 2:
-        return math.inf
-    quantile = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1))
-    return quantile * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-
-
-def _p_value(values: Sequence[float]) -> float:
-    if len(values) < 2:
-        return 1.0
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    if error == 0:
-        return 0.0 if np.mean(values) else 1.0
-    return float(2 * stats.t.sf(abs(float(np.mean(values))) / error, len(values) - 1))
+        return Difference(values, -math.inf, math.inf, 1.0)
+    if not any(values):
+        return Difference(values, 0.0, 0.0, 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # differences that are all the same have an interval of width 0
+        test = stats.ttest_1samp(values, 0)
+    low, high = test.confidence_interval(confidence)
+    return Difference(values, float(low), float(high), float(test.pvalue))
 
 
 def confidence_for(comparisons: int) -> float:

@@ -98,10 +98,15 @@ class Study:
         baselines: dict[str, Arm] = {}
         for name, weights in options.weights.items():
             arm = Arm(name, "pretrained", options.rates, weights)
-            if options.scratch:
-                baseline = self._baseline_of(arm, baselines)
-                arm = replace(arm, baseline=baseline.name)
             self._misfm_plan(arm.plans, "-pretrained_weights", weights)
+            if options.scratch:
+                # Checkpoints of one network share the arm that differs from theirs in the weights alone.
+                content = self._without_names(arm)
+                if content not in baselines:
+                    scratch_name = f"{SCRATCH}_{name}" if baselines else SCRATCH
+                    baselines[content] = Arm(scratch_name, "scratch", options.rates)
+                    self._misfm_plan(baselines[content].plans, "-pretrained_weights", weights, "--from_scratch")
+                arm = replace(arm, baseline=baselines[content].name)
             arms.append(arm)
         scratch = list(baselines.values())
         if options.scratch and not scratch:
@@ -112,21 +117,12 @@ class Study:
             self._stock_plans(arm)
         self.arms = [*arms, *scratch, *stock]
 
-    def _baseline_of(self, arm: Arm, baselines: dict[str, Arm]) -> Arm:
-        """The arm from scratch whose plans are this one's but for the weights; checkpoints of one network share it."""
-        assert arm.weights is not None
-        name = f"{SCRATCH}_{arm.name}" if baselines else SCRATCH
-        baseline = Arm(name, "scratch", arm.rates)
-        words = ("-pretrained_weights", arm.weights, "--from_scratch")
-        self._misfm_plan(baseline.plans, *words, "--no_pp")
-        plans = self.workspace.plans_of(baseline.plans)
-        content = json.dumps(_without_names(plans, self.workspace.configuration), sort_keys=True)
-        if content in baselines:
-            (self.workspace.preprocessed / f"{baseline.plans}.json").unlink()
-            return baselines[content]
-        self._misfm_plan(baseline.plans, *words)
-        baselines[content] = baseline
-        return baseline
+    def _without_names(self, arm: Arm) -> str:
+        """What an arm's plans say but for their name, the name of their arrays and their weights, as JSON."""
+        plans = self.workspace.plans_of(arm.plans)
+        del plans["plans_name"], plans[PRETRAIN_INFO]
+        del plans["configurations"][self.workspace.configuration]["data_identifier"]
+        return json.dumps(plans, sort_keys=True)
 
     def _misfm_plan(self, plans_name: str, *words: str) -> None:
         """misfm_plan, whose remarks go to a log: what it says of training commands is not for these runs."""
@@ -164,8 +160,7 @@ class Study:
         Returns:
             The runs that failed, and the learning rate of each arm for each number of labelled cases.
         """
-        options = self.options
-        tuning = [] if options.probe else tuning_runs(self.arms, self.labelled, options.tuning_seeds)
+        tuning = self.tuning()
         failures = runner.perform(self._requests(tuning), "Learning rates", self._epochs)
         scores = {run: record.score for run in tuning if (record := self.record(run)) is not None}
         chosen = choose_rates(self.arms, self.labelled, scores)
@@ -174,6 +169,10 @@ class Study:
                 print(f"Learning rate of {arm} with {number} labelled: {rate:g}")
         failures += runner.perform(self._requests(self.tested(chosen)), "Runs", self._epochs)
         return failures, chosen
+
+    def tuning(self) -> list[Run]:
+        """The runs that choose learning rates; probes have none."""
+        return [] if self.options.probe else tuning_runs(self.arms, self.labelled, self.options.tuning_seeds)
 
     def tested(self, chosen: Mapping[tuple[str, int], float]) -> list[Run]:
         """The runs that are tested."""
@@ -186,8 +185,7 @@ class Study:
     def left(self) -> list[Run]:
         """The runs that are not finished; those that are tested with any of the learning rates."""
         first = {(arm.name, number): arm.rates[0] for arm in self.arms for number in self.labelled}
-        tuning = [] if self.options.probe else tuning_runs(self.arms, self.labelled, self.options.tuning_seeds)
-        return [run for run in [*tuning, *self.tested(first)] if self.record(run) is None]
+        return [run for run in [*self.tuning(), *self.tested(first)] if self.record(run) is None]
 
     def _epochs(self, request: Mapping[str, Any]) -> int:
         return 0 if self.options.probe else self.settings.num_epochs
@@ -332,14 +330,6 @@ class Study:
         of_epoch = settings.num_iterations_per_epoch + _VALIDATION_COST * settings.num_val_iterations_per_epoch
         training = 0.0 if probe else record.last_epoch_seconds / steps * of_epoch * settings.num_epochs
         return start_up + training + record.prediction_seconds * cases
-
-
-def _without_names(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
-    """What plans say but for their name, the name of their arrays and the weights they were planned for."""
-    content = {name: value for name, value in plans.items() if name not in ("plans_name", PRETRAIN_INFO)}
-    entry = dict(content["configurations"][configuration])
-    entry.pop("data_identifier")
-    return {**content, "configurations": {configuration: entry}}
 
 
 def _as_option(name: str, value: Any) -> list[str]:

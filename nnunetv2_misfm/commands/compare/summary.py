@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import stdev
 from typing import Any
 
 import numpy as np
@@ -54,6 +55,19 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class CaseDice:
+    """Dice of a test case in a comparison, in points, mean over the seeds in which both arms have one."""
+
+    arm: float
+    other: float
+
+    @property
+    def gain(self) -> float:
+        """Of the arm over the other, in points."""
+        return self.arm - self.other
+
+
+@dataclass(frozen=True)
 class Summary:
     """All that the page shows but for pictures.
 
@@ -62,14 +76,14 @@ class Summary:
         runs: that are tested.
         comparisons: each arm against those it is to be compared with.
         verdict: what was shown, in a sentence.
-        gains: mean gain of each test case over the seeds, in points, for the comparison that the verdict names first.
+        cases: Dice of each test case in the comparison that the verdict names first, worst gain first.
     """
 
     arms: tuple[Arm, ...]
     runs: Runs
     comparisons: tuple[Comparison, ...]
     verdict: str
-    gains: dict[str, float] = field(default_factory=dict)
+    cases: dict[str, CaseDice] = field(default_factory=dict)
 
     @property
     def labelled(self) -> list[int]:
@@ -85,9 +99,18 @@ class Summary:
         """Dice on the test cases by seed, in points."""
         return scores(self.runs, arm, labelled)
 
+    def rows(self) -> list[dict[str, Any]]:
+        """The table of the page and of summary.json: a row for each number of labelled cases and arm."""
+        return [
+            _row(arm.name, number, by_seed)
+            for number in self.labelled
+            for arm in self.arms
+            if (by_seed := self.runs.get((arm.name, number)))
+        ]
+
     def most_changed(self) -> list[str]:
         """The cases that lost most and those that gained most, worst first."""
-        order = sorted(self.gains, key=lambda case: self.gains[case])
+        order = list(self.cases)
         few = order[:_SHOWN_CASES] + order[-_SHOWN_CASES:]
         return list(dict.fromkeys(few))
 
@@ -95,19 +118,9 @@ class Summary:
         """For summary.json."""
         return {
             "verdict": self.verdict,
-            "scores": [
-                {
-                    "arm": arm,
-                    "labelled": labelled,
-                    "dice_by_seed": {seed: round(run.score, 3) for seed, run in sorted(by_seed.items())},
-                    "dice_by_label": {name: round(value, 3) for name, value in label_means(by_seed.values()).items()},
-                    "learning_rates": sorted({run.rate for run in by_seed.values()}),
-                    "hours": round(sum(run.seconds for run in by_seed.values()) / 3600, 4),
-                }
-                for (arm, labelled), by_seed in sorted(self.runs.items())
-            ],
+            "scores": sorted(self.rows(), key=lambda row: (row["arm"], row["labelled"])),
             "comparisons": [_comparison_as_json(comparison) for comparison in self.comparisons],
-            "mean_gain_by_case": {case: round(gain, 3) for case, gain in self.gains.items()},
+            "mean_gain_by_case": {case: round(dice.gain, 3) for case, dice in self.cases.items()},
         }
 
 
@@ -133,8 +146,8 @@ def summarise(arms: Sequence[Arm], records: Iterable[RunRecord]) -> Summary:
         if (comparison := _compare(dict(runs), (arm, other, weights_alone), number, together)) is not None
     ]
     first = _by_importance(comparisons)[0] if comparisons else None
-    gains = case_gains(dict(runs), first) if first is not None else {}
-    return Summary(tuple(arms), dict(runs), tuple(comparisons), verdict(comparisons), gains)
+    cases = _case_dice(runs, first) if first is not None else {}
+    return Summary(tuple(arms), dict(runs), tuple(comparisons), verdict(comparisons), cases)
 
 
 def _pairs(arms: Sequence[Arm]) -> list[tuple[str, str, bool]]:
@@ -182,25 +195,34 @@ def _curves(runs: Iterable[RunRecord]) -> np.ndarray:
     return np.array([run.curve for run in runs if run.curve])
 
 
-def label_means(runs: Iterable[RunRecord]) -> dict[str, float]:
-    """Mean Dice of each label over runs, in points."""
-    values: dict[str, list[float]] = defaultdict(list)
-    for run in runs:
-        for label, dice in run.label_dice.items():
-            values[label].append(dice)
-    return {label: mean(of_label) for label, of_label in values.items()}
+def _row(arm: str, labelled: int, by_seed: Mapping[int, RunRecord]) -> dict[str, Any]:
+    """What an arm reached and took with one number of labelled cases: Dice in points, and hours of all seeds."""
+    runs = list(by_seed.values())
+    dice = {seed: run.score for seed, run in sorted(by_seed.items())}
+    return {
+        "arm": arm,
+        "labelled": labelled,
+        "dice": mean(dice.values()),
+        "spread": stdev(dice.values()) if len(dice) > 1 else None,
+        "dice_by_seed": dice,
+        "dice_by_label": {label: mean(run.label_dice[label] for run in runs) for label in runs[0].label_dice},
+        "learning_rates": sorted({run.rate for run in runs}),
+        "hours_of_training": sum(run.training_seconds for run in runs) / 3600,
+        "hours": sum(run.seconds for run in runs) / 3600,
+    }
 
 
-def case_gains(runs: Runs, comparison: Comparison) -> dict[str, float]:
-    """How much each test case gained in a comparison, in points, mean over the seeds that both arms have."""
+def _case_dice(runs: Runs, comparison: Comparison) -> dict[str, CaseDice]:
+    """Both arms' Dice of each test case, worst gain first; a case counts in the seeds in which both arms have one."""
     mine, theirs = runs[comparison.arm, comparison.labelled], runs[comparison.other, comparison.labelled]
-    gains: dict[str, list[float]] = defaultdict(list)
+    pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for seed in sorted(set(mine) & set(theirs)):
         before = theirs[seed].case_dice
         for case, dice in mine[seed].case_dice.items():
             if not math.isnan(dice) and not math.isnan(before[case]):
-                gains[case].append(dice - before[case])
-    return {case: mean(values) for case, values in gains.items()}
+                pairs[case].append((dice, before[case]))
+    cases = {case: CaseDice(*map(mean, zip(*of_case, strict=True))) for case, of_case in pairs.items()}
+    return dict(sorted(cases.items(), key=lambda item: item[1].gain))
 
 
 # ------------------------------------------------------------------ the verdict

@@ -10,7 +10,6 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +106,7 @@ class Workspace:
 
     def write_run_plans(self, arm: Arm, run: Run) -> None:
         """The arm's plans with the seed and the learning rate of a run."""
-        plans = deepcopy(self.plans_of(arm.plans))
-        plans["plans_name"] = run.title
+        plans = self.plans_of(arm.plans) | {"plans_name": run.title}
         if BLOCK in plans:
             plans[BLOCK] |= {"seed": run.seed, "initial_lr": run.rate}
         write_json(plans, self.preprocessed / f"{run.title}.json")

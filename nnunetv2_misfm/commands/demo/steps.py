@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 from unittest.mock import patch
 
@@ -81,7 +80,7 @@ class Demo:
             extract_fingerprints([int(_DATASET_ID)], num_processes=1, show_progress_bar=False)
             plan_experiments([int(_DATASET_ID)])
             preprocess([int(_DATASET_ID)], configurations=["3d_fullres"], num_processes=[1], show_progress_bar=False)
-        plans = deepcopy(read_json(self.preprocessed / "nnUNetPlans.json", "Start the demo again."))
+        plans = read_json(self.preprocessed / "nnUNetPlans.json", "Start the demo again.")
         entry = plans["configurations"]["3d_fullres"]
         entry["architecture"]["arch_kwargs"] |= plain_unet_stages(_FEATURES, _STRIDES)
         entry |= {"patch_size": list(patch_size), "batch_size": batch_size}

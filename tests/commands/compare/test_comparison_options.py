@@ -78,3 +78,11 @@ def test_several_learning_rates_are_to_choose_from(checkpoint: Path) -> None:
 def test_names_that_nnunet_could_not_use_are_refused(checkpoint: Path, name: str) -> None:
     with pytest.raises(PlanError, match="cannot name an arm"):
         read_options(["-d", "4", f"-pretrained_weights={name}={checkpoint}", "--from_scratch"])
+
+
+def test_options_of_misfm_plan_are_passed_on_if_they_are_given() -> None:
+    words = ["-d", "4", "--from_scratch", "--nnunet"]
+    assert read_options(words).planning == ()  # a folder's terms hold what was given, no defaults
+    assert read_options([*words, "-spacing", "dataset"]).planning == ("-spacing", "dataset")
+    with pytest.raises(SystemExit):
+        read_options([*words, "-network", "pretrained"])

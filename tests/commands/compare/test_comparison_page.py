@@ -56,7 +56,33 @@ def test_the_verdict_says_what_helped_by_how_much() -> None:
     summary = summarise(ARMS, records)
     # mean 6, standard deviation 1, t(.975, 2) = 4.30265: 6 +- 2.484
     assert summary.verdict == "VF helped: +6.0 points of Dice against scratch with 5 labelled [+3.5, +8.5]."
-    assert summary.gains == pytest.approx({"a": 6.0, "b": 6.0})
+    assert {case: dice.gain for case, dice in summary.cases.items()} == pytest.approx({"a": 6.0, "b": 6.0})
+
+
+def test_a_case_is_shown_with_the_dice_of_the_seeds_that_its_gain_is_of(tmp_path: Path) -> None:
+    records = [record("VF", 0, 0.6), record("scratch", 0, 0.5)]
+    records += [record("VF", 1, 0.9), record("scratch", 2, 0.1)]  # seeds of one arm alone
+    without_a = {"a": {"left": None, "right": None}, "b": {"left": 0.4, "right": 0.6}}
+    records += [record("VF", 3, 0.7), record("scratch", 3, 0.5).model_copy(update={"dice": without_a})]
+    summary = summarise(ARMS, records)
+    assert list(summary.cases) == ["a", "b"]  # worst gain first
+    write_page(Page("Page", summary, [], []), tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<td>a</td><td>60.0</td><td>50.0</td><td>+10.0</td>" in text
+    assert "<td>b</td><td>65.0</td><td>50.0</td><td>+15.0</td>" in text
+
+
+def test_the_page_and_the_file_have_the_same_rows(tmp_path: Path) -> None:
+    records = [record("scratch", 0, 0.4), record("VF", 0, 0.5), record("VF", 1, 0.7, rate=3e-3)]
+    summary = summarise(ARMS, records)
+    write_page(Page("Page", summary, [], []), tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    # 52.5 and 72.5: mean 62.5, standard deviation 20 / sqrt(2); two runs of 60 s of training, 70 s in all
+    assert "<td>62.5 ± 14.1</td>" in text and "<td>0.001, 0.003</td>\n<td>0.03</td><td>0.04</td>" in text
+    pretrained, scratch = summary.as_json()["scores"]
+    assert pretrained["dice_by_seed"] == pytest.approx({0: 52.5, 1: 72.5})
+    assert pretrained["dice_by_label"] == pytest.approx({"left": 55.0, "right": 70.0})
+    assert (scratch["arm"], scratch["dice"], scratch["spread"]) == ("scratch", pytest.approx(42.5), None)
 
 
 def test_harm_is_called_harm() -> None:

@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 
+from nnunetv2_misfm.architectures.pct_net import PCTNet
+from nnunetv2_misfm.architectures.resolution import strides_of
 from nnunetv2_misfm.commands.compare.options import read_options
 from nnunetv2_misfm.commands.compare.records import RunRecord
 from nnunetv2_misfm.commands.compare.study import Study
 from nnunetv2_misfm.commands.compare.workspace import Workspace
 from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.plans.network_entry import NETWORKS
+from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint
 
 WORDS = ["-d", "4", "--from_scratch", "--nnunet", "-num_labelled", "1", "2", "-num_test", "2", "-num_validation", "1"]
 
@@ -113,3 +117,27 @@ def test_more_labelled_cases_than_there_are_is_told(
 ) -> None:
     with pytest.raises(PlanError, match="-num_labelled 40: 3 are left for training beside 2 to test and 1 to validate"):
         study(tmp_path, nnunet, monkeypatch, "-num_labelled", "40")
+
+
+def test_checkpoints_of_one_network_share_the_arm_from_scratch(
+    tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = []
+    for name, features in (("a", 4), ("b", 4), ("wide", 8)):
+        arguments: dict[str, Any] = {"strides": strides_of(0), "features_per_stage": [features, 4, 8, 8, 16]}
+        info = CheckpointInfo("volume_fusion", NETWORKS["pctnet"], arguments, 1, 5, {}, {})
+        files.append(str(tmp_path / f"{name}.pth"))
+        write_checkpoint({"network_weights": PCTNet(1, 5, **arguments).state_dict()}, info, Path(files[-1]))
+    made = study(tmp_path, nnunet, monkeypatch, "-pretrained_weights", *files)
+    assert [(arm.name, arm.baseline) for arm in made.arms] == [
+        ("a", "scratch"),
+        ("b", "scratch"),
+        ("wide", "scratch_wide"),
+        ("scratch", None),
+        ("scratch_wide", None),
+        ("nnunet", None),
+    ]
+    planned = made.workspace.plans_of("scratch_wide_arm")
+    assert planned["pretrain_info"]["checkpoint_path"] is None
+    arguments = planned["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    assert arguments["features_per_stage"] == [8, 4, 8, 8, 16]

@@ -40,6 +40,14 @@ def test_one_seed_has_no_interval_and_shows_nothing() -> None:
     assert (difference.low, difference.high, difference.p, difference.shown) == (-math.inf, math.inf, 1.0, False)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("gain", "p", "shown"), [(0.0, 1.0, False), (2.0, 0.0, True)])
+def test_differences_that_are_all_the_same_have_no_width(gain: float, p: float, shown: bool) -> None:
+    difference = paired_difference(dict.fromkeys(range(3), gain), dict.fromkeys(range(3), 0.0))
+    assert difference is not None
+    assert (difference.low, difference.high, difference.p, difference.shown) == (gain, gain, p, shown)
+
+
 def test_arms_without_a_common_seed_have_no_difference() -> None:
     assert paired_difference({0: 1.0}, {1: 1.0}) is None
 
