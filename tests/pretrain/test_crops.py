@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Sequence
 from itertools import islice
@@ -298,6 +299,11 @@ def test_samples_and_datasets_can_be_pickled(tmp_path):
     copy = pickle.loads(pickle.dumps(sample))
     assert torch.equal(foreground(sample), foreground(again)) and torch.equal(foreground(sample), foreground(copy))
     assert sample.crops[1].augmentation == again.crops[1].augmentation == copy.crops[1].augmentation
+
+
+def test_a_name_that_is_not_text_is_found(tmp_path):
+    names = ["a", os.fsdecode(b"caf\xe9_of_1990")]
+    assert make_pairs(tmp_path, names).file_of(1) == tmp_path / f"{names[1]}.b2nd"
 
 
 @pytest.mark.parametrize(
