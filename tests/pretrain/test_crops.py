@@ -70,6 +70,14 @@ def cases_read(sample: Sample) -> list[int]:
     return [round(float(crop.voxels.median()) / 100) for crop in sample.crops]
 
 
+def test_both_crops_of_a_pair_are_inverted_or_neither(tmp_path):
+    pairs = make_pairs(tmp_path, make_pool(tmp_path))
+    drawn = [[crop.augmentation for crop in pairs[0, i, 0].crops] for i in range(400)]
+    assert all(first.invert == second.invert for first, second in drawn)
+    assert sum(first.invert for first, _ in drawn) / 400 == pytest.approx(0.25, abs=0.06)
+    assert all(first.noise_seed != second.noise_seed for first, second in drawn)
+
+
 def test_batches_have_the_shapes_and_types_a_trainer_expects(tmp_path):
     names = make_pool(tmp_path, shape=(2, 20, 24, 22))
     batch = next(crop_loader(make_pairs(tmp_path, names, num_channels=2), 3, 5))
