@@ -36,7 +36,7 @@ from nnunetv2_misfm.transfer.names import SEG_LAYERS, names_in_class
 from nnunetv2_misfm.transfer.published_weights import read_published
 from nnunetv2_misfm.transfer.report import LEARNING_PARTS, TransferReport
 from nnunetv2_misfm.transfer.state_dicts import find_weights
-from nnunetv2_misfm.transfer.transfer import SourceFacts, TransferOptions, transfer
+from nnunetv2_misfm.transfer.transfer import SourceFacts, transfer
 from nnunetv2_misfm.transfer.version_1 import init_args_beside
 
 
@@ -116,14 +116,7 @@ def transfer_source(
 ) -> tuple[dict[str, Tensor], TransferReport]:
     """As `transfer.transfer`, for a checkpoint, a network for a dataset, and the settings of its training."""
     channels = channel_names(dataset_json)
-    options = TransferOptions(
-        num_images=len(channels),
-        channels=channels,
-        encoder_only=settings.encoder_only,
-        mix_input_channels=settings.mix_input_channels,
-        min_coverage=settings.min_coverage,
-    )
-    return transfer(source.weights, str(source.path), target, source.facts, options, rebuilt)
+    return transfer(source.weights, str(source.path), target, source.facts, settings, channels, rebuilt)
 
 
 def read_source(given: str | os.PathLike[str]) -> Source:
