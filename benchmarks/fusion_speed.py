@@ -35,7 +35,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params
 from provenance import device_name, provenance
 from scipy.ndimage import gaussian_filter
 
-from nnunetv2_misfm.pretrain.augment import apply_augmentation, sample_pair_augmentations
+from nnunetv2_misfm.pretrain.augment import apply_augmentation, sample_augmentation
 from nnunetv2_misfm.pretrain.crops import CropSamples
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
 from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings, VolumeFusion, fuse, sample_fusion
@@ -91,7 +91,7 @@ def our_job(volumes: list[np.ndarray], fusion_settings: FusionSettings) -> Job:
     def one_sample(index: int) -> object:
         generator = np.random.default_rng(index)
         fusion = sample_fusion(PATCH, fusion_settings, generator)
-        augmentations = sample_pair_augmentations(PATCH, AugmentSettings(), generator, num_channels=1)
+        augmentations = [sample_augmentation(PATCH, AugmentSettings(), generator, num_channels=1) for _ in range(2)]
         crops = [
             torch.from_numpy(random_crop(volumes[(index + i) % NUM_VOLUMES], augmentation.read_size, generator)[None])
             for i, augmentation in enumerate(augmentations)

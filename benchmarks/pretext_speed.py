@@ -100,8 +100,7 @@ def our_sample(name: str, volumes: list[np.ndarray]) -> Job:
         crops, drawn = task.sample(MemoryReader(volumes[index % NUM_VOLUMES], name, index))
         voxels = torch.cat([crop.voxels.flatten() for crop in crops])
         augmentations = tuple(crop.augmentation for crop in crops)
-        starts = tuple(crop.start for crop in crops)
-        return task.make(CropBatch(voxels, augmentations, starts, (drawn,), PATCH, 1, 0, (), ()), CPU)
+        return task.make(CropBatch(voxels, augmentations, (drawn,), PATCH, 1, 0, (), ()), CPU)
 
     return one_sample
 

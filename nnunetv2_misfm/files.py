@@ -55,6 +55,15 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return content
 
 
+def json_or_nothing(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds; an empty one if there is no such file, or none that can be read."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def write_json(
     content: Mapping[str, Any] | Sequence[Any], path: str | os.PathLike[str], indent: int | None = 4
 ) -> None:

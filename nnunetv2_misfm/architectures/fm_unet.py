@@ -16,9 +16,7 @@ from nnunetv2_misfm.architectures.dropout import Dropout
 from nnunetv2_misfm.architectures.resolution import (
     NUM_STAGES,
     AnySizeNetwork,
-    feature_map_elements,
     strides_of,
-    total_strides,
 )
 
 
@@ -175,7 +173,6 @@ class FMUNet(AnySizeNetwork):
         ]
         if problems:
             raise ValueError("FMUNet cannot be built: " + "; ".join(problems))
-        self.features_per_stage = tuple(features_per_stage)
         flat = [self.anisotropy > stage for stage in range(NUM_STAGES)]
         self.encoder = Encoder(input_channels, features_per_stage, strides, flat, depth, dropout_per_stage)
         self.decoder = Decoder(
@@ -199,9 +196,3 @@ class FMUNet(AnySizeNetwork):
         """The modules whose activations are recomputed, one at a time, when `checkpointing` is on."""
         downs = list(self.encoder.downs)
         return [m for m in self.modules() if isinstance(m, (ResidualConvs, Merge)) or any(m is d for d in downs)]
-
-    def compute_conv_feature_map_size(self, patch_size: Sequence[int]) -> int:
-        """Elements of the feature maps that convolutions write for one patch (nnU-Net's measure)."""
-        strides = total_strides(strides_of(self.anisotropy))
-        sizes = zip(strides, self.features_per_stage, strict=True)
-        return sum(8 * feature_map_elements(patch_size, stride, channels) for stride, channels in sizes)

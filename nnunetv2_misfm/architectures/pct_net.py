@@ -21,9 +21,7 @@ from nnunetv2_misfm.architectures.resolution import (
     DEGREES_OF_ANISOTROPY,
     NUM_STAGES,
     AnySizeNetwork,
-    feature_map_elements,
     strides_of,
-    total_strides,
 )
 from nnunetv2_misfm.architectures.window_attention import SwinBlock
 
@@ -285,7 +283,6 @@ class PCTNet(AnySizeNetwork):
         super().__init__(strides, checkpointing)
         built = tuple(sorted({self.anisotropy} if stems is None else set(stems)))
         _check(features_per_stage, num_heads, dropout_per_stage, built, self.anisotropy)
-        self.features_per_stage = tuple(features_per_stage)
 
         def parallel(stage: int) -> ParallelBlock:
             return ParallelBlock(
@@ -344,18 +341,6 @@ class PCTNet(AnySizeNetwork):
         """The modules whose activations are recomputed, one at a time, when `checkpointing` is on."""
         kinds = (ConvBlock, Downsample, UpsampleConcat, SwinBlock)
         return [module for module in self.modules() if isinstance(module, kinds)]
-
-    def compute_conv_feature_map_size(self, patch_size: Sequence[int]) -> int:
-        """Elements of the feature maps that convolutions and linear layers write for one patch (nnU-Net's measure)."""
-        # Per stage: how many maps of the stage's width are written on the way down and up again.
-        maps_per_stage = (6.0, 6.0, 2 * (3 + 2 * 7.0), 2 * (3 + 2 * 7.0), 3 + 2 * 7.0)
-        strides = total_strides(strides_of(self.anisotropy))
-        return int(
-            sum(
-                count * feature_map_elements(patch_size, stride, channels)
-                for count, stride, channels in zip(maps_per_stage, strides, self.features_per_stage, strict=True)
-            )
-        )
 
 
 def _check(

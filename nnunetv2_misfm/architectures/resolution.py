@@ -5,7 +5,6 @@ Sizes and strides are in plans axis order (X, Y, Z), the axis with the largest s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch.nn.functional as F
@@ -73,11 +72,6 @@ def crop_to_scaled(x: Tensor, input_size: Sequence[int], stride: Sequence[int]) 
     # Sizes are tensors while a network is traced, and tensors have no round().
     size = [max(1, round(int(n) * (1 / s))) for n, s in zip(input_size, stride, strict=True)]
     return x if list(x.shape[2:]) == size else x[:, :, : size[0], : size[1], : size[2]]
-
-
-def feature_map_elements(patch_size: Sequence[int], stride: Sequence[int], channels: int) -> int:
-    """Elements of one feature map with `channels` channels at `stride` for one padded patch."""
-    return channels * math.prod(math.ceil(n / s) for n, s in zip(patch_size, stride, strict=True))
 
 
 class AnySizeNetwork(nn.Module):

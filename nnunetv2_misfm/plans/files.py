@@ -10,7 +10,7 @@ from typing import Any
 
 from nnunetv2_misfm.environment import without_quotes
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.files import read_json
+from nnunetv2_misfm.files import json_or_nothing, read_json
 from nnunetv2_misfm.plans.checks import check_complete, check_dataset, with_present_names
 from nnunetv2_misfm.plans.run_settings import PRETRAIN_INFO
 
@@ -127,7 +127,7 @@ def weights_of(plans: Mapping[str, Any]) -> str | None:
 def plans_with_weights(dataset_folder: Path) -> list[str]:
     """Names of the dataset's plans that start from pretrained weights."""
     paths = sorted(dataset_folder.glob("*.json"))
-    return [path.stem for path in paths if weights_of(_read(path))]
+    return [path.stem for path in paths if weights_of(json_or_nothing(path))]
 
 
 def check_dataset_of_plans(plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> None:
@@ -140,23 +140,14 @@ def check_dataset_of_plans(plans: Mapping[str, Any], dataset_json: Mapping[str, 
     if not root:
         return
     for path in sorted(Path(root).glob(f"Dataset*/{plans['plans_name']}.json")):
-        if path.parent.name == name or _read(path).get("dataset_name") != name:
+        if path.parent.name == name or json_or_nothing(path).get("dataset_name") != name:
             continue
-        if _read(path.parent / "dataset.json") == dataset_json:
+        if json_or_nothing(path.parent / "dataset.json") == dataset_json:
             raise PlanError(
                 f"{path} names another dataset, {name}, and nnU-Net would train on its data. Plan "
                 f"{path.parent.name} itself: misfm_plan -d {path.parent.name} -p {plans['plans_name']} writes plans to "
                 f"train with; nnUNetv2_plan_experiment -d {path.parent.name} writes nnU-Net's anew."
             )
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON object, empty if it cannot be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _is_to_plan_from(text: str) -> bool:

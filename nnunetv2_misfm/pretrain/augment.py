@@ -11,7 +11,6 @@ are additions.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -109,19 +108,6 @@ def sample_augmentation(
         noise_std=noise_std if drawn(settings.noise_probability) else None,
         noise_seed=int(generator.integers(2**63)),
     )
-
-
-def sample_pair_augmentations(
-    patch_size: Sequence[int],
-    settings: AugmentSettings,
-    generator: np.random.Generator,
-    num_channels: int,
-    anisotropy: int = 0,
-) -> tuple[CropAugmentation, CropAugmentation]:
-    """Draw what is done to the two crops of a pair: each its own, but both are inverted or neither."""
-    first = sample_augmentation(patch_size, settings, generator, num_channels, anisotropy)
-    second = sample_augmentation(patch_size, settings, generator, num_channels, anisotropy)
-    return first, dataclasses.replace(second, invert=first.invert)
 
 
 def spread_stride(num_voxels: int, wanted: int) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from nnunetv2_misfm.pretrain.augment import CropAugmentation, Size3, apply_augmentation
 from nnunetv2_misfm.pretrain.crops import CropSamples, Index, Sample, too_many_bad
@@ -34,7 +34,7 @@ class CropBatch:
 
     Attributes:
         voxels: float32, the crops one after another: all of the first sample, then those of the next.
-        augmentations, starts: one for each crop, in the same order; see `Crop`.
+        augmentations: one for each crop, in the same order.
         drawn: the task's own parameters, for each sample.
         patch_size: (X, Y, Z) in voxels, which the crops are brought to.
         num_channels: C of every crop.
@@ -44,7 +44,6 @@ class CropBatch:
 
     voxels: Tensor
     augmentations: tuple[CropAugmentation, ...]
-    starts: tuple[Size3, ...]
     drawn: tuple[Any, ...]
     patch_size: Size3
     num_channels: int
@@ -112,7 +111,7 @@ def crop_loader(
     """
     loader = DataLoader(
         samples,
-        batch_sampler=_EndlessBatches(
+        batch_sampler=_endless_indices(
             batch_size, num_iterations, (start_epoch, start_iteration), tuple(anisotropy), rank, world_size
         ),
         num_workers=num_workers,
@@ -135,50 +134,38 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(WORKER_OUTLIVES_SIGTERM_SECONDS))
 
 
-class _EndlessBatches(Sampler[list[Index]]):
-    """The indices of one process' slice of every batch."""
-
-    def __init__(
-        self,
-        batch_size: int,
-        num_iterations: int,
-        start: tuple[int, int],
-        anisotropy: tuple[int, ...],
-        rank: int,
-        world_size: int,
+def _endless_indices(
+    batch_size: int,
+    num_iterations: int,
+    start: tuple[int, int],
+    anisotropy: tuple[int, ...],
+    rank: int,
+    world_size: int,
+) -> Iterator[list[Index]]:
+    """The indices of one process' slice of every batch; arguments are looked at when it is called."""
+    if not 0 <= rank < world_size or batch_size < world_size:
+        raise ValueError(
+            f"rank {rank} of {world_size} processes cannot get a slice of batches of {batch_size} samples; there "
+            "must be at least one sample for each process"
+        )
+    start_epoch, start_iteration = start
+    if (
+        num_iterations < 1
+        or min(start) < 0
+        or start_iteration >= num_iterations
+        or not anisotropy
+        or min(anisotropy) < 0
     ):
-        if not 0 <= rank < world_size or batch_size < world_size:
-            raise ValueError(
-                f"rank {rank} of {world_size} processes cannot get a slice of batches of {batch_size} samples; there "
-                "must be at least one sample for each process"
-            )
-        start_epoch, start_iteration = start
-        if (
-            num_iterations < 1
-            or min(start) < 0
-            or start_iteration >= num_iterations
-            or not anisotropy
-            or min(anisotropy) < 0
-        ):
-            raise ValueError(
-                "batches need at least one iteration per epoch, an epoch and iteration to start at and degrees of "
-                f"anisotropy of at least 0, not num_iterations {num_iterations}, start {start}, anisotropy {anisotropy}"
-            )
-        self.batch_size = batch_size
-        self.num_iterations = num_iterations
-        self.start_epoch = start_epoch
-        self.start_iteration = start_iteration
-        self.anisotropy = anisotropy
-        share, remainder = divmod(batch_size, world_size)
-        first = rank * share + min(rank, remainder)
-        self.slice = range(first, first + share + (rank < remainder))
-
-    def __iter__(self) -> Iterator[list[Index]]:
-        for epoch in count(self.start_epoch):
-            first = self.start_iteration if epoch == self.start_epoch else 0
-            for iteration in range(first, self.num_iterations):
-                degree = self.anisotropy[iteration % len(self.anisotropy)]
-                yield [(epoch, iteration * self.batch_size + position, degree) for position in self.slice]
+        raise ValueError(
+            "batches need at least one iteration per epoch, an epoch and iteration to start at and degrees of "
+            f"anisotropy of at least 0, not num_iterations {num_iterations}, start {start}, anisotropy {anisotropy}"
+        )
+    positions = np.array_split(np.arange(batch_size), world_size)[rank].tolist()
+    steps = count(start_epoch * num_iterations + start_iteration)
+    return (
+        [(epoch, iteration * batch_size + p, anisotropy[iteration % len(anisotropy)]) for p in positions]
+        for epoch, iteration in (divmod(step, num_iterations) for step in steps)
+    )
 
 
 def _collate(patch_size: Size3, samples: Sequence[Sample]) -> CropBatch:
@@ -186,7 +173,6 @@ def _collate(patch_size: Size3, samples: Sequence[Sample]) -> CropBatch:
     return CropBatch(
         voxels=torch.cat([crop.voxels.flatten() for crop in crops]),
         augmentations=tuple(crop.augmentation for crop in crops),
-        starts=tuple(crop.start for crop in crops),
         drawn=tuple(sample.drawn for sample in samples),
         patch_size=patch_size,
         num_channels=crops[0].voxels.shape[0],

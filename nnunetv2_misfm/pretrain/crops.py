@@ -12,12 +12,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
 from nnunetv2_misfm.errors import UserError
@@ -97,7 +95,8 @@ class CropSamples(Dataset[Sample]):
         self.seed = seed
         self.num_channels = num_channels
         self.fixed = fixed
-        self._identifiers = _SharedStrings(identifiers)
+        # In one block of memory: processes that are forked would copy a list of strings as soon as they read it.
+        self._identifiers = np.array([os.fsencode(identifier) for identifier in identifiers])
 
     @property
     def num_cases(self) -> int:
@@ -106,7 +105,7 @@ class CropSamples(Dataset[Sample]):
 
     def file_of(self, case: int) -> Path:
         """The file of the case at a position in the list of identifiers."""
-        return case_file(self.folder, self._identifiers[case])
+        return case_file(self.folder, os.fsdecode(self._identifiers[case]))
 
     def __getitem__(self, index: Index) -> Sample:
         """Draw and read one sample.
@@ -211,19 +210,3 @@ class SampleReader:
         for other in sorted(excluded):
             case += case >= other
         return case
-
-
-class _SharedStrings:
-    """A list of strings in two tensors, which worker processes share instead of copying, however they are started."""
-
-    def __init__(self, strings: Iterable[str]):
-        encoded = [string.encode() for string in strings]
-        self._text = torch.frombuffer(bytearray(b"".join(encoded)), dtype=torch.uint8)
-        self._stops = torch.tensor(list(accumulate(map(len, encoded))))
-
-    def __len__(self) -> int:
-        return len(self._stops)
-
-    def __getitem__(self, index: int) -> str:
-        start = int(self._stops[index - 1]) if index else 0
-        return self._text[start : int(self._stops[index])].numpy().tobytes().decode()

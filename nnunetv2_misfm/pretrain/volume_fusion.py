@@ -9,6 +9,7 @@ K = `num_fusion_classes` - 1. The network is asked for the class a * K of every 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +24,6 @@ from torch import Tensor
 
 from nnunetv2_misfm.architectures.resolution import output_weights
 from nnunetv2_misfm.plans.settings import Settings, setting
-from nnunetv2_misfm.pretrain.augment import sample_pair_augmentations
 from nnunetv2_misfm.pretrain.task import PretextTask, Scores, not_moving
 
 if TYPE_CHECKING:
@@ -243,9 +243,8 @@ class VolumeFusion(PretextTask[FusionSettings]):
     def sample(self, reader: SampleReader) -> tuple[Sequence[Crop], Fusion]:
         """Foreground and background, and the cuboids."""
         fusion = sample_fusion(reader.patch_size, self.settings, reader.generator)
-        pair = sample_pair_augmentations(
-            reader.patch_size, reader.augment, reader.generator, reader.num_channels, reader.anisotropy
-        )
+        first, second = reader.augmentation(), reader.augmentation()
+        pair = [first, dataclasses.replace(second, invert=first.invert)]  # both are inverted, or neither
         if self.settings.two_volumes:
             return [reader.read([augmentation])[0] for augmentation in pair], fusion
         return reader.read(pair), fusion

@@ -21,12 +21,14 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunetv2_misfm.architectures.checkpointing import set_checkpointing
+from nnunetv2_misfm.architectures.memory import estimate_training_memory
 from nnunetv2_misfm.architectures.resolution import output_weights, total_strides
 from nnunetv2_misfm.cpu_threads import training_threads
+from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.network_entry import ENCODER, STEM, with_own_network
 from nnunetv2_misfm.plans.run_settings import RunSettings, run_settings
-from nnunetv2_misfm.trainers.distributed import check_batch_size, device_of_process, wrap
-from nnunetv2_misfm.trainers.memory_fit import fit_into_memory
+from nnunetv2_misfm.trainers.device_memory import available_memory
+from nnunetv2_misfm.trainers.distributed import any_process, check_batch_size, device_of_process, wrap
 from nnunetv2_misfm.trainers.metrics_file import METRICS, MetricsFile
 from nnunetv2_misfm.trainers.resumable import ResumableTrainer
 from nnunetv2_misfm.trainers.run_page import update_run_page
@@ -271,19 +273,41 @@ class BaseTrainer(ResumableTrainer):
     # ---------------------------------------------------------------- memory
 
     def _fit_into_memory(self) -> None:
+        """Switch activation checkpointing on if a training step needs more memory than there is.
+
+        Raises:
+            PlanError: if a step does not fit even so.
+        """
         if not hasattr(self.bare_network, "checkpointing"):
             return
         if self.settings.checkpointing != "auto":
             set_checkpointing(self.bare_network, self.settings.checkpointing == "on")
             return
-        fit_into_memory(
-            self.bare_network,
-            self._trained_module,
-            (self._inputs_of_a_step(), self.num_input_channels, *self.configuration_manager.patch_size),
-            self.device,
-            self._memory_remedy,
-            self.print_to_log_file,
+        available = available_memory(self.device)
+        # All processes alike: one that recomputes synchronises its BatchNorms more often, and the others would wait.
+        plain = self._bytes_of_a_step(checkpointing=False)
+        if not any_process(plain > available, self.device):
+            return
+        checkpointed = self._bytes_of_a_step(checkpointing=True)
+        has = f"{self.device} has {available / 2**30:.1f} GB."
+        if any_process(checkpointed > available, self.device):
+            raise PlanError(
+                f"A training step with patch size {list(self.configuration_manager.patch_size)} and batch size "
+                f"{self._inputs_of_a_step()} needs about {checkpointed / 2**30:.1f} GB even with activation "
+                f"checkpointing; {has} {self._memory_remedy(available / 2**30)}"
+            )
+        set_checkpointing(self.bare_network, True)
+        self.print_to_log_file(
+            f"Activation checkpointing is on: a step needs about {plain / 2**30:.1f} GB without it and "
+            f"{checkpointed / 2**30:.1f} GB with it; {has}"
         )
+
+    def _bytes_of_a_step(self, checkpointing: bool) -> int:
+        shape = (self._inputs_of_a_step(), self.num_input_channels, *self.configuration_manager.patch_size)
+        autocast = self.device.type == "cuda"
+        return estimate_training_memory(
+            self._trained_module, shape, checkpointing=checkpointing, autocast=autocast
+        ).total
 
     def _trained_module(self) -> nn.Module:
         """What a step runs, made anew."""

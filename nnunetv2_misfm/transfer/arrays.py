@@ -23,7 +23,7 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_data
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.files import locked, write_json
+from nnunetv2_misfm.files import json_or_nothing, locked, write_json
 from nnunetv2_misfm.plans.checks import configuration_3d
 from nnunetv2_misfm.plans.files import nnunet_folder, read_dataset_json
 
@@ -71,9 +71,9 @@ def _provide(
     shared = same_preprocessing(plans, base, configuration) and _looks_complete(stock, dataset_folder)
     record = record_of(folder)
     wanted = json.loads(json.dumps(preprocessing_key(plans, configuration)))
-    known = read_record(record)
+    known = json_or_nothing(record)
     files = listing(folder)
-    same = known is not None and known.get("preprocessing") == wanted and known.get("files") == files
+    same = known.get("preprocessing") == wanted and known.get("files") == files
     if same and (not shared or files == listing(stock)) and not changed_labels(folder):
         return f"{folder} is up to date."
     record.unlink(missing_ok=True)
@@ -166,15 +166,6 @@ def record_of(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.preprocessing.json")
 
 
-def read_record(path: Path) -> dict[str, Any] | None:
-    """What a record says; None if there is none that can be read."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
 def listing(folder: Path) -> dict[str, list[int]]:
     """Size and time of last change of each file, but for those that nnU-Net unpacks from .npz files to train."""
     if not folder.is_dir():
@@ -194,7 +185,7 @@ def changed_labels(folder: Path) -> list[str]:
 
     Label files that are gone do not count; nothing is known of arrays without a record, or that nnU-Net has made anew.
     """
-    record = read_record(record_of(folder)) or {}
+    record = json_or_nothing(record_of(folder))
     known = record.get("labels")
     if not known or record.get("files") != listing(folder):
         return []

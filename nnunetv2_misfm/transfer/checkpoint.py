@@ -17,13 +17,15 @@ import re
 import shutil
 import zipfile
 from collections.abc import Collection, Hashable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
+from pydantic import ConfigDict, ValidationError
+from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from nnunetv2_misfm.errors import UserError, first_line
@@ -49,7 +51,7 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be read or is not what was asked for; the message names the file and the remedy."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
 class CheckpointInfo:
     """What a checkpoint of ours says about itself.
 
@@ -68,19 +70,7 @@ class CheckpointInfo:
     num_classes: int
     preprocessing: dict[str, Any]
     training: dict[str, Any]
-    versions: dict[str, str] = field(default_factory=dict)
-
-
-_INFO_TYPES: dict[str, type] = {
-    "task": str,
-    "network_class_name": str,
-    "arch_kwargs": dict,
-    "input_channels": int,
-    "num_classes": int,
-    "preprocessing": dict,
-    "training": dict,
-    "versions": dict,
-}
+    versions: dict[str, Any] = field(default_factory=dict)
 
 
 def installed_versions() -> dict[str, str]:
@@ -312,28 +302,12 @@ def checkpoint_info(checkpoint: Mapping[str, Any], path: str | os.PathLike[str])
             f"{path} has checkpoint format {version!r}; this version reads format {FORMAT_VERSION}. "
             f"Update nnunetv2_misfm."
         )
-    values = {key: value for key, value in block.items() if key != "format_version"}
+    values = {str(key): value for key, value in block.items() if key != "format_version"}
     try:
-        info = CheckpointInfo(**values)
-    except TypeError as error:
-        raise CheckpointError(f"{path} has a damaged description ({error}). Write the checkpoint again.") from None
-    for name, kind in _INFO_TYPES.items():
-        if not isinstance(getattr(info, name), kind):
-            raise CheckpointError(f"{path} has a damaged description ({name}). Write the checkpoint again.")
-    return info
-
-
-def network_weights(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The state dict of a checkpoint of ours or of nnU-Net, without the prefixes of wrappers.
-
-    Raises:
-        CheckpointError: if there is none.
-    """
-    weights = checkpoint.get(WEIGHTS)
-    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
-        found = ", ".join(map(str, checkpoint)) or "nothing"
-        raise CheckpointError(f"{path} has no '{WEIGHTS}' (it holds: {found}). Give a checkpoint of ours or nnU-Net's.")
-    return {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in weights.items()}
+        return CheckpointInfo(**values)
+    except ValidationError as error:
+        name = error.errors()[0]["loc"][0]
+        raise CheckpointError(f"{path} has a damaged description ({name}). Write the checkpoint again.") from None
 
 
 def plain(value: Any) -> Any:

@@ -44,6 +44,14 @@ class Kind:
     inside: str = ""
 
 
+def _of_other_blocks(name: str, *told_by: str) -> Kind:
+    return Kind(name, told_by, refusal=_OTHER_BLOCKS + _IN_PLANS)
+
+
+def _transformer(name: str, *told_by: str) -> Kind:
+    return Kind(name, told_by, refusal=_TRANSFORMER + _IN_PLANS)
+
+
 PCTNET = Kind("PCTNet", ("encoder.stage2.conv.0.weight",), OF_PCTNET)
 FMUNET = Kind("FMUNet", ("encoder.stem.weight", "encoder.downs.0.2.weight"), OF_FMUNET)
 PUBLISHED_PCTNET = Kind("published PCT-Net", ("embeddings.0.proj.weight",), OF_PCTNET)
@@ -98,50 +106,28 @@ KINDS = (
         ("encoder.initial_conv.weight",),
         refusal=f"{_OTHER_BLOCKS}train a ResidualEncoderUNet (nnUNetv2_plan_experiment -pl nnUNetPlannerResEncL)",
     ),
-    Kind("STU-Net", ("conv_blocks_context.0.0.conv1.weight",), refusal=_OTHER_BLOCKS + _IN_PLANS),
-    Kind(
-        "MedNeXt",
-        ("enc_block_0.0.conv1.weight|enc_stages.0.0.conv1.weight",),
-        refusal=_OTHER_BLOCKS + _IN_PLANS,
-    ),
-    Kind(
-        "Swin UNETR",
-        ("swinViT.patch_embed.proj.weight|layers1.0.blocks.0.attn.relative_position_bias_table",),
-        refusal=_TRANSFORMER + _IN_PLANS,
-    ),
-    Kind("UNETR", ("vit.blocks.0.attn.qkv.weight",), refusal=_TRANSFORMER + _IN_PLANS),
-    Kind("Primus", ("eva.blocks.0.norm1.weight",), refusal=_TRANSFORMER + _IN_PLANS),
+    _of_other_blocks("STU-Net", "conv_blocks_context.0.0.conv1.weight"),
+    _of_other_blocks("MedNeXt", "enc_block_0.0.conv1.weight|enc_stages.0.0.conv1.weight"),
+    _transformer("Swin UNETR", "swinViT.patch_embed.proj.weight|layers1.0.blocks.0.attn.relative_position_bias_table"),
+    _transformer("UNETR", "vit.blocks.0.attn.qkv.weight"),
+    _transformer("Primus", "eva.blocks.0.norm1.weight"),
     Kind(
         "Segment Anything model",
         ("prompt_encoder.no_mask_embed.weight|image_encoder.patch_embed.proj.weight",),
         refusal=f"{_TRANSFORMER}for a network that needs no prompts, start from other weights",
     ),
-    Kind(
-        "vision transformer",
-        ("patch_embed.proj.weight|patch_embedding.position_embeddings", "blocks.0.attn.qkv.weight"),
-        refusal=_TRANSFORMER + _IN_PLANS,
+    _transformer(
+        "vision transformer", "patch_embed.proj.weight|patch_embedding.position_embeddings", "blocks.0.attn.qkv.weight"
     ),
-    Kind(
-        "SegResNet",
-        ("convInit.conv.weight|encoder.conv_init.weight",),
-        refusal=_OTHER_BLOCKS + _IN_PLANS,
+    _of_other_blocks("SegResNet", "convInit.conv.weight|encoder.conv_init.weight"),
+    _of_other_blocks("DynUNet of MONAI", "input_block.conv1.conv.weight"),
+    _of_other_blocks(
+        "U-Net of MONAI", "model.0.conv.unit0.conv.weight|conv_0.conv_0.conv.weight|model.0.conv.0.conv.weight"
     ),
-    Kind(
-        "DynUNet of MONAI",
-        ("input_block.conv1.conv.weight",),
-        refusal=_OTHER_BLOCKS + _IN_PLANS,
+    _of_other_blocks(
+        "U-Net of MONAI", "model.0.conv.weight", "model.1.submodule.conv.weight|model.1.submodule.0.conv.weight"
     ),
-    Kind(
-        "U-Net of MONAI",
-        ("model.0.conv.unit0.conv.weight|conv_0.conv_0.conv.weight|model.0.conv.0.conv.weight",),
-        refusal=_OTHER_BLOCKS + _IN_PLANS,
-    ),
-    Kind(
-        "U-Net of MONAI",
-        ("model.0.conv.weight", "model.1.submodule.conv.weight|model.1.submodule.0.conv.weight"),
-        refusal=_OTHER_BLOCKS + _IN_PLANS,
-    ),
-    Kind("V-Net of MONAI", ("in_tr.conv_block.conv.weight",), refusal=_OTHER_BLOCKS + _IN_PLANS),
+    _of_other_blocks("V-Net of MONAI", "in_tr.conv_block.conv.weight"),
     Kind(
         "U-Net of Models Genesis",
         ("down_tr64.ops.0.conv1.weight",),

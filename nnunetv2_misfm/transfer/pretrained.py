@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nnunetv2_misfm.files import json_or_nothing
 from nnunetv2_misfm.plans.network_entry import DECODER, NETWORKS, own_class
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings
 from nnunetv2_misfm.transfer.checkpoint import (
@@ -36,7 +36,7 @@ from nnunetv2_misfm.transfer.names import SEG_LAYERS, names_in_class
 from nnunetv2_misfm.transfer.published_weights import read_published
 from nnunetv2_misfm.transfer.report import LEARNING_PARTS, TransferReport
 from nnunetv2_misfm.transfer.state_dicts import find_weights
-from nnunetv2_misfm.transfer.transfer import SourceFacts, TransferOptions, transfer
+from nnunetv2_misfm.transfer.transfer import SourceFacts, transfer
 from nnunetv2_misfm.transfer.version_1 import init_args_beside
 
 
@@ -116,14 +116,7 @@ def transfer_source(
 ) -> tuple[dict[str, Tensor], TransferReport]:
     """As `transfer.transfer`, for a checkpoint, a network for a dataset, and the settings of its training."""
     channels = channel_names(dataset_json)
-    options = TransferOptions(
-        num_images=len(channels),
-        channels=channels,
-        encoder_only=settings.encoder_only,
-        mix_input_channels=settings.mix_input_channels,
-        min_coverage=settings.min_coverage,
-    )
-    return transfer(source.weights, str(source.path), target, source.facts, options, rebuilt)
+    return transfer(source.weights, str(source.path), target, source.facts, settings, channels, rebuilt)
 
 
 def read_source(given: str | os.PathLike[str]) -> Source:
@@ -141,7 +134,7 @@ def read_source(given: str | os.PathLike[str]) -> Source:
         file = download(str(given))
         path, name, beside = file.path, file.name, file.adaptation_plan
     content = read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
-    own, plan = checkpoint_info(content, path), _read_plan(beside)
+    own, plan = checkpoint_info(content, path), {} if beside is None else json_or_nothing(beside)
     found = find_weights(content, path)
     weights, info, notes = found.weights, own, [*_of_archive(path), *found.notes]
     if own is None and found.kind in (PUBLISHED_PCTNET, PUBLISHED_FMUNET):
@@ -267,12 +260,3 @@ def _of_archive(path: Path) -> Iterator[str]:
     names = checkpoints_in_archive(path) or []
     if len(names) > 1:
         yield f"The archive holds {len(names)} checkpoints; {names[0]} is used. Unpack it to use another."
-
-
-def _read_plan(path: Path | None) -> dict[str, Any] | None:
-    """nnssl's adaptation plan, if it lies there and can be read."""
-    try:
-        content = None if path is None else json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.plans.network_entry import DECODER
+from nnunetv2_misfm.plans.run_settings import FinetuningSettings
 from nnunetv2_misfm.transfer.adaptation import fit_bias_table, fit_input_channels, fit_kernel, fit_upsampling_kernel
 from nnunetv2_misfm.transfer.names import (
     OTHER,
@@ -60,32 +61,13 @@ class SourceFacts:
     refusal: str = ""
 
 
-@dataclass(frozen=True)
-class TransferOptions:
-    """How weights are to be used in a target.
-
-    Attributes:
-        num_images: how many of the target's input channels are images, if not all; the rest are labels of a cascade's
-            first stage.
-        channels: names of these images; empty if they are not known.
-        encoder_only: leave the decoder fresh, as most other tools do.
-        mix_input_channels: allow several input channels of the source to be mixed for another number of channels.
-        min_coverage: share of what the source can be expected to fill that must come from it.
-    """
-
-    num_images: int | None = None
-    channels: tuple[str, ...] = ()
-    encoder_only: bool = False
-    mix_input_channels: bool = False
-    min_coverage: float = 1.0
-
-
 def transfer(
     source: Mapping[str, Tensor],
     source_name: str,
     target: nn.Module,
     facts: SourceFacts | None = None,
-    options: TransferOptions | None = None,
+    settings: FinetuningSettings | None = None,
+    channels: tuple[str, ...] = (),
     rebuilt: Callable[[int, int], nn.Module] | None = None,
 ) -> tuple[dict[str, Tensor], TransferReport]:
     """The state dict that `target` should load to start from `source`.
@@ -100,18 +82,21 @@ def transfer(
         source_name: for the report and errors, usually the file's path.
         target: the network as built, its initial values used where something is fresh.
         facts: about the source.
-        options: about the target.
+        settings: whether the decoder is transferred too, whether several input channels may be mixed for another number
+            of channels, and how much must be covered.
+        channels: names of the target's images, after whose channels come the labels of a cascade's first stage; empty
+            if they are not known, and all channels are images.
         rebuilt: see `names_of`.
 
     Raises:
-        TransferError: if nothing can be used, or less than `options.min_coverage`.
+        TransferError: if nothing can be used, or less than `settings.min_coverage`.
     """
-    facts, options = facts or SourceFacts(), options or TransferOptions()
+    facts, settings = facts or SourceFacts(), settings or FinetuningSettings()
     own = target.state_dict()
     result = {name: value.clone() for name, value in own.items()}
     names_by_identity = _names_by_identity(target)
     names = names_of(target, rebuilt)
-    fit = _Fitting(source, target, names, facts, options)
+    fit = _Fitting(source, target, names, facts, settings, channels)
     entries: list[Entry] = []
     used: set[str] = set()
     rejected: dict[str, str] = {}
@@ -140,11 +125,11 @@ def transfer(
     expected = tuple(
         part
         for part in LEARNING_PARTS
-        if part not in facts.untrained and not (options.encoder_only and part == DECODER)
+        if part not in facts.untrained and not (settings.encoder_only and part == DECODER)
     )
     unused = tuple(_unused(source, used, rejected, names, facts))
     report = TransferReport(source_name, tuple(entries), expected, unused, tuple(_notes(source, target, facts)))
-    _require(report, facts, options)
+    _require(report, facts, settings.min_coverage)
     return result, report
 
 
@@ -157,12 +142,14 @@ class _Fitting:
         target: nn.Module,
         names: Names,
         facts: SourceFacts,
-        options: TransferOptions,
+        settings: FinetuningSettings,
+        channels: tuple[str, ...],
     ):
         self.source = source
         self.names = names
         self.facts = facts
-        self.options = options
+        self.settings = settings
+        self.channels = channels
         self.find = matching_names(source, facts.arguments, target, names)
         self.input_layers = {f"{key}.weight" for key in names.in_proj}
         self.upsampling = {f"{n}.weight" for n, m in target.named_modules() if isinstance(m, nn.ConvTranspose3d)}
@@ -172,7 +159,7 @@ class _Fitting:
         part = self.names.part_in_network(name)
         if part == SEG_LAYERS:
             return "segmentation layers always start fresh"
-        if self.options.encoder_only and part == DECODER:
+        if self.settings.encoder_only and part == DECODER:
             return "only the encoder was asked for"
         return self.facts.untrained.get(part)
 
@@ -205,18 +192,18 @@ class _Fitting:
     def _input_layer(self, parameter: Tensor, value: Tensor, steps: list[str]) -> tuple[Tensor | None, str, str]:
         """As `value_for`, for a first convolution, which sees images and, in a cascade, labels after them."""
         have = min(self.facts.num_images or value.shape[1], value.shape[1])
-        images = self.options.num_images or parameter.shape[1]
+        images = len(self.channels) or parameter.shape[1]
         fitted: Tensor | None = value
         if value.shape[2:] != parameter.shape[2:]:
             fitted = fit_kernel(value, parameter.shape[2:])
             steps = [*steps, f"kernel {list(value.shape[2:])} to {list(parameter.shape[2:])}"]
-        order = channel_order(self.facts.channels[:have], self.options.channels[:images])
+        order = channel_order(self.facts.channels[:have], self.channels)
         if fitted is not None and order is not None and order != list(range(have)):
             fitted = fit_input_channels(fitted[:, order], images, parameter.shape[1])
             taken = ", ".join(self.facts.channels[i] for i in order)
             steps = [*steps, f"input channels {taken} of {', '.join(self.facts.channels)}"]
         elif fitted is not None and (value.shape[1], have) != (parameter.shape[1], images):
-            if have not in (1, images) and not self.options.mix_input_channels:
+            if have not in (1, images) and not self.settings.mix_input_channels:
                 return None, FRESH, f"{have} input channels in the source; {MIX_CHANNELS} would mix them"
             fitted = fit_input_channels(fitted[:, :have], images, parameter.shape[1])
             steps = [*steps, f"input channels {value.shape[1]} to {parameter.shape[1]}"]
@@ -291,10 +278,10 @@ def _notes(source: Mapping[str, Tensor], target: nn.Module, facts: SourceFacts) 
         )
 
 
-def _require(report: TransferReport, facts: SourceFacts, options: TransferOptions) -> None:
+def _require(report: TransferReport, facts: SourceFacts, min_coverage: float) -> None:
     coverage = report.coverage(report.expected)
     used = report.coverage(LEARNING_PARTS)
-    if used > 0 and coverage >= options.min_coverage:
+    if used > 0 and coverage >= min_coverage:
         return
     if used == 0 and facts.refusal:
         raise TransferError(f"{report.source} holds a {facts.name}, which cannot be used: {facts.refusal}.")
@@ -312,7 +299,7 @@ def _require(report: TransferReport, facts: SourceFacts, options: TransferOption
         remedy = f"Allow it with {MIX_CHANNELS}."
     elif {"n_stages", "strides"} <= set(facts.arguments):
         remedy += " -network pretrained trains the checkpoint's own network."
-    asked_for = f"; the plan asks for {100 * options.min_coverage:.2f} %" if used > 0 else ""
+    asked_for = f"; the plan asks for {100 * min_coverage:.2f} %" if used > 0 else ""
     raise TransferError(
         f"{report.source} covers {100 * coverage:.2f} % of the network's {', '.join(report.expected)} (it holds a "
         f"{facts.name}){asked_for}. First mismatches:\n" + "\n".join([*lines, remedy])

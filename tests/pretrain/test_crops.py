@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Sequence
 from itertools import islice
@@ -67,6 +68,14 @@ def same(first: Sequence[tuple[torch.Tensor, ...]], second: Sequence[tuple[torch
 def cases_read(sample: Sample) -> list[int]:
     """Which cases the voxels come from, by their intensities."""
     return [round(float(crop.voxels.median()) / 100) for crop in sample.crops]
+
+
+def test_both_crops_of_a_pair_are_inverted_or_neither(tmp_path):
+    pairs = make_pairs(tmp_path, make_pool(tmp_path))
+    drawn = [[crop.augmentation for crop in pairs[0, i, 0].crops] for i in range(400)]
+    assert all(first.invert == second.invert for first, second in drawn)
+    assert sum(first.invert for first, _ in drawn) / 400 == pytest.approx(0.25, abs=0.06)
+    assert all(first.noise_seed != second.noise_seed for first, second in drawn)
 
 
 def test_batches_have_the_shapes_and_types_a_trainer_expects(tmp_path):
@@ -298,6 +307,11 @@ def test_samples_and_datasets_can_be_pickled(tmp_path):
     copy = pickle.loads(pickle.dumps(sample))
     assert torch.equal(foreground(sample), foreground(again)) and torch.equal(foreground(sample), foreground(copy))
     assert sample.crops[1].augmentation == again.crops[1].augmentation == copy.crops[1].augmentation
+
+
+def test_a_name_that_is_not_text_is_found(tmp_path):
+    names = ["a", os.fsdecode(b"caf\xe9_of_1990")]
+    assert make_pairs(tmp_path, names).file_of(1) == tmp_path / f"{names[1]}.b2nd"
 
 
 @pytest.mark.parametrize(

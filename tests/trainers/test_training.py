@@ -290,7 +290,7 @@ def test_too_little_memory_names_the_remedy(nnunet: Path, monkeypatch: pytest.Mo
     shape = (run.batch_size, 1, *run.configuration_manager.patch_size)
     needed = {on: estimate_training_memory(run._new_network, shape, checkpointing=on).total for on in (False, True)}
     assert needed[True] < needed[False]
-    limit = "nnunetv2_misfm.trainers.memory_fit.available_memory"
+    limit = "nnunetv2_misfm.trainers.base.available_memory"
     monkeypatch.setattr(limit, lambda device: needed[False])
     run._fit_into_memory()
     assert not run.bare_network.checkpointing

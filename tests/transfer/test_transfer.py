@@ -11,8 +11,9 @@ from torch import nn
 
 from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.plans.run_settings import FinetuningSettings
 from nnunetv2_misfm.transfer.names import names_of
-from nnunetv2_misfm.transfer.transfer import SourceFacts, TransferError, TransferOptions, transfer
+from nnunetv2_misfm.transfer.transfer import SourceFacts, TransferError, transfer
 
 SMALL = {"features_per_stage": (4, 4, 8, 16, 32), "num_heads": (2, 2, 4), "window_size": 3}
 
@@ -47,7 +48,7 @@ def test_whatever_a_source_lacks_starts_fresh_and_is_said(data: st.DataObject) -
     source |= {name: torch.zeros(3, 1, 4, 1, 5, 9) for name in wrong - missing}
     target = network(1)
     fresh = {name: value.clone() for name, value in target.state_dict().items()}
-    weights, report = transfer(source, "source", target, options=TransferOptions(min_coverage=0))
+    weights, report = transfer(source, "source", target, settings=FinetuningSettings(min_coverage=0))
     status = {entry.name: entry.status for entry in report.entries}
     assert list(status) == [name for name, _ in target.named_parameters()]
     for name, parameter in target.named_parameters():
@@ -101,14 +102,14 @@ def test_renamed_keys_never_end_as_a_silent_start_from_scratch() -> None:
 
 def test_encoder_only_leaves_the_decoder_as_it_was() -> None:
     source, target = network(0), network(1)
-    weights, report = transfer(source.state_dict(), "source", target, options=TransferOptions(encoder_only=True))
+    weights, report = transfer(source.state_dict(), "source", target, settings=FinetuningSettings(encoder_only=True))
     assert torch.equal(weights["decoder.up2.merge.2.weight"], target.decoder.up2.merge[2].weight)
     assert report.coverage(["encoder", "stem"]) == 1 and report.coverage(["decoder"]) == 0
 
 
 def test_a_lower_threshold_lets_a_partial_transfer_through() -> None:
     source = {k: v for k, v in network(0).state_dict().items() if k.startswith("encoder.")}
-    _, report = transfer(source, "source", network(1), options=TransferOptions(min_coverage=0.3))
+    _, report = transfer(source, "source", network(1), settings=FinetuningSettings(min_coverage=0.3))
     assert 0.3 <= report.coverage(["stem", "encoder", "decoder"]) < 1
 
 
@@ -165,7 +166,7 @@ def features(net: PCTNet, x: torch.Tensor) -> list[torch.Tensor]:
 
 def test_label_channels_of_a_cascade_change_nothing_at_first() -> None:
     source, target = network(0), network(1, input_channels=3)
-    weights, report = transfer(source.state_dict(), "source", target, options=TransferOptions(num_images=1))
+    weights, report = transfer(source.state_dict(), "source", target, channels=("CT",))
     target.load_state_dict(weights)
     image, labels = torch.randn(1, 1, 8, 32, 32), torch.rand(1, 2, 8, 32, 32).round()
     for mine, theirs in zip(features(source, image), features(target, torch.cat([image, labels], 1)), strict=True):
@@ -178,7 +179,7 @@ def test_several_channels_are_mixed_only_when_asked_for() -> None:
     with pytest.raises(TransferError, match="--mix_input_channels"):
         transfer(source.state_dict(), "source", target)
     target.load_state_dict(
-        transfer(source.state_dict(), "source", target, options=TransferOptions(mix_input_channels=True))[0]
+        transfer(source.state_dict(), "source", target, settings=FinetuningSettings(mix_input_channels=True))[0]
     )
     image = torch.randn(1, 1, 8, 32, 32)
     ours, theirs = features(target, image.repeat(1, 2, 1, 1, 1)), features(source, image.repeat(1, 3, 1, 1, 1))
@@ -226,8 +227,8 @@ def test_unets_with_more_or_fewer_stages_are_aligned_by_resolution() -> None:
     assert torch.equal(weights["decoder.stages.1.convs.0.conv.weight"], deep.decoder.stages[2].convs[0].conv.weight)
     with pytest.raises(TransferError):
         transfer(shallow.state_dict(), "shallow", deep, SourceFacts(arguments={"strides": strides[:3]}))
-    facts, options = SourceFacts(arguments={"strides": strides[:3]}), TransferOptions(min_coverage=0.2)
-    weights, report = transfer(shallow.state_dict(), "shallow", deep, facts, options)
+    facts, lenient = SourceFacts(arguments={"strides": strides[:3]}), FinetuningSettings(min_coverage=0.2)
+    weights, report = transfer(shallow.state_dict(), "shallow", deep, facts, lenient)
     fresh = {entry.name for entry in report.entries if entry.status == "fresh" and entry.part == "encoder"}
     assert fresh and all(name.startswith("encoder.stages.3.") for name in fresh)
     assert torch.equal(weights["decoder.stages.2.convs.0.conv.weight"], shallow.decoder.stages[1].convs[0].conv.weight)
@@ -235,10 +236,10 @@ def test_unets_with_more_or_fewer_stages_are_aligned_by_resolution() -> None:
 
 def test_label_channels_start_at_zero_even_where_the_numbers_of_channels_agree() -> None:
     source, target = network(0, input_channels=3), network(1, input_channels=3)
-    options = TransferOptions(num_images=1, mix_input_channels=True)
-    weights, _ = transfer(source.state_dict(), "s", target, options=options)
+    mixing = FinetuningSettings(mix_input_channels=True)
+    weights, _ = transfer(source.state_dict(), "s", target, settings=mixing, channels=("CT",))
     assert weights["encoder.stems.1.project.weight"][:, 1:].abs().sum() == 0
-    again, report = transfer(weights, "a cascade", target, SourceFacts(num_images=1), TransferOptions(num_images=1))
+    again, report = transfer(weights, "a cascade", target, SourceFacts(num_images=1), channels=("CT",))
     assert torch.equal(again["encoder.stems.1.project.weight"], weights["encoder.stems.1.project.weight"])
     assert all(entry.status != "adapted" for entry in report.entries)
 
