@@ -1,13 +1,14 @@
 """What pretraining brings with few labels on three public sets: each pretext task, probed and fine-tuned.
 
     python benchmarks/three_sets.py probe --data FOLDER --work FOLDER [--sets heart ...] [--tasks NAME ...]
-    python benchmarks/three_sets.py compare --data FOLDER --work FOLDER [--labelled 5 10] [--seeds 5] [--epochs 40]
-    python benchmarks/three_sets.py table --data FOLDER --work FOLDER
+    python benchmarks/three_sets.py compare --data FOLDER --work FOLDER [--labelled 5 10] [--seeds 5] [--iterations 300]
+    python benchmarks/three_sets.py table [--device cpu]
 
 FOLDER of --data holds the sets in nnU-Net's raw format. nnU-Net plans and preprocesses them; every task pretrains one
 small U-Net on the images that misfm_compare neither tests nor validates on, of all sets together or, with --own, of
 each set alone, without their labels. Then misfm_compare fits a linear classifier to its features (probe) or fine-tunes
-it (compare). Goes on where it was stopped. `table` writes what is there to results/three_sets.md.
+it (compare). Goes on where it was stopped. What it finds is kept in results/three_sets, and `table` writes
+results/three_sets.md of it.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from nnunetv2_misfm.commands.compare.splits import split_cases
 from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS
 from nnunetv2_misfm.pretrain.planning import plain_unet_stages
 
-RESULTS = Path(__file__).parent / "results" / "three_sets.md"
+RESULTS = Path(__file__).parent / "results" / "three_sets"  # what misfm_compare found, and the table beside it
 PLANS = "SmallPlans"
 FEATURES = [8, 16, 32, 64]
 COMMON, POOL_PLANS = "Dataset900_Common", "PoolPlans"
@@ -70,34 +71,36 @@ SETS = {
 # What differs from the tasks' defaults, which are for long runs: boxes a small network learns in minutes.
 FEW_LARGE_BOXES = ("-num_boxes", "3", "10", "-box_size_min", *3 * ("0.25",), "-box_size_max", *3 * ("0.75",))
 ITERATIONS, VALIDATION = 50, 8  # of an epoch of pretraining
-CROPS = ("-patch_size", "32", "32", "32", "-batch_size", "2")
+CROPS = ("-patch_size", "32", "32", "32", "-batch_size", "8")
 PRETRAINING = ("-optimizer", "adamw", "-initial_lr", "3e-3", "-schedule", "poly")
-RATE = "3e-3"  # of fine-tuning, for all arms
+RATE, EPOCH = "3e-3", 50  # of fine-tuning, for all arms: learning rate, iterations of an epoch
 TASK_OPTIONS = {"volume_fusion": FEW_LARGE_BOXES, "vox2vec": ("-initial_lr", "1e-3")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("pretrain", "probe", "compare", "table"))
-    parser.add_argument("--data", type=Path, required=True, help="folder of the sets in nnU-Net's raw format")
-    parser.add_argument("--work", type=Path, required=True, help="folder for nnU-Net's three folders")
+    parser.add_argument("--data", type=Path, help="folder of the sets in nnU-Net's raw format")
+    parser.add_argument("--work", type=Path, help="folder for nnU-Net's three folders")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--tasks", nargs="+", choices=PRETEXT_TASKS, default=list(PRETEXT_TASKS))
     parser.add_argument("--own", action="store_true", help="pretrain on the set's own images alone")
     parser.add_argument(
-        "--pretraining_epochs", default="20", help=f"of {ITERATIONS} iterations each (default: %(default)s)"
+        "--pretraining_epochs", default="10", help=f"of {ITERATIONS} iterations each (default: %(default)s)"
     )
     parser.add_argument("--labelled", nargs="+", default=["10"], help="patients (default: %(default)s)")
     parser.add_argument("--seeds", default="5", help="draws of them (default: %(default)s)")
-    parser.add_argument("--epochs", default="40", help="of fine-tuning, 25 iterations each (default: %(default)s)")
+    parser.add_argument("--iterations", default="1000", help="of fine-tuning, a multiple of 50 (default: %(default)s)")
     parser.add_argument("--nnunet", action="store_true", help="an arm with nnU-Net's own trainer")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--jobs", default="1", help="runs at once (default: %(default)s)")
     options = parser.parse_args()
-    use_folders(options.work)
     if options.what == "table":
         write_table(options)
         return
+    if not (options.data and options.work):
+        parser.error(f"{options.what} needs --data and --work")
+    use_folders(options.work)
     for labelled in SETS.values():
         prepare(labelled, options.data, options.work)
     if not options.own:
@@ -181,26 +184,22 @@ def pretrained(task: str, images: Path, like: str, dataset: str, options: argpar
 def compare(name: str, weights: Sequence[str], options: argparse.Namespace) -> None:
     labelled = SETS[name]
     pool = "own" if options.own else "common"
+    iterations = int(options.iterations)
     output = options.work.resolve() / f"{options.what}_{name}_{pool}"
-    arms = ("misfm_compare", "-d", labelled.id, "-p", PLANS, "-pretrained_weights", *weights, "--from_scratch")
+    arms = ["misfm_compare", "-d", labelled.id, "-p", PLANS, "-pretrained_weights", *weights, "--from_scratch"]
     cases = ("-num_labelled", *options.labelled, "-seeds", options.seeds, "-num_test", str(labelled.num_test))
     where = ("-device", options.device, "-jobs", options.jobs, "--disable_tta")
     patients = ("-patients", labelled.patients) if labelled.patients else ()
     if options.what == "probe":
-        command(*arms, "--probe", *cases, *patients, *where, "-o", str(output))
-        return
-    length = (
-        "-initial_lr",
-        RATE,
-        "-num_epochs",
-        options.epochs,
-        "-num_iterations_per_epoch",
-        "25",
-        "-num_val_iterations_per_epoch",
-        "5",
-    )
-    nnunet = ("--nnunet",) if options.nnunet else ()
-    command(*arms, *nnunet, *cases, *patients, *length, *where, "-o", f"{output}_{25 * int(options.epochs)}")
+        arms += ["--probe"]
+    else:
+        output = output.with_name(f"{output.name}_{iterations}")
+        epochs = ("-num_epochs", str(iterations // EPOCH), "-num_iterations_per_epoch", str(EPOCH))
+        arms += ["-initial_lr", RATE, *epochs, "-num_val_iterations_per_epoch", "5"]
+        arms += ["--nnunet"] if options.nnunet else []
+    command(*arms, *cases, *patients, *where, "-o", str(output))
+    RESULTS.mkdir(exist_ok=True)
+    shutil.copy(output / "summary.json", RESULTS / f"{output.name}.json")
 
 
 def write_table(options: argparse.Namespace) -> None:
@@ -216,24 +215,25 @@ def write_table(options: argparse.Namespace) -> None:
         "Dice of the test cases, in points; mean ± standard deviation over draws of 10 labelled patients; one draw "
         f"where there is none. Test patients: {tested}.",
         "",
-        *probed(options.work),
-        "",
-        *fine_tuned(options.work),
+        *probed(),
+        *fine_tuned(),
         *provenance(
-            "python benchmarks/three_sets.py table --data FOLDER --work FOLDER",
+            f"python benchmarks/three_sets.py table --device {options.device}",
             ("torch", "nnunetv2"),
             {},
             device_name(options.device),
         ),
         "",
     ]
-    RESULTS.write_text("\n".join(lines), encoding="utf-8")
+    RESULTS.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
     print("\n".join(lines))
 
 
-def probed(work: Path) -> list[str]:
-    folders = {name: work / f"probe_{name}_common" for name in SETS}
-    probes = {name: summary(folder) for name, folder in folders.items() if (folder / "summary.json").is_file()}
+def probed() -> list[str]:
+    """Nothing if nothing was probed yet."""
+    probes = {path.stem.split("_")[1]: read(path) for path in sorted(RESULTS.glob("probe_*_common.json"))}
+    if not probes:
+        return []
     arms = dict.fromkeys(score["arm"] for probe in probes.values() for score in probe["scores"])
     rows = [
         [
@@ -242,15 +242,15 @@ def probed(work: Path) -> list[str]:
         ]
         for arm in arms
     ]
-    return ["## A linear classifier of frozen features", "", *table(["weights", *probes], rows)]
+    return ["## A linear classifier of frozen features", "", *table(["weights", *probes], rows), ""]
 
 
-def fine_tuned(work: Path) -> list[str]:
+def fine_tuned() -> list[str]:
     """Nothing if nothing was compared yet."""
     rows = []
-    for path in sorted(work.glob("compare_*_*_*/summary.json")):
-        _, name, pool, iterations = path.parent.name.split("_")
-        found = summary(path.parent)
+    for path in sorted(RESULTS.glob("compare_*_*_*.json")):
+        _, name, pool, iterations = path.stem.split("_")
+        found = read(path)
         differences = {(one["arm"], one["labelled"]): one for one in found["comparisons"] if one["minus"] == "scratch"}
         for score in found["scores"]:
             arm, labelled, by_seed = score["arm"], score["labelled"], list(score["dice_by_seed"].values())
@@ -274,8 +274,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(head)} |", "| --- " * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
 
 
-def summary(folder: Path) -> dict:
-    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def score_of(found: dict, arm: str) -> list[float]:
