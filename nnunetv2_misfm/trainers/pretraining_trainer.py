@@ -32,6 +32,7 @@ from nnunetv2_misfm.pretrain.tasks import PretextSettings, default_settings
 from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
 from nnunetv2_misfm.trainers.distributed import any_process, from_all_processes, wrap
 from nnunetv2_misfm.trainers.epoch_clock import EpochClock
+from nnunetv2_misfm.trainers.interrupted_epoch import InterruptedEpoch
 from nnunetv2_misfm.trainers.pretext_data import (
     TimedIterator,
     hold_out,
@@ -82,7 +83,7 @@ class PretrainingTrainer(BaseTrainer):
         stems = tuple(self.configuration_manager.network_arch_init_kwargs.get("stems") or ())
         # A network with several stems trains them in turn, each on crops of its degree of anisotropy.
         self._degrees: tuple[int, ...] = stems if len(stems) > 1 else ()
-        self._interrupted: list[float] = []  # losses of the iterations that were done before the run was interrupted
+        self._interrupted: InterruptedEpoch | None = None
         self._losses: list[float] = []
         self._stop = StopRequest()
         self.dataloader_train: Any
@@ -188,7 +189,7 @@ class PretrainingTrainer(BaseTrainer):
             "report": self.print_to_log_file,
         }
         batch_size = self.configuration_manager.batch_size
-        done = len(self._interrupted)
+        done = len(self._interrupted.losses) if self._interrupted else 0
         epochs_done, start = divmod(done, self.num_iterations_per_epoch)  # it may have been stopped in the last one
         samples = CropSamples(identifiers=training, augment=self.pretext.augmentation, **self._sample_options())
         fixed = validation_samples(identifiers=validation, **self._sample_options())
@@ -232,12 +233,13 @@ class PretrainingTrainer(BaseTrainer):
     def train_step(self, batch: Any) -> dict:
         """One optimiser step on a batch of crops, then the end of the run if that was asked for."""
         if batch is None:
-            self._losses.append(self._interrupted[len(self._losses)])
+            assert self._interrupted is not None
+            self._losses.append(self._interrupted.losses[len(self._losses)])
             self._replayed += 1
             return {"loss": np.array(self._losses[-1], np.float32)}
-        # Each iteration has a random stream of its own, so an interrupted epoch goes on drawing what it would have.
-        key = [self.settings.seed, self.current_epoch, self.local_rank, len(self._losses)]
-        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+        if self._interrupted is not None:
+            self._interrupted.restore_random_state(self.device)
+            self._interrupted = None
         result = super().train_step(batch)
         self._losses.append(float(result["loss"]))
         if any_process(self._stop.signal is not None, self.device):
@@ -266,7 +268,7 @@ class PretrainingTrainer(BaseTrainer):
         return {"loss": loss.detach().cpu().numpy() if accepted else np.array(np.nan, np.float32)}
 
     def _save_and_stop(self) -> None:
-        self._interrupted = self._losses
+        self._interrupted = InterruptedEpoch.now(self._losses, self.device)
         self.save_checkpoint(str(Path(self.output_folder) / LATEST))
         done = f"saved after iteration {len(self._losses)} of epoch {self.current_epoch}"
         self.print_to_log_file(f"{STOPPED}: {done}. Continue with --c; the epoch goes on where it was.")
@@ -277,14 +279,14 @@ class PretrainingTrainer(BaseTrainer):
         raise SystemExit(BY_SIGNAL + (self._stop.signal or 0))
 
     def _epochs_finished(self) -> int:
-        return self.current_epoch if self._interrupted else super()._epochs_finished()
+        return self.current_epoch if self._interrupted is not None else super()._epochs_finished()
 
     def _more_to_save(self) -> dict[str, Any]:
         more: dict[str, Any] = {"skipped_steps": self._guard.skipped, TRAINED_PARTS: list(self.task.trains)}
         if self.bare_model.head is not None:
             more[_HEAD] = self.bare_model.head.state_dict()
-        if self._interrupted:
-            more["interrupted_epoch"] = {"losses": self._interrupted}
+        if self._interrupted is not None:
+            more["interrupted_epoch"] = asdict(self._interrupted)
         plan = nnssl_adaptation_plan(self.bare_network, self.plans_manager.plans, self.configuration_name)
         return more if plan is None else {**more, "nnssl_adaptation_plan": plan}
 
@@ -295,7 +297,8 @@ class PretrainingTrainer(BaseTrainer):
         self._guard.skipped = checkpoint.get("skipped_steps", 0)
         if self.bare_model.head is not None:
             self.bare_model.head.load_state_dict(checkpoint[_HEAD])
-        self._interrupted = checkpoint.get("interrupted_epoch", {}).get("losses", [])
+        if "interrupted_epoch" in checkpoint:
+            self._interrupted = InterruptedEpoch.read(checkpoint["interrupted_epoch"])
 
     def on_validation_epoch_start(self) -> None:
         """As in nnU-Net, for what is trained beside the network too."""
@@ -338,7 +341,7 @@ class PretrainingTrainer(BaseTrainer):
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """As in nnU-Net; notes the speed and the share of time spent waiting for data."""
-        self._interrupted = []
+        self._interrupted = None
         counted = [output for output in train_outputs if np.isfinite(output["loss"])]
         super().on_train_epoch_end(counted or train_outputs)
         self._speed = self._clock.speed(len(train_outputs) - self._replayed, self.dataloader_train.waited)
