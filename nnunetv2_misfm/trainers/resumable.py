@@ -29,11 +29,11 @@ from nnunetv2_misfm.trainers.checkpoint_files import (
 )
 from nnunetv2_misfm.trainers.tensorboard_logger import TensorBoardLogger
 from nnunetv2_misfm.transfer.checkpoint import (
-    WEIGHTS,
     CheckpointError,
     CheckpointInfo,
     checkpoint_info,
     installed_versions,
+    network_weights,
     preprocessing_of,
     write_checkpoint,
 )
@@ -156,7 +156,7 @@ class ResumableTrainer(nnUNetTrainer):
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
             return
         checkpoint = {
-            WEIGHTS: self.bare_network.state_dict(),
+            "network_weights": self.bare_network.state_dict(),
             "optimizer_state": self.optimizer.state_dict(),
             "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
             "logging": self.logger.get_checkpoint(),
@@ -232,7 +232,7 @@ class ResumableTrainer(nnUNetTrainer):
         self._best_ema = checkpoint["_best_ema"]
         self.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
         try:
-            self.bare_network.load_state_dict(checkpoint[WEIGHTS])
+            self.bare_network.load_state_dict(network_weights(checkpoint, name))
         except RuntimeError as error:
             why = self._changes_since(checkpoint["init_args"]["plans"]) or first_line(error)
             raise CheckpointError(f"{name} does not fit the network of this run's plans: {why}") from None

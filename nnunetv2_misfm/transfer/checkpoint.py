@@ -310,6 +310,19 @@ def checkpoint_info(checkpoint: Mapping[str, Any], path: str | os.PathLike[str])
         raise CheckpointError(f"{path} has a damaged description ({name}). Write the checkpoint again.") from None
 
 
+def network_weights(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The state dict of a checkpoint of ours or of nnU-Net, without the prefixes of wrappers.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    weights = checkpoint.get(WEIGHTS)
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        found = ", ".join(map(str, checkpoint)) or "nothing"
+        raise CheckpointError(f"{path} has no '{WEIGHTS}' (it holds: {found}). Give a checkpoint of ours or nnU-Net's.")
+    return {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in weights.items()}
+
+
 def plain(value: Any) -> Any:
     """The same data in types that `weights_only=True` reads: numpy numbers become Python's, tensors go to the CPU.
 

@@ -14,6 +14,7 @@ from nnunetv2_misfm.transfer.checkpoint import (
     CheckpointError,
     CheckpointInfo,
     checkpoint_info,
+    network_weights,
     read_checkpoint,
     write_checkpoint,
 )
@@ -37,7 +38,7 @@ def test_a_written_checkpoint_is_read_back_as_plain_data(tmp_path: Path) -> None
     assert type(read["_best_ema"]) is float
     assert read["init_args"]["device"] == "cpu"
     assert checkpoint_info(read, "c.pth") == INFO
-    assert torch.equal(read["network_weights"]["a.weight"], torch.arange(4.0))
+    assert torch.equal(network_weights(read, "c.pth")["a.weight"], torch.arange(4.0))
 
 
 def test_a_failed_write_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
@@ -96,11 +97,18 @@ def test_missing_files_folders_and_other_content_are_refused(tmp_path: Path) -> 
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(CheckpointError, match="holds a list"):
         read_checkpoint(tmp_path / "list.pth")
+    with pytest.raises(CheckpointError, match="has no 'network_weights'"):
+        network_weights({"weights": 1}, "x.pth")
 
 
 def test_a_newer_format_asks_for_an_update() -> None:
     with pytest.raises(CheckpointError, match="format 99.*Update"):
         checkpoint_info({"misfm": {"format_version": 99}}, "x.pth")
+
+
+def test_prefixes_of_wrappers_are_dropped() -> None:
+    weights = network_weights({"network_weights": {"module._orig_mod.a": torch.zeros(1)}}, "x.pth")
+    assert list(weights) == ["a"]
 
 
 def test_a_tensor_of_two_names_is_stored_once_from_a_gpu_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
