@@ -90,7 +90,9 @@ def main() -> None:
     )
     parser.add_argument("--labelled", nargs="+", default=["10"], help="patients (default: %(default)s)")
     parser.add_argument("--seeds", default="5", help="draws of them (default: %(default)s)")
-    parser.add_argument("--iterations", default="1000", help="of fine-tuning, a multiple of 50 (default: %(default)s)")
+    parser.add_argument(
+        "--iterations", type=int, default=1000, help=f"of fine-tuning, a multiple of {EPOCH} (default: %(default)s)"
+    )
     parser.add_argument("--nnunet", action="store_true", help="an arm with nnU-Net's own trainer")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--jobs", default="1", help="runs at once (default: %(default)s)")
@@ -100,6 +102,8 @@ def main() -> None:
         return
     if not (options.data and options.work):
         parser.error(f"{options.what} needs --data and --work")
+    if options.iterations % EPOCH:
+        parser.error(f"--iterations {options.iterations} is not a multiple of {EPOCH}")
     use_folders(options.work)
     for labelled in SETS.values():
         prepare(labelled, options.data, options.work)
@@ -184,7 +188,6 @@ def pretrained(task: str, images: Path, like: str, dataset: str, options: argpar
 def compare(name: str, weights: Sequence[str], options: argparse.Namespace) -> None:
     labelled = SETS[name]
     pool = "own" if options.own else "common"
-    iterations = int(options.iterations)
     output = options.work.resolve() / f"{options.what}_{name}_{pool}"
     arms = ["misfm_compare", "-d", labelled.id, "-p", PLANS, "-pretrained_weights", *weights, "--from_scratch"]
     cases = ("-num_labelled", *options.labelled, "-seeds", options.seeds, "-num_test", str(labelled.num_test))
@@ -193,8 +196,8 @@ def compare(name: str, weights: Sequence[str], options: argparse.Namespace) -> N
     if options.what == "probe":
         arms += ["--probe"]
     else:
-        output = output.with_name(f"{output.name}_{iterations}")
-        epochs = ("-num_epochs", str(iterations // EPOCH), "-num_iterations_per_epoch", str(EPOCH))
+        output = output.with_name(f"{output.name}_{options.iterations}")
+        epochs = ("-num_epochs", str(options.iterations // EPOCH), "-num_iterations_per_epoch", str(EPOCH))
         arms += ["-initial_lr", RATE, *epochs, "-num_val_iterations_per_epoch", "5"]
         arms += ["--nnunet"] if options.nnunet else []
     command(*arms, *cases, *patients, *where, "-o", str(output))
