@@ -17,15 +17,13 @@ import re
 import shutil
 import zipfile
 from collections.abc import Collection, Hashable, Mapping
-from dataclasses import asdict, field
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, ValidationError
-from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from nnunetv2_misfm.errors import UserError, first_line
@@ -51,7 +49,7 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be read or is not what was asked for; the message names the file and the remedy."""
 
 
-@dataclass(frozen=True, config=ConfigDict(strict=True, extra="forbid"))
+@dataclass(frozen=True)
 class CheckpointInfo:
     """What a checkpoint of ours says about itself.
 
@@ -70,7 +68,19 @@ class CheckpointInfo:
     num_classes: int
     preprocessing: dict[str, Any]
     training: dict[str, Any]
-    versions: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+_INFO_TYPES: dict[str, type] = {
+    "task": str,
+    "network_class_name": str,
+    "arch_kwargs": dict,
+    "input_channels": int,
+    "num_classes": int,
+    "preprocessing": dict,
+    "training": dict,
+    "versions": dict,
+}
 
 
 def installed_versions() -> dict[str, str]:
@@ -302,12 +312,15 @@ def checkpoint_info(checkpoint: Mapping[str, Any], path: str | os.PathLike[str])
             f"{path} has checkpoint format {version!r}; this version reads format {FORMAT_VERSION}. "
             f"Update nnunetv2_misfm."
         )
-    values = {str(key): value for key, value in block.items() if key != "format_version"}
+    values = {key: value for key, value in block.items() if key != "format_version"}
     try:
-        return CheckpointInfo(**values)
-    except ValidationError as error:
-        name = error.errors()[0]["loc"][0]
-        raise CheckpointError(f"{path} has a damaged description ({name}). Write the checkpoint again.") from None
+        info = CheckpointInfo(**values)
+    except TypeError as error:
+        raise CheckpointError(f"{path} has a damaged description ({error}). Write the checkpoint again.") from None
+    for name, kind in _INFO_TYPES.items():
+        if not isinstance(getattr(info, name), kind):
+            raise CheckpointError(f"{path} has a damaged description ({name}). Write the checkpoint again.")
+    return info
 
 
 def network_weights(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> dict[str, Tensor]:
