@@ -16,6 +16,7 @@ import shutil
 import site
 import sys
 import tempfile
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ import nnunetv2_misfm
 from nnunetv2_misfm.commands.launch import best_device, usable_gpus
 from nnunetv2_misfm.commands.parser import CommandParser
 from nnunetv2_misfm.environment import without_quotes
-from nnunetv2_misfm.errors import exit_with_message, first_line
+from nnunetv2_misfm.errors import exit_with_message
 from nnunetv2_misfm.start_up import OFF_SWITCH, SEARCH_PATH, is_switched_off
 
 PACKAGE = Path(nnunetv2_misfm.__file__).resolve().parent
@@ -337,8 +338,8 @@ def _set_variable(variable: str, value: str) -> str:
 
 
 def _summary(error: BaseException) -> str:
-    """The kind of error and what its first line says."""
-    return f"{type(error).__name__}: {first_line(error)}"
+    """The kind of error and what its first line says, short enough for one line of the report."""
+    return textwrap.shorten(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}", 160)
 
 
 if __name__ == "__main__":
