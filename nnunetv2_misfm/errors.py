@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import io
 import os
 import sys
@@ -33,6 +35,8 @@ def exit_with_message(command: str, run: Callable[[], None]) -> None:
         if isinstance(stream, io.TextIOWrapper):
             # A path or unit that the terminal's encoding does not have must not end hours of work.
             stream.reconfigure(errors="backslashreplace")
+    # Python would search all that PyTorch's and nnU-Net's modules hold once more before it ends, which takes seconds.
+    atexit.register(gc.freeze)
     try:
         run()
     except BrokenPipeError:
