@@ -7,10 +7,12 @@ import math
 import random
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from datetime import datetime
 from numbers import Real
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -36,7 +38,7 @@ from nnunetv2_misfm.trainers.schedules import StagedSchedule, parameter_groups
 from nnunetv2_misfm.transfer.names import names_of
 
 _FIRST_LOSSES = 5
-_SECONDS_BETWEEN_PAGES = 60.0
+_SECONDS_BETWEEN_DRAWINGS = 60.0
 # What nnU-Net tells its loggers about a run.
 _LOGGED_PARAMETERS = (
     "initial_lr",
@@ -79,7 +81,7 @@ class BaseTrainer(ResumableTrainer):
         self.initial_lr = self.settings.initial_lr
         self.weight_decay = self.settings.weight_decay
         self._steps_done = 0
-        self._page_written = -math.inf
+        self._drawn = -math.inf
         self.save_every = min(50, max(1, self.num_epochs // 20))
 
     def _read_settings(self, plans: Mapping[str, Any]) -> RunSettings:
@@ -154,7 +156,10 @@ class BaseTrainer(ResumableTrainer):
         super().on_epoch_start()
 
     def on_epoch_end(self) -> None:
-        """As in nnU-Net, after a row of metrics.csv; writes the run's page, once a minute at most and at the end."""
+        """As in nnU-Net, after a row of metrics.csv.
+
+        progress.png, which takes seconds to draw, and the run's page are written once a minute at most and at the end.
+        """
         if self.local_rank == 0:
             seconds = time.time() - self.logger.get_value("epoch_start_timestamps", step=-1)
             row = {
@@ -171,11 +176,13 @@ class BaseTrainer(ResumableTrainer):
                 for name, value in row.items():
                     if isinstance(value, Real):
                         logger.log(name, value, self.current_epoch)
-        super().on_epoch_end()
-        is_due = time.monotonic() - self._page_written > _SECONDS_BETWEEN_PAGES
-        if self.local_rank == 0 and (is_due or self.current_epoch == self.num_epochs):
+        is_last = self.current_epoch + 1 == self.num_epochs
+        is_due = is_last or time.monotonic() - self._drawn > _SECONDS_BETWEEN_DRAWINGS
+        with nullcontext() if is_due else patch.object(self.logger, "plot_progress_png"):
+            super().on_epoch_end()
+        if self.local_rank == 0 and is_due:
             update_run_page(Path(self.output_folder), self.print_to_log_file)
-            self._page_written = time.monotonic()
+            self._drawn = time.monotonic()
 
     def _metrics(self) -> dict[str, Any]:
         """The scores of an epoch, by their columns of metrics.csv."""

@@ -107,6 +107,18 @@ def test_pretrain_plan_finetune_and_predict(nnunet: Path, tmp_path: Path) -> Non
         assert said in page.read_text(encoding="utf-8")
 
 
+def test_progress_is_drawn_now_and_then_and_at_the_end(nnunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for seconds, epochs in ((1e9, [1, 3]), (0.0, [1, 2, 3])):
+        drawn: list[int] = []
+        monkeypatch.setattr("nnunetv2_misfm.trainers.base._SECONDS_BETWEEN_DRAWINGS", seconds)
+        monkeypatch.setattr(
+            "nnunetv2.training.logging.nnunet_logger.LocalLogger.plot_progress_png",
+            lambda logger, folder, drawn=drawn: drawn.append(len(logger.get_value("train_losses", step=None))),
+        )
+        pretrain(3, "--overwrite")
+        assert drawn == epochs
+
+
 def test_an_ordinary_plan_trains_pctnet_and_the_results_folder_rebuilds_it(nnunet: Path) -> None:
     run = trainer("MisFMTrainer", "nnUNetPlans")
     run.num_epochs, run.num_iterations_per_epoch, run.num_val_iterations_per_epoch = 1, 1, 1

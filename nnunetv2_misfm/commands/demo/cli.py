@@ -14,7 +14,7 @@ from nnunetv2_misfm.files import format_duration
 
 _NUM_UNLABELLED, _NUM_LABELLED = 48, 14
 _PATCH, _BATCH = ("24", "24", "24"), 4
-_PRETRAINING = (10, 60)  # epochs, iterations of each
+_PRETRAINING = (30, 20)  # epochs, iterations of each
 _FUSION = (
     *("-num_fusion_classes", "3", "-num_boxes", "3", "10", "-box_size_min", *3 * ("0.25",)),
     *("-box_size_max", *3 * ("0.75",), "-schedule", "poly", "-initial_lr", "0.005"),
