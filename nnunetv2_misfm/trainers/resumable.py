@@ -29,6 +29,7 @@ from nnunetv2_misfm.trainers.checkpoint_files import (
 )
 from nnunetv2_misfm.trainers.tensorboard_logger import TensorBoardLogger
 from nnunetv2_misfm.transfer.checkpoint import (
+    WEIGHTS,
     CheckpointError,
     CheckpointInfo,
     checkpoint_info,
@@ -156,7 +157,7 @@ class ResumableTrainer(nnUNetTrainer):
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
             return
         checkpoint = {
-            "network_weights": self.bare_network.state_dict(),
+            WEIGHTS: self.bare_network.state_dict(),
             "optimizer_state": self.optimizer.state_dict(),
             "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
             "logging": self.logger.get_checkpoint(),
