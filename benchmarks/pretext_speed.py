@@ -9,8 +9,9 @@ axis order.
 - A sample is all that is done from volumes in memory to the network's input and target: with our tasks' defaults, with
   the transforms of nnssl's `ModelGenesisTrainer` and `BaseMAETrainer` (which also rotates a fifth of the crops), and
   with the transforms of PyMIC's recipes (its Models Genesis is a recipe of its own: blocks of one size, intensities
-  bent in blocks). Volume Fusion is in fusion_speed.py.
-- The corruption alone starts from a crop.
+  bent in blocks), collated into a batch of one as its DataLoader does. Volume Fusion is in fusion_speed.py.
+- The corruption alone starts from a crop. Our masks and swaps change it in place, because the target is another image
+  by then, the crop with mean 0 and standard deviation 1; nnssl and PyMIC make a new image and keep the crop as target.
 
 Times are those of the process (all threads), and all take turns, so that other load on the machine hits all.
 """
@@ -31,11 +32,12 @@ import numpy as np
 import torch
 from fusion_speed import NUM_VOLUMES, PATCH, VOLUME, make_volume, random_crop
 from provenance import device_name, provenance
+from torch.utils.data import default_collate
 
 from nnunetv2_misfm.pretrain.augment import CropAugmentation, sample_augmentation
 from nnunetv2_misfm.pretrain.batches import CropBatch
 from nnunetv2_misfm.pretrain.crop_reading import Crop, read_crop
-from nnunetv2_misfm.pretrain.masked_autoencoder import MaskSettings, sample_mask, voxel_masks
+from nnunetv2_misfm.pretrain.masked_autoencoder import MaskSettings, hide, sample_mask, voxel_masks
 from nnunetv2_misfm.pretrain.models_genesis import ModelsGenesisSettings, corrupt, flip_crops, sample_corruption
 from nnunetv2_misfm.pretrain.patch_swap import PatchSwapSettings, apply_swaps, sample_swaps
 from nnunetv2_misfm.pretrain.tasks import default_settings, task_class
@@ -115,13 +117,16 @@ def our_genesis(crop: torch.Tensor) -> Job:
 
 
 def our_swaps(crop: torch.Tensor) -> Job:
-    return lambda index: apply_swaps(crop, [sample_swaps(PATCH, PatchSwapSettings(), np.random.default_rng(index))])
+    changed = crop.clone()
+    return lambda index: apply_swaps(changed, [sample_swaps(PATCH, PatchSwapSettings(), np.random.default_rng(index))])
 
 
 def our_masks(crop: torch.Tensor) -> Job:
+    changed = crop.clone()
+
     def one(index: int) -> object:
         mask = sample_mask(PATCH, MaskSettings(), np.random.default_rng(index))
-        return torch.where(voxel_masks([mask], PATCH, MaskSettings(), CPU), 0.0, crop)
+        return hide(changed, voxel_masks([mask], PATCH, MaskSettings(), CPU))
 
     return one
 
@@ -215,7 +220,7 @@ def pymic_comparisons(checkout: Path, volumes: list[np.ndarray]) -> list[Compari
     }
 
     def sample(run: Callable[[np.ndarray, int], object]) -> Job:
-        return lambda index: run(volumes[index % NUM_VOLUMES], index)
+        return lambda index: default_collate([run(volumes[index % NUM_VOLUMES], index)])
 
     crop = first_crop(volumes)
     alone = recipe("PatchSwaping", **swap)

@@ -248,7 +248,8 @@ def swaps(checkout: Path) -> Comparison:
 
     def ours(index: int) -> Figures:
         drawn = sample_swaps(PATCH, PatchSwapSettings(), np.random.default_rng(index))
-        swapped = apply_swaps(torch.from_numpy(crop)[None], [drawn])
+        swapped = torch.from_numpy(crop.copy())[None]
+        apply_swaps(swapped, [drawn])
         sizes = {f"side of a block along {axis}, voxels": float(n) for axis, n in zip("XYZ", drawn.size, strict=True)}
         return {**figures(swapped[0].numpy()), "pairs of blocks": float(len(drawn.first)), **sizes}
 

@@ -66,6 +66,12 @@ def voxel_masks(
     return hidden.unsqueeze(1)
 
 
+def hide(images: Tensor, hidden: Tensor) -> None:
+    """Set the hidden voxels (B, 1, X, Y, Z) of images (B, C, X, Y, Z) to 0, in place; all channels alike."""
+    # On the CPU, torch takes seven times as long for anything with a mask of bool.
+    images.mul_(1 - hidden.view(torch.uint8))
+
+
 class MaskedAutoencoder(ReconstructionTask[MaskSettings]):
     """The task."""
 
@@ -83,4 +89,6 @@ class MaskedAutoencoder(ReconstructionTask[MaskSettings]):
         """The image with hidden voxels at 0, and the whole image, of which the hidden voxels count."""
         (image,) = batch.patches(device)
         hidden = voxel_masks(batch.drawn, batch.patch_size, self.settings, device)
-        return torch.where(hidden, 0.0, image), Target(standardised(image), hidden)
+        target = Target(standardised(image), hidden)
+        hide(image, hidden)
+        return image, target

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_misfm.plans.settings import Settings, setting
-from nnunetv2_misfm.pretrain.reconstruction import ReconstructionTask, Target, standardised_with_scale
+from nnunetv2_misfm.pretrain.reconstruction import ReconstructionTask, Target, standardised
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
 from nnunetv2_misfm.pretrain.task import Scores
 
@@ -80,23 +80,22 @@ def sample_swaps(shape: Sequence[int], settings: PatchSwapSettings, generator: n
 
 
 @torch.no_grad()
-def apply_swaps(crops: Tensor, swaps: Sequence[Swaps]) -> Tensor:
-    """The crops with their blocks swapped; all channels of a crop alike.
+def apply_swaps(crops: Tensor, swaps: Sequence[Swaps]) -> None:
+    """Swap the crops' blocks in place; all channels of a crop alike.
 
     Args:
         crops: (B, C, X, Y, Z).
         swaps: B of them, drawn for patches of (X, Y, Z).
     """
-    swapped = crops.clone()
-    for crop, drawn in zip(swapped, swaps, strict=True):
-        depth, height, width = drawn.size
-        for (x0, y0, z0), (x1, y1, z1) in zip(drawn.first.tolist(), drawn.second.tolist(), strict=True):
-            first = crop[:, x0 : x0 + depth, y0 : y0 + height, z0 : z0 + width]
-            second = crop[:, x1 : x1 + depth, y1 : y1 + height, z1 : z1 + width]
-            kept = first.clone()
-            first.copy_(second)
-            second.copy_(kept)
-    return swapped
+    for crop, drawn in zip(crops, swaps, strict=True):
+        shape, strides = (len(crop), *drawn.size), crop.stride()
+        # Where the blocks begin in memory: slices along three axes would take longer than what is copied.
+        first, second = (crop.storage_offset() + starts @ strides[1:] for starts in (drawn.first, drawn.second))
+        for one, other in zip(first.tolist(), second.tolist(), strict=True):
+            block, its_partner = crop.as_strided(shape, strides, one), crop.as_strided(shape, strides, other)
+            kept = block.clone()
+            block.copy_(its_partner)
+            its_partner.copy_(kept)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -104,17 +103,16 @@ class SwapTarget(Target):
     """A target that knows what the input has wrong.
 
     Attributes:
-        before, after: (B, C, X, Y, Z), the crops before and after the swaps, as the network sees them.
-        scale: (B, C, 1, 1, 1), what takes them to the scale of the image.
+        swaps: one for each sample.
     """
 
-    before: Tensor
-    after: Tensor
-    scale: Tensor
+    swaps: Sequence[Swaps]
 
     def swap_error(self) -> float:
         """Squared error of an output that is the input, as means over each sample's voxels, added up."""
-        return self.mean(((self.after - self.before) * self.scale).square()).sum().item()
+        swapped = self.image.clone()
+        apply_swaps(swapped, self.swaps)
+        return self.mean((swapped - self.image).square()).sum().item()
 
 
 class PatchSwap(ReconstructionTask[PatchSwapSettings]):
@@ -137,10 +135,10 @@ class PatchSwap(ReconstructionTask[PatchSwapSettings]):
 
     def make(self, batch: CropBatch, device: torch.device) -> tuple[Tensor, SwapTarget]:
         """The image with its blocks swapped, and the image."""
-        (crops,) = batch.patches(device)
-        image, scale = standardised_with_scale(crops)
-        x = apply_swaps(crops, batch.drawn)
-        return x, SwapTarget(image=image, before=crops, after=x, scale=scale)
+        (x,) = batch.patches(device)
+        target = SwapTarget(image=standardised(x), swaps=batch.drawn)
+        apply_swaps(x, batch.drawn)
+        return x, target
 
     def loss(self, outputs: Tensor, target: Target) -> Tensor:
         """Mean absolute error of all voxels."""

@@ -29,23 +29,13 @@ _TRIVIAL = 0.02  # variance explained
 _CONSTANT = 1e-5  # standard deviation of an image without contrast, as a share of its mean: rounding alone
 
 
-def standardised_with_scale(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Each channel of each image (B, C, X, Y, Z) with mean 0 and standard deviation 1; 0 where it has no contrast.
-
-    Returns:
-        The images, and what they were multiplied with (B, C, 1, 1, 1).
-    """
+def standardised(images: Tensor) -> Tensor:
+    """Each channel of each image (B, C, X, Y, Z) with mean 0 and standard deviation 1; 0 where it has no contrast."""
     mean = images.mean(_SPATIAL, keepdim=True)
     centred = images - mean
     # In one pass over memory; torch.std takes seven times as long.
     std = torch.linalg.vector_norm(centred, dim=_SPATIAL, keepdim=True) / images[0, 0].numel() ** 0.5
-    scale = torch.where(std > _CONSTANT * mean.abs(), 1 / std, 0.0)
-    return centred.mul_(scale), scale
-
-
-def standardised(images: Tensor) -> Tensor:
-    """As `standardised_with_scale`, the images alone."""
-    return standardised_with_scale(images)[0]
+    return centred.mul_(torch.where(std > _CONSTANT * mean.abs(), 1 / std, 0.0))
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,8 +31,10 @@ def swaps(*pairs: tuple[tuple[int, int, int], tuple[int, int, int]], size: tuple
 
 
 def swapped(crops: torch.Tensor, *drawn: Swaps) -> torch.Tensor:
-    """Crops with their blocks swapped."""
-    return apply_swaps(crops, drawn)
+    """A copy of the crops with their blocks swapped."""
+    copy = crops.clone()
+    apply_swaps(copy, drawn)
+    return copy
 
 
 def test_number_and_size_of_blocks_are_the_published_ones():
