@@ -21,17 +21,18 @@ def test_the_demo_does_the_whole_job(tmp_path: Path, monkeypatch: pytest.MonkeyP
     # As many commands, fewer volumes, seeds and iterations: how long the demo trains is no part of what is tested.
     monkeypatch.setattr("nnunetv2_misfm.commands.demo.cli._NUM_UNLABELLED", 4)
     monkeypatch.setattr("nnunetv2_misfm.commands.demo.cli._PRETRAINING", (2, 2))
-    monkeypatch.setattr("nnunetv2_misfm.commands.demo.cli._FINETUNING", (2, 2))
-    terms = ("-num_labelled", "2", "-seeds", "1", "-num_test", "2", "-num_validation", "1", "-initial_lr", "0.005")
+    monkeypatch.setattr("nnunetv2_misfm.commands.demo.cli._NUM_LABELLED", 5)
+    terms = ("--probe", "-num_labelled", "2", "-seeds", "1", "-num_test", "2", "-num_validation", "1")
     monkeypatch.setattr("nnunetv2_misfm.commands.demo.cli._COMPARISON", terms)
     folder = tmp_path / "demo with spaces"
     main(["-o", str(folder), "-device", "cpu"])
     comparison = folder / "comparison"
     page = (comparison / "report.html").read_text(encoding="utf-8")
-    assert "The pretext task" in page and "VolumeFusion" in page
+    assert "frozen features; nothing is fine-tuned" in page and "hours of training" not in page
+    assert "The pretext task" in page and "vox2vec" in page
     summary = json.loads((comparison / "summary.json").read_text(encoding="utf-8"))
-    assert [score["arm"] for score in summary["scores"]] == ["VolumeFusion", "scratch"]
-    assert [(c["arm"], c["minus"]) for c in summary["comparisons"]] == [("VolumeFusion", "scratch")]
+    assert [score["arm"] for score in summary["scores"]] == ["scratch", "vox2vec"]
+    assert [(c["arm"], c["minus"]) for c in summary["comparisons"]] == [("vox2vec", "scratch")]
 
 
 def test_brightness_does_not_tell_the_organs_of_a_phantom_apart() -> None:

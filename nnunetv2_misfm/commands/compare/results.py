@@ -75,10 +75,10 @@ def _terms(study: Study, records: Collection[RunRecord]) -> Iterator[tuple[str, 
         "test",
         f"{len(split.test)} {what}, the same in every seed; they were in nnU-Net's fingerprint, without labels",
     )
-    yield "validation", f"{len(split.validation)} {what}, for learning curves and learning rates"
     if options.probe:
         yield "score", "a linear classifier of voxels on frozen features; nothing is fine-tuned"
     else:
+        yield "validation", f"{len(split.validation)} {what}, for learning curves and learning rates"
         length = settings.num_epochs * settings.num_iterations_per_epoch
         yield "length", f"{length} iterations ({settings.num_epochs} epochs of {settings.num_iterations_per_epoch})"
         yield (

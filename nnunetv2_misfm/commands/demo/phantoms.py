@@ -1,7 +1,8 @@
-"""MR-like phantoms: a body with organs that neither brightness nor place tells apart, but their texture.
+"""MR-like phantoms of a trunk: organs that their brightness does not tell apart, but what lies around them does.
 
-Arrays are (z, y, x). Every volume has an organ of each kind. Its brightness, place, size and outline are drawn anew, so
-that neighbours without a label are as bright as those with one, as with organs in MR of several scanners.
+Arrays are (z, y, x): z from the feet up, y from the front to the back, x from the right to the left. As in patients,
+size, outline, place and contrast differ from volume to volume, and neighbours without a label are as bright as the
+organs with one.
 """
 
 from __future__ import annotations
@@ -10,14 +11,30 @@ from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
+from numpy.typing import ArrayLike
 from scipy.ndimage import gaussian_filter
+from scipy.spatial.transform import Rotation
 
 SHAPE = (40, 40, 40)
-SPACING_MM = 2.0
-LABELS = {"background": 0, "granular": 1, "striated": 2}
-_KINDS = ("granular", "striated", "smooth", "patchy")  # the last two have no label
-_BODY_RADII = (22.0, 18.0, 19.0)  # voxels
-_TRIES, _MOST_OVERLAP = 60, 0.12
+SPACING_MM = 8.0
+LABELS = {"background": 0, "liver": 1, "kidneys": 2}
+# Arbitrary units, drawn for each volume; that of every soft organ is drawn around one value.
+_BRIGHTNESS = {"muscle": (0.45, 0.6), "fat": (0.25, 0.4), "air": (0.0, 0.1), "soft": (0.6, 0.75), "bone": (0.95, 1.1)}
+_SOFT_ORGANS_DIFFER = 0.05
+# Centres from the middle of the body, and radii; voxels. Later ones lie over earlier ones.
+_WALL, _INSIDE = ((0, 0, 0), (40, 15, 18)), ((0, -1, 0), (40, 12, 15))
+_ORGANS = (
+    ("lung", "air", (14, -1, -8), (10, 8, 5.5)),
+    ("lung", "air", (14, -1, 8), (10, 8, 5.5)),
+    ("liver", "soft", (-1, -3, -7), (7, 7.5, 6.5)),
+    ("stomach", "soft", (-2, -5, 4), (4, 4, 5)),
+    ("spleen", "soft", (0, 4, 10), (4.5, 4, 3)),
+    ("kidneys", "soft", (-9, 5, -6.5), (5, 3.2, 3)),
+    ("kidneys", "soft", (-9, 5, 6.5), (5, 3.2, 3)),
+)
+_GREAT_VESSEL, _SPINE = ((0, 4, 1.5), (60, 1.5, 1.5)), ((0, 9, 0), (60, 3.2, 3.2))
+_BOWEL_LOOPS, _BOWEL_RADII = 4, (2.5, 2.5, 4)
+_BOWEL_FROM, _BOWEL_TO = (-18, -8, -9), (-8, 0, 9)
 
 
 def make_phantom(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -26,43 +43,49 @@ def make_phantom(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray
     Returns:
         float32 image in arbitrary units and uint8 labels of `LABELS`, both of `SHAPE`.
     """
-    grid = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij")).astype(float)
-    warped = grid + np.stack([2.0 * _noise(generator, 5.0) for _ in range(3)])
-    body = _ellipsoid(warped, np.array(SHAPE) / 2, np.array(_BODY_RADII))
-    image = body * (generator.uniform(0.3, 0.6) + 0.04 * _noise(generator, 1.5))
+    places = _places_in_the_body(generator)
+    brightness = {tissue: generator.uniform(*limits) for tissue, limits in _BRIGHTNESS.items()}
+    body = _ellipsoid(places, *_WALL)
+    image = np.where(body, brightness["muscle"], 0.0)
+    image[_ellipsoid(places, *_INSIDE)] = brightness["fat"]
     labels = np.zeros(SHAPE, np.uint8)
-    taken = np.zeros(SHAPE, bool)
-    for kind in generator.permutation(_KINDS):
-        for _ in range(_TRIES):
-            organ = _ellipsoid(warped, generator.uniform(9, 31, 3), generator.uniform(6, 9.5, 3)) & body
-            if (organ & taken).sum() < _MOST_OVERLAP * organ.sum():
-                break
-        organ &= ~taken
-        taken |= organ
-        image[organ] = generator.uniform(0.35, 1.0) + _texture(str(kind), warped, generator)[organ]
-        labels[organ] = LABELS.get(str(kind), 0)
-    bias_field = 1 + 0.15 * _noise(generator, 8.0)
-    image = gaussian_filter(image, 0.4) * bias_field + generator.normal(0, 0.03, SHAPE)
+
+    def put(organ: str, tissue: str, centre: ArrayLike, radii: ArrayLike) -> None:
+        inside = body & _ellipsoid(places, centre, np.array(radii) * generator.uniform(0.85, 1.15, 3))
+        image[inside] = brightness[tissue]
+        if tissue == "soft":
+            image[inside] += generator.uniform(-_SOFT_ORGANS_DIFFER, _SOFT_ORGANS_DIFFER)
+        labels[inside] = LABELS.get(organ, 0)
+
+    for organ, tissue, centre, radii in _ORGANS:
+        put(organ, tissue, np.array(centre) + generator.uniform(-1.2, 1.2, 3), radii)
+    for _ in range(_BOWEL_LOOPS):
+        put("bowel", "soft", generator.uniform(_BOWEL_FROM, _BOWEL_TO), _BOWEL_RADII)
+    put("spine", "bone", *_SPINE)
+    put("aorta", "soft", *_GREAT_VESSEL)
+    texture = 0.03 * body * _noise(generator, 1.2)
+    bias_field = 1 + 0.1 * _noise(generator, 9.0)
+    image = gaussian_filter(image + texture, 0.6) * bias_field + generator.normal(0, 0.04, SHAPE)
     return (1000 * np.clip(image, 0, None)).astype(np.float32), labels
 
 
-def _ellipsoid(grid: np.ndarray, centre: np.ndarray, radii: np.ndarray) -> np.ndarray:
-    distances = (grid - centre[:, None, None, None]) / radii[:, None, None, None]
-    return np.asarray((distances**2).sum(0) < 1)
+def _places_in_the_body(generator: np.random.Generator) -> np.ndarray:
+    """Each voxel's place from the middle of a body that is shifted, tilted, scaled and bent: (3, *SHAPE)."""
+    grid = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij")).astype(float)
+    bent = grid + np.stack([1.5 * _noise(generator, 5.0) for _ in range(3)])
+    middle = np.array(SHAPE) / 2 + generator.uniform(-2.5, 2.5, 3)
+    tilt = Rotation.from_rotvec(generator.uniform(-8, 8, 3), degrees=True).as_matrix()
+    scale = generator.uniform(0.88, 1.12, 3)
+    return np.tensordot(tilt.T, bent - _column(middle), 1) / _column(scale)
 
 
-def _texture(kind: str, grid: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    strength = generator.uniform(0.2, 0.3)
-    if kind == "granular":
-        return strength * _noise(generator, 0.8)
-    if kind == "patchy":
-        return strength * _noise(generator, 2.5)
-    if kind == "smooth":
-        return 0.03 * _noise(generator, 0.8)
-    direction = generator.normal(size=3)
-    along = np.tensordot(direction / np.linalg.norm(direction), grid, 1)
-    waves = np.sin(2 * np.pi * along / generator.uniform(3.2, 4.5) + generator.uniform(0, 2 * np.pi))
-    return np.asarray(1.2 * strength * waves)
+def _ellipsoid(places: np.ndarray, centre: ArrayLike, radii: ArrayLike) -> np.ndarray:
+    return np.asarray((((places - _column(centre)) / _column(radii)) ** 2).sum(0) < 1)
+
+
+def _column(values: ArrayLike) -> np.ndarray:
+    """Three values that go with (3, *SHAPE)."""
+    return np.asarray(values, float)[:, None, None, None]
 
 
 def _noise(generator: np.random.Generator, sigma: float) -> np.ndarray:
