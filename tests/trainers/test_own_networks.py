@@ -17,6 +17,9 @@ from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2_misfm.commands.checkpoints import inspect_main
 from nnunetv2_misfm.commands.plan import plan_main
 from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
+from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS
+from nnunetv2_misfm.pretrain.reconstruction import ReconstructionTask
+from nnunetv2_misfm.pretrain.tasks import task_class
 from nnunetv2_misfm.start_up import add_plugin_folder
 from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
 
@@ -150,7 +153,7 @@ def test_weights_of_nnssls_primus_fill_the_encoder_of_a_primus_in_plans(
     assert "the weights give 100 % of stem, encoder, decoder (stem 100 %, encoder 100 %)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("pretext", ["masked_autoencoder", "models_genesis", "patch_swap"])
+@pytest.mark.parametrize("pretext", [n for n in PRETEXT_TASKS if issubclass(task_class(n), ReconstructionTask)])
 def test_other_tasks_pretrain_a_network_of_ones_own(preprocessed: Path, pretext: str) -> None:
     name_own(preprocessed, "OwnNetwork")
     assert pretrained(preprocessed, "-pretext", pretext).is_file()
