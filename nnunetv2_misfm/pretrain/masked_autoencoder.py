@@ -45,11 +45,15 @@ def block_size(patch_size: Sequence[int], settings: MaskSettings) -> tuple[int, 
 
 
 def sample_mask(patch_size: Sequence[int], settings: MaskSettings, generator: np.random.Generator) -> np.ndarray:
-    """Draw which blocks are hidden: bool, one for each block along X, Y and Z; the share is exact, to one block."""
+    """Draw which blocks are hidden: bool, one for each block along X, Y and Z.
+
+    The share is exact, to one block. At least one is hidden, and one is shown if there are several.
+    """
     grid = [-(-n // size) for n, size in zip(patch_size, block_size(patch_size, settings), strict=True)]
     number = int(np.prod(grid))
     hidden = np.zeros(number, bool)
-    hidden[generator.permutation(number)[: max(1, round(settings.mask_ratio * number))]] = True
+    count = max(1, min(round(settings.mask_ratio * number), number - 1))
+    hidden[generator.permutation(number)[:count]] = True
     return hidden.reshape(grid)
 
 

@@ -152,7 +152,7 @@ class PatchSwap(ReconstructionTask[PatchSwapSettings]):
     def scores(self, sums: Mapping[str, Any]) -> Scores:
         """Share of the swaps' error that is undone, and the scores of other reconstructions."""
         whole = super().scores(sums)
-        undone = 1 - sums["error"] / max(sums["swapped"], torch.finfo(torch.float32).tiny)
+        undone = 1 - sums["error"] / sums["swapped"] if sums["swapped"] > 0 else 0.0
         return Scores(
             main=undone,
             parts=[undone],

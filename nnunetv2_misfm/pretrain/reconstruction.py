@@ -57,7 +57,7 @@ class Target:
         return (values * self.scored).sum(_SPATIAL, keepdim=True) / self.scored.sum(_SPATIAL, keepdim=True)
 
     def squared_error(self, output: Tensor) -> Tensor:
-        """Mean over the scored voxels, in which each sample weighs the same, so that processes may share a batch."""
+        """Mean over the scored voxels; each sample weighs the same, so that processes may share a batch evenly."""
         return self.mean((output.float() - self.image).square()).mean()
 
 
@@ -97,8 +97,10 @@ class ReconstructionTask(PretextTask[SettingsT]):
 
     def scores(self, sums: Mapping[str, Any]) -> Scores:
         """Variance explained, and the variance of the output as a share of the image's."""
-        variance = max(sums["image"], torch.finfo(torch.float32).tiny)
-        explained, spread = 1 - sums["error"] / variance, sums["output"] / variance
+        # Images without any contrast have nothing to explain.
+        explained, spread = 0.0, 0.0
+        if sums["image"] > 0:
+            explained, spread = 1 - sums["error"] / sums["image"], sums["output"] / sums["image"]
         return Scores(
             main=explained,
             parts=[explained],

@@ -57,6 +57,11 @@ def test_the_share_of_blocks_is_exact_in_every_sample(ratio: float) -> None:
     assert counts == {round(ratio * 1000)}
 
 
+def test_a_block_is_shown_wherever_there_are_several() -> None:
+    settings = MaskSettings(mask_ratio=0.99, mask_block_size=(0.5, 0.5, 0.5))
+    assert sample_mask((8, 8, 8), settings, generator(0)).sum() == 7
+
+
 def test_every_block_is_hidden_as_often_as_the_others() -> None:
     drawn = np.stack([sample_mask((40, 40, 40), MaskSettings(), generator(seed)) for seed in range(400)])
     rates = drawn.mean(0)

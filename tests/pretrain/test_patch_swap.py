@@ -120,11 +120,25 @@ def test_the_loss_is_of_all_voxels_and_the_score_the_share_of_the_swaps_undone(t
     assert score(torch.zeros_like(copied)) < -1
 
 
-def test_the_target_is_left_alone():
-    crops = torch.rand((2, 1, 8, 8, 8), generator=torch.Generator().manual_seed(0))
-    before = crops.clone()
-    swapped(crops, *(sample_swaps((8, 8, 8), SETTINGS, np.random.default_rng(i)) for i in range(2)))
-    assert torch.equal(crops, before)
+@pytest.mark.parametrize("view", [lambda t: t[:, 1:, 2:, :, 1:], lambda t: t.transpose(2, 4)], ids=["part", "turned"])
+def test_swaps_of_a_view_touch_nothing_else(view):
+    crops = torch.rand((2, 3, 10, 8, 9), generator=torch.Generator().manual_seed(0))
+    drawn = [sample_swaps(view(crops).shape[2:], SETTINGS, np.random.default_rng(i)) for i in range(2)]
+    changed, expected = crops.clone(), crops.clone()
+    apply_swaps(view(changed), drawn)
+    view(expected).copy_(swapped(view(crops).contiguous(), *drawn))
+    assert torch.equal(changed, expected) and not torch.equal(changed, crops)
+
+
+def test_a_batch_can_be_made_twice(tmp_path):
+    """Validation does so: what is swapped in place is not the batch."""
+    task = PatchSwap(SETTINGS)
+    volume = np.random.default_rng(0).random((1, 20, 20, 20)).astype(np.float32)
+    blosc2.asarray(volume, urlpath=str(tmp_path / "0.b2nd"), mode="w")
+    batch = next(crop_loader(validation_samples(tmp_path, ["0"], (16, 16, 16), task, 0, 1), 2, 1))
+    (x, target), (again, target_again) = (task.make(batch, torch.device("cpu")) for _ in range(2))
+    assert torch.equal(x, again) and torch.equal(target.image, target_again.image)
+    assert not torch.allclose(standardised(x), target.image)
 
 
 def test_blocks_of_more_than_half_a_patch_are_refused():

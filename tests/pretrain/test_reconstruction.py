@@ -57,6 +57,13 @@ def test_the_same_value_everywhere_scores_0_and_no_constant_scores_more(name: st
     assert scores[0] == 0 and scores[-0.3] < 0.05 and scores[0.3] < 0.05
 
 
+@pytest.mark.parametrize("name", RECONSTRUCTION)
+def test_images_without_contrast_score_0(name: str, tmp_path: Path) -> None:
+    task = task_class(name)(task_class(name).Settings())
+    _, target = made(name, tmp_path / "pool", np.zeros_like(volume()))
+    assert task.scores(task.count(torch.ones_like(target.image), target)).main == 0
+
+
 @pytest.mark.parametrize("value", [0.0, 0.1, -1000.0, 1e-30, 3e8])
 def test_an_image_without_contrast_is_0(value: float) -> None:
     images = torch.full((1, 2, 5, 6, 7), value)

@@ -11,8 +11,8 @@ from typing import Literal
 Kind = Literal["pretrained", "scratch", "nnunet"]
 FIRST_TUNING_SEED = 1000  # so that learning rates are chosen with other labelled cases than are tested
 MEANINGS: dict[Kind, str] = {
-    "pretrained": "starts from pretrained weights",
-    "scratch": "the same network, data and schedule with random weights",
+    "pretrained": "pretrained weights",
+    "scratch": "the same network with random weights",
     "nnunet": "nnU-Net's own trainer, network, optimiser and patch size",
 }
 

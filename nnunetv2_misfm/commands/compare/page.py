@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nnunetv2_misfm.commands.compare import figures
-from nnunetv2_misfm.commands.compare.arms import MEANINGS
 from nnunetv2_misfm.commands.compare.statistics import CONFIDENCE
 from nnunetv2_misfm.commands.compare.summary import Comparison, Summary, interval, points
 from nnunetv2_misfm.pages import html
@@ -64,11 +63,11 @@ def write_page(page: Page, path: Path) -> None:
         "page": page,
         "summary": summary,
         "confidence": round(100 * CONFIDENCE),
-        "meanings": MEANINGS,
         "differences": figures.differences(summary) if summary.comparisons else None,
         "curves": [(number, svg) for number in summary.labelled if (svg := figures.learning_curves(summary, number))],
         "by_labelled": figures.dice_by_labelled(summary),
         "rows": rows,
+        "trained": any(row["hours_of_training"] for row in rows),  # a probe trains no network
         "label_names": list(rows[0]["dice_by_label"]) if rows else [],
     }
     template = "commands/compare/page.html.j2"
@@ -82,5 +81,5 @@ def _labels(comparison: Comparison, summary: Summary) -> str:
     if len(numbers) < 2:
         return "–"
     if equal is None:
-        return f"fewer than {numbers[0]}"
+        return f"at most {numbers[0]}"
     return f"more than {numbers[-1]}" if math.isinf(equal) else f"{equal:.1f}"

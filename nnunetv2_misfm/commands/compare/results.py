@@ -99,21 +99,22 @@ def _differing(study: Study) -> Iterator[str]:
         network = entry["architecture"]["network_class_name"].rpartition(".")[2]
         weights = f" ({arm.weights})" if arm.weights else ""
         yield (
-            f"{arm.name}: {MEANINGS[arm.kind]}{weights}; {network}, patch {entry['patch_size']}, batch "
-            f"{entry['batch_size']}; {_rates(study, arm)}."
+            f"{arm.name}: {MEANINGS[arm.kind]}{weights}; {network}, patch {entry['patch_size']}"
+            f"{_trained_with(study, arm, entry['batch_size'])}."
         )
 
 
-def _rates(study: Study, arm: Arm) -> str:
+def _trained_with(study: Study, arm: Arm, batch_size: int) -> str:
     if study.options.probe:
-        return "nothing is trained but the classifier"
-    if len(arm.rates) == 1:
-        return f"learning rate {arm.rates[0]:g}"
-    tried = ", ".join(f"{rate:g}" for rate in arm.rates)
-    return (
-        f"learning rate the best of {tried} on the validation cases ({study.options.tuning_seeds} runs each, with "
-        f"other labelled cases than are tested)"
-    )
+        return "; nothing is trained but the classifier"
+    rate = f"{arm.rates[0]:g}"
+    if len(arm.rates) > 1:
+        tried = ", ".join(f"{rate:g}" for rate in arm.rates)
+        rate = (
+            f"the best of {tried} on the validation cases ({study.options.tuning_seeds} runs each, with other labelled "
+            "cases than are tested)"
+        )
+    return f", batch {batch_size}; learning rate {rate}"
 
 
 def _pictures(study: Study, summary: Summary, chosen: Mapping[tuple[str, int], float]) -> Iterator[CasePicture]:

@@ -96,12 +96,14 @@ def equal_labels(reached: float, baseline: Mapping[int, float]) -> float | None:
         with none of them, None if it has it with the fewest already.
     """
     numbers = sorted(baseline)
+    if reached <= baseline[numbers[0]]:
+        return None
     for fewer, more in zip(numbers, numbers[1:], strict=False):
         low, high = baseline[fewer], baseline[more]
         if low < reached <= high:
             share = (reached - low) / (high - low)
             return math.exp(math.log(fewer) + share * (math.log(more) - math.log(fewer)))
-    return None if reached <= baseline[numbers[0]] else math.inf
+    return math.inf
 
 
 def epochs_to(curve: Sequence[float], goal: float) -> int | None:

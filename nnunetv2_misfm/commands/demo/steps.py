@@ -125,9 +125,10 @@ def _about_pretraining(pretrained: Path, hours: float) -> list[Section]:
             "vox2vec shows the network two crops of a volume that overlap, each with a contrast of its own, and asks "
             "which voxel of the one is which voxel of the other. That cannot be told from brightness, so it learns "
             "what lies around a voxel. The volumes were made on the spot: trunks whose organs differ in size, "
-            "outline, place and contrast, with neighbours as bright as the two that have labels. Making, preparing "
-            f"and pretraining took {format_duration(hours)}, which random weights do not have. Both arms are the same "
-            "network, frozen, and the same linear classifier of its features, fitted to the same labelled volumes. "
+            "outline, place and contrast, with neighbours as bright as the two that have labels. Making and "
+            f"preparing all volumes and pretraining took {format_duration(hours)}; random weights need no pretraining. "
+            "Both arms are the same network, frozen, and the same linear classifier of its features, fitted to the "
+            "same labelled volumes. "
             "Nothing is fine-tuned: in the minutes of a demo a network hardly begins to find organs that small, "
             "pretrained or not. What a fine-tuning gains on your data is what misfm_compare without --probe measures.",
             svg=curve,

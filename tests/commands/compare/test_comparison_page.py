@@ -150,6 +150,22 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     assert all("viewBox" in size and " width=" not in size and " height=" not in size for size in sizes)
 
 
+@pytest.mark.parametrize(
+    ("trained", "run"),
+    [
+        (True, {"curve": [0.5]}),  # one epoch, which has no curve to draw
+        (False, {"curve": [], "training_seconds": 0.0}),  # a probe
+    ],
+)
+def test_only_what_was_trained_has_rates_hours_and_iterations(trained: bool, run: dict, tmp_path: Path) -> None:
+    records = [record(arm, 0, 0.5, labelled, **run) for arm in ("VF", "scratch") for labelled in (5, 10)]
+    write_page(Page("Page", summarise(ARMS, records), [], []), tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    for column in ("learning rate", "hours of training", "iterations to its end"):
+        assert (f"<th>{column}</th>" in text) == trained
+    assert "<td>at most 5</td>" in text
+
+
 def test_the_table_has_a_row_for_each_run_case_and_label(tmp_path: Path) -> None:
     write_csv([record("VF", 3, 0.5)], tmp_path / "runs.csv")
     rows = list(csv.DictReader((tmp_path / "runs.csv").open(encoding="utf-8")))

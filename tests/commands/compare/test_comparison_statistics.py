@@ -77,6 +77,7 @@ def test_labels_saved_are_read_off_the_baseline_on_a_logarithmic_scale() -> None
     assert equal_labels(70.0, baseline) == pytest.approx(20.0)
     assert equal_labels(76.0, baseline) == math.inf
     assert equal_labels(60.0, baseline) is None
+    assert equal_labels(45.0, {5: 50.0, 10: 40.0, 20: 60.0}) is None, "a dip later on changes nothing"
 
 
 def test_the_first_epoch_at_a_goal() -> None:
