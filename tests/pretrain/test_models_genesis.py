@@ -16,6 +16,7 @@ from nnunetv2_misfm.pretrain.models_genesis import (
     Corruption,
     Curve,
     ModelsGenesisSettings,
+    _sorted_by,
     corrupt,
     curve_table,
     flip_crops,
@@ -162,6 +163,13 @@ def test_a_later_window_covers_an_earlier_one_with_voxels_of_the_unchanged_crop(
     earlier[3:, 3:, 3:] = False
     values = shuffled[0, 0, :6, :6, :6][earlier]
     assert set(values.tolist()) < set(crop[..., :6, :6, :6].flatten().tolist()) and len(values.unique()) == len(values)
+
+
+def test_voxels_are_sorted_as_torch_sorts_them() -> None:
+    drawn = np.random.default_rng(0)
+    keys = torch.from_numpy(np.append(drawn.integers(300, size=5000), 2**31 - 1).astype(np.int32))  # with ties
+    values = torch.from_numpy(np.sort(drawn.integers(2**31 - 1, size=5001)).astype(np.int32))
+    assert torch.equal(_sorted_by(keys, values), values[keys.argsort(stable=True)])
 
 
 def test_all_orders_of_a_window_are_equally_likely():

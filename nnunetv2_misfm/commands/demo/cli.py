@@ -14,7 +14,7 @@ from nnunetv2_misfm.files import format_duration
 
 _NUM_UNLABELLED, _NUM_LABELLED = 48, 24
 _PATCH = ("24", "24", "24")
-_PRETRAINING = (15, 20)  # epochs, iterations of each
+_PRETRAINING = (12, 20)  # epochs, iterations of each
 _PRETEXT_OPTIONS = ("-batch_size", "4", "-optimizer", "adamw", "-initial_lr", "0.001", "-schedule", "poly")
 _COMPARISON = ("--probe", "-num_labelled", "5", "-seeds", "3", "-num_test", "6", "-num_validation", "2")
 
