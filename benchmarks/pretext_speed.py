@@ -279,6 +279,10 @@ def make_report(
             "| --- | --- | --- | --- | --- | --- |",
             *rows,
             "",
+            "PyMIC's patch swapping is a few copies of memory. Ours also looks for damaged and constant crops, "
+            "normalises the target, keeps the blocks of a pair apart and swaps one pair after another, so that no "
+            "value is lost.",
+            "",
             *provenance(command, packages, checkouts, device_name("cpu")),
             "",
         ]
