@@ -55,8 +55,9 @@ def pretrain(arguments: list[str] | None = None) -> None:
     if processes.rank == 0:
         weights = run_folder(task, dataset, plans, options.configuration) / FINAL
         print(f"Pretrained weights: {weights}")
-        command = f"misfm_plan -d DATASET_ID -c 3d_fullres -pretrained_weights {quote(str(weights))}"
-        print(f"Plan a fine-tuning with: {command}")
+        file = quote(str(weights))
+        print(f"Plan a fine-tuning with: misfm_plan -d DATASET_ID -c 3d_fullres -pretrained_weights {file}")
+        print(f"Whether -network pretrained fits that dataset better says: misfm_inspect {file} -d DATASET_ID")
 
 
 def plan_and_prepare(options: PretrainOptions) -> tuple[str, str, str] | None:
