@@ -131,7 +131,7 @@ def test_swaps_of_a_view_touch_nothing_else(view):
 
 
 def test_a_batch_can_be_made_twice(tmp_path):
-    """Validation does so: what is swapped in place is not the batch."""
+    """What is swapped in place is not the batch."""
     task = PatchSwap(SETTINGS)
     volume = np.random.default_rng(0).random((1, 20, 20, 20)).astype(np.float32)
     blosc2.asarray(volume, urlpath=str(tmp_path / "0.b2nd"), mode="w")

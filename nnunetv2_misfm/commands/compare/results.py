@@ -107,14 +107,13 @@ def _differing(study: Study) -> Iterator[str]:
 def _trained_with(study: Study, arm: Arm, batch_size: int) -> str:
     if study.options.probe:
         return "; nothing is trained but the classifier"
-    rate = f"{arm.rates[0]:g}"
+    rates = ", ".join(f"{rate:g}" for rate in arm.rates)
     if len(arm.rates) > 1:
-        tried = ", ".join(f"{rate:g}" for rate in arm.rates)
-        rate = (
-            f"the best of {tried} on the validation cases ({study.options.tuning_seeds} runs each, with other labelled "
+        rates = (
+            f"the best of {rates} on the validation cases ({study.options.tuning_seeds} runs each, with other labelled "
             "cases than are tested)"
         )
-    return f", batch {batch_size}; learning rate {rate}"
+    return f", batch {batch_size}; learning rate {rates}"
 
 
 def _pictures(study: Study, summary: Summary, chosen: Mapping[tuple[str, int], float]) -> Iterator[CasePicture]:
