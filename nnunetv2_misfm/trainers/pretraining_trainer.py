@@ -44,7 +44,7 @@ from nnunetv2_misfm.trainers.run_page import PICTURES, STOPPED, update_run_page
 from nnunetv2_misfm.trainers.step_guard import StepGuard
 from nnunetv2_misfm.trainers.stop_request import BY_SIGNAL, StopRequest
 from nnunetv2_misfm.transfer.adaptation_plan import nnssl_adaptation_plan
-from nnunetv2_misfm.transfer.checkpoint import TRAINED_PARTS
+from nnunetv2_misfm.transfer.checkpoint import LEARNT, TRAINED_PARTS
 from nnunetv2_misfm.transfer.shrunk_weights import shrunk_alarm
 
 _MOST_EPOCHS_LOST = 5  # by a crash
@@ -291,7 +291,7 @@ class PretrainingTrainer(BaseTrainer):
         return more if plan is None else {**more, "nnssl_adaptation_plan": plan}
 
     def _more_to_say(self) -> dict[str, Any]:
-        return {} if self._scores is None else {"score": self._scores.main}
+        return {} if self._scores is None else {"score": self._scores.main, LEARNT: self._scores.text}
 
     def _load_more(self, checkpoint: Mapping[str, Any]) -> None:
         self._guard.skipped = checkpoint.get("skipped_steps", 0)
@@ -351,7 +351,8 @@ class PretrainingTrainer(BaseTrainer):
         epoch, scored = self.current_epoch, self._scores
         assert scored is not None
         iterations_left = (self.num_epochs - epoch - 1) * self.num_iterations_per_epoch
-        self.print_to_log_file(f"{scored.text}\n{self._speed.text(iterations_left)}")
+        self.print_to_log_file(f"Score, in nnU-Net's lines pseudo Dice: {scored.text}")
+        self.print_to_log_file(self._speed.text(iterations_left))
         if self._guard.skipped:
             self.print_to_log_file(f"{self._guard.skipped} steps skipped so far, their gradients were not finite")
         of_task = self.task.alarms(self.logger.get_value("train_losses", step=None), scored)

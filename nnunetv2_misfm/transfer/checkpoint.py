@@ -35,6 +35,8 @@ FORMAT_VERSION = 1
 BLOCK = "misfm"
 WEIGHTS = "network_weights"
 PUBLISHED_WEIGHTS = "model_state_dict"
+LEARNT = "learnt"
+"""In the description of the training: how well the network did its pretext task when it was saved, in words."""
 TRAINED_PARTS = "trained_parts"
 """Beside the weights: the parts of the network that learnt in pretraining; all of them where it is missing."""
 _CHECKPOINT_ENDINGS = (".pth", ".pt", ".model", ".ckpt")

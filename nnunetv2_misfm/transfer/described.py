@@ -95,7 +95,7 @@ def channels_of_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def how_well_learnt(checkpoint: Mapping[str, Any]) -> str:
-    """The last and the best main score of a training, from nnU-Net's log of it; empty if there is none."""
+    """The last and the best score of a training, from nnU-Net's log of it; empty if there is none."""
     log, curves = checkpoint.get("logging"), checkpoint.get("plot_stuff")
     scores = log.get("mean_fg_dice") if isinstance(log, Mapping) else None
     if isinstance(curves, (list, tuple)) and len(curves) == 4:  # nnU-Net v1: three losses, then the score
@@ -106,7 +106,7 @@ def how_well_learnt(checkpoint: Mapping[str, Any]) -> str:
         last, best = float(scores[-1]), max(float(score) for score in scores)
     except (TypeError, ValueError):
         return ""
-    return f"main score {last:.3f} in the last of {len(scores)} epochs, {best:.3f} at best"
+    return f"score (nnU-Net's pseudo Dice) {last:.3f} in the last of {len(scores)} epochs, {best:.3f} at best"
 
 
 _Described = tuple[dict[str, Any], dict[str, Any]]

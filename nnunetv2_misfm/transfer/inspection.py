@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.plans.checks import INTENSITIES
-from nnunetv2_misfm.transfer.checkpoint import CheckpointError, write_safetensors
+from nnunetv2_misfm.transfer.checkpoint import LEARNT, CheckpointError, write_safetensors
 from nnunetv2_misfm.transfer.hub import EXPORTED
 from nnunetv2_misfm.transfer.names import OTHER, PARTS, Names, names_in_class
 from nnunetv2_misfm.transfer.pretrained import Source, read_source
@@ -74,7 +74,7 @@ def _description(source: Source) -> list[tuple[str, Any]]:
     if info is None:
         channels = ("  input channels", ", ".join(source.channels))
         return [("network", "not described"), ("learnt", source.learnt), channels, *images]
-    training = {name: value for name, value in info.training.items() if name != "task"}
+    training = {name: value for name, value in info.training.items() if name not in ("task", LEARNT)}
     return [
         ("network", info.network_class_name),
         ("  arguments", _short({name: info.arch_kwargs[name] for name in info.arch_kwargs if name not in _USUAL})),

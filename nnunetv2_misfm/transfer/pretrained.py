@@ -15,6 +15,7 @@ from nnunetv2_misfm.files import json_or_nothing
 from nnunetv2_misfm.plans.network_entry import DECODER, NETWORKS, own_class
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings
 from nnunetv2_misfm.transfer.checkpoint import (
+    LEARNT,
     TRAINED_PARTS,
     CheckpointError,
     CheckpointInfo,
@@ -156,7 +157,7 @@ def read_source(given: str | os.PathLike[str]) -> Source:
         by_this_package=own is not None,
         channels=channels_of_checkpoint(content),
         untrained=_untrained(content, path, info, weights),
-        learnt=how_well_learnt(content),
+        learnt=(info.training.get(LEARNT) if info else None) or how_well_learnt(content),
         unused=found.unused,
         notes=tuple(notes),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -32,7 +33,7 @@ def checkpoint(tmp_path: Path) -> Path:
     torch.manual_seed(0)
     arguments = {"strides": strides_of(0), "features_per_stage": FEATURES}
     preprocessing = {"normalization_schemes": ["ZScoreNormalization"], "patch_size": [32, 32, 32], "spacing": [1, 1, 1]}
-    training = {"task": "volume_fusion", "num_epochs": 7, "initial_lr": 0.001}
+    training = {"task": "volume_fusion", "num_epochs": 7, "initial_lr": 0.001, "learnt": "half of it"}
     info = CheckpointInfo("volume_fusion", NETWORKS["pctnet"], arguments, 1, 5, preprocessing, training, {"torch": "2"})
     path = tmp_path / "checkpoint_final.pth"
     write_checkpoint({"network_weights": PCTNet(1, 5, **arguments).state_dict()}, info, path)
@@ -81,6 +82,7 @@ def test_inspect_prints_what_a_checkpoint_is(checkpoint: Path, capsys: pytest.Ca
         p.numel() for n, p in network.named_parameters() if n.startswith(("encoder.stage", "encoder.down"))
     )
     assert f"encoder {in_encoder:,}" in printed
+    assert re.findall("learnt +(.+)", printed) == ["half of it"]
 
 
 def test_a_short_fine_tuning_at_the_default_rate_is_named(

@@ -26,6 +26,7 @@ from nnunetv2_misfm.pretrain.masked_autoencoder import MaskedAutoencoder
 from nnunetv2_misfm.pretrain.tasks import task_class
 from nnunetv2_misfm.start_up import add_plugin_folder
 from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
+from nnunetv2_misfm.transfer.pretrained import read_source
 
 SMALL = ["-features_per_stage", "4", "4", "4", "8", "16", "-patch_size", "16", "16", "16", "-batch_size", "2"]
 SHORT = ["-num_iterations_per_epoch", "2", "-num_val_iterations_per_epoch", "1", "-num_epochs", "1", "-device", "cpu"]
@@ -108,8 +109,10 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(
 ) -> None:
     whole = pretrain(name, "Whole")
     assert whole["misfm"]["task"] == name and "score" in whole["misfm"]["training"]
-    assert whole["trained_parts"] == list(task_class(name).trains)
     folder = run_folder(name, "Whole")
+    learnt = read_source(folder / "checkpoint_final.pth").learnt
+    assert learnt and f"pseudo Dice: {learnt}" in next(folder.glob("training_log*.txt")).read_text(encoding="utf-8")
+    assert whole["trained_parts"] == list(task_class(name).trains)
     assert (folder / task_class(name).picture_name).is_file()
     assert (folder / "validation" / "summary.json").is_file()
     with open(folder / "metrics.csv", encoding="utf-8", newline="") as file:

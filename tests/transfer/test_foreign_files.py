@@ -346,7 +346,7 @@ def test_parts_that_were_not_trained_start_fresh_and_are_not_expected(tmp_path: 
     assert torch.equal(target.decoder.transpconvs[0].weight, fresh) and same_features(unet(), target)
     assert report.expected == ("stem", "encoder") and report.coverage(["decoder"]) == 0
     assert {e.reason for e in report.entries if e.part == "decoder"} == {"the decoder was not trained by vox2vec"}
-    assert source.learnt == "main score 0.400 in the last of 3 epochs, 0.500 at best"
+    assert source.learnt == "score (nnU-Net's pseudo Dice) 0.400 in the last of 3 epochs, 0.500 at best"
 
 
 def test_what_is_exported_keeps_what_was_not_trained(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def check_told(source: Source, spacing: float) -> None:
     window = told["foreground_intensity_properties_per_channel"]["0"]
     assert window["mean"] == 87.3 and window["std"] == 359.0 and window["percentile_00_5"] == -941.0
     assert source.channels == ("CT",) and source.num_images == 1
-    assert source.learnt == "main score 0.250 in the last of 2 epochs, 0.500 at best"
+    assert source.learnt == "score (nnU-Net's pseudo Dice) 0.250 in the last of 2 epochs, 0.500 at best"
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4])
