@@ -1,11 +1,12 @@
 """What pretraining brings with few labels on three public sets: each pretext task, probed and fine-tuned.
 
     python benchmarks/three_sets.py probe --data FOLDER --work FOLDER [--sets heart ...] [--tasks NAME ...]
-    python benchmarks/three_sets.py compare --data FOLDER --work FOLDER [--labelled 5 10] [--seeds 5] [--iterations 300]
+    python benchmarks/three_sets.py compare --data FOLDER --work FOLDER [--network pctnet] [--labelled 5 10] [--seeds 5]
+        [--iterations 300] [--rates 3e-3 5e-3]
     python benchmarks/three_sets.py table [--device cpu]
 
 FOLDER of --data holds the sets in nnU-Net's raw format. nnU-Net plans and preprocesses them; every task pretrains one
-small U-Net on the images that misfm_compare neither tests nor validates on, of all sets together or, with --own, of
+small network on the images that misfm_compare neither tests nor validates on, of all sets together or, with --own, of
 each set alone, without their labels. Then misfm_compare fits a linear classifier to its features (probe) or fine-tunes
 it (compare). Goes on where it was stopped. What it finds is kept in results/three_sets, and `table` writes
 results/three_sets.md of it.
@@ -19,7 +20,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,8 +74,37 @@ FEW_LARGE_BOXES = ("-num_boxes", "3", "10", "-box_size_min", *3 * ("0.25",), "-b
 ITERATIONS, VALIDATION = 50, 8  # of an epoch of pretraining
 CROPS = ("-patch_size", "32", "32", "32", "-batch_size", "8")
 PRETRAINING = ("-optimizer", "adamw", "-initial_lr", "3e-3", "-schedule", "poly")
-RATE, EPOCH = "3e-3", 50  # of fine-tuning, for all arms: learning rate, iterations of an epoch
 TASK_OPTIONS = {"volume_fusion": FEW_LARGE_BOXES, "vox2vec": ("-initial_lr", "1e-3")}
+EPOCH = 50  # iterations of fine-tuning
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is pretrained and fine-tuned.
+
+    Attributes:
+        title: for the tables.
+        options: of misfm_pretrain.
+        epochs: of pretraining, of ITERATIONS each; by task, where a task has another number than the others.
+    """
+
+    title: str
+    options: tuple[str, ...]
+    epochs: Mapping[str, int]
+
+    def epochs_of(self, task: str) -> int:
+        return self.epochs.get(task, self.epochs[""])
+
+
+PCT_FEATURES = [8, 16, 32, 64, 128]
+NETWORKS = {
+    "unet": Network(f"U-Net, {FEATURES} features", ("-network", "plan"), {"": 10}),
+    "pctnet": Network(
+        f"PCT-Net, {PCT_FEATURES} features",
+        ("-network", "pctnet", "-features_per_stage", *map(str, PCT_FEATURES)),
+        {"": 20, "vox2vec": 12},  # vox2vec, whose steps take longest, for as many hours as Volume Fusion
+    ),
+}
 
 
 def main() -> None:
@@ -85,14 +115,13 @@ def main() -> None:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--tasks", nargs="+", choices=PRETEXT_TASKS, default=list(PRETEXT_TASKS))
     parser.add_argument("--own", action="store_true", help="pretrain on the set's own images alone")
-    parser.add_argument(
-        "--pretraining_epochs", default="10", help=f"of {ITERATIONS} iterations each (default: %(default)s)"
-    )
+    parser.add_argument("--network", choices=NETWORKS, default="unet", help="(default: %(default)s)")
     parser.add_argument("--labelled", nargs="+", default=["10"], help="patients (default: %(default)s)")
     parser.add_argument("--seeds", default="5", help="draws of them (default: %(default)s)")
     parser.add_argument(
         "--iterations", type=int, default=1000, help=f"of fine-tuning, a multiple of {EPOCH} (default: %(default)s)"
     )
+    parser.add_argument("--rates", nargs="+", default=["3e-3"], help="of all arms (default: %(default)s)")
     parser.add_argument("--nnunet", action="store_true", help="an arm with nnU-Net's own trainer")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--jobs", default="1", help="runs at once (default: %(default)s)")
@@ -172,23 +201,26 @@ def pretrained(task: str, images: Path, like: str, dataset: str, options: argpar
             *("misfm_pretrain", "-i", str(images), "-d", number, "-n", name, "--only_prepare", "-network", "plan"),
             *("-plans_from", SETS[like].id, "-p", PLANS, "-overwrite_plans_name", POOL_PLANS, *CROPS),
         )
-    found = list(results.glob(f"*__{task}__3d_fullres/fold_all/checkpoint_*.pth"))
+    network = NETWORKS[options.network]
+    plans = task if options.network == "unet" else f"{options.network}_{task}"
+    found = list(results.glob(f"*__{plans}__3d_fullres/fold_all/checkpoint_*.pth"))
     if not any(path.name == "checkpoint_final.pth" for path in found):
         command(
-            *("misfm_pretrain", "-d", number, "-p", POOL_PLANS, "-pretext", task, "-overwrite_plans_name", task),
-            *("-num_epochs", options.pretraining_epochs, "-num_iterations_per_epoch", str(ITERATIONS)),
+            *("misfm_pretrain", "-d", number, "-p", POOL_PLANS, "-pretext", task, "-overwrite_plans_name", plans),
+            *("-num_epochs", str(network.epochs_of(task)), "-num_iterations_per_epoch", str(ITERATIONS)),
             *("-num_val_iterations_per_epoch", str(VALIDATION), "-device", options.device),
-            *(*CROPS, *PRETRAINING, *TASK_OPTIONS.get(task, ())),
+            *(*network.options, *CROPS, *PRETRAINING, *TASK_OPTIONS.get(task, ())),
             *(["--c"] if found else []),
         )
-    (final,) = results.glob(f"*__{task}__3d_fullres/fold_all/checkpoint_final.pth")
+    (final,) = results.glob(f"*__{plans}__3d_fullres/fold_all/checkpoint_final.pth")
     return f"{task}={final}"
 
 
 def compare(name: str, weights: Sequence[str], options: argparse.Namespace) -> None:
     labelled = SETS[name]
     pool = "own" if options.own else "common"
-    output = options.work.resolve() / f"{options.what}_{name}_{pool}"
+    work = options.work.resolve()
+    output = work / f"{options.what}_{name}_{pool}_{options.network}"
     arms = ["misfm_compare", "-d", labelled.id, "-p", PLANS, "-pretrained_weights", *weights, "--from_scratch"]
     cases = ("-num_labelled", *options.labelled, "-seeds", options.seeds, "-num_test", str(labelled.num_test))
     where = ("-device", options.device, "-jobs", options.jobs, "--disable_tta")
@@ -198,11 +230,12 @@ def compare(name: str, weights: Sequence[str], options: argparse.Namespace) -> N
     else:
         output = output.with_name(f"{output.name}_{options.iterations}")
         epochs = ("-num_epochs", str(options.iterations // EPOCH), "-num_iterations_per_epoch", str(EPOCH))
-        arms += ["-initial_lr", RATE, *epochs, "-num_val_iterations_per_epoch", "5"]
+        arms += ["-initial_lr", *options.rates, *epochs, "-num_val_iterations_per_epoch", "5"]
         arms += ["--nnunet"] if options.nnunet else []
     command(*arms, *cases, *patients, *where, "-o", str(output))
     RESULTS.mkdir(exist_ok=True)
-    shutil.copy(output / "summary.json", RESULTS / f"{output.name}.json")
+    summary = (output / "summary.json").read_text(encoding="utf-8").replace(str(work), "WORK")
+    (RESULTS / f"{output.name}.json").write_text(summary, encoding="utf-8")
 
 
 def write_table(options: argparse.Namespace) -> None:
@@ -212,11 +245,12 @@ def write_table(options: argparse.Namespace) -> None:
     lines = [
         "# Three public sets: what pretraining brings with few labels",
         "",
-        f"nnU-Net's U-Net with {FEATURES} features, pretrained for {options.pretraining_epochs} epochs of {ITERATIONS} "
-        f"iterations (`{' '.join((*CROPS, *PRETRAINING))}`; {changed}) on the images of patients that are neither "
-        "tested nor validated on, of all three sets together (pool: common) or of the set alone (own). Mean foreground "
-        "Dice of the test cases, in points; mean ± standard deviation over draws of 10 labelled patients; one draw "
-        f"where there is none. Test patients: {tested}.",
+        f"Small networks, pretrained (`misfm_pretrain {' '.join((*CROPS, *PRETRAINING))}`; {changed}) on the images of "
+        "patients that are neither tested nor validated on, of all three sets together (pool: common) or of the set "
+        "alone (own). Mean foreground Dice of the test cases, in points; mean ± standard deviation over draws of the "
+        f"labelled patients; one draw where there is none. Test patients: {tested}.",
+        "",
+        *(f"- {network.title}: pretrained for {lengths(network)}." for network in NETWORKS.values()),
         "",
         *probed(),
         *fine_tuned(),
@@ -232,9 +266,15 @@ def write_table(options: argparse.Namespace) -> None:
     print("\n".join(lines))
 
 
+def lengths(network: Network) -> str:
+    usual = f"{network.epochs[''] * ITERATIONS:,} iterations"
+    others = [f"{task} for {epochs * ITERATIONS:,}" for task, epochs in network.epochs.items() if task]
+    return ", ".join([usual, *others])
+
+
 def probed() -> list[str]:
     """Nothing if nothing was probed yet."""
-    probes = {path.stem.split("_")[1]: read(path) for path in sorted(RESULTS.glob("probe_*_common.json"))}
+    probes = {path.stem.split("_")[1]: read(path) for path in sorted(RESULTS.glob("probe_*_common_unet.json"))}
     if not probes:
         return []
     arms = dict.fromkeys(score["arm"] for probe in probes.values() for score in probe["scores"])
@@ -245,31 +285,44 @@ def probed() -> list[str]:
         ]
         for arm in arms
     ]
-    return ["## A linear classifier of frozen features", "", *table(["weights", *probes], rows), ""]
+    head = f"## A linear classifier of frozen features ({NETWORKS['unet'].title}, 10 labelled)"
+    return [head, "", *table(["weights", *probes], rows), ""]
 
 
 def fine_tuned() -> list[str]:
     """Nothing if nothing was compared yet."""
-    rows = []
-    for path in sorted(RESULTS.glob("compare_*_*_*.json")):
-        _, name, pool, iterations = path.stem.split("_")
+    rows: dict[str, list[list[str]]] = {}
+    for path in sorted(RESULTS.glob("compare_*.json")):
+        _, name, pool, network, iterations = path.stem.split("_")
         found = read(path)
         differences = {(one["arm"], one["labelled"]): one for one in found["comparisons"] if one["minus"] == "scratch"}
         for score in found["scores"]:
             arm, labelled, by_seed = score["arm"], score["labelled"], list(score["dice_by_seed"].values())
-            cells = [name, pool, labelled, iterations, arm, len(by_seed), mean_and_deviation(by_seed)]
-            rows.append([*map(str, cells), *difference_cells(differences.get((arm, labelled)))])
+            rate = ", ".join(f"{rate:g}" for rate in score["learning_rates"])
+            cells = [name, pool, labelled, iterations, arm, rate, len(by_seed), mean_and_deviation(by_seed)]
+            row = [*map(str, cells), *difference_cells(differences.get((arm, labelled)))]
+            rows.setdefault(network, []).append(row)
     if not rows:
         return []
-    head = ["set", "pool", "labelled", "iterations", "arm", "seeds", "Dice", "minus scratch"]
+    head = ["set", "pool", "labelled", "iterations", "arm", "rate", "seeds", "Dice", "minus scratch"]
+    tables = [
+        line
+        for network, of_network in rows.items()
+        for line in (
+            f"### {NETWORKS[network].title}",
+            "",
+            *table([*head, "iterations to scratch's end"], of_network),
+            "",
+        )
+    ]
     return [
         "## Fine-tuned",
         "",
-        f"All arms of a set have the same plans, batches of 2, rate ({RATE}, AdamW, poly), cases and seeds; "
-        "differences are paired by seed, with their 95 % t interval.",
+        "All arms of a set have the same plans, batches of 2, AdamW, `poly`, cases and seeds. Where arms have several "
+        "learning rates in all, each was tried with every one on the validation cases. Differences are paired by seed, "
+        "with their 95 % t interval.",
         "",
-        *table([*head, "iterations to scratch's end"], rows),
-        "",
+        *tables,
     ]
 
 
