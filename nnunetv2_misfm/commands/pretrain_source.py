@@ -16,6 +16,7 @@ from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.plans.checks import check_plans_name, check_replaceable
 from nnunetv2_misfm.plans.compare import run_changes
 from nnunetv2_misfm.plans.files import preprocessed_dataset, read_dataset_json, read_plans
+from nnunetv2_misfm.plans.network_entry import own_network_name, set_sizes
 from nnunetv2_misfm.plans.run_settings import BLOCK, pretext_task_of
 from nnunetv2_misfm.plans.settings import read_settings
 from nnunetv2_misfm.pool.cost import estimate, sample_volumes
@@ -225,11 +226,12 @@ def _with_what_was_left_open(
     if before is None or any(before.get(name) != now.get(name) for name in ("spacing", "data_identifier")):
         return plans
     left_open = {
-        "architecture": request.network is None and not request.arch_kwargs,
+        "architecture": request.network is None,
         "patch_size": request.patch_size is None,
         "batch_size": request.batch_size is None,
     }
     now.update({key: before[key] for key, is_open in left_open.items() if is_open})
+    set_sizes(now, None, None)  # what is kept may not fit what was given
     return plans
 
 
@@ -247,13 +249,28 @@ def run_request(options: PretrainOptions, task: str, earlier: Mapping[str, Any] 
     block |= {name: {**before.get(name, {}), **values} for name, values in groups.items()}
     pretext = PretextSettings.read(block, "The settings")
     _check_effect(pretext, asked)
+    network, arch_kwargs = _network(options, earlier)
     return RunRequest(
-        network=options.network,
+        network=network,
         pretext=pretext,
-        arch_kwargs=options.arch_kwargs,
+        arch_kwargs=arch_kwargs,
         patch_size=options.patch_size,
         batch_size=options.batch_size,
     )
+
+
+def _network(options: PretrainOptions, earlier: Mapping[str, Any] | None) -> tuple[str | None, Mapping[str, Any]]:
+    """The network and its arguments, of which those that are left open stay as earlier plans have them."""
+    network, given = options.network, options.arch_kwargs
+    before = (earlier or {}).get("configurations", {}).get(options.configuration)
+    if before is None or (network is None and not given):
+        return network, given
+    planned = before["architecture"]
+    name = own_network_name(planned["network_class_name"]) or "plan"
+    if network not in (None, name) or name == "plan":
+        return network or name, given
+    kept = {key: value for key, value in planned["arch_kwargs"].items() if key not in ("strides", "deep_supervision")}
+    return name, {**kept, **given}
 
 
 def _check_task(task: str, of_tasks: Mapping[str, Mapping[str, Any]]) -> None:

@@ -75,12 +75,11 @@ def new_pool_entry(
     patch = request.patch_size or _fitting_patch(median_shape, stride)
     given = request.batch_size
     check_sizes(patch, PUBLISHED_BATCH_SIZE if given is None else given)
-    _check_stems(request, degree)
     if request.network == "plan":
         entry = plain_unet_entry(spacing, patch)
         _check_arguments(request, entry)
     else:
-        entry = architecture_entry(request.network or "pctnet", degree, **request.arch_kwargs)
+        entry = _own_entry(request.network or "pctnet", degree, request.arch_kwargs)
     return entry, patch, max(PUBLISHED_BATCH_SIZE, enough_samples(entry, patch)) if given is None else given
 
 
@@ -115,9 +114,7 @@ def run_plans(
         # A network of ours in the plans keeps what its plan chose, so that the weights fit that plan.
         kept = planned["arch_kwargs"] if own_network_name(planned["network_class_name"]) == network else {}
         kept = {key: value for key, value in kept.items() if key not in ("strides", "deep_supervision")}
-        degree = degree_of_anisotropy(entry)
-        _check_stems(request, degree)
-        entry["architecture"] = architecture_entry(network, degree, **{**kept, **request.arch_kwargs})
+        entry["architecture"] = _own_entry(network, degree_of_anisotropy(entry), {**kept, **request.arch_kwargs})
     set_sizes(entry, request.patch_size, request.batch_size)
     if request.batch_size is None and pretext_task_of(base) is None:
         entry["batch_size"] = max(entry["batch_size"], enough_samples(entry["architecture"], entry["patch_size"]))
@@ -130,22 +127,27 @@ def run_plans(
 
 def _check_arguments(request: RunRequest, planned: Mapping[str, Any]) -> None:
     """Refuse arguments for a network that stays as the plans have it."""
-    if request.arch_kwargs:
-        name = planned["network_class_name"].rpartition(".")[2]
-        options = " and ".join(f"-{argument}" for argument in request.arch_kwargs)
+    given = [f"-{name}" for name, value in request.arch_kwargs.items() if value is not None]
+    if given:
+        name, options = planned["network_class_name"].rpartition(".")[2], " and ".join(given)
         raise PlanError(
             f"{options}: the plans' own {name} is kept as it is. Leave {options} out, or choose -network "
             f"{' or '.join(NETWORKS)}."
         )
 
 
-def _check_stems(request: RunRequest, degree: int) -> None:
-    """Refuse to train all stems on volumes that are anisotropic already: slices can be merged, not split."""
-    if len(request.arch_kwargs.get("stems") or ()) > 1 and degree > 0:
+def _own_entry(network: str, degree: int, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry of a network of this package; refuses all stems where there is one, or where slices are thick."""
+    stems = arguments.get("stems") or ()
+    if stems and network != "pctnet":
+        raise PlanError(f"-stems all is for PCT-Net, not for -network {network}.")
+    if len(stems) > 1 and degree > 0:  # slices can be merged, not split
         raise PlanError(
             f"-stems all makes anisotropic crops by merging slices, so it needs isotropic ones; these have a degree of "
             f"anisotropy {degree}. Prepare the pool with an isotropic -spacing such as 1.5 1.5 1.5."
         )
+    taken = {name: value for name, value in arguments.items() if name != "stems" or network == "pctnet"}
+    return architecture_entry(network, degree, **taken)
 
 
 def plain_unet_stages(

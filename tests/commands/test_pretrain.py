@@ -180,6 +180,43 @@ def test_what_was_given_and_what_was_kept_is_said(nnunet: Path, capsys: pytest.C
     assert plans["misfm"]["augmentation"]["gamma"] == [0.9, 1.1]
 
 
+FEATURES = ["-features_per_stage", "4", "8", "16", "32", "64"]
+
+
+@pytest.mark.parametrize("of_a_pool", [False, True])
+def test_a_network_stays_while_its_arguments_change(
+    nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], of_a_pool: bool
+) -> None:
+    data, path = ["-d", "4"], nnunet / "nnUNet_preprocessed/Dataset004_Small/nnUNetMisFMPretrainPlans.json"
+    if of_a_pool:
+        write(tmp_path / "scans" / "a.nii.gz", mr(1))
+        data = ["-i", str(tmp_path / "scans"), "-d", "900", "-n", "Pool", "-np", "1"]
+        path = nnunet / "nnUNet_preprocessed/Dataset900_Pool/nnUNetPlans.json"
+
+    def planned(*arguments: str) -> tuple[str, dict[str, object]]:
+        main([*data, *arguments, "--only_prepare", "-device", "cpu"])
+        entry = json.loads(path.read_text(encoding="utf-8"))["configurations"]["3d_fullres"]["architecture"]
+        return entry["network_class_name"].rpartition(".")[2], entry["arch_kwargs"]
+
+    assert planned("-network", "fmunet", "-stems", "plan")[0] == "FMUNet"
+    name, arguments = planned(*FEATURES, "-stems", "plan")
+    assert name == "FMUNet" and arguments["features_per_stage"] == [4, 8, 16, 32, 64]
+    assert "-stems all is for PCT-Net, not for -network fmunet" in refused(
+        capsys, *data, "-stems", "all", "--overwrite"
+    )
+    assert planned("-network", "pctnet", *FEATURES)[0] == "PCTNet"
+    assert planned("-stems", "all") == ("PCTNet", arguments | {"stems": [0, 1, 2]})
+    assert planned("-stems", "plan")[1] == arguments | {"stems": None}
+    assert planned("-network", "plan")[0] == "PlainConvUNet"
+    assert "own PlainConvUNet is kept as it is" in refused(capsys, *data, *FEATURES, "--overwrite")
+
+
+def test_sizes_that_are_kept_have_to_fit_another_network(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["-d", "4", "-patch_size", "16", "16", "16", "--only_prepare", "-device", "cpu"])
+    message = refused(capsys, "-d", "4", "-network", "fmunet", "--overwrite")
+    assert "patch size [16, 16, 16] leaves a single voxel" in message
+
+
 def test_what_volumes_are_left_out_for_can_be_changed_by_options(tmp_path: Path, nnunet: Path) -> None:
     write(tmp_path / "scans" / "labels.nii.gz", labels())
     write(tmp_path / "scans" / "small.nii.gz", mr(1, (5, 24, 28)))
