@@ -25,8 +25,6 @@ PRETEXT_TASKS = {
     "vox2vec": "nnunetv2_misfm.pretrain.vox2vec.Vox2Vec",
 }
 TASKS = (SEGMENTATION, *PRETEXT_TASKS)
-# Groups of settings that stand inside the block and are read beside the code they steer; `fusion` is Volume Fusion's.
-NESTED_GROUPS = ("fusion", *PRETEXT_TASKS, "augmentation", "pool")
 
 
 class RunSettings(Settings):
@@ -154,6 +152,6 @@ def pretext_task_of(plans: Mapping[str, Any]) -> str | None:
     return task if task in PRETEXT_TASKS else None
 
 
-def without_groups(block: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of the run itself in a `misfm` block."""
-    return {name: value for name, value in block.items() if name not in (*NESTED_GROUPS, "task")}
+def without_groups(block: Mapping[str, Any], *groups: str) -> dict[str, Any]:
+    """The settings of the run itself in a `misfm` block, without groups that are read beside the code they steer."""
+    return {name: value for name, value in block.items() if name not in (*groups, "task")}

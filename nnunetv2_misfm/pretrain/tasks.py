@@ -70,9 +70,10 @@ class PretextSettings:
         """
         kind = task_class(block["task"])
         own, augmentation = (block.get(name, {}) for name in (kind.group(), AUGMENTATION))
+        of_run = without_groups(block, kind.group(), AUGMENTATION, "pool")
         return cls(
             kind=kind,
-            run=read_settings(PretrainingSettings, without_groups(block), where, kind.run_defaults),
+            run=read_settings(PretrainingSettings, of_run, where, kind.run_defaults),
             own=read_settings(kind.Settings, own, f"{where}, group '{kind.group()}',"),
             augmentation=read_settings(
                 AugmentSettings, augmentation, f"{where}, group '{AUGMENTATION}',", kind.augmentation_defaults

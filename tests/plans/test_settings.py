@@ -13,7 +13,7 @@ from nnunetv2_misfm.plans.run_settings import FinetuningSettings, PretrainingSet
 from nnunetv2_misfm.plans.settings import Settings, SettingsError, declared, read_settings, setting, write_settings
 from nnunetv2_misfm.pool.settings import PoolSettings
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
-from nnunetv2_misfm.pretrain.tasks import default_settings
+from nnunetv2_misfm.pretrain.tasks import PretextSettings, default_settings
 from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings
 
 GROUPS = default_settings("volume_fusion")
@@ -40,9 +40,16 @@ def test_a_block_made_for_the_other_kind_of_run_is_not_used() -> None:
     assert run_settings(plans, PretrainingSettings).num_epochs == 5
 
 
-def test_nested_groups_are_left_to_their_own_readers() -> None:
-    plans = {"plans_name": "p", "misfm": {"task": "volume_fusion", "fusion": {"geometry": "boxes"}, "pool": {}}}
-    assert run_settings(plans, PretrainingSettings) == PretrainingSettings()
+def test_groups_of_the_task_are_read_and_others_named() -> None:
+    block = {"task": "volume_fusion", "fusion": {"geometry": "blocks"}, "augmentation": {"flip_probability": 0}}
+    read = PretextSettings.read(block | {"pool": {}}, "The plans")
+    assert read.run == PretrainingSettings() and read.augmentation.flip_probability == 0
+    assert isinstance(read.own, FusionSettings) and read.own.geometry == "blocks"
+    for other in ("volume_fusion", "vox2vec", "pools"):
+        with pytest.raises(SettingsError, match=f"'{other}' is not a setting"):
+            PretextSettings.read(block | {other: {"geometry": "blocks"}}, "The plans")
+    with pytest.raises(SettingsError, match="'augmentation' is not a setting"):
+        run_settings({"plans_name": "p", "misfm": {"task": "segmentation", "augmentation": {}}}, FinetuningSettings)
 
 
 @pytest.mark.parametrize("former", ["default", "scratch"])
