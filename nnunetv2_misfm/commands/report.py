@@ -25,15 +25,23 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def report(run: Path) -> None:
-    """Write the page of each fold, and say where.
+    """Write the page of each fold, and say where, and which folds have none yet.
 
     Raises:
-        PlanError: if there is no run.
+        PlanError: if no fold has one.
     """
     from nnunetv2_misfm.trainers.run_page import write_run_page
 
     if not run.is_dir():
         raise PlanError(f"{run} is not a folder. Give the results folder of a run.")
     folds = sorted(run.glob("fold_*")) or [run]
+    problems = []
     for fold in folds:
-        print(f"Page: {write_run_page(fold.resolve())}")
+        try:
+            print(f"Page: {write_run_page(fold.resolve())}")
+        except PlanError as error:
+            problems.append(str(error))
+    if len(problems) == len(folds):
+        raise PlanError("\n".join(problems))
+    for problem in problems:
+        print(f"No page: {problem}")

@@ -135,7 +135,7 @@ def normalises_over_batch(architecture: Mapping[str, Any]) -> bool:
     """Whether a plan's network has BatchNorm: ours declare it, and of nnU-Net's the plan says so."""
     if is_own_network(architecture):
         return own_class(architecture["network_class_name"]).normalises_over_batch
-    return "BatchNorm" in architecture["arch_kwargs"].get("norm_op", "")
+    return "BatchNorm" in (architecture["arch_kwargs"].get("norm_op") or "")
 
 
 def deepest_voxels(architecture: Mapping[str, Any], patch_size: Sequence[int]) -> int:

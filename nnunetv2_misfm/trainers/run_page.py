@@ -91,14 +91,15 @@ def write_run_page(folder: Path) -> Path:
     Raises:
         PlanError: if it is not the results folder of a run of this package that has finished an epoch.
     """
-    rows = MetricsFile(folder / METRICS).rows()
-    if not rows or not (folder.parent / "plans.json").is_file():
+    rows, named = MetricsFile(folder / METRICS).rows(), folder.parent.name.split("__")
+    if not rows or not (folder.parent / "plans.json").is_file() or len(named) != 3:
         raise PlanError(
             f"{folder} is not the results folder of a MisFM run that has finished an epoch: it has no {METRICS} with "
-            f"an epoch in it, or there is no plans.json above it. {_where_runs_are(folder)}"
+            f"an epoch in it, there is no plans.json above it, or the folder above has not the name that nnU-Net gave "
+            f"it. {_where_runs_are(folder)}"
         )
     plans = read_json(folder.parent / "plans.json", "It is written anew when the run goes on.")
-    trainer, _, configuration = folder.parent.name.split("__")
+    trainer, _, configuration = named
     block = plans.get(BLOCK) or {"task": SEGMENTATION}
     settings = list(_settings(block, has_weights=weights_of(plans) is not None))
     done = int(rows[-1]["epoch"]) + 1

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nnunetv2_misfm.plans.checks import configuration_3d
+
 _CONFIGURATION_KEYS = ("spacing", "patch_size", "batch_size", "normalization_schemes", "use_mask_for_norm")
 
 
@@ -16,7 +18,7 @@ def nnssl_adaptation_plan(network: Any, plans: Mapping[str, Any], configuration:
     """The block for a network that tells where its encoder and stem are, as nnU-Net's own do; None for others."""
     if not hasattr(network, "key_to_encoder"):
         return None
-    planned = plans["configurations"][configuration]
+    planned = configuration_3d(plans, configuration)
     architecture = planned["architecture"]
     return {
         "architecture_plans": {

@@ -23,7 +23,7 @@ from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.network_entry import NETWORKS
 from nnunetv2_misfm.start_up import add_plugin_folder
-from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint
+from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, read_checkpoint, write_checkpoint
 
 CPU = torch.device("cpu")
 SHORT = ["-num_epochs", "1", "-num_iterations_per_epoch", "1", "-num_val_iterations_per_epoch", "1"]
@@ -275,6 +275,19 @@ def test_configurations_that_were_added_stay(folder: Path, capsys: pytest.Captur
     assert (run.configuration_manager.batch_size, run.initial_lr) == (3, 0.002)
     message = refused(capsys, misfm_plan, "-d", "4", "-c", "3d_batch_3")
     assert "leave it out of -c" in message
+
+
+def test_a_pretraining_by_a_configuration_that_inherits_is_saved(folder: Path, tmp_path: Path) -> None:
+    misfm_pretrain(["-d", "4", "-device", "cpu", "--only_prepare", *SMALL_PATCH, *TINY])
+    own = {"inherits_from": "3d_fullres", "batch_size": 3}
+    plans = "nnUNetMisFMPretrainPlans"
+    edit(folder / f"{plans}.json", lambda content: content["configurations"].update({"3d_batch_3": own}))
+    run = get_trainer_from_args("4", "3d_batch_3", "all", "VolumeFusionTrainer", plans, False, CPU)
+    run.initialize()
+    run.save_checkpoint(str(tmp_path / "c.pth"))
+    told = read_checkpoint(tmp_path / "c.pth")["nnssl_adaptation_plan"]
+    planned = told["pretrain_plan"]["configurations"]["3d_batch_3"]
+    assert planned["batch_size"] == 3 and planned["patch_size"] == told["recommended_downstream_patchsize"]
 
 
 # ---------------------------------------------------------------- labels

@@ -61,6 +61,9 @@ def test_batch_size_of_another_plan_grows_for_small_patches_and_that_of_a_run_st
     small = planned(plans, batch_size=3)
     assert size(small) == 3 and size(planned(small)) == 3  # continued with what it was begun with
     assert enough_samples(architecture, patch) == 8
+    without_norm = {**architecture, "network_class_name": "a.PlainConvUNet"}
+    without_norm["arch_kwargs"] = {**architecture["arch_kwargs"], "norm_op": None}
+    assert enough_samples(without_norm, patch) == 1
 
 
 def test_a_batch_that_is_too_small_is_named(nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

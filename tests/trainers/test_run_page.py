@@ -122,6 +122,32 @@ def test_a_folder_above_runs_names_them(tmp_path: Path, capsys: pytest.CaptureFi
     assert str(folder) in capsys.readouterr().err
 
 
+def test_folds_without_an_epoch_do_not_keep_the_others_from_their_pages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(tmp_path, {"task": "volume_fusion"}, 1)
+    cancelled = folder.with_name("fold_0")
+    cancelled.mkdir()
+    misfm_report([str(folder.parent)])
+    said = capsys.readouterr().out
+    assert f"Page: {folder / 'run.html'}" in said and f"No page: {cancelled} is not the results folder" in said
+    (folder / "metrics.csv").unlink()
+    with pytest.raises(SystemExit):
+        misfm_report([str(folder.parent)])
+    said = capsys.readouterr().err
+    assert str(folder) in said and str(cancelled) in said
+
+
+def test_a_run_that_was_copied_to_a_folder_of_another_name_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_run(tmp_path, {"task": "volume_fusion"}, 1)
+    folder.parent.rename(tmp_path / "backup")
+    with pytest.raises(SystemExit):
+        misfm_report([str(tmp_path / "backup")])
+    assert "has not the name that nnU-Net gave it" in capsys.readouterr().err
+
+
 def test_a_run_that_was_asked_to_stop_says_so_until_it_goes_on(tmp_path: Path) -> None:
     folder = make_run(tmp_path, {"task": "volume_fusion", "num_epochs": 4}, 2)
     log = folder / "training_log_1.txt"

@@ -18,6 +18,7 @@ from nnunetv2_misfm.commands.compare.splits import Split, split_cases
 from nnunetv2_misfm.commands.compare.workspace import Workspace, fold_key
 from nnunetv2_misfm.errors import PlanError, UserError
 from nnunetv2_misfm.files import read_json, write_json
+from nnunetv2_misfm.plans.checks import configuration_3d
 from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, FinetuningSettings
 from nnunetv2_misfm.plans.settings import read_settings
 
@@ -141,11 +142,11 @@ class Study:
 
     def _stock_plans(self, arm: Arm) -> None:
         """nnU-Net's plans, with the batch size of the other arms if it was given."""
-        plans = json.loads(json.dumps(self.workspace.base)) | {"plans_name": arm.plans}
-        words = self.options.planning
+        base, name, words = self.workspace.base, self.workspace.configuration, self.options.planning
+        entry = configuration_3d(base, name)
         if "-batch_size" in words:
-            batch_size = int(words[words.index("-batch_size") + 1])
-            plans["configurations"][self.workspace.configuration]["batch_size"] = batch_size
+            entry["batch_size"] = int(words[words.index("-batch_size") + 1])
+        plans = base | {"plans_name": arm.plans, "configurations": {**base["configurations"], name: entry}}
         write_json(plans, self.workspace.preprocessed / f"{arm.plans}.json")
 
     def arm(self, name: str) -> Arm:

@@ -141,3 +141,18 @@ def test_checkpoints_of_one_network_share_the_arm_from_scratch(
     assert planned["pretrain_info"]["checkpoint_path"] is None
     arguments = planned["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
     assert arguments["features_per_stage"] == [8, 4, 8, 8, 16]
+
+
+def test_a_configuration_that_inherits_is_compared(
+    tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = nnunet / "nnUNet_preprocessed" / "Dataset004_Small" / "nnUNetPlans.json"
+    plans = json.loads(path.read_text(encoding="utf-8"))
+    plans["configurations"]["3d_batch_3"] = {"inherits_from": "3d_fullres", "batch_size": 3}
+    path.write_text(json.dumps(plans), encoding="utf-8")
+    made = study(tmp_path, nnunet, monkeypatch, "-c", "3d_batch_3", "-seeds", "1")
+    runner = FakeRunner()
+    made.perform(runner)  # type: ignore[arg-type]
+    assert {Path(request["arrays"]).is_dir() for request in runner.requests} == {True}
+    of_arms = [made.workspace.plans_of(arm.plans)["configurations"]["3d_batch_3"] for arm in made.arms]
+    assert [(entry["batch_size"], len(entry["patch_size"])) for entry in of_arms] == [(3, 3), (3, 3)]
