@@ -1,4 +1,4 @@
-"""Networks that a plans file can name. Depends on torch only."""
+"""Networks that a plans file can name. Needs torch and, for generic_unet.py, dynamic_network_architectures."""
 
 from nnunetv2_misfm.architectures.fm_unet import FMUNet
 from nnunetv2_misfm.architectures.pct_net import PCTNet

@@ -143,7 +143,7 @@ class Ledger:
         for path in paths:
             path.unlink()
 
-    def write_joined(self, volumes: Iterable[Volume], left_out: Sequence[LeftOut]) -> JoinedSeries:
+    def write_joined(self, volumes: Iterable[Volume], left_out: Sequence[LeftOut]) -> None:
         """Write down what series in folders of several bundles amount to."""
         made = list(volumes)
         series = sorted({volume.series for volume in made} | {one.series for one in left_out})
@@ -151,7 +151,6 @@ class Ledger:
         if series or self._joined.exists():
             content = {"series": series, "cases": cases, "left_out": [list(vars(one).values()) for one in left_out]}
             write_json(content, self._joined, indent=None)
-        return JoinedSeries(frozenset(series), cases, tuple(left_out))
 
     def joined(self) -> JoinedSeries:
         """As they were last written down."""

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nnunetv2_misfm.files import read_json, write_json
+from nnunetv2_misfm.plans.checks import INTENSITIES
 from nnunetv2_misfm.pool.case import FAILED, LEFT_OUT, PREPARED, CaseRecord
 from nnunetv2_misfm.pool.folder import PoolFolder, report_row, write_report
 from nnunetv2_misfm.pool.ledger import MADE_ANEW, JoinedSeries, Ledger
@@ -199,7 +200,7 @@ def merge_pool(folder: PoolFolder, plans: Mapping[str, Any], configuration: str)
         fingerprint = _fingerprint(prepared)
         counts = Counter(entry.modality for entry in prepared if entry.modality)
         modalities = {name: counts[name] for name in sorted(counts)}
-        intensity = fingerprint["foreground_intensity_properties_per_channel"]
+        intensity = fingerprint[INTENSITIES]
         plans = with_medians(plans, configuration, pool.sizes) if pool.sizes else plans
         plans = measured_plans(plans, configuration, modalities, intensity)
         write_json(pool_dataset_json(plans, configuration, len(prepared)), folder.dataset_json)
@@ -258,9 +259,7 @@ def _fingerprint(prepared: Sequence[Entry]) -> dict[str, Any]:
     return {
         "spacings": [list(entry.spacing) for entry in prepared],
         "shapes_after_crop": [list(entry.shape_after_crop) for entry in prepared],
-        "foreground_intensity_properties_per_channel": {
-            str(channel): _averaged(intensity[:, channel]) for channel in range(intensity.shape[1])
-        },
+        INTENSITIES: {str(channel): _averaged(intensity[:, channel]) for channel in range(intensity.shape[1])},
         "median_relative_size_after_cropping": float(np.median([entry.share_kept for entry in prepared])),
         "cases": [entry.case for entry in prepared],
     }

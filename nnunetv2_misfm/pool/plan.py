@@ -22,7 +22,7 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, find_candidate_datasets
 
 from nnunetv2_misfm.files import read_json
-from nnunetv2_misfm.plans.checks import check_complete, configuration_3d
+from nnunetv2_misfm.plans.checks import INTENSITIES, check_complete, configuration_3d
 from nnunetv2_misfm.plans.files import nnunet_folder
 from nnunetv2_misfm.plans.run_settings import BLOCK
 from nnunetv2_misfm.plans.settings import SettingsError, read_settings, write_settings
@@ -157,7 +157,7 @@ def plan_pool(
         "configurations": {configuration: plan},
         "experiment_planner_used": "ExperimentPlanner",
         "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": _intensity_properties(modality, settings, num_channels),
+        INTENSITIES: _intensity_properties(modality, settings, num_channels),
         BLOCK: {
             **copy.deepcopy(dict(misfm)),
             "pool": {
@@ -237,8 +237,7 @@ def plans_for_case(plans: Mapping[str, Any], configuration: str, modality: str |
     if modality is not None:
         channels = pool_block(plans)["num_channels"]
         own["configurations"][configuration]["normalization_schemes"] = [SCHEMES[modality]] * channels
-        properties = _intensity_properties(modality, pool_settings(plans), channels)
-        own["foreground_intensity_properties_per_channel"] = properties
+        own[INTENSITIES] = _intensity_properties(modality, pool_settings(plans), channels)
     return own
 
 
@@ -260,8 +259,7 @@ def keep_measured(plans: Mapping[str, Any], existing: Mapping[str, Any], configu
     kept["configurations"] = {**copy.deepcopy(existing["configurations"]), **kept["configurations"]}
     old = existing["configurations"][configuration]
     kept["configurations"][configuration]["normalization_schemes"] = list(old["normalization_schemes"])
-    properties = "foreground_intensity_properties_per_channel"
-    kept[properties] = copy.deepcopy(existing[properties])
+    kept[INTENSITIES] = copy.deepcopy(existing[INTENSITIES])
     pool_block(kept)["modalities"] = dict(pool_block(existing)["modalities"])
     return kept
 
@@ -281,7 +279,7 @@ def measured_plans(
     measured = plans_for_case(plans, configuration, modality)
     pool_block(measured)["modalities"] = dict(modalities)
     if modality != "ct":
-        measured["foreground_intensity_properties_per_channel"] = copy.deepcopy(dict(intensity))
+        measured[INTENSITIES] = copy.deepcopy(dict(intensity))
     return measured
 
 
@@ -382,6 +380,5 @@ def _data_layout(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]
     names = ["data_identifier", "preprocessor_name", "spacing", "resampling_fn_data", "resampling_fn_data_kwargs"]
     if pool["plans_from"] is not None:
         names += ["normalization_schemes", "use_mask_for_norm"]
-        properties = "foreground_intensity_properties_per_channel"
-        layout[properties] = plans.get(properties)
+        layout[INTENSITIES] = plans.get(INTENSITIES)
     return layout | {name: plan.get(name) for name in names}

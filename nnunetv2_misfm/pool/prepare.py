@@ -33,7 +33,7 @@ from nnunetv2_misfm.pool.case import (
 )
 from nnunetv2_misfm.pool.cost import MEASURED_FIRST, check_disk, typical_first
 from nnunetv2_misfm.pool.folder import PoolFolder, check_is_pool, report_row, write_report
-from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection, find_volumes
+from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection
 from nnunetv2_misfm.pool.ledger import PREPARED_ALL
 from nnunetv2_misfm.pool.merge import PoolReport, Tally, merge_pool
 from nnunetv2_misfm.pool.plan import (
@@ -42,19 +42,15 @@ from nnunetv2_misfm.pool.plan import (
     keep_measured,
     layout_differences,
     layout_hash,
-    plan_pool,
     pool_block,
     pool_dataset_json,
 )
-from nnunetv2_misfm.pool.settings import PoolSettings
 from nnunetv2_misfm.pool.share import BUNDLES, Share
 from nnunetv2_misfm.pool.shared_listing import forget_all, forget_share
 from nnunetv2_misfm.pool.volume_files import LeftOut
 from nnunetv2_misfm.pool.volumes import Volume, joined_series, with_own_names
 from nnunetv2_misfm.pool.workers import Killed, run_jobs
 from nnunetv2_misfm.progress import progress_bar
-
-__all__ = ["PoolError", "PoolReport", "PoolSettings", "check_usable", "find_volumes", "plan_pool", "prepare_pool"]
 
 
 def check_usable(inspection: PoolInspection, dataset_name: str, plans_name: str) -> None:
@@ -71,8 +67,8 @@ def check_usable(inspection: PoolInspection, dataset_name: str, plans_name: str)
 
 def start_pool(
     inspection: PoolInspection, plans: Mapping[str, Any], configuration: str, num_parts: int = 1, part_id: int = 0
-) -> dict[str, Any]:
-    """Write down what this part has found, and the plans; the plans as they are now.
+) -> None:
+    """Write down what this part has found, and the plans.
 
     Raises:
         PoolError: if the pool there was made by other settings.
@@ -81,7 +77,7 @@ def start_pool(
     with folder.full_disk_explained():
         folder.create()
         folder.ledger.keep_found(inspection)
-        return _start_or_continue(folder, plans, configuration, len(inspection.volumes))
+        _start_or_continue(folder, plans, configuration, len(inspection.volumes))
 
 
 def prepare_pool(

@@ -1,1 +1,1 @@
-"""What a pretraining run learns from: crops of a pool, augmentation and Volume Fusion."""
+"""What a pretraining run learns from: crops of a pool, augmentation and the pretext tasks."""

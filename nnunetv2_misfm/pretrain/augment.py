@@ -1,4 +1,4 @@
-"""Augmentation of the sub-volumes before they are fused, on the training device.
+"""Augmentation of the crops that a pretext task is made from, on the training device.
 
 Crops are (C, X, Y, Z) in plans axis order, so X is the depth; the augmented batch is (B, C, X, Y, Z). Drawing the
 parameters of a crop (numpy generator in, plain values out) is separate from applying them (tensors in, tensors out).

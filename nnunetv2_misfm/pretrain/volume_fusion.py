@@ -300,7 +300,7 @@ class VolumeFusion(PretextTask[FusionSettings]):
         predicted = [float(share) for share in (tp + fp) / max(1, np.sum(tp + fp))]
         accuracy = sums["correct"] / sums["voxels"]
         there = 2 * tp + fp + fn > 0
-        parts = np.where(there, 2 * tp / np.where(there, 2 * tp + fp + fn, 1), np.nan)[1:]
+        parts = np.where(there, dice, np.nan)[1:]
         return Scores(
             main=np.nanmean(parts) if there[1:].any() else 0.0,
             parts=list(parts),

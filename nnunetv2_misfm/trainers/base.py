@@ -31,7 +31,7 @@ from nnunetv2_misfm.plans.network_entry import ENCODER, STEM, with_own_network
 from nnunetv2_misfm.plans.run_settings import RunSettings, run_settings
 from nnunetv2_misfm.trainers.device_memory import available_memory
 from nnunetv2_misfm.trainers.distributed import any_process, check_batch_size, device_of_process, wrap
-from nnunetv2_misfm.trainers.metrics_file import METRICS, MetricsFile
+from nnunetv2_misfm.trainers.metrics_file import METRICS, append_row
 from nnunetv2_misfm.trainers.resumable import ResumableTrainer
 from nnunetv2_misfm.trainers.run_page import update_run_page
 from nnunetv2_misfm.trainers.schedules import StagedSchedule, parameter_groups
@@ -171,7 +171,7 @@ class BaseTrainer(ResumableTrainer):
                 "seconds": seconds,
                 "ended": f"{datetime.now():%Y-%m-%dT%H:%M:%S}",
             }
-            MetricsFile(Path(self.output_folder) / METRICS).append(self.current_epoch, row)
+            append_row(Path(self.output_folder) / METRICS, self.current_epoch, row)
             for logger in self.logger.loggers:
                 for name, value in row.items():
                     if isinstance(value, Real):

@@ -13,37 +13,29 @@ METRICS = "metrics.csv"
 """In a results folder."""
 
 
-class MetricsFile:
-    """A CSV that a resumed run continues: rows of epochs that are run again are replaced.
+def append_row(path: Path, epoch: int, values: Mapping[str, Any]) -> None:
+    """Write the row of an epoch; rows of this and later epochs, left by an interrupted run, are dropped.
 
     Args:
         path: of the file; it is created with the first row.
+        epoch: from 0.
+        values: numbers, words or None, by column; a list fills the columns name_0, name_1, ...
     """
+    columns = dict(pair for name, value in values.items() for pair in _columns(name, value))
+    rows = [row for row in read_rows(path) if int(row["epoch"]) < epoch]
+    rows.append({"epoch": str(epoch), **{key: _as_text(value) for key, value in columns.items()}})
+    with written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[-1]), restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
 
-    def __init__(self, path: Path):
-        self.path = path
 
-    def append(self, epoch: int, values: Mapping[str, Any]) -> None:
-        """Write the row of an epoch; rows of this and later epochs, left by an interrupted run, are dropped.
-
-        Args:
-            epoch: from 0.
-            values: numbers, words or None, by column; a list fills the columns name_0, name_1, ...
-        """
-        columns = dict(pair for name, value in values.items() for pair in _columns(name, value))
-        rows = [row for row in self.rows() if int(row["epoch"]) < epoch]
-        rows.append({"epoch": str(epoch), **{key: _as_text(value) for key, value in columns.items()}})
-        with written_whole(self.path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[-1]), restval="", extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-
-    def rows(self) -> list[dict[str, str]]:
-        """All rows so far, the values as text."""
-        if not self.path.is_file():
-            return []
-        with open(self.path, newline="", encoding="utf-8") as file:
-            return list(csv.DictReader(file))
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """All rows so far, the values as text; none if there is no file yet."""
+    if not path.is_file():
+        return []
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def _columns(name: str, value: Any) -> Iterable[tuple[str, Any]]:

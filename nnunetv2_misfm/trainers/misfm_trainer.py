@@ -1,4 +1,4 @@
-"""MisFMTrainer: nnU-Net training of PCT-Net, from scratch or from pretrained weights."""
+"""MisFMTrainer: nnU-Net training of any network that plans name, from scratch or from pretrained weights."""
 
 from __future__ import annotations
 

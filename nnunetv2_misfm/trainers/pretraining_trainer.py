@@ -6,7 +6,7 @@ Image tensors are (B, C, X, Y, Z) in plans axis order.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from itertools import chain, repeat
 from pathlib import Path
@@ -176,7 +176,7 @@ class PretrainingTrainer(BaseTrainer):
             "num_channels": self.num_input_channels,
         }
 
-    def get_dataloaders(self) -> tuple[TimedIterator, TimedIterator]:
+    def get_dataloaders(self) -> tuple[TimedIterator, Iterator[Any]]:
         """Iterators over batches of crops; training goes on from the current epoch."""
         training, validation = self.do_split()
         few = " (the same: too few to hold any out)" if set(training) == set(validation) else ""
@@ -207,15 +207,13 @@ class PretrainingTrainer(BaseTrainer):
         return (
             # None stands for an iteration that was done before the run was interrupted.
             TimedIterator(chain(repeat(None, done), batches)),
-            TimedIterator(
-                crop_loader(
-                    fixed,
-                    batch_size,
-                    self.num_val_iterations_per_epoch,
-                    start_epoch=self.current_epoch,
-                    num_workers=min(1, workers),
-                    **loading,
-                )
+            crop_loader(
+                fixed,
+                batch_size,
+                self.num_val_iterations_per_epoch,
+                start_epoch=self.current_epoch,
+                num_workers=min(1, workers),
+                **loading,
             ),
         )
 

@@ -218,13 +218,11 @@ class ResumableTrainer(nnUNetTrainer):
         """
         if not self.was_initialized:
             self.initialize()
-        name = filename_or_checkpoint if isinstance(filename_or_checkpoint, str) else "the given checkpoint"
         if isinstance(filename_or_checkpoint, (str, os.PathLike)):
-            checkpoint = read_latest_or_previous(
-                Path(filename_or_checkpoint), self.print_to_log_file, rank=self.local_rank
-            )
+            name = os.fspath(filename_or_checkpoint)
+            checkpoint = read_latest_or_previous(Path(name), self.print_to_log_file, rank=self.local_rank)
         else:
-            checkpoint = filename_or_checkpoint
+            name, checkpoint = "the given checkpoint", filename_or_checkpoint
         if checkpoint_info(checkpoint, name) is None:
             raise CheckpointError(f"{name} was not written by {self.__class__.__name__}; it cannot be continued by it.")
         self.my_init_kwargs = checkpoint["init_args"]

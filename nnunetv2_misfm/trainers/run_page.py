@@ -25,7 +25,7 @@ from nnunetv2_misfm.plans.run_settings import (
 )
 from nnunetv2_misfm.plans.settings import write_settings
 from nnunetv2_misfm.pretrain.tasks import settings_of, task_class
-from nnunetv2_misfm.trainers.metrics_file import METRICS, MetricsFile
+from nnunetv2_misfm.trainers.metrics_file import METRICS, read_rows
 from nnunetv2_misfm.transfer.report import TransferReport
 
 PAGE = "run.html"
@@ -91,7 +91,7 @@ def write_run_page(folder: Path) -> Path:
     Raises:
         PlanError: if it is not the results folder of a run of this package that has finished an epoch.
     """
-    rows, named = MetricsFile(folder / METRICS).rows(), folder.parent.name.split("__")
+    rows, named = read_rows(folder / METRICS), folder.parent.name.split("__")
     if not rows or not (folder.parent / "plans.json").is_file() or len(named) != 3:
         raise PlanError(
             f"{folder} is not the results folder of a MisFM run that has finished an epoch: it has no {METRICS} with "

@@ -24,7 +24,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_t
 
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import json_or_nothing, locked, write_json
-from nnunetv2_misfm.plans.checks import configuration_3d
+from nnunetv2_misfm.plans.checks import INTENSITIES, configuration_3d
 from nnunetv2_misfm.plans.files import nnunet_folder, read_dataset_json
 
 _PREPROCESSING_KEYS = (
@@ -157,7 +157,7 @@ def preprocessing_key(plans: Mapping[str, Any], configuration: str) -> dict[str,
     key["transpose_forward"] = plans["transpose_forward"]
     key["image_reader_writer"] = plans["image_reader_writer"]
     if any(scheme == "CTNormalization" for scheme in resolved["normalization_schemes"]):
-        key["intensities"] = plans["foreground_intensity_properties_per_channel"]
+        key["intensities"] = plans[INTENSITIES]
     return key
 
 

@@ -33,7 +33,7 @@ _USUAL_ARGUMENTS = {
 
 
 def describe_unet(
-    checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor], beside: Mapping[str, Any] | None
+    checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor], beside: Mapping[str, Any]
 ) -> CheckpointInfo | None:
     """The description of a foreign checkpoint with one of nnU-Net's U-Nets; None if its weights are not of one.
 
@@ -42,7 +42,7 @@ def describe_unet(
     Args:
         checkpoint: the file's content.
         weights: each under the first of its names.
-        beside: nnssl's adaptation plan, if it lies beside the file.
+        beside: nnssl's adaptation plan, which lies beside the file; empty if there is none.
     """
     told = unet_description(weights)
     if told is None:
@@ -59,7 +59,7 @@ def describe_unet(
     usual_convolutions = 1 if class_name == RESIDUAL_UNET else 2
     usual = {**_USUAL_ARGUMENTS, "n_conv_per_stage_decoder": [usual_convolutions] * (arguments["n_stages"] - 1)}
     arguments = {**usual, **planned, **arguments}
-    trainer = str(checkpoint.get("trainer_name") or (beside or {}).get("trainer_name") or "")
+    trainer = str(checkpoint.get("trainer_name") or beside.get("trainer_name") or "")
     task = "segmentation" if nnunet is not None else "pretraining" if nnssl is not None else "unknown"
     training: dict[str, Any] = {"trainer": trainer} if trainer else {}
     epochs = checkpoint.get("current_epoch", checkpoint.get("epoch"))
@@ -68,12 +68,12 @@ def describe_unet(
     return CheckpointInfo(task, class_name, arguments, channels, classes, _well_formed(preprocessing), training)
 
 
-def told_preprocessing(checkpoint: Mapping[str, Any], beside: Mapping[str, Any] | None) -> dict[str, Any]:
+def told_preprocessing(checkpoint: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, Any]:
     """What a foreign checkpoint, whatever network it holds, tells of the images that it was trained on.
 
     Args:
         checkpoint: the file's content.
-        beside: nnssl's adaptation plan, if it lies beside the file.
+        beside: nnssl's adaptation plan, which lies beside the file; empty if there is none.
     """
     return _well_formed((_nnunet(checkpoint) or _nnssl(checkpoint, beside) or ({}, {}))[1])
 
@@ -128,11 +128,11 @@ def _nnunet(checkpoint: Mapping[str, Any]) -> _Described | None:
     return arguments, preprocessing_of(plans, configuration)
 
 
-def _nnssl(checkpoint: Mapping[str, Any], beside: Mapping[str, Any] | None) -> _Described | None:
+def _nnssl(checkpoint: Mapping[str, Any], beside: Mapping[str, Any]) -> _Described | None:
     """The same from nnssl's adaptation plan (adaptation_planning/adaptation_plan.py), in the file or beside it."""
     adaptation = checkpoint.get("nnssl_adaptation_plan") or beside
     try:
-        architecture, plans = adaptation["architecture_plans"], adaptation["pretrain_plan"]  # type: ignore[index]
+        architecture, plans = adaptation["architecture_plans"], adaptation["pretrain_plan"]
         configuration = next(iter(plans["configurations"].values()))
         preset = str(architecture["arch_class_name"])
         arguments = dict(architecture.get("arch_kwargs") or {})

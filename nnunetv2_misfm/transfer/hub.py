@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
@@ -87,7 +88,8 @@ def download(name: str) -> HubFile:
     if file != EXPORTED and repository.is_reached:
         described_by = f"{Path(file).name}.pkl" if file.endswith(_OF_VERSION_1) else ADAPTATION_PLAN
         if not path.with_name(described_by).is_file():
-            _Repository(repository.name, commit).fetch_optional(str(Path(file).with_name(described_by)))
+            with suppress(CheckpointError):  # the weights are there already, and tell most of it themselves
+                _Repository(repository.name, commit).fetch(str(Path(file).with_name(described_by)))
     beside = path.with_name(ADAPTATION_PLAN)
     return HubFile(path, f"hf:{repository.name}@{commit}:{file}", beside if beside.is_file() else None)
 
@@ -124,13 +126,6 @@ class _Repository:
                 f"hf:{self.name} cannot be downloaded ({first_line(error)}). Check the name, and log in with "
                 f"`hf auth login` if the repository is private."
             ) from None
-
-    def fetch_optional(self, file: str) -> Path | None:
-        """As `fetch`; None for whatever reason it cannot be had."""
-        try:
-            return self.fetch(file)
-        except CheckpointError:
-            return None
 
     def checkpoint(self) -> tuple[str, Path]:
         """The checkpoint of the repository, under whatever name."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnunetv2_misfm.architectures.resolution import DEGREES_OF_ANISOTROPY
-from nnunetv2_misfm.plans.checks import build_on_meta
+from nnunetv2_misfm.plans.checks import INTENSITIES, build_on_meta
 from nnunetv2_misfm.plans.network_entry import architecture_entry
 from nnunetv2_misfm.transfer.checkpoint import (
     WEIGHTS,
@@ -34,9 +34,7 @@ PUBLISHED_PREPROCESSING = {
     "patch_size": [64, 128, 128],
     "normalization_schemes": ["CTNormalization"],
     "transpose_forward": [0, 1, 2],
-    "foreground_intensity_properties_per_channel": {
-        "0": {"percentile_00_5": -1000.0, "percentile_99_5": 1000.0, "mean": 0.0, "std": 1000.0}
-    },
+    INTENSITIES: {"0": {"percentile_00_5": -1000.0, "percentile_99_5": 1000.0, "mean": 0.0, "std": 1000.0}},
 }
 
 # (pattern in the reference, our name). `{m}` is a degree of anisotropy, `{i}` an index within a Sequential.

@@ -30,7 +30,7 @@ import torch
 from nnunet_dataset import NAME, make_case, make_dataset
 from program_end import ends_as_a_program
 
-from nnunetv2_misfm.trainers.metrics_file import MetricsFile
+from nnunetv2_misfm.trainers.metrics_file import read_rows
 from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -78,7 +78,7 @@ def pool_and_weights(root: Path) -> dict[str, Any]:
     found: dict[str, Any] = {file.name: digest(blosc2.open(str(file))[:]) for file in arrays.glob("*.b2nd")}
     for name, weight in read_checkpoint(root / POOL_RUN / "checkpoint_final.pth")["network_weights"].items():
         found[name] = digest(weight.numpy())
-    found["epochs"] = [row["epoch"] for row in MetricsFile(root / POOL_RUN / "metrics.csv").rows()]
+    found["epochs"] = [row["epoch"] for row in read_rows(root / POOL_RUN / "metrics.csv")]
     return found
 
 

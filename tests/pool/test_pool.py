@@ -29,8 +29,9 @@ from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.files import LockedError
 from nnunetv2_misfm.plans.settings import SettingsError, read_settings
 from nnunetv2_misfm.pool.inspection import PoolError, find_volumes
-from nnunetv2_misfm.pool.plan import adopt_plans, find_geometry
-from nnunetv2_misfm.pool.prepare import PoolReport, check_usable, plan_pool, prepare_pool
+from nnunetv2_misfm.pool.merge import PoolReport
+from nnunetv2_misfm.pool.plan import adopt_plans, find_geometry, plan_pool
+from nnunetv2_misfm.pool.prepare import check_usable, prepare_pool
 from nnunetv2_misfm.pool.settings import PoolSettings
 
 DATASET, PLANS, CONFIGURATION = "Dataset100_Pool", "MisFMPlans", "3d_fullres"

@@ -15,7 +15,7 @@ from nnunetv2_misfm.files import training_lock
 from nnunetv2_misfm.pages.figures import curve
 from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS, SEGMENTATION
 from nnunetv2_misfm.pretrain.tasks import task_class
-from nnunetv2_misfm.trainers.metrics_file import MetricsFile
+from nnunetv2_misfm.trainers.metrics_file import append_row
 from nnunetv2_misfm.trainers.run_page import _captions, update_run_page, write_run_page
 from nnunetv2_misfm.transfer.report import ADAPTED, FRESH, Entry, TransferReport, Unused
 
@@ -28,7 +28,7 @@ def make_run(root: Path, block: dict[str, Any], epochs: int, **columns: Any) -> 
     (folder.parent / "plans.json").write_text(json.dumps(run_plans(block)), encoding="utf-8")
     for epoch in range(epochs):
         row = {"train_loss": 1 / (epoch + 1), "lr": 1e-3, "seconds": 120, "ended": f"2026-01-01T10:{epoch:02d}:00"}
-        MetricsFile(folder / "metrics.csv").append(epoch, {**row, **columns})
+        append_row(folder / "metrics.csv", epoch, {**row, **columns})
     return folder
 
 

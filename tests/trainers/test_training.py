@@ -23,7 +23,7 @@ from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.settings import SettingsError
 from nnunetv2_misfm.start_up import add_plugin_folder
 from nnunetv2_misfm.trainers.base import BaseTrainer
-from nnunetv2_misfm.trainers.metrics_file import MetricsFile
+from nnunetv2_misfm.trainers.metrics_file import read_rows
 from nnunetv2_misfm.transfer.checkpoint import CheckpointError, read_checkpoint
 from nnunetv2_misfm.transfer.transfer import TransferError
 
@@ -389,7 +389,7 @@ def test_tensorboard_gets_what_metrics_csv_gets(nnunet: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
     monkeypatch.setenv("nnUNet_tensorboard_enabled", "1")
     folder = pretrain(2).parent
-    rows = MetricsFile(folder / "metrics.csv").rows()
+    rows = read_rows(folder / "metrics.csv")
     for column in ("train_loss", "iterations_per_s", "lr"):
         assert [scalars[column][epoch] for epoch in (0, 1)] == pytest.approx([float(row[column]) for row in rows], 1e-5)
 

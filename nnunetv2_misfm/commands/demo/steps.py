@@ -32,7 +32,7 @@ from nnunetv2_misfm.plans.files import FINAL
 from nnunetv2_misfm.pretrain.planning import plain_unet_stages
 from nnunetv2_misfm.pretrain.vox2vec import Vox2Vec
 from nnunetv2_misfm.start_up import add_plugin_folder
-from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
+from nnunetv2_misfm.transfer.checkpoint import BLOCK, LEARNT, read_checkpoint
 
 _POOL_ID, _POOL_NAME = "998", "MisFMDemoPool"
 _DATASET_ID, _DATASET = "999", "Dataset999_MisFMDemo"
@@ -117,7 +117,8 @@ class Demo:
 
 def _about_pretraining(pretrained: Path, hours: float) -> list[Section]:
     """What the page says of the pretraining."""
-    log = read_checkpoint(pretrained / FINAL)["logging"]
+    content = read_checkpoint(pretrained / FINAL)
+    log, learnt = content["logging"], content[BLOCK]["training"][LEARNT]
     curve = figures.curve({"training": log["train_losses"], "validation": log["val_losses"]}, "epoch", "loss")
     return [
         Section(
@@ -135,8 +136,7 @@ def _about_pretraining(pretrained: Path, hours: float) -> list[Section]:
         ),
         Section(
             "The pretext task",
-            f"{Vox2Vec.picture_caption} Of all voxels that were tried, it finds "
-            f"{100 * log['mean_fg_dice'][-1]:.0f} %; guessing finds 1 in 1024.",
+            f"{Vox2Vec.picture_caption} In the end: {learnt}.",
             picture=figures.png_file(pretrained / Vox2Vec.picture_name),
         ),
     ]
