@@ -32,7 +32,8 @@ from nnunetv2_misfm.plans.checks import INTENSITIES
 from nnunetv2_misfm.plans.files import FINAL
 
 FORMAT_VERSION = 1
-BLOCK = "misfm"
+DESCRIPTION = "misfm"
+"""Beside the weights of a checkpoint of ours: a `CheckpointInfo`."""
 WEIGHTS = "network_weights"
 PUBLISHED_WEIGHTS = "model_state_dict"
 LEARNT = "learnt"
@@ -116,7 +117,7 @@ def write_checkpoint(
     Raises:
         CheckpointError: if it cannot be written, for example because the disk is full.
     """
-    content = plain({**checkpoint, BLOCK: {"format_version": FORMAT_VERSION, **asdict(info)}})
+    content = plain({**checkpoint, DESCRIPTION: {"format_version": FORMAT_VERSION, **asdict(info)}})
     try:
         with written_whole(path) as temporary:
             torch.save(content, temporary)
@@ -268,7 +269,7 @@ def write_safetensors(
             continue
         seen.add(place)
         kept[name] = tensor.contiguous()
-    metadata = {"format": "pt", BLOCK: json.dumps({"format_version": FORMAT_VERSION, **asdict(info)})}
+    metadata = {"format": "pt", DESCRIPTION: json.dumps({"format_version": FORMAT_VERSION, **asdict(info)})}
     metadata[TRAINED_PARTS] = json.dumps(list(trained_parts))
     try:
         with written_whole(path) as temporary:
@@ -291,7 +292,7 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        described = {key: json.loads(metadata[key]) for key in (BLOCK, TRAINED_PARTS) if key in metadata}
+        described = {key: json.loads(metadata[key]) for key in (DESCRIPTION, TRAINED_PARTS) if key in metadata}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not a readable safetensors file ({first_line(error)}). Copy or download it again."
@@ -305,7 +306,7 @@ def checkpoint_info(checkpoint: Mapping[str, Any], path: str | os.PathLike[str])
     Raises:
         CheckpointError: if the block was written by a newer version or is damaged.
     """
-    block = checkpoint.get(BLOCK)
+    block = checkpoint.get(DESCRIPTION)
     if block is None:
         return None
     if not isinstance(block, dict) or block.get("format_version") != FORMAT_VERSION:

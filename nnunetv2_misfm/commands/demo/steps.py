@@ -32,7 +32,7 @@ from nnunetv2_misfm.plans.files import FINAL
 from nnunetv2_misfm.pretrain.planning import plain_unet_stages
 from nnunetv2_misfm.pretrain.vox2vec import Vox2Vec
 from nnunetv2_misfm.start_up import add_plugin_folder
-from nnunetv2_misfm.transfer.checkpoint import BLOCK, LEARNT, read_checkpoint
+from nnunetv2_misfm.transfer.checkpoint import DESCRIPTION, LEARNT, read_checkpoint
 
 _POOL_ID, _POOL_NAME = "998", "MisFMDemoPool"
 _DATASET_ID, _DATASET = "999", "Dataset999_MisFMDemo"
@@ -118,7 +118,7 @@ class Demo:
 def _about_pretraining(pretrained: Path, hours: float) -> list[Section]:
     """What the page says of the pretraining."""
     content = read_checkpoint(pretrained / FINAL)
-    log, learnt = content["logging"], content[BLOCK]["training"][LEARNT]
+    log, learnt = content["logging"], content[DESCRIPTION]["training"][LEARNT]
     curve = figures.curve({"training": log["train_losses"], "validation": log["val_losses"]}, "epoch", "loss")
     return [
         Section(
