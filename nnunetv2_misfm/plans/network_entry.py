@@ -27,6 +27,17 @@ from nnunetv2_misfm.plans.settings import write_settings
 _FEWEST_VOXELS_TO_BLUR = 4
 STEM, ENCODER, DECODER = "stem", "encoder", "decoder"
 """The parts of a network that pretraining can train."""
+# nnU-Net's usual network, the constructor arguments of its U-Nets that are classes, and those that its planners give
+# every one of them and no weights tell.
+PLAIN_UNET = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
+UNET_CLASSES = ["conv_op", "norm_op", "dropout_op", "nonlin"]
+UNET_ARGUMENTS: dict[str, Any] = {
+    "norm_op_kwargs": {"eps": 1e-05, "affine": True},
+    "dropout_op": None,
+    "dropout_op_kwargs": None,
+    "nonlin": "torch.nn.LeakyReLU",
+    "nonlin_kwargs": {"inplace": True},
+}
 NETWORKS = {
     "pctnet": "nnunetv2_misfm.architectures.PCTNet",
     "fmunet": "nnunetv2_misfm.architectures.FMUNet",

@@ -15,6 +15,9 @@ from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.checks import check_sizes, configuration_3d
 from nnunetv2_misfm.plans.network_entry import (
     NETWORKS,
+    PLAIN_UNET,
+    UNET_ARGUMENTS,
+    UNET_CLASSES,
     architecture_entry,
     deepest_voxels,
     degree_for_spacing,
@@ -170,19 +173,15 @@ def plain_unet_entry(spacing: Sequence[float], patch_size: Sequence[int]) -> dic
     _, strides, kernels, _, _ = get_pool_and_conv_props(spacing, patch_size, _UNET_SMALLEST_MAP, 999999)
     features = [min(_UNET_MOST_FEATURES, _UNET_FEATURES * 2**i) for i in range(len(strides))]
     return {
-        "network_class_name": "dynamic_network_architectures.architectures.unet.PlainConvUNet",
+        "network_class_name": PLAIN_UNET,
         "arch_kwargs": plain_unet_stages(features, strides, kernels)
         | {
             "conv_op": "torch.nn.modules.conv.Conv3d",
             "conv_bias": True,
             "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
-            "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-            "dropout_op": None,
-            "dropout_op_kwargs": None,
-            "nonlin": "torch.nn.LeakyReLU",
-            "nonlin_kwargs": {"inplace": True},
+            **deepcopy(UNET_ARGUMENTS),
         },
-        "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
+        "_kw_requires_import": list(UNET_CLASSES),
     }
 
 

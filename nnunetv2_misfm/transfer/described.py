@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from nnunetv2_misfm.plans.checks import INTENSITIES, WINDOW, with_present_names
+from nnunetv2_misfm.plans.network_entry import UNET_ARGUMENTS
 from nnunetv2_misfm.plans.settings import is_number
 from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, preprocessing_of
 from nnunetv2_misfm.transfer.foreign import RESIDUAL_UNET
@@ -21,14 +22,6 @@ from nnunetv2_misfm.transfer.unet_weights import unet_description
 _PRESET_STRIDES = {
     "ResEncL": [[1, 1, 1], *[[2, 2, 2]] * 5],
     "NoSkipResEncL": [[1, 1, 1], *[[2, 2, 2]] * 5],
-}
-# What nnU-Net's planners give its U-Nets and weights do not tell.
-_USUAL_ARGUMENTS = {
-    "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-    "dropout_op": None,
-    "dropout_op_kwargs": None,
-    "nonlin": "torch.nn.LeakyReLU",
-    "nonlin_kwargs": {"inplace": True},
 }
 
 
@@ -57,7 +50,7 @@ def describe_unet(
         if not isinstance(value, (list, tuple)) or len(value) == lengths.get(name, len(value))
     }
     usual_convolutions = 1 if class_name == RESIDUAL_UNET else 2
-    usual = {**_USUAL_ARGUMENTS, "n_conv_per_stage_decoder": [usual_convolutions] * (arguments["n_stages"] - 1)}
+    usual = {**UNET_ARGUMENTS, "n_conv_per_stage_decoder": [usual_convolutions] * (arguments["n_stages"] - 1)}
     arguments = {**usual, **planned, **arguments}
     trainer = str(checkpoint.get("trainer_name") or beside.get("trainer_name") or "")
     task = "segmentation" if nnunet is not None else "pretraining" if nnssl is not None else "unknown"

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from nnunetv2_misfm.transfer.names import OF_FMUNET, OF_PCTNET, OF_PLAIN_UNET, OF_RESIDUAL_UNET, Names
 
-PLAIN_UNET = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
 GENERIC_UNET_CLASS = "nnunetv2_misfm.architectures.generic_unet.GenericUNet"
 RESIDUAL_UNET = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
 

@@ -19,6 +19,8 @@ from torch import nn
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.checks import build_on_meta, check_plans_name, configuration_3d, with_trainer
 from nnunetv2_misfm.plans.network_entry import (
+    PLAIN_UNET,
+    UNET_CLASSES,
     architecture_entry,
     checked_network,
     degree_for_spacing,
@@ -32,7 +34,7 @@ from nnunetv2_misfm.plans.network_entry import (
 )
 from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, SEGMENTATION, FinetuningSettings, without_groups
 from nnunetv2_misfm.plans.settings import read_settings, write_settings
-from nnunetv2_misfm.transfer.foreign import GENERIC_UNET_CLASS, PLAIN_UNET, RESIDUAL_UNET
+from nnunetv2_misfm.transfer.foreign import GENERIC_UNET_CLASS, RESIDUAL_UNET
 from nnunetv2_misfm.transfer.images import (
     about_channels,
     about_spacing,
@@ -46,9 +48,6 @@ from nnunetv2_misfm.transfer.report import TransferReport
 
 # Constructor arguments that belong to the target or to a run, not to the weights.
 _NOT_TAKEN_OVER = ("strides", "stems", "deep_supervision", "checkpointing")
-
-# The constructor arguments of nnU-Net's networks that are classes.
-_CLASSES = ["conv_op", "norm_op", "dropout_op", "nonlin"]
 # How nnU-Net plans for its networks: what to add to nnUNetv2_plan_experiment, and the name of the plans.
 _PLANNERS = {
     PLAIN_UNET: ("", "nnUNetPlans"),
@@ -281,12 +280,16 @@ def _held_architecture(source: Source | None) -> dict[str, Any]:
             f"network of the dataset's plans."
         )
     arguments = {name: value for name, value in info.arch_kwargs.items() if name != "deep_supervision"}
-    for name in _CLASSES:
+    for name in UNET_CLASSES:
         # nnU-Net imports and calls what is named here: in a foreign file that must not be anything but a layer.
         layer = locate(str(arguments[name])) if arguments.get(name) is not None else nn.Identity
         if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
             raise PlanError(f"{source.path if source else ''} names {arguments[name]!r} as {name}, which is no layer.")
-    return {"network_class_name": info.network_class_name, "arch_kwargs": arguments, "_kw_requires_import": _CLASSES}
+    return {
+        "network_class_name": info.network_class_name,
+        "arch_kwargs": arguments,
+        "_kw_requires_import": UNET_CLASSES,
+    }
 
 
 def _check_same_kind(planned: Mapping[str, Any], source: Source | None, request: PlanRequest) -> None:
