@@ -77,6 +77,9 @@ def crop_to_scaled(x: Tensor, input_size: Sequence[int], stride: Sequence[int]) 
 class AnySizeNetwork(nn.Module):
     """A five-stage network that takes inputs of any size by padding them inside and cropping its outputs.
 
+    Its `encoder` is a module that gives all maps when it is called, for the probe of features, and lists their channels
+    in `output_channels`, for vox2vec.
+
     Attributes:
         anisotropy: degree of anisotropy, which fixes the strides.
         checkpointing: recompute activations in the backward pass (less memory, more time).
@@ -122,6 +125,10 @@ class AnySizeNetwork(nn.Module):
     def logits(self, x: Tensor, checkpointed: bool) -> list[Tensor]:
         """The outputs for (B, C, X, Y, Z) whose size all strides divide, finest first; one without deep supervision."""
         raise TypeError(f"{type(self).__name__} has to define logits")
+
+    def checkpointed_modules(self) -> list[nn.Module]:
+        """The modules whose activations are recomputed, one at a time, when `checkpointing` is on."""
+        raise TypeError(f"{type(self).__name__} has to define checkpointed_modules")
 
     def encode(self, x: Tensor) -> list[Tensor]:
         """(B, C, X, Y, Z) image of any size to the encoder's maps of the padded image, finest first."""

@@ -78,7 +78,8 @@ def _declared(class_name: str) -> Names:
         stem=network.key_to_stem,
         seg_layers=(network.key_to_seg_layers,),
         by_anisotropy=network.keys_by_anisotropy,
-        in_proj=in_proj if isinstance(in_proj, tuple) else (),  # with stems in turn, it depends on those there are
+        # With stems in turn it depends on those there are, and is a property.
+        in_proj=tuple(in_proj) if isinstance(in_proj, (list, tuple)) else (),
     )
 
 
