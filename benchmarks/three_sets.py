@@ -22,7 +22,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -85,24 +85,24 @@ class Network:
     Attributes:
         title: for the tables.
         options: of misfm_pretrain.
-        epochs: of pretraining, of ITERATIONS each; by task, where a task has another number than the others.
+        epochs: of pretraining, of ITERATIONS each.
+        other_epochs: of tasks that have another number of them.
     """
 
     title: str
     options: tuple[str, ...]
-    epochs: Mapping[str, int]
-
-    def epochs_of(self, task: str) -> int:
-        return self.epochs.get(task, self.epochs[""])
+    epochs: int
+    other_epochs: Mapping[str, int] = field(default_factory=dict)
 
 
 PCT_FEATURES = [8, 16, 32, 64, 128]
 NETWORKS = {
-    "unet": Network(f"U-Net, {FEATURES} features", ("-network", "plan"), {"": 10}),
+    "unet": Network(f"U-Net, {FEATURES} features", ("-network", "plan"), 10),
     "pctnet": Network(
         f"PCT-Net, {PCT_FEATURES} features",
         ("-network", "pctnet", "-features_per_stage", *map(str, PCT_FEATURES)),
-        {"": 20, "vox2vec": 12},  # vox2vec, whose steps take longest, for as many hours as Volume Fusion
+        20,
+        {"vox2vec": 12},  # whose steps take longer
     ),
 }
 
@@ -202,12 +202,13 @@ def pretrained(task: str, images: Path, like: str, dataset: str, options: argpar
             *("-plans_from", SETS[like].id, "-p", PLANS, "-overwrite_plans_name", POOL_PLANS, *CROPS),
         )
     network = NETWORKS[options.network]
+    epochs = network.other_epochs.get(task, network.epochs)
     plans = task if options.network == "unet" else f"{options.network}_{task}"
     found = list(results.glob(f"*__{plans}__3d_fullres/fold_all/checkpoint_*.pth"))
     if not any(path.name == "checkpoint_final.pth" for path in found):
         command(
             *("misfm_pretrain", "-d", number, "-p", POOL_PLANS, "-pretext", task, "-overwrite_plans_name", plans),
-            *("-num_epochs", str(network.epochs_of(task)), "-num_iterations_per_epoch", str(ITERATIONS)),
+            *("-num_epochs", str(epochs), "-num_iterations_per_epoch", str(ITERATIONS)),
             *("-num_val_iterations_per_epoch", str(VALIDATION), "-device", options.device),
             *(*network.options, *CROPS, *PRETRAINING, *TASK_OPTIONS.get(task, ())),
             *(["--c"] if found else []),
@@ -267,9 +268,8 @@ def write_table(options: argparse.Namespace) -> None:
 
 
 def lengths(network: Network) -> str:
-    usual = f"{network.epochs[''] * ITERATIONS:,} iterations"
-    others = [f"{task} for {epochs * ITERATIONS:,}" for task, epochs in network.epochs.items() if task]
-    return ", ".join([usual, *others])
+    others = [f"{task} for {epochs * ITERATIONS:,}" for task, epochs in network.other_epochs.items()]
+    return ", ".join([f"{network.epochs * ITERATIONS:,} iterations", *others])
 
 
 def probed() -> list[str]:

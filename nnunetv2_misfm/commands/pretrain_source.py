@@ -28,7 +28,7 @@ from nnunetv2_misfm.pool.prepare import check_usable, prepare_pool, start_pool
 from nnunetv2_misfm.pool.settings import PoolSettings
 from nnunetv2_misfm.pool.share import Share
 from nnunetv2_misfm.pool.shared_listing import forget_share, list_share
-from nnunetv2_misfm.pretrain.planning import RunRequest, new_pool_entry, run_plans
+from nnunetv2_misfm.pretrain.planning import RunRequest, chosen_arguments, new_pool_entry, run_plans
 from nnunetv2_misfm.pretrain.tasks import AUGMENTATION, PretextSettings, default_settings, task_class
 
 DERIVED_PLANS_NAME = "nnUNetMisFMPretrainPlans"
@@ -269,8 +269,7 @@ def _network(options: PretrainOptions, earlier: Mapping[str, Any] | None) -> tup
     name = own_network_name(planned["network_class_name"]) or "plan"
     if network not in (None, name) or name == "plan":
         return network or name, given
-    kept = {key: value for key, value in planned["arch_kwargs"].items() if key not in ("strides", "deep_supervision")}
-    return name, {**kept, **given}
+    return name, {**chosen_arguments(planned), **given}
 
 
 def _check_task(task: str, of_tasks: Mapping[str, Mapping[str, Any]]) -> None:

@@ -30,7 +30,7 @@ STEM, ENCODER, DECODER = "stem", "encoder", "decoder"
 # nnU-Net's usual network, the constructor arguments of its U-Nets that are classes, and those that its planners give
 # every one of them and no weights tell.
 PLAIN_UNET = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
-UNET_CLASSES = ["conv_op", "norm_op", "dropout_op", "nonlin"]
+UNET_CLASSES = ("conv_op", "norm_op", "dropout_op", "nonlin")
 UNET_ARGUMENTS: dict[str, Any] = {
     "norm_op_kwargs": {"eps": 1e-05, "affine": True},
     "dropout_op": None,

@@ -115,8 +115,7 @@ def run_plans(
     else:
         network = request.network or own_network_name(planned["network_class_name"]) or "pctnet"
         # A network of ours in the plans keeps what its plan chose, so that the weights fit that plan.
-        kept = planned["arch_kwargs"] if own_network_name(planned["network_class_name"]) == network else {}
-        kept = {key: value for key, value in kept.items() if key not in ("strides", "deep_supervision")}
+        kept = chosen_arguments(planned) if own_network_name(planned["network_class_name"]) == network else {}
         entry["architecture"] = _own_entry(network, degree_of_anisotropy(entry), {**kept, **request.arch_kwargs})
     set_sizes(entry, request.patch_size, request.batch_size)
     if request.batch_size is None and pretext_task_of(base) is None:
@@ -126,6 +125,15 @@ def run_plans(
     plans.update(plans_name=plans_name, dataset_name=dataset_name, configurations={configuration: entry})
     plans[BLOCK] = request.pretext.block() | ({"pool": pool} if pool is not None else {})
     return plans
+
+
+def chosen_arguments(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a plan's network that a plan for other data takes over: all but those that the data decide."""
+    return {
+        name: value
+        for name, value in architecture["arch_kwargs"].items()
+        if name not in ("strides", "deep_supervision")
+    }
 
 
 def _check_arguments(request: RunRequest, planned: Mapping[str, Any]) -> None:

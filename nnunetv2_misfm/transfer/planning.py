@@ -288,7 +288,7 @@ def _held_architecture(source: Source | None) -> dict[str, Any]:
     return {
         "network_class_name": info.network_class_name,
         "arch_kwargs": arguments,
-        "_kw_requires_import": UNET_CLASSES,
+        "_kw_requires_import": list(UNET_CLASSES),
     }
 
 

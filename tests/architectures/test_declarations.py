@@ -7,6 +7,7 @@ import torch
 
 from nnunetv2_misfm.architectures import FMUNet, PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.transfer import names
 
 NETWORKS = [
     lambda degree, channels: FMUNet(channels, 3, strides_of(degree), (4, 4, 8, 16, 32)),
@@ -54,3 +55,11 @@ def test_the_encoder_gives_a_map_for_every_stage(build) -> None:
         [n // s for n, s in zip(padded, stride, strict=True)] for stride in network.output_strides
     ]
     assert [n // m for n, m in zip(padded, maps[-1].shape[2:], strict=True)] == list(network.size_divisor)
+
+
+def test_a_list_names_convolutions_of_the_image_as_a_tuple_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Listed(FMUNet):
+        keys_to_in_proj = ["encoder.stem"]
+
+    monkeypatch.setattr(names, "own_class", lambda _: Listed)
+    assert names._declared("a.Listed").in_proj == ("encoder.stem",)
