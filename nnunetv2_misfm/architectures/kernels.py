@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BYTE_MASKS = "dropout masks of bytes"
@@ -23,8 +23,7 @@ WINDOWS_IN_TURN = "attention, a few windows at a time"
 ONE_KEPT_MAP = "norm, activation and convolution, keeping one map"
 ONE_KEPT_MAP_CPU = "norm, activation and convolution in reused memory"
 WEIGHT_GRADIENTS = "gradients of flat weights in 2D"
-PREDICTION = "prediction in reused memory"
-KERNELS = (BYTE_MASKS, WINDOWS_IN_TURN, ONE_KEPT_MAP, ONE_KEPT_MAP_CPU, WEIGHT_GRADIENTS, PREDICTION)
+KERNELS = (BYTE_MASKS, WINDOWS_IN_TURN, ONE_KEPT_MAP, ONE_KEPT_MAP_CPU, WEIGHT_GRADIENTS)
 switched_off: set[str] = set()  # for the ablation and for tests
 
 
@@ -343,12 +342,3 @@ def _scratch(x: Tensor) -> Tensor:
         buffer = _buffers.bytes = torch.empty(size, dtype=torch.uint8)
     like = torch.empty_like(x, device="meta")
     return buffer[:size].view(x.dtype).as_strided(like.shape, like.stride())
-
-
-def norm_act_(x: Tensor, norm: nn.BatchNorm3d, slope: float, overwrite: bool) -> Tensor:
-    """Norm with fixed statistics and activation, in the memory of `x` or in memory that lasts until the next step."""
-    y = x if overwrite else _scratch(x)
-    unused = x.new_empty(0), x.new_empty(0)
-    fixed = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    torch.native_batch_norm(x, *fixed, False, 0.0, norm.eps, out=(y, *unused))
-    return F.leaky_relu_(y, slope)

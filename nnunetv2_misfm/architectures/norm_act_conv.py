@@ -39,16 +39,16 @@ class NormActConvSequential(nn.Sequential):
 
 def run_in_a_row(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
     """(B, C, X, Y, Z) to the last module's output; plain modules that make up a step are run as one."""
-    start, nobody_else_has_x = 0, False
+    start = 0
     while start < len(modules):
         count = _length_of_step(modules[start:])
         if count:
             norm, act, *dropout, conv = modules[start : start + count]
             step = (cast(_BatchNorm, norm), cast(nn.PReLU, act), dropout[0] if dropout else None, cast(Conv, conv))
-            x = norm_act_conv(x, *step, overwrite=nobody_else_has_x)
+            x = norm_act_conv(x, *step)
         else:
             x = modules[start](x)
-        start, nobody_else_has_x = start + max(count, 1), count > 0
+        start += max(count, 1)
     return x
 
 
@@ -79,14 +79,8 @@ def is_plain(module: nn.Module) -> bool:
     )
 
 
-def norm_act_conv(
-    x: Tensor, norm: _BatchNorm, act: nn.PReLU, dropout: nn.Module | None, conv: Conv, overwrite: bool = False
-) -> Tensor:
-    """conv(dropout(act(norm(x)))) of (B, C, X, Y, Z), all of them plain; the PReLU has one slope for all channels.
-
-    Args:
-        overwrite: whether `x` is not needed any more; prediction on a CPU then works in its memory.
-    """
+def norm_act_conv(x: Tensor, norm: _BatchNorm, act: nn.PReLU, dropout: nn.Module | None, conv: Conv) -> Tensor:
+    """conv(dropout(act(norm(x)))) of (B, C, X, Y, Z), all of them plain; the PReLU has one slope for all channels."""
 
     def norm_act(x: Tensor) -> Tensor:
         # As a slope for each channel, its gradient sums over the axes of the norm's: compiled, one pass for all three.
@@ -100,15 +94,11 @@ def norm_act_conv(
         # Left to itself, the compiler would keep the convolution's input besides the norm's. The norm may be frozen.
         training = conv.training and torch.is_grad_enabled()
         return drop_conv(recompute(norm_act, x, norms=norm) if training else norm_act(x))
+    if not (torch.is_grad_enabled() and kernels.chosen(kernels.ONE_KEPT_MAP, x)):
+        return drop_conv(norm_act(x))
     # PyTorch's modules refuse a single value per channel, which has no variance; its kernels do not.
     with_statistics = norm.track_running_stats and norm.running_mean is not None
     known = isinstance(norm, nn.BatchNorm3d) and with_statistics and x.numel() > x.shape[1]
-    if kernels.is_traced() or not torch.is_grad_enabled():
-        if known and not norm.training and kernels.chosen(kernels.PREDICTION, x):
-            return drop_conv(kernels.norm_act_(x, cast(nn.BatchNorm3d, norm), float(act.weight), overwrite))
-        return drop_conv(norm_act(x))
-    if not kernels.chosen(kernels.ONE_KEPT_MAP, x):
-        return drop_conv(norm_act(x))
     if not (known and norm.training and norm.momentum is not None):
         return recompute(lambda x: drop_conv(norm_act(x)), x, norms=norm)
     assert norm.num_batches_tracked is not None

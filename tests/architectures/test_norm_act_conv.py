@@ -28,7 +28,7 @@ CONVS += [nn.Conv3d(4, 3, 1, bias=False)]
 @pytest.fixture(params=[True, False], ids=["kernels for the CPU", "kernels for any device"], autouse=True)
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if not request.param:
-        monkeypatch.setattr(kernels, "switched_off", {kernels.ONE_KEPT_MAP_CPU, kernels.PREDICTION})
+        monkeypatch.setattr(kernels, "switched_off", {kernels.ONE_KEPT_MAP_CPU})
 
 
 @pytest.mark.parametrize("conv", CONVS)
