@@ -102,13 +102,18 @@ def our_job(volumes: list[np.ndarray], fusion_settings: FusionSettings) -> Job:
     return one_sample
 
 
-def reading_job(volumes: list[np.ndarray], folder: Path) -> Job:
-    """A data loading process' work for one sample, from files as nnU-Net writes them."""
+def write_cases(volumes: list[np.ndarray], folder: Path) -> None:
+    """Write volumes as nnU-Net writes preprocessed cases, one channel each, under their numbers."""
     blocks, chunks = comp_blosc2_params((1, *VOLUME), PATCH)
     parameters = {"codec": blosc2.Codec.LZ4HC, "clevel": 5, "filters": [blosc2.Filter.SHUFFLE]}
     for index, volume in enumerate(volumes):
         path = str(folder / f"{index}.b2nd")
         blosc2.asarray(volume[None], urlpath=path, chunks=chunks, blocks=blocks, cparams=parameters)
+
+
+def reading_job(volumes: list[np.ndarray], folder: Path) -> Job:
+    """A data loading process' work for one sample, from files."""
+    write_cases(volumes, folder)
     names = [str(index) for index in range(len(volumes))]
     task = VolumeFusion(FusionSettings())
     samples = CropSamples(folder, names, PATCH, task, AugmentSettings(), seed=0, num_channels=1)
@@ -156,9 +161,11 @@ def pymic_job(checkout: Path, volumes: list[np.ndarray]) -> Job:
     return one_sample
 
 
-def random_crop(volume: np.ndarray, size: tuple[int, ...], generator: np.random.Generator) -> np.ndarray:
+def random_crop(
+    volume: blosc2.NDArray | np.ndarray, size: tuple[int, ...], generator: np.random.Generator
+) -> np.ndarray:
     starts = generator.integers(0, np.subtract(volume.shape, size), endpoint=True).tolist()
-    return volume[tuple(slice(a, a + n) for a, n in zip(starts, size, strict=True))].copy()
+    return np.array(volume[tuple(slice(a, a + n) for a, n in zip(starts, size, strict=True))])
 
 
 def measure(jobs: dict[str, Job], samples: int) -> dict[str, float]:

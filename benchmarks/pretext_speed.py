@@ -10,6 +10,8 @@ axis order.
   the transforms of nnssl's `ModelGenesisTrainer` and `BaseMAETrainer` (which also rotates a fifth of the crops), and
   with the transforms of PyMIC's recipes (its Models Genesis is a recipe of its own: blocks of one size, intensities
   bent in blocks), collated into a batch of one as its DataLoader does. Volume Fusion is in fusion_speed.py.
+- Read from files, a sample is what training takes of a core: ours and nnssl's read a crop of nnU-Net's blosc2 files;
+  PyMIC's `NiftyDataset` reads the volume, compressed (.nii.gz) or not (.nii). Files are in the system's cache.
 - The corruption alone starts from a crop. Our masks and swaps change it in place, because the target is another image
   by then, the crop with mean 0 and standard deviation 1; nnssl and PyMIC make a new image and keep the crop as target.
 
@@ -19,8 +21,10 @@ Times are those of the process (all threads), and all take turns, so that other 
 from __future__ import annotations
 
 import argparse
+import logging
 import random
 import sys
+import tempfile
 import time
 import typing
 import warnings
@@ -29,14 +33,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import SimpleITK as sitk
 import torch
-from fusion_speed import NUM_VOLUMES, PATCH, VOLUME, make_volume, random_crop
+from fusion_speed import NUM_VOLUMES, PATCH, VOLUME, make_volume, random_crop, write_cases
 from provenance import device_name, provenance
 from torch.utils.data import default_collate
 
 from nnunetv2_misfm.pretrain.augment import CropAugmentation, sample_augmentation
 from nnunetv2_misfm.pretrain.batches import CropBatch
-from nnunetv2_misfm.pretrain.crop_reading import Crop, read_crop
+from nnunetv2_misfm.pretrain.crop_reading import Crop, open_case, read_crop
 from nnunetv2_misfm.pretrain.masked_autoencoder import MaskSettings, hide, sample_mask, voxel_masks
 from nnunetv2_misfm.pretrain.models_genesis import ModelsGenesisSettings, corrupt, flip_crops, sample_corruption
 from nnunetv2_misfm.pretrain.patch_swap import PatchSwapSettings, apply_swaps, sample_swaps
@@ -46,7 +51,10 @@ ROUNDS = 5
 CPU = torch.device("cpu")
 RESULTS = Path(__file__).parent / "results" / "pretext_speed.md"
 
+PYMIC_FILES = (".nii.gz", ".nii")
+
 Job = Callable[[int], object]
+Source = Callable[[int], Any]  # the index-th volume, (1, X, Y, Z): an array, or a file of which parts can be read
 Comparison = tuple[str, Job, str, Job]  # what, ours, who else, theirs
 
 
@@ -60,9 +68,23 @@ def main() -> None:
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    volumes = [make_volume(seed)[None] for seed in range(NUM_VOLUMES)]
-    comparisons = [*nnssl_comparisons(arguments.nnssl, volumes), *pymic_comparisons(arguments.pymic, volumes)]
-    milliseconds = measure(comparisons, arguments.samples)
+    logging.getLogger().setLevel(logging.ERROR)  # PyMIC warns of a missing label
+    volumes = [make_volume(seed) for seed in range(NUM_VOLUMES)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_cases(volumes, folder)
+        for index, volume in enumerate(volumes):
+            for ending in PYMIC_FILES:
+                sitk.WriteImage(sitk.GetImageFromArray(volume), folder / f"{index}{ending}")
+        sources = {
+            "sample": lambda index: volumes[index % NUM_VOLUMES][None],
+            "sample from files": lambda index: open_case(folder / f"{index % NUM_VOLUMES}.b2nd", 1),
+        }
+        comparisons = [
+            *nnssl_comparisons(arguments.nnssl, sources),
+            *pymic_comparisons(arguments.pymic, sources, folder),
+        ]
+        milliseconds = measure(comparisons, arguments.samples)
     checkouts = {"nnssl": arguments.nnssl, "PyMIC": arguments.pymic}
     report = make_report(comparisons, milliseconds, checkouts, arguments.samples)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
@@ -73,13 +95,13 @@ def main() -> None:
 # ---------------------------------------------------------------- ours
 
 
-class MemoryReader:
-    """What a task draws a sample with, as `SampleReader`, but from a volume in memory."""
+class VolumeReader:
+    """What a task draws a sample with, as `SampleReader`, but from a volume that is open already."""
 
     num_channels, anisotropy = 1, 0
     patch_size = PATCH
 
-    def __init__(self, volume: np.ndarray, name: str, seed: int):
+    def __init__(self, volume: Any, name: str, seed: int):
         self.volume = volume
         self.augment = default_settings(name)["augmentation"]
         self.generator = np.random.default_rng(seed)
@@ -95,11 +117,11 @@ class MemoryReader:
         return crops
 
 
-def our_sample(name: str, volumes: list[np.ndarray]) -> Job:
+def our_sample(name: str, source: Source) -> Job:
     task = task_class(name)(task_class(name).Settings())
 
     def one_sample(index: int) -> object:
-        crops, drawn = task.sample(MemoryReader(volumes[index % NUM_VOLUMES], name, index))
+        crops, drawn = task.sample(VolumeReader(source(index), name, index))
         voxels = torch.cat([crop.voxels.flatten() for crop in crops])
         augmentations = tuple(crop.augmentation for crop in crops)
         return task.make(CropBatch(voxels, augmentations, (drawn,), PATCH, 1, 0, (), ()), CPU)
@@ -134,7 +156,7 @@ def our_masks(crop: torch.Tensor) -> Job:
 # ---------------------------------------------------------------- the others
 
 
-def nnssl_comparisons(checkout: Path, volumes: list[np.ndarray]) -> list[Comparison]:
+def nnssl_comparisons(checkout: Path, sources: dict[str, Source]) -> list[Comparison]:
     if not hasattr(typing, "override"):  # nnssl asks for Python 3.12 for this decorator alone
         typing.override = lambda method: method  # type: ignore[attr-defined]
     sys.path.insert(0, str(checkout / "src"))
@@ -151,8 +173,8 @@ def nnssl_comparisons(checkout: Path, volumes: list[np.ndarray]) -> list[Compari
         np.random.seed(index)
         return genesis(data=crop[None].copy(), seg=no_labels.copy())
 
-    def drawn_crop(index: int) -> np.ndarray:
-        return random_crop(volumes[index % NUM_VOLUMES][0], PATCH, np.random.default_rng(index))[None]
+    def drawn_crop(source: Source, index: int) -> np.ndarray:
+        return random_crop(source(index), (1, *PATCH), np.random.default_rng(index))
 
     def masked(data: torch.Tensor, index: int) -> object:
         torch.manual_seed(index)
@@ -161,27 +183,33 @@ def nnssl_comparisons(checkout: Path, volumes: list[np.ndarray]) -> list[Compari
             mask = mask.repeat_interleave(PATCH[axis - 2] // mask.shape[axis], dim=axis)
         return data * mask
 
-    def masked_sample(index: int) -> object:
-        np.random.seed(index)
-        return masked(spatial(data=drawn_crop(index)[None], seg=no_labels.copy())["data"], index)
+    def genesis_sample(source: Source) -> Job:
+        return lambda index: of_crop(drawn_crop(source, index), index)
 
-    crop = first_crop(volumes)
+    def masked_sample(source: Source) -> Job:
+        def one(index: int) -> object:
+            np.random.seed(index)
+            return masked(spatial(data=drawn_crop(source, index)[None], seg=no_labels.copy())["data"], index)
+
+        return one
+
+    whole = {"models_genesis": genesis_sample, "masked_autoencoder": masked_sample}
+    crop = first_crop(sources)
     return [
-        (
-            "models_genesis, sample",
-            our_sample("models_genesis", volumes),
-            "nnssl",
-            lambda index: of_crop(drawn_crop(index), index),
+        *(
+            (f"{name}, {what}", our_sample(name, source), "nnssl", theirs(source))
+            for name, theirs in whole.items()
+            for what, source in sources.items()
         ),
         ("models_genesis, corruption", our_genesis(crop), "nnssl", lambda index: of_crop(crop[0].numpy(), index)),
-        ("masked_autoencoder, sample", our_sample("masked_autoencoder", volumes), "nnssl", masked_sample),
         ("masked_autoencoder, masking", our_masks(crop), "nnssl", lambda index: masked(crop, index)),
     ]
 
 
-def pymic_comparisons(checkout: Path, volumes: list[np.ndarray]) -> list[Comparison]:
+def pymic_comparisons(checkout: Path, sources: dict[str, Source], folder: Path) -> list[Comparison]:
     sys.path.insert(0, str(checkout))
     from pymic import TaskType
+    from pymic.io.nifty_dataset import NiftyDataset
     from pymic.transform.trans_dict import TransformDict
 
     def recipe(*names: str, **options: Any) -> Callable[[np.ndarray, int], object]:
@@ -219,19 +247,31 @@ def pymic_comparisons(checkout: Path, volumes: list[np.ndarray]) -> list[Compari
         "vox2vec": recipe("Crop4Vox2Vec", Crop4Vox2Vec_output_size=size, Crop4Vox2Vec_min_overlap=[48, 96, 96]),
     }
 
-    def sample(run: Callable[[np.ndarray, int], object]) -> Job:
-        return lambda index: default_collate([run(volumes[index % NUM_VOLUMES], index)])
+    def sample(run: Callable[[np.ndarray, int], object], source: Source) -> Job:
+        return lambda index: default_collate([run(source(index), index)])
 
-    crop = first_crop(volumes)
+    def volumes_of(ending: str) -> Source:
+        table = folder / f"{ending}.csv"
+        table.write_text("\n".join(["image", *(f"{index}{ending}" for index in range(NUM_VOLUMES))]), encoding="utf-8")
+        dataset = NiftyDataset(str(folder), str(table), task=TaskType.RECONSTRUCTION)
+        return lambda index: dataset[index % NUM_VOLUMES]["image"]
+
+    ours, from_files = sources.items()
+    pairs = [(*ours, ours[1]), *((f"{from_files[0]} ({end})", from_files[1], volumes_of(end)) for end in PYMIC_FILES)]
+    crop = first_crop(sources)
     alone = recipe("PatchSwaping", **swap)
     return [
-        *((f"{name}, sample", our_sample(name, volumes), "PyMIC", sample(run)) for name, run in whole.items()),
+        *(
+            (f"{name}, {what}", our_sample(name, our_source), "PyMIC", sample(run, source))
+            for name, run in whole.items()
+            for what, our_source, source in pairs
+        ),
         ("patch_swap, corruption", our_swaps(crop), "PyMIC", lambda index: alone(crop[0].numpy(), index)),
     ]
 
 
-def first_crop(volumes: list[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(random_crop(volumes[0][0], PATCH, np.random.default_rng(0)))[None, None]
+def first_crop(sources: dict[str, Source]) -> torch.Tensor:
+    return torch.from_numpy(random_crop(sources["sample"](0), (1, *PATCH), np.random.default_rng(0)))[None]
 
 
 # ---------------------------------------------------------------- measuring
@@ -273,7 +313,8 @@ def make_report(
             "",
             f"Samples of {patch} from {NUM_VOLUMES} synthetic volumes of {volume} in memory, float32, one process and "
             f"one thread; mean CPU time of {samples} samples. `sample`: from a volume to input and target; "
-            f"`corruption`: from a crop.",
+            f"`from files`: with reading them, as in training, from nnU-Net's blosc2 files, PyMIC from those in "
+            f"brackets; `corruption`: from a crop.",
             "",
             "| | ours, ms | samples per core-second | other | its ms | ours is faster by |",
             "| --- | --- | --- | --- | --- | --- |",
@@ -281,7 +322,7 @@ def make_report(
             "",
             "PyMIC's patch swapping is a few copies of memory. Ours also looks for damaged and constant crops, "
             "normalises the target, keeps the blocks of a pair apart and swaps one pair after another, so that no "
-            "value is lost.",
+            "value is lost. In training it reads whole volumes besides, and ours only crops.",
             "",
             *provenance(command, packages, checkouts, device_name("cpu")),
             "",

@@ -229,7 +229,7 @@ def compare(name: str, weights: Sequence[str], options: argparse.Namespace) -> N
     if options.what == "probe":
         arms += ["--probe"]
     else:
-        output = output.with_name(f"{output.name}_{options.iterations}")
+        output = output.with_name(f"{output.name}_{options.iterations}_{'+'.join(options.labelled)}")
         epochs = ("-num_epochs", str(options.iterations // EPOCH), "-num_iterations_per_epoch", str(EPOCH))
         arms += ["-initial_lr", *options.rates, *epochs, "-num_val_iterations_per_epoch", "5"]
         arms += ["--nnunet"] if options.nnunet else []
@@ -293,7 +293,7 @@ def fine_tuned() -> list[str]:
     """Nothing if nothing was compared yet."""
     rows: dict[str, list[list[str]]] = {}
     for path in sorted(RESULTS.glob("compare_*.json")):
-        _, name, pool, network, iterations = path.stem.split("_")
+        _, name, pool, network, iterations, _ = path.stem.split("_")
         found = read(path)
         differences = {(one["arm"], one["labelled"]): one for one in found["comparisons"] if one["minus"] == "scratch"}
         for score in found["scores"]:

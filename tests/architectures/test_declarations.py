@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from nnunetv2_misfm.architectures import FMUNet, PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.plans.network_entry import NETWORKS as OWN_NETWORKS
+from nnunetv2_misfm.plans.network_entry import own_class
 from nnunetv2_misfm.transfer import names
 
-NETWORKS = [
-    lambda degree, channels: FMUNet(channels, 3, strides_of(degree), (4, 4, 8, 16, 32)),
-    lambda degree, channels: PCTNet(channels, 3, strides_of(degree), (4, 4, 8, 16, 32)),
-    lambda degree, channels: PCTNet(channels, 3, strides_of(degree), (4, 4, 8, 16, 32), stems=(0, 1, 2)),
-]
-IDS = ["FMUNet", "PCT-Net", "PCT-Net, all stems"]
+FEATURES = (4, 4, 8, 16, 32)
+# Every network that plans can name, so a new one is tested as soon as it is listed there.
+NETWORKS = {name: partial(own_class(path), features_per_stage=FEATURES) for name, path in OWN_NETWORKS.items()}
+NETWORKS["pctnet, all stems"] = partial(PCTNet, features_per_stage=FEATURES, stems=(0, 1, 2))
+each_network = pytest.mark.parametrize("kind", NETWORKS.values(), ids=NETWORKS)
 
 
-@pytest.mark.parametrize("build", NETWORKS, ids=IDS)
-def test_keys_name_what_they_say(build) -> None:
-    network = build(1, 2)
-    state, others = network.state_dict(), build(1, 3).state_dict()
+@each_network
+def test_keys_name_what_they_say(kind) -> None:
+    network = kind(2, 3, strides_of(1))
+    state, others = network.state_dict(), kind(3, 3, strides_of(1)).state_dict()
     changed = {name.rpartition(".")[0] for name, tensor in state.items() if tensor.shape != others[name].shape}
     assert changed == set(network.keys_to_in_proj)
     assert all(name.startswith(f"{network.key_to_stem}") for name in network.keys_to_in_proj)
@@ -33,9 +36,9 @@ def test_keys_name_what_they_say(build) -> None:
 
 
 @pytest.mark.parametrize("degree", [0, 1, 2])
-@pytest.mark.parametrize("build", NETWORKS, ids=IDS)
-def test_strides_and_divisor_are_those_of_the_outputs(build, degree: int) -> None:
-    network = build(degree, 1).eval()
+@each_network
+def test_strides_and_divisor_are_those_of_the_outputs(kind, degree: int) -> None:
+    network = kind(1, 3, strides_of(degree)).eval()
     size = [2 * divisor for divisor in network.size_divisor]
     with torch.no_grad():
         outputs = network(torch.zeros(1, 1, *size))
@@ -44,9 +47,9 @@ def test_strides_and_divisor_are_those_of_the_outputs(build, degree: int) -> Non
     ]
 
 
-@pytest.mark.parametrize("build", NETWORKS, ids=IDS)
-def test_the_encoder_gives_a_map_for_every_stage(build) -> None:
-    network = build(1, 1).eval()
+@each_network
+def test_the_encoder_gives_a_map_for_every_stage(kind) -> None:
+    network = kind(1, 3, strides_of(1)).eval()
     with torch.no_grad():
         maps = network.encode(torch.zeros(1, 1, 20, 33, 16))
     padded = [n + -n % divisor for n, divisor in zip((20, 33, 16), network.size_divisor, strict=True)]
