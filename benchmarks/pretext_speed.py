@@ -322,7 +322,7 @@ def make_report(
             "",
             "PyMIC's patch swapping is a few copies of memory. Ours also looks for damaged and constant crops, "
             "normalises the target, keeps the blocks of a pair apart and swaps one pair after another, so that no "
-            "value is lost. In training it reads whole volumes besides, and ours only crops.",
+            "value is lost. In training PyMIC also has to read whole volumes, where ours reads crops.",
             "",
             *provenance(command, packages, checkouts, device_name("cpu")),
             "",
