@@ -1,9 +1,10 @@
 """What a small network learns of each pretext task, as a table: the runs of three_sets.py on its common pool.
 
     python benchmarks/three_sets.py pretrain --data FOLDER --work WORK
-    python benchmarks/pretext_learning.py --work WORK [--pictures FOLDER]
+    python benchmarks/pretext_learning.py --work WORK [--more PLANS ...] [--pictures FOLDER]
 
 The main score over time stands beside what is reached without learning: by a constant, the input itself, guessing.
+--more adds runs of misfm_pretrain on that pool with other batches, by the names of their plans.
 """
 
 from __future__ import annotations
@@ -35,28 +36,32 @@ NUM_COLOURS = 64
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="that of three_sets.py")
+    parser.add_argument("--more", nargs="+", default=[], metavar="PLANS", help="plans of other runs on the pool")
     parser.add_argument("--pictures", type=Path, help="folder for a small copy of each run's picture")
     parser.add_argument("--device", default="cpu", help="that the runs were made on (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the table goes (default: %(default)s)")
     options = parser.parse_args()
     use_folders(options.work)
     rows = []
-    for task in PRETEXT_TASKS:
-        (run,) = (Path(os.environ["nnUNet_results"]) / COMMON).glob(f"*__{task}__3d_fullres/fold_all")
-        rows.append(row(task, run))
+    for plans in (*PRETEXT_TASKS, *options.more):
+        (run,) = (Path(os.environ["nnUNet_results"]) / COMMON).glob(f"*__{plans}__3d_fullres/fold_all")
+        rows.append(row(run))
         if options.pictures:
-            small_copy(next(run.glob("*samples.png")), options.pictures / f"{task}_learnt.png")
-    report = make_report(rows, options.device)
+            small_copy(next(run.glob("*samples.png")), options.pictures / f"{plans}_learnt.png")
+    report = make_report(rows, options.more, options.device)
     options.output.write_text(report, encoding="utf-8")
     print(report)
 
 
-def row(task: str, run: Path) -> str:
+def row(run: Path) -> str:
     checkpoint = torch.load(run / "checkpoint_final.pth", map_location="cpu", weights_only=True)
     scores = checkpoint["logging"]["mean_fg_dice"][EVERY - 1 :: EVERY]
     plans = read_json(run.parent / "plans.json", "Run three_sets.py again.")
     trivial = ", ".join(f"{what} {value:.3f}" for what, value in trivial_scores(plans).items())
-    return f"| `{task}` | {trivial} | " + " | ".join(f"{float(score):.3f}" for score in scores) + " |"
+    entry = plans["configurations"]["3d_fullres"]
+    batches = f"{entry['batch_size']} of {'x'.join(map(str, entry['patch_size']))}"
+    cells = [f"`{plans[BLOCK]['task']}`", batches, trivial, *(f"{float(score):.3f}" for score in scores)]
+    return f"| {' | '.join(cells)} |"
 
 
 def arrays_of(plans: Mapping[str, dict]) -> Path:
@@ -98,8 +103,8 @@ def small_copy(picture: Path, path: Path) -> None:
     print(f"{path}: {path.stat().st_size / 1000:.0f} kB")
 
 
-def make_report(rows: Sequence[str], device: str) -> str:
-    epochs = rows[0].count(" | ") - 1
+def make_report(rows: Sequence[str], more: Sequence[str], device: str) -> str:
+    epochs = rows[0].count(" | ") - 2
     after = " | ".join(str(ITERATIONS * EVERY * (number + 1)) for number in range(epochs))
     changed = "; ".join(f"`{task}` {' '.join(options)}" for task, options in TASK_OPTIONS.items())
     return "\n".join(
@@ -108,19 +113,20 @@ def make_report(rows: Sequence[str], device: str) -> str:
             "",
             "Main score on the fixed validation samples after so many iterations, one run for each task, on volumes of "
             f"three public sets together. nnU-Net's U-Net with {FEATURES} features; "
-            f"`{' '.join((*CROPS, *PRETRAINING))}`, otherwise the tasks' defaults, but {changed}.",
+            f"`{' '.join((*CROPS, *PRETRAINING))}`, otherwise the tasks' defaults, but {changed}. Runs with "
+            "other batches differ in these alone.",
             "",
             "The score is the variance explained (0 for a constant, 1 for the image) of masked voxels or of all "
             "voxels; the share of the swaps' error that is undone (0 for the input, 1 for the image); the mean Dice of "
             "the fusion classes above 0; the share of voxels found again.",
             "",
-            f"| task | without learning | {after} |",
-            "| --- " * (2 + epochs) + "|",
+            f"| task | batches | without learning | {after} |",
+            "| --- " * (3 + epochs) + "|",
             *rows,
             "",
             *provenance(
                 "python benchmarks/three_sets.py pretrain --data FOLDER --work WORK; "
-                "python benchmarks/pretext_learning.py --work WORK",
+                f"python benchmarks/pretext_learning.py --work WORK{''.join(f' --more {name}' for name in more)}",
                 ("torch", "nnunetv2"),
                 {},
                 device_name(device),
