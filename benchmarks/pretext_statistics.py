@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from fusion_speed import PATCH, make_volume
-from pretext_speed import MemoryReader
+from pretext_speed import VolumeReader
 from provenance import device_name, provenance
 from scipy.ndimage import gaussian_filter
 from scipy.stats import ks_2samp, rankdata
@@ -286,7 +286,7 @@ def pairs(checkout: Path) -> Comparison:
         return figures((first - second)[0], len(first))
 
     def ours(index: int) -> Figures:
-        (first, second), views = task.sample(MemoryReader(volume, task.name, index))
+        (first, second), views = task.sample(VolumeReader(volume, task.name, index))
         return figures(np.subtract(second.start, first.start), views.points.shape[1])
 
     published = {f"overlap along {axis}": ".75 to 1" for axis in "XYZ"}

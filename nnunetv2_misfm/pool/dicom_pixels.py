@@ -79,5 +79,6 @@ def _stored_values(dataset: pydicom.Dataset, plane: np.ndarray) -> np.ndarray:
     is_signed = int(dataset.get("PixelRepresentation") or 0) == 1
     if plane.dtype.kind == "f" or (stored >= allocated and is_signed == (plane.dtype.kind == "i")):
         return plane
+    plane = plane.astype(plane.dtype.newbyteorder("="), copy=False)  # a view forgets the order of bytes
     values = plane.view(f"u{plane.dtype.itemsize}").astype(np.int64) & ((1 << stored) - 1)
     return np.where(values >> (stored - 1), values - (1 << stored), values) if is_signed else values

@@ -194,7 +194,7 @@ class ArchiveLister:
                 with os.scandir(current) as entries:
                     for entry in entries:
                         if not entry.name.startswith("."):
-                            (subfolders if entry.is_dir() else names).append(entry.name)
+                            (subfolders if _is_folder(entry) else names).append(entry.name)
                             if entry.is_symlink():
                                 self.links.add(entry.path)
             except OSError as error:
@@ -283,3 +283,11 @@ class ArchiveLister:
 def _identity(folder: str) -> tuple[int, int]:
     status = os.stat(folder)
     return status.st_dev, status.st_ino
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """A link in a loop, or to where the user may not look, is listed as a file, which cannot be read then."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False

@@ -50,7 +50,6 @@ class StepGuard:
         if self._in_a_row > MOST_IN_A_ROW:
             raise TrainingDivergedError(
                 f"Loss or gradients were not finite in {self._in_a_row} steps in a row. The last checkpoint is good: "
-                f"continue from it with --c and a lower -initial_lr, or look for volumes with extreme values in "
-                f"report.csv."
+                f"continue from it with --c and a lower -initial_lr."
             )
         return False

@@ -20,6 +20,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
+from nnunetv2_misfm.pool.dicom_pixels import _stored_values
 from nnunetv2_misfm.pool.inspection import find_volumes
 from nnunetv2_misfm.pool.reading import read_volume
 from nnunetv2_misfm.pool.volume_files import VolumeProblem
@@ -100,6 +101,13 @@ def test_bits_above_those_stored_are_no_values(tmp_path: Path, bits: int) -> Non
             RescaleIntercept=-1024,
         )
     np.testing.assert_array_equal(only_volume(tmp_path)[0], upright(hu))
+
+
+def test_values_of_twelve_bits_in_either_order_of_bytes() -> None:
+    header = pydicom.Dataset()
+    header.BitsStored, header.PixelRepresentation = 12, 0
+    for order in "<>":
+        np.testing.assert_array_equal(_stored_values(header, np.array([30, 4095], f"{order}u2")), [30, 4095])
 
 
 def test_monochrome1_changes_how_a_ct_is_shown_not_its_values(tmp_path: Path) -> None:

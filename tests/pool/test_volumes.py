@@ -171,6 +171,12 @@ def test_case_names_are_safe_file_names(tmp_path: Path, name: str) -> None:
     assert len(volume.case) < 100 and not volume.case.endswith("_seg")
 
 
+def test_a_link_to_itself_leaves_the_other_files_of_its_folder(tmp_path: Path) -> None:
+    phantoms.write(tmp_path / "a.nii.gz", phantoms.mr())
+    os.symlink("latest", tmp_path / "latest")
+    assert len(find_volumes([tmp_path]).volumes) == 1
+
+
 def test_a_loop_of_symbolic_links_ends(tmp_path: Path) -> None:
     phantoms.write(tmp_path / "a" / "scan.nii.gz", phantoms.mr())
     os.symlink(tmp_path, tmp_path / "a" / "back")

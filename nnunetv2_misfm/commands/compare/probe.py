@@ -167,11 +167,11 @@ def fit_classifier(
     data = infer_dataset_class(str(arrays))(str(arrays))
     images: list[Tensor] = []
     labels: list[np.ndarray] = []
-    for case in cases:
+    for index, case in enumerate(cases):
         image, segmentation = (np.asarray(array) for array in data.load_case(case)[:2])
         patches = [
             _patch(image, segmentation[0], patch_size, 1 + number % (num_classes - 1), generator)
-            for number in range(PATCHES_OF_A_CASE)
+            for number in range(index * PATCHES_OF_A_CASE, (index + 1) * PATCHES_OF_A_CASE)
         ]
         images.append(torch.as_tensor(np.stack([x for x, _ in patches]), dtype=torch.float32, device=device))
         labels += [y.ravel() for _, y in patches]
@@ -179,7 +179,7 @@ def fit_classifier(
         probed.measure_statistics(images)
     chosen, targets = [], []
     for patch, of_patch in zip(torch.cat(images), labels, strict=True):
-        voxels = _voxels(of_patch, generator)
+        voxels = _voxels(of_patch, num_classes, generator)
         chosen.append(probed.features(patch[None])[0].flatten(1).T[torch.as_tensor(voxels, device=device)])
         targets.append(torch.as_tensor(of_patch[voxels].astype(np.int64), device=device))
     probed.classifier = logistic_regression(torch.cat(chosen), torch.cat(targets), num_classes)
@@ -202,10 +202,10 @@ def _patch(
     return image[(slice(None), *window)], labels[window]
 
 
-def _voxels(labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Positions of some voxels of every label; -1 is outside the image."""
+def _voxels(labels: np.ndarray, num_classes: int, generator: np.random.Generator) -> np.ndarray:
+    """Positions of some voxels of every label; -1 is outside the image, and nnU-Net's ignore label is no class."""
     positions = []
-    for label in np.unique(labels[labels >= 0]):
+    for label in np.unique(labels[(labels >= 0) & (labels < num_classes)]):
         there = np.flatnonzero(labels == label)
         wanted = VOXELS_OF_A_LABEL if label > 0 else VOXELS_OF_BACKGROUND
         positions.append(generator.permutation(there)[:wanted])

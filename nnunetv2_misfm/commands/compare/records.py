@@ -24,6 +24,7 @@ class RunRecord(BaseModel):
         training_seconds, prediction_seconds, seconds: for all epochs, for all cases, for everything.
         last_epoch_seconds: for one epoch, when caches are warm.
         weights_sha256: of a pretrained arm's checkpoint.
+        plans_sha256: of the arm's plans, but for their names and weights.
         device, date: where and when.
     """
 
@@ -42,6 +43,7 @@ class RunRecord(BaseModel):
     seconds: float
     last_epoch_seconds: float = 0.0
     weights_sha256: str | None = None
+    plans_sha256: str | None = None
     device: str = ""
     date: str = ""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,14 +72,19 @@ class Study:
             "mirroring": options.mirroring,
             "test": list(self.split.test),
             "validation": list(self.split.validation),
+            "training": list(self.split.training),
+            "cases": self.split.cases,
         }
         terms = json.loads(json.dumps(terms))
         path = self.workspace.folder / "terms.json"
         if path.is_file():
             before = read_json(path, f"Remove {self.workspace.folder} and start again.")
-            changed = [
-                f"{name} was {before.get(name)}, is {terms[name]}" for name in terms if before.get(name) != terms[name]
-            ]
+            if not options.nnunet:
+                terms["nnunet_rates"] = before.get("nnunet_rates", terms["nnunet_rates"])
+            elif not any((self.workspace.folder / "runs").glob(f"{NNUNET}_n*")):
+                before.pop("nnunet_rates", None)  # that arm comes now
+            both = [name for name in terms if name in before]  # folders of earlier versions have fewer
+            changed = [f"{name} was {before[name]}, is {terms[name]}" for name in both if before[name] != terms[name]]
             if changed:
                 raise PlanError(
                     f"{self.workspace.folder} holds a comparison on other terms: {'; '.join(changed)}. Give the "
@@ -121,7 +127,8 @@ class Study:
     def _without_names(self, arm: Arm) -> str:
         """What an arm's plans say but for their name, the name of their arrays and their weights, as JSON."""
         plans = self.workspace.plans_of(arm.plans)
-        del plans["plans_name"], plans[PRETRAIN_INFO]
+        del plans["plans_name"]
+        plans.pop(PRETRAIN_INFO, None)  # nnU-Net's own plans have none
         del plans["configurations"][self.workspace.configuration]["data_identifier"]
         return json.dumps(plans, sort_keys=True)
 
@@ -159,10 +166,13 @@ class Study:
         """Choose learning rates, then do the runs that are tested; what is finished already is not done again.
 
         Returns:
-            The runs that failed, and the learning rate of each arm for each number of labelled cases.
+            The runs that failed, and the learning rate of each arm for each number of labelled cases; none if a run
+            that chooses rates failed.
         """
         tuning = self.tuning()
         failures = runner.perform(self._requests(tuning), "Learning rates", self._epochs)
+        if any(self.record(run) is None for run in tuning):
+            return failures, {}  # a rate that was not tried might be the best one
         scores = {run: record.score for run in tuning if (record := self.record(run)) is not None}
         chosen = choose_rates(self.arms, self.labelled, scores)
         if tuning:
@@ -176,7 +186,9 @@ class Study:
         return [] if self.options.probe else tuning_runs(self.arms, self.labelled, self.options.tuning_seeds)
 
     def tested(self, chosen: Mapping[tuple[str, int], float]) -> list[Run]:
-        """The runs that are tested."""
+        """The runs that are tested; none before learning rates are chosen."""
+        if not chosen:
+            return []
         return test_runs(self.arms, self.labelled, self.options.seeds, chosen)
 
     def record(self, run: Run) -> RunRecord | None:
@@ -202,14 +214,24 @@ class Study:
             record = self.record(run)
             if record is None:
                 waiting.append(run)
-            elif record.weights_sha256 != self._sha256(self.arm(run.arm)) or record.rate != run.rate:
+            elif record.rate != run.rate or self._differs(record):
                 raise UserError(
-                    f"{self.workspace.run_folder(run)} was made with other weights or another learning rate. Give this "
-                    f"arm another name (-pretrained_weights NAME=FILE), or remove that folder to do it again."
+                    f"{self.workspace.run_folder(run)} was made with other weights, another network or plans, or "
+                    f"another learning rate. Remove that folder to do it again, give another folder with -o, or give "
+                    f"a pretrained arm another name (-pretrained_weights NAME=FILE)."
                 )
         folds = [self._fold(run) for run in waiting]
         numbers = self.workspace.write_folds(folds)
         return [self.request(run, numbers[fold_key(fold)]) for run, fold in zip(waiting, folds, strict=True)]
+
+    def _differs(self, record: RunRecord) -> bool:
+        """Whether a run had other weights or plans than its arm has now; records of earlier versions lack the plans."""
+        arm = self.arm(record.arm)
+        plans = record.plans_sha256
+        return record.weights_sha256 != self._sha256(arm) or plans not in (None, self._plans_sha256(arm))
+
+    def _plans_sha256(self, arm: Arm) -> str:
+        return hashlib.sha256(self._without_names(arm).encode()).hexdigest()
 
     def _fold(self, run: Run) -> dict[str, list[str]]:
         split = self.split
@@ -260,6 +282,7 @@ class Study:
                 "rate": run.rate,
                 "tuning": run.tuning,
                 "weights_sha256": self._sha256(arm),
+                "plans_sha256": self._plans_sha256(arm),
                 "iterations_per_epoch": settings.num_iterations_per_epoch,
             },
         }

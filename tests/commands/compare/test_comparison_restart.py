@@ -13,9 +13,11 @@ from nnunetv2_misfm.architectures.pct_net import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
 from nnunetv2_misfm.commands.compare.options import read_options
 from nnunetv2_misfm.commands.compare.records import RunRecord
+from nnunetv2_misfm.commands.compare.results import write_results
+from nnunetv2_misfm.commands.compare.runner import Failure
 from nnunetv2_misfm.commands.compare.study import Study
 from nnunetv2_misfm.commands.compare.workspace import Workspace
-from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.errors import PlanError, UserError
 from nnunetv2_misfm.plans.network_entry import NETWORKS
 from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint
 
@@ -156,3 +158,52 @@ def test_a_configuration_that_inherits_is_compared(
     assert {Path(request["arrays"]).is_dir() for request in runner.requests} == {True}
     of_arms = [made.workspace.plans_of(arm.plans)["configurations"]["3d_batch_3"] for arm in made.arms]
     assert [(entry["batch_size"], len(entry["patch_size"])) for entry in of_arms] == [(3, 3), (3, 3)]
+
+
+def test_no_rate_is_chosen_while_a_tuning_run_is_missing(
+    tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FailingRunner(FakeRunner):
+        def perform(self, requests: Sequence[dict[str, Any]], title: str, epochs: Callable[[Any], int]) -> list[Any]:
+            super().perform(requests[1:], title, epochs)
+            return [Failure("first", tmp_path / "log.txt", "out of memory")]
+
+    rates = ("-initial_lr", "1e-3", "1e-2", "-nnunet_lr", "1e-2", "1e-3")
+    failing = FailingRunner()
+    made = study(tmp_path, nnunet, monkeypatch, *rates)
+    failures, chosen = made.perform(failing)  # type: ignore[arg-type]
+    assert failures and chosen == {}
+    assert all(request["about"]["tuning"] for request in failing.requests)
+    assert write_results(made, chosen, []).path.is_file()
+    study(tmp_path, nnunet, monkeypatch, *rates).perform(FakeRunner())  # type: ignore[arg-type]
+
+
+def test_runs_of_other_plans_or_cases_are_not_taken_over(
+    tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = study(tmp_path, nnunet, monkeypatch)
+    made.perform(FakeRunner())  # type: ignore[arg-type]
+    for name in ("scratch", "nnunet"):
+        again = study(tmp_path, nnunet, monkeypatch)
+        path = again.workspace.preprocessed / f"{name}_arm.json"
+        plans = json.loads(path.read_text(encoding="utf-8"))
+        plans["configurations"]["3d_fullres"]["patch_size"] = [16, 16, 16]
+        path.write_text(json.dumps(plans), encoding="utf-8")
+        with pytest.raises(UserError, match="another network or plans"):
+            again.perform(FakeRunner())  # type: ignore[arg-type]
+    terms = made.workspace.folder / "terms.json"
+    before = json.loads(terms.read_text(encoding="utf-8"))
+    terms.write_text(json.dumps(before | {"training": before["training"][1:]}), encoding="utf-8")
+    with pytest.raises(PlanError, match="training was"):
+        study(tmp_path, nnunet, monkeypatch)
+
+
+def test_the_rates_of_nnunet_are_fixed_by_its_first_run(
+    tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study(tmp_path, nnunet, monkeypatch)  # writes terms, with nnU-Net's 1e-2
+    more = FakeRunner()
+    study(tmp_path, nnunet, monkeypatch, "-nnunet_lr", "1e-3").perform(more)  # type: ignore[arg-type]
+    assert {request["about"]["rate"] for request in more.requests if request["about"]["arm"] == "nnunet"} == {1e-3}
+    with pytest.raises(PlanError, match="nnunet_rates was"):
+        study(tmp_path, nnunet, monkeypatch)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
 from nnunetv2_misfm.architectures import FMUNet, PCTNet
-from nnunetv2_misfm.commands.compare.probe import ProbedNetwork, logistic_regression
+from nnunetv2_misfm.commands.compare.probe import ProbedNetwork, _voxels, logistic_regression
 
 FEATURES = (4, 4, 8, 8, 16)
 
@@ -44,3 +45,8 @@ def test_random_weights_get_the_statistics_of_the_patches_and_keep_them() -> Non
     torch.testing.assert_close(first, second)
     assert not torch.allclose(first, before)
     assert not any(module.training for module in probed.modules())
+
+
+def test_the_ignore_label_is_no_class() -> None:
+    labels = np.array([0, 1, 2, 3, -1])  # three classes, so 3 is nnU-Net's ignore label
+    assert sorted(labels[_voxels(labels, 3, np.random.default_rng(0))]) == [0, 1, 2]
