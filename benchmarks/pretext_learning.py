@@ -107,6 +107,7 @@ def make_report(rows: Sequence[str], more: Sequence[str], device: str) -> str:
     epochs = rows[0].count(" | ") - 2
     after = " | ".join(str(ITERATIONS * EVERY * (number + 1)) for number in range(epochs))
     changed = "; ".join(f"`{task}` {' '.join(options)}" for task, options in TASK_OPTIONS.items())
+    added = " ".join(["", "--more", *more]) if more else ""
     return "\n".join(
         [
             "# What a small network learns of each pretext task",
@@ -126,7 +127,7 @@ def make_report(rows: Sequence[str], more: Sequence[str], device: str) -> str:
             "",
             *provenance(
                 "python benchmarks/three_sets.py pretrain --data FOLDER --work WORK; "
-                f"python benchmarks/pretext_learning.py --work WORK{''.join(f' --more {name}' for name in more)}",
+                f"python benchmarks/pretext_learning.py --work WORK{added}",
                 ("torch", "nnunetv2"),
                 {},
                 device_name(device),

@@ -52,6 +52,21 @@ CPU = torch.device("cpu")
 RESULTS = Path(__file__).parent / "results" / "pretext_speed.md"
 
 PYMIC_FILES = (".nii.gz", ".nii")
+# Of PyMIC's recipes.
+PYMIC_BLOCK = [8, 16, 16]
+PYMIC_SWAPS: dict[str, Any] = {"PatchSwaping_block_range": [20, 40], "PatchSwaping_block_size": PYMIC_BLOCK}
+PYMIC_GENESIS: dict[str, Any] = {
+    "LocalShuffling_probability": 1.0,
+    "LocalShuffling_block_range": [32, 64],
+    "LocalShuffling_block_size": PYMIC_BLOCK,
+    "NonLinearTransform_probability": 0.8,
+    "NonLinearTransform_block_range": [32, 64],
+    "NonLinearTransform_block_size": PYMIC_BLOCK,
+    "InOutPainting_probability": 0.9,
+    "InPainting_probability": 0.8,
+    "InPainting_block_range": [32, 64],
+    "InPainting_block_size": PYMIC_BLOCK,
+}
 
 Job = Callable[[int], object]
 Source = Callable[[int], Any]  # the index-th volume, (1, X, Y, Z): an array, or a file of which parts can be read
@@ -209,7 +224,6 @@ def nnssl_comparisons(checkout: Path, sources: dict[str, Source]) -> list[Compar
 def pymic_comparisons(checkout: Path, sources: dict[str, Source], folder: Path) -> list[Comparison]:
     sys.path.insert(0, str(checkout))
     from pymic import TaskType
-    from pymic.io.nifty_dataset import NiftyDataset
     from pymic.transform.trans_dict import TransformDict
 
     def recipe(*names: str, **options: Any) -> Callable[[np.ndarray, int], object]:
@@ -226,40 +240,24 @@ def pymic_comparisons(checkout: Path, sources: dict[str, Source], folder: Path) 
 
         return run
 
-    size, block = list(PATCH), [8, 16, 16]
-    swap: dict[str, Any] = {"PatchSwaping_block_range": [20, 40], "PatchSwaping_block_size": block}
-    genesis: dict[str, Any] = {
-        "LocalShuffling_probability": 1.0,
-        "LocalShuffling_block_range": [32, 64],
-        "LocalShuffling_block_size": block,
-        "NonLinearTransform_probability": 0.8,
-        "NonLinearTransform_block_range": [32, 64],
-        "NonLinearTransform_block_size": block,
-        "InOutPainting_probability": 0.9,
-        "InPainting_probability": 0.8,
-        "InPainting_block_range": [32, 64],
-        "InPainting_block_size": block,
-    }
+    size = list(PATCH)
     steps = ("SelfReconstructionLabel", "LocalShuffling", "NonLinearTransform", "InOutPainting")
     whole = {
-        "models_genesis": recipe("RandomCrop", *steps, RandomCrop_output_size=size, **genesis),
-        "patch_swap": recipe("RandomCrop", "PatchSwaping", RandomCrop_output_size=size, **swap),
+        "models_genesis": recipe("RandomCrop", *steps, RandomCrop_output_size=size, **PYMIC_GENESIS),
+        "patch_swap": recipe("RandomCrop", "PatchSwaping", RandomCrop_output_size=size, **PYMIC_SWAPS),
         "vox2vec": recipe("Crop4Vox2Vec", Crop4Vox2Vec_output_size=size, Crop4Vox2Vec_min_overlap=[48, 96, 96]),
     }
 
     def sample(run: Callable[[np.ndarray, int], object], source: Source) -> Job:
         return lambda index: default_collate([run(source(index), index)])
 
-    def volumes_of(ending: str) -> Source:
-        table = folder / f"{ending}.csv"
-        table.write_text("\n".join(["image", *(f"{index}{ending}" for index in range(NUM_VOLUMES))]), encoding="utf-8")
-        dataset = NiftyDataset(str(folder), str(table), task=TaskType.RECONSTRUCTION)
-        return lambda index: dataset[index % NUM_VOLUMES]["image"]
-
     ours, from_files = sources.items()
-    pairs = [(*ours, ours[1]), *((f"{from_files[0]} ({end})", from_files[1], volumes_of(end)) for end in PYMIC_FILES)]
+    pairs = [
+        (*ours, ours[1]),
+        *((f"{from_files[0]} ({end})", from_files[1], pymic_volumes(folder, end)) for end in PYMIC_FILES),
+    ]
     crop = first_crop(sources)
-    alone = recipe("PatchSwaping", **swap)
+    alone = recipe("PatchSwaping", **PYMIC_SWAPS)
     return [
         *(
             (f"{name}, {what}", our_sample(name, our_source), "PyMIC", sample(run, source))
@@ -268,6 +266,17 @@ def pymic_comparisons(checkout: Path, sources: dict[str, Source], folder: Path) 
         ),
         ("patch_swap, corruption", our_swaps(crop), "PyMIC", lambda index: alone(crop[0].numpy(), index)),
     ]
+
+
+def pymic_volumes(folder: Path, ending: str) -> Source:
+    """The volumes as its training reads them from files."""
+    from pymic import TaskType
+    from pymic.io.nifty_dataset import NiftyDataset
+
+    table = folder / f"{ending}.csv"
+    table.write_text("\n".join(["image", *(f"{index}{ending}" for index in range(NUM_VOLUMES))]), encoding="utf-8")
+    dataset = NiftyDataset(str(folder), str(table), task=TaskType.RECONSTRUCTION)
+    return lambda index: dataset[index % NUM_VOLUMES]["image"]
 
 
 def first_crop(sources: dict[str, Source]) -> torch.Tensor:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from nnunetv2_misfm.commands.compare.arms import Arm, Run, choose_rates, test_runs, tuning_runs
@@ -84,11 +85,15 @@ class Study:
             elif not any((self.workspace.folder / "runs").glob(f"{NNUNET}_n*")):
                 before.pop("nnunet_rates", None)  # that arm comes now
             both = [name for name in terms if name in before]  # folders of earlier versions have fewer
-            changed = [f"{name} was {before[name]}, is {terms[name]}" for name in both if before[name] != terms[name]]
+            changed = [
+                f"{name} was {_short(before[name])}, is {_short(terms[name])}"
+                for name in both
+                if before[name] != terms[name]
+            ]
             if changed:
                 raise PlanError(
                     f"{self.workspace.folder} holds a comparison on other terms: {'; '.join(changed)}. Give the "
-                    f"options it was begun with, or another folder with -o."
+                    f"options it was begun with, or another folder with -o; a dataset with other cases needs one."
                 )
         write_json(terms, path)
 
@@ -354,6 +359,11 @@ class Study:
         of_epoch = settings.num_iterations_per_epoch + _VALIDATION_COST * settings.num_val_iterations_per_epoch
         training = 0.0 if probe else record.last_epoch_seconds / steps * of_epoch * settings.num_epochs
         return start_up + training + record.prediction_seconds * cases
+
+
+def _short(value: Any) -> str:
+    """A term as a message can show it: there may be hundreds of cases."""
+    return shorten(str(value), 300, placeholder=" ...")
 
 
 def _as_option(name: str, value: Any) -> list[str]:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from nnunetv2_misfm.architectures import FMUNet, PCTNet
+from nnunetv2_misfm.commands.compare import probe
 from nnunetv2_misfm.commands.compare.probe import ProbedNetwork, _voxels, logistic_regression
 
 FEATURES = (4, 4, 8, 8, 16)
@@ -50,3 +56,18 @@ def test_random_weights_get_the_statistics_of_the_patches_and_keep_them() -> Non
 def test_the_ignore_label_is_no_class() -> None:
     labels = np.array([0, 1, 2, 3, -1])  # three classes, so 3 is nnU-Net's ignore label
     assert sorted(labels[_voxels(labels, 3, np.random.default_rng(0))]) == [0, 1, 2]
+
+
+def test_patches_are_taken_around_every_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_for: list[int] = []
+
+    def patch(image: np.ndarray, labels: np.ndarray, size: tuple[int, ...], label: int, _: object) -> tuple[Any, Any]:
+        looked_for.append(label)
+        return image, labels
+
+    data = SimpleNamespace(load_case=lambda case: (np.zeros((1, 16, 32, 32)), np.zeros((1, 16, 32, 32)), None))
+    monkeypatch.setattr(probe, "_patch", patch)
+    monkeypatch.setattr(probe, "infer_dataset_class", lambda _: lambda _: data)
+    probed = ProbedNetwork(FMUNet(1, 3, features_per_stage=FEATURES)).eval()
+    probe.fit_classifier(probed, Path(), ["a", "b", "c"], (16, 32, 32), 14, 0, with_statistics=False)
+    assert set(looked_for) == set(range(1, 14))
