@@ -40,7 +40,6 @@ from nnunetv2_misfm.transfer.published_weights import convert_pctnet
 RESULTS = Path(__file__).parent / "results"
 FEATURES = (24, 48, 128, 256, 512)
 NUM_CLASSES = 5
-ANISOTROPY = 1
 KINDS = ("inference", "training step")  # in this order: an optimiser's states are not there yet in the first
 
 Table = dict[str, list[tuple[float, float]]]  # seconds and peak bytes of each round, by the variant's name
@@ -88,6 +87,7 @@ class Job:
     device: str
     batch_size: int
     patch_size: tuple[int, int, int]
+    anisotropy: int
 
 
 def main() -> None:
@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--batch_size", type=int, help="default: 1 on a CPU, 2 on a GPU")
     parser.add_argument("--patch_size", type=int, nargs=3, default=(64, 128, 128))
+    parser.add_argument("--anisotropy", type=int, default=1, help="degree of anisotropy (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default: %(default)s)")
     parser.add_argument("--variants", nargs="+", help="names of those to measure (default: all of the device)")
     parser.add_argument("--output", type=Path, help="where the table goes (default: results/NAME_DEVICE.md)")
@@ -105,7 +106,7 @@ def main() -> None:
         parser.error("--reference is needed to compare with the published implementation")
     batch_size = options.batch_size or (1 if options.device == "cpu" else 2)
     reference = None if options.ablation else options.reference.resolve()
-    job = Job(reference, options.device, batch_size, tuple(options.patch_size))
+    job = Job(reference, options.device, batch_size, tuple(options.patch_size), options.anisotropy)
     variants: tuple[Variant, ...] = CPU_VARIANTS if job.device == "cpu" else CUDA_VARIANTS
     if options.ablation:
         variants = ablation_variants(job.device)
@@ -133,12 +134,12 @@ def build(job: Job, variant: Variant) -> nn.Module:
     """The variant's network; both implementations have the weights of the original drawn from one seed."""
     torch.manual_seed(0)
     if job.reference is None:
-        return PCTNet(1, NUM_CLASSES, strides_of(ANISOTROPY), FEATURES).to(job.device)
+        return PCTNet(1, NUM_CLASSES, strides_of(job.anisotropy), FEATURES).to(job.device)
     original = original_network(job)
     if not variant.ours:
         return original.to(job.device)
-    network = PCTNet(1, NUM_CLASSES, strides_of(ANISOTROPY), FEATURES, checkpointing=variant.checkpointing)
-    network.load_state_dict(convert_pctnet(original.state_dict(), [ANISOTROPY]))
+    network = PCTNet(1, NUM_CLASSES, strides_of(job.anisotropy), FEATURES, checkpointing=variant.checkpointing)
+    network.load_state_dict(convert_pctnet(original.state_dict(), [job.anisotropy]))
     return network.to(job.device)
 
 
@@ -154,7 +155,7 @@ def original_network(job: Job) -> nn.Module:
         "input_size": list(job.patch_size),
         "feature_chns": list(FEATURES),
         "dropout": [0, 0, 0.2, 0.2, 0.2],
-        "resolution_mode": ANISOTROPY,
+        "resolution_mode": job.anisotropy,
         "multiscale_pred": True,
     }
     network: nn.Module = OriginalPCTNet(parameters)
@@ -305,22 +306,22 @@ def make_report(
             lines.append(f"| {' | '.join(cells)} |")
     kind = "CPU" if job.device == "cpu" else "GPU"
     threads = f", {torch.get_num_threads()} threads" if job.device == "cpu" else ""
-    option = "--reference MIS-FM" if job.reference else f"--ablation --patch_size {' '.join(map(str, job.patch_size))}"
-    command = f"python benchmarks/network_speed.py {option} --rounds {rounds}"
+    option, patch = "--reference MIS-FM" if job.reference else "--ablation", " ".join(map(str, job.patch_size))
+    command = f"python benchmarks/network_speed.py {option} --patch_size {patch} --anisotropy {job.anisotropy}"
+    command += f" --rounds {rounds}"
     title, agree = "time and memory without one hand-written kernel at a time", ""
     if job.reference:
         title = "time and memory against the published implementation"
         agree = f" The outputs of the two agree to {error:.0e} (relative)."
     packages = ("torch", "timm") if job.reference else ("torch",)
     checkouts = {"MIS-FM": job.reference} if job.reference else {}
-    patch = "x".join(map(str, job.patch_size))
     return "\n".join(
         [
             f"# PCT-Net on a {kind}: {title}",
             "",
-            f"Features {'/'.join(map(str, FEATURES))}, patch {patch}, batch {job.batch_size}, degree of anisotropy "
-            f"{ANISOTROPY}; float32 where AMP (float16) is not named. Medians of {rounds} alternating rounds, ratios "
-            f"with their range.{agree}",
+            f"Features {'/'.join(map(str, FEATURES))}, patch {patch.replace(' ', 'x')}, batch {job.batch_size}, "
+            f"degree of anisotropy {job.anisotropy}; float32 where AMP (float16) is not named. Medians of {rounds} "
+            f"alternating rounds, ratios with their range.{agree}",
             *lines,
             "",
             *provenance(command, packages, checkouts, device_name(job.device) + threads),

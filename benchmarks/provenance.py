@@ -34,7 +34,7 @@ def device_name(device: str) -> str:
     """What a measurement ran on: the GPU's name or the processor's."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    return f"CPU, {processor()}"
+    return f"CPU, {processor()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 def processor() -> str:

@@ -2,7 +2,7 @@
 
 Each does what the plain modules do, which the tests compare it with, in less time or memory; each stays only as long
 as `benchmarks/network_speed.py --ablation` shows that a training step or a prediction is at least a tenth better for
-it on a device it is for (`benchmarks/results/network_ablation_cpu.md` says for which that is still to be shown).
+it on a device it is for (`benchmarks/results/network_ablation_cpu.md`).
 Everywhere else (other devices, traced networks) PyTorch's own operations run.
 """
 

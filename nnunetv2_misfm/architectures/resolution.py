@@ -78,7 +78,8 @@ class AnySizeNetwork(nn.Module):
     """A five-stage network that takes inputs of any size by padding them inside and cropping its outputs.
 
     Its `encoder` is a module that gives all maps when it is called, for the probe of features, and lists their channels
-    in `output_channels`, for vox2vec.
+    in `output_channels`, for vox2vec. The encoder's modules are called by their stage (`stage2`, `down2`, `stages.2` or
+    `downs.2`), for learning rates that decay from stage to stage.
 
     Attributes:
         anisotropy: degree of anisotropy, which fixes the strides.

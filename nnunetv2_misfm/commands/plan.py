@@ -45,7 +45,7 @@ def plan(options: argparse.Namespace) -> None:
     """
     # nnU-Net and torch take seconds to import; --help and wrong flags should not wait for them.
     from nnunetv2_misfm.transfer.memory_target import fit_to_memory
-    from nnunetv2_misfm.transfer.planning import check_fit, finetuning_plans, require_trainer
+    from nnunetv2_misfm.transfer.planning import check_fit, finetuning_plans, pin_trainer
     from nnunetv2_misfm.transfer.pretrained import read_source
 
     _check(options)
@@ -56,7 +56,8 @@ def plan(options: argparse.Namespace) -> None:
     remarks += _about_the_weights(options, request, source)
     if options.gpu_memory_target is not None:
         for name in request.configurations:
-            remarks.append(fit_to_memory(plans, name, target.dataset_json, options.gpu_memory_target))
+            sizes = fit_to_memory(plans, name, target.dataset_json, options.gpu_memory_target)
+            remarks.append(sizes)
     for name in request.configurations:
         # Builds the network too, which says what is wrong with it before anything is written.
         report = check_fit(plans, name, target.dataset_json, source)
@@ -64,7 +65,7 @@ def plan(options: argparse.Namespace) -> None:
             remarks += [*report.notes, f"{name}: the weights give {report.share()}."]
     if target.replaced is not None:
         remarks += what_changes(target.path, target.replaced, plans, options.c)
-    require_trainer(plans)
+    pin_trainer(plans)
     write_json(plans, target.path)
     for remark in remarks:
         print(f"Note: {remark}")
@@ -174,13 +175,13 @@ def _about_the_weights(options: argparse.Namespace, request: PlanRequest, source
         )
 
 
-def _spacing(given: list[str]) -> str | tuple[float, float, float]:
-    if given in (["dataset"], ["pretrained"]):
-        return given[0]
+def _spacing(words: list[str]) -> str | tuple[float, float, float]:
+    if words in (["dataset"], ["pretrained"]):
+        return words[0]
     try:
-        x, y, z = (float(value) for value in given)
+        x, y, z = (float(word) for word in words)
     except ValueError:
-        raise PlanError(f"-spacing {' '.join(given)} is neither dataset, pretrained nor three numbers in mm.") from None
+        raise PlanError(f"-spacing {' '.join(words)} is neither dataset, pretrained nor three numbers in mm.") from None
     return x, y, z
 
 

@@ -178,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Pretrain a network with a pretext task on bare volumes (-i), or on a dataset that nnU-Net has "
         "preprocessed (no -i). Labels are never used.",
         epilog="An option that is not given stays as the plans of that name have it, if there are any; otherwise it "
-        "has its default. The log says which.",
+        "has its default. The log says which. Options of the pool must be given again whenever -i is.",
     )
     add = parser.add_argument
     add("-d", required=True, metavar="ID", help="ID or name of the dataset; with -i, of the pool that is made")
@@ -235,7 +235,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--c", dest="continue_training", action="store_true", help="continue the run from its latest checkpoint")
     add("--overwrite", action="store_true", help="delete what an earlier run left, and start anew")
     add_setting_options(parser, "how volumes become a pool (with -i)", PoolSettings)
-    add_setting_options(parser, "the run", PretrainingSettings)
+    add_setting_options(
+        parser, f"the run (defaults of {DEFAULT_TASK}; other tasks have some of their own)", PretrainingSettings
+    )
     for kind in task_classes():
         add_setting_options(parser, kind.title, kind.Settings)
     add_setting_options(

@@ -29,6 +29,7 @@ from nnunetv2_misfm.pool.settings import PoolSettings
 from nnunetv2_misfm.pool.share import Share
 from nnunetv2_misfm.pool.shared_listing import forget_share, list_share
 from nnunetv2_misfm.pretrain.planning import RunRequest, chosen_arguments, new_pool_entry, run_plans
+from nnunetv2_misfm.pretrain.settings import AugmentSettings
 from nnunetv2_misfm.pretrain.tasks import AUGMENTATION, PretextSettings, default_settings, task_class
 
 DERIVED_PLANS_NAME = "nnUNetMisFMPretrainPlans"
@@ -248,7 +249,7 @@ def run_request(options: PretrainOptions, task: str, earlier: Mapping[str, Any] 
     block = {**before, **options.run, "task": task}
     block |= {name: {**before.get(name, {}), **values} for name, values in groups.items()}
     pretext = PretextSettings.read(block, "The settings")
-    _check_effect(pretext, asked)
+    _check_effect(pretext, asked, options.augmentation)
     network, arch_kwargs = _network(options, earlier)
     return RunRequest(
         network=network,
@@ -280,9 +281,14 @@ def _check_task(task: str, of_tasks: Mapping[str, Mapping[str, Any]]) -> None:
             raise PlanError(f"{flags}: for -pretext {other}, not for {task}; leave out, or choose that task.")
 
 
-def _check_effect(pretext: PretextSettings, given: Mapping[str, Any]) -> None:
+def _check_effect(pretext: PretextSettings, given: Mapping[str, Any], augmentation: Mapping[str, Any]) -> None:
     """Refuse settings that the others, given or kept from earlier plans, leave without effect."""
     ignored, why = pretext.task().ignored()
     wrong = [flag_of(pretext.kind.Settings, name) for name in ignored if name in given]
-    if wrong:
-        raise PlanError(f"{' and '.join(wrong)}: not for {why}; leave out, or choose otherwise there.")
+    problems = [f"{' and '.join(wrong)}: not for {why}; leave out, or choose otherwise there"] if wrong else []
+    for name, probability in pretext.augmentation.without_effect().items():
+        if name in augmentation:
+            flags = flag_of(AugmentSettings, name), flag_of(AugmentSettings, probability)
+            problems.append(f"{flags[0]}: without effect while {flags[1]} is 0; give that too, or leave it out")
+    if problems:
+        raise PlanError("; ".join(problems) + ".")

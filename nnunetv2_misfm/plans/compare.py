@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.errors import PlanError
+from nnunetv2_misfm.plans.checks import INTENSITIES, WINDOW, check_complete
 from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, RUNS, RunSettings
 from nnunetv2_misfm.plans.settings import Settings, as_of_today, declared, write_settings
 
 _OF_THE_DATA = ("patch_size", "batch_size", "spacing", "data_identifier")
+_OF_ALL_CONFIGURATIONS = ("transpose_forward", "ct_intensities")
+"""What the arrays depend on that the plans say once for all configurations."""
 
 
 def run_changes(
@@ -71,7 +74,8 @@ def what_changes(
         configurations: that are planned anew; others stay.
 
     Raises:
-        PlanError: if the old ones start from weights and the new ones from none.
+        PlanError: if the old ones start from weights and the new ones from none, or if the data of a configuration
+            that stays would not be what the plans say.
     """
     before, now = (one.get(PRETRAIN_INFO) or {} for one in (replaced, plans))
     weights = before.get("checkpoint_path"), now.get("checkpoint_path")
@@ -86,14 +90,43 @@ def what_changes(
     kept = [name for name in replaced["configurations"] if name not in configurations]
     if kept:
         changed.append(f"the plans that are replaced also had {', '.join(kept)}, which stay as they are")
-    for name in configurations:
-        if name not in replaced["configurations"]:
+    for name in replaced["configurations"]:
+        if name in kept and not _stands_alone(replaced, name):
             continue
-        changes = run_changes(replaced, plans, name).items()
-        changed += [f"{name}: {key} {old} becomes {new}" for key, (old, new) in changes]
+        changes = run_changes(replaced, plans, name)
+        lines = {key: f"{key} {old} becomes {new}" for key, (old, new) in changes.items()}
+        of_data = [lines[key] for key in _OF_ALL_CONFIGURATIONS if key in lines]
+        if name in kept and of_data:
+            raise PlanError(
+                f"{path} also has {name}, whose data would no longer be what the plans say: {'; '.join(of_data)}. "
+                f"Give {name} to -c as well, or choose another -overwrite_plans_name."
+            )
+        changed += [f"{name}: {line}" for line in lines.values()]
     if replaced["dataset_name"] != plans["dataset_name"]:
         changed.append(f"dataset: {replaced['dataset_name']} becomes {plans['dataset_name']}")
     return changed
+
+
+def _stands_alone(plans: Mapping[str, Any], name: str) -> bool:
+    """Whether a configuration that was not asked for is complete, and changes with no other one."""
+    try:
+        check_complete(plans, Path(), "", [name])
+    except PlanError:  # its owner's own, half written
+        return False
+    return "inherits_from" not in plans["configurations"][name]
+
+
+def _normalisation(plans: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    schemes = entry["normalization_schemes"]
+    found = {
+        "normalization_schemes": schemes,
+        "use_mask_for_norm": entry["use_mask_for_norm"],
+        "transpose_forward": plans["transpose_forward"],
+    }
+    ct = [plans[INTENSITIES][str(channel)] for channel, name in enumerate(schemes) if name == "CTNormalization"]
+    if ct:
+        found["ct_intensities"] = [{name: values[name] for name in WINDOW} for values in ct]
+    return found
 
 
 def _everything(
@@ -103,7 +136,8 @@ def _everything(
 
     entry = PlansManager(dict(plans)).get_configuration(configuration).configuration
     architecture, settings = entry["architecture"], dict(plans.get(BLOCK, {}))
-    settings.pop("pool", None)  # what the volumes are, which may become more
+    # The volumes of a pool may become more; each is normalised as what it is, and `pool/plan.py` compares how.
+    is_pool = settings.pop("pool", None) is not None
     for kind in RUNS:
         if settings.get("task") in kind.TASKS:
             settings = write_settings(run or kind()) | as_of_today(kind, settings)
@@ -116,5 +150,7 @@ def _everything(
         **{name: entry.get(name) for name in _OF_THE_DATA},
         **settings,
     }
+    if not is_pool:
+        found |= _normalisation(plans, entry)
     as_in_a_file: dict[str, Any] = json.loads(json.dumps(found))
     return as_in_a_file

@@ -1,7 +1,4 @@
-"""The `architecture` entry of a plans file for the networks of this package.
-
-Works on the dicts of a plans file; needs neither nnU-Net nor a network that is built.
-"""
+"""The `architecture` entry of a plans file: which networks there are, their arguments, and the sizes they take."""
 
 from __future__ import annotations
 

@@ -141,7 +141,7 @@ def as_tuples(value: Any) -> Any:
     """A JSON value with tuples for its lists."""
     if not isinstance(value, (list, tuple)):
         return value
-    return tuple(as_tuples(v) if isinstance(v, (list, tuple)) else v for v in value)
+    return tuple(map(as_tuples, value))
 
 
 def _problem(cls: type[Settings], name: str, value: Any, kind: str, message: str) -> str:

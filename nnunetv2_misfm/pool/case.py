@@ -179,28 +179,25 @@ def _prepare(task: CaseTask) -> CaseRecord:
     voxels, spacing, mended = read_volume(volume, task.plans["image_reader_writer"].endswith("WithReorient"))
     check_voxels(voxels, settings.skip_label_maps)
     content = content_hash(voxels)
-    if task.earlier is not None and task.earlier.content == content:
+    modality, modality_from = _modality(task, voxels)
+    now = (content, volume.spacing, modality or "", modality_from)
+    earlier = task.earlier
+    if earlier and now == (earlier.content, earlier.original_spacing, earlier.modality, earlier.modality_from):
         return dataclasses.replace(
-            task.earlier,
+            earlier,
+            source=volume.source,
             num_bytes=volume.num_bytes,
             modified_ns=volume.modified_ns,
             bundle=volume.bundle,
             series=volume.series,
         )
 
-    plans_from = pool_block(task.plans)["plans_from"]
-    modality: str | None = None
-    modality_from, box = f"plans of {plans_from}", None
-    if plans_from is None:
-        modality, modality_from = settings.modality, "settings"
-        if settings.modality == "auto":
-            modality, modality_from = guess_modality(voxels, volume.dicom_modality)
-        if modality == "ct":
-            check_hounsfield(voxels)
-        if modality == "ct" and settings.body_crop:
-            box = body_box(voxels, spacing, settings.min_size)
-        if box is not None:
-            voxels = voxels[(slice(None), *(slice(first, last) for first, last in box))]
+    box = None
+    if modality == "ct":
+        check_hounsfield(voxels)
+        box = body_box(voxels, spacing, settings.min_size) if settings.body_crop else None
+    if box is not None:
+        voxels = voxels[(slice(None), *(slice(first, last) for first, last in box))]
     intensity = intensity_statistics(voxels)
 
     plans_manager = PlansManager(plans_for_case(task.plans, task.configuration, modality))
@@ -236,6 +233,16 @@ def _prepare(task: CaseTask) -> CaseRecord:
     }
     _save(data, seg, properties, task.temporary / volume.case, configuration_manager.patch_size)
     return record
+
+
+def _modality(task: CaseTask, voxels: np.ndarray) -> tuple[str | None, str]:
+    """The modality that decides on the normalisation, and what says so; None if the plans of a dataset decide."""
+    settings, plans_from = pool_settings(task.plans), pool_block(task.plans)["plans_from"]
+    if plans_from is not None:
+        return None, f"plans of {plans_from}"
+    if settings.modality != "auto":
+        return settings.modality, "settings"
+    return guess_modality(voxels, task.volume.dicom_modality)
 
 
 def _check_size(shape: tuple[int, ...], min_size: int) -> None:

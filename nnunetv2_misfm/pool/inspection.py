@@ -45,11 +45,6 @@ class PoolInspection:
         return min(counts, key=lambda channels: (-counts[channels], channels)) if counts else 0
 
     @property
-    def median_shape(self) -> tuple[float, ...]:
-        """Voxels along (z, y, x)."""
-        return tuple(float(n) for n in np.median([volume.shape for volume in self.volumes], axis=0))
-
-    @property
     def median_spacing(self) -> tuple[float, ...]:
         """mm along (z, y, x)."""
         return tuple(float(mm) for mm in np.median([volume.spacing for volume in self.volumes], axis=0))

@@ -81,7 +81,7 @@ def read_crop(
         patch_size: (X, Y, Z) in voxels.
         generator: of the place.
         beside: another crop of the volume. All places are equally likely that share `overlap` voxels of the patch with
-            it on each axis; where slices are averaged, they are the same slices.
+            it on each axis; where slices are averaged, they are the same slices if the volume has room for that.
         overlap: (X, Y, Z), at most the patch size.
 
     The read size shrinks where it exceeds both the volume and an unscaled crop. What still reaches beyond the volume is
@@ -99,6 +99,7 @@ def read_crop(
     tries = []
     for _ in range(MAX_READS_PER_CROP if (room > 0).any() else 1):
         start = origin + step * generator.integers(fewest, most, endpoint=True)
+        start = np.clip(start, np.minimum(room, 0), np.maximum(room, 0))
         inside, stop = np.maximum(start, 0), np.minimum(start + size, shape)
         crop = volume[(slice(None), *map(slice, inside.tolist(), stop.tolist()))]
         crop = np.require(crop, np.float32, ["OWNDATA"])  # a memory-mapped one is read now, not later

@@ -48,8 +48,9 @@ class RunRequest:
         network: a name of `NETWORKS`, "plan" for the one the plans name, or None for what our plans have already,
             PCT-Net in others.
         arch_kwargs: constructor arguments of the network that the user chose.
-        patch_size, batch_size: None keeps those of the plan, or takes the published ones for a new pool; the batch
-            then grows where patches are too small for BatchNorm.
+        patch_size, batch_size: None keeps those of earlier plans of the same name for the same data, else those of the
+            plan that is started from, or takes the published ones for a new pool (the patch no larger than its median
+            volume); the batch grows where patches are too small for BatchNorm.
         pretext: the task and all settings of the run.
     """
 

@@ -51,6 +51,18 @@ class AugmentSettings(Settings):
         never: dict[str, Any] = {name: 0.0 for name in cls.model_fields if name.endswith("_probability")}
         return cls(**{"scale": (1.0, 1.0), **never, **but})
 
+    def without_effect(self) -> dict[str, str]:
+        """The ranges of what is never done, each with the probability of 0 that says so."""
+        kinds = {
+            "low_percentiles": "contrast",
+            "high_percentiles": "contrast",
+            "blur_sigma": "blur",
+            "noise_std": "noise",
+        }
+        ranges = (name for name in type(self).model_fields if not name.endswith("_probability"))
+        probabilities = {name: f"{kinds.get(name, name)}_probability" for name in ranges}
+        return {name: probability for name, probability in probabilities.items() if getattr(self, probability) == 0}
+
     @field_validator("high_percentiles")
     @classmethod
     def _above_the_low_ones(cls, high: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:

@@ -286,6 +286,9 @@ class BaseTrainer(ResumableTrainer):
             PlanError: if a step does not fit even so.
         """
         if not hasattr(self.bare_network, "checkpointing"):
+            if self.settings.checkpointing == "on":
+                kind = type(self.bare_network).__name__
+                self.print_to_log_file(f"checkpointing is on in the plans, but a {kind} has none; it trains without.")
             return
         if self.settings.checkpointing != "auto":
             set_checkpointing(self.bare_network, self.settings.checkpointing == "on")

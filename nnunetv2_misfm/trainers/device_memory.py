@@ -17,12 +17,15 @@ _CONTROL_GROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memor
 def available_memory(device: torch.device) -> float:
     """Bytes a training step may use: what is free on a GPU, otherwise nine tenths of what this process may have.
 
+    Processes that torchrun starts on one machine share its memory.
+
     Infinite where the system does not tell.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
-    return 0.9 * min(_memory_limits(), default=float("inf"))
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    return 0.9 * min(_memory_limits(), default=float("inf")) / max(1, int(processes))
 
 
 def _memory_limits() -> Iterator[float]:

@@ -186,7 +186,7 @@ class PretrainingTrainer(BaseTrainer):
             "rank": dist.get_rank() if self.is_ddp else 0,
             "world_size": dist.get_world_size() if self.is_ddp else 1,
             "pin_memory": self.device.type == "cuda",
-            "report": self.print_to_log_file,
+            "report": self.print_to_log_file if self.local_rank == 0 else print,  # nnU-Net logs one process
         }
         batch_size = self.configuration_manager.batch_size
         done = len(self._interrupted.losses) if self._interrupted else 0
@@ -280,7 +280,7 @@ class PretrainingTrainer(BaseTrainer):
         return self.current_epoch if self._interrupted is not None else super()._epochs_finished()
 
     def _more_to_save(self) -> dict[str, Any]:
-        more: dict[str, Any] = {"skipped_steps": self._guard.skipped, TRAINED_PARTS: list(self.task.trains)}
+        more = super()._more_to_save() | {"skipped_steps": self._guard.skipped, TRAINED_PARTS: list(self.task.trains)}
         if self.bare_model.head is not None:
             more[_HEAD] = self.bare_model.head.state_dict()
         if self._interrupted is not None:
@@ -292,6 +292,7 @@ class PretrainingTrainer(BaseTrainer):
         return {} if self._scores is None else {"score": self._scores.main, LEARNT: self._scores.text}
 
     def _load_more(self, checkpoint: Mapping[str, Any]) -> None:
+        super()._load_more(checkpoint)
         self._guard.skipped = checkpoint.get("skipped_steps", 0)
         if self.bare_model.head is not None:
             self.bare_model.head.load_state_dict(checkpoint[_HEAD])

@@ -39,6 +39,7 @@ PUBLISHED_WEIGHTS = "model_state_dict"
 LEARNT = "learnt"
 """In the description of the training: how well the network did its pretext task when it was saved, in words."""
 TRAINED_PARTS = "trained_parts"
+CHANNEL_NAMES = "channel_names"
 """Beside the weights: the parts of the network that learnt in pretraining; all of them where it is missing."""
 _CHECKPOINT_ENDINGS = (".pth", ".pt", ".model", ".ckpt")
 _CONFIGURATIONS = ("3d_fullres", "3d_cascade_fullres", "3d_lowres", "2d")  # of nnU-Net, the most useful first
@@ -250,8 +251,9 @@ def write_safetensors(
     info: CheckpointInfo,
     path: str | os.PathLike[str],
     trained_parts: Collection[str],
+    channels: Collection[str] = (),
 ) -> None:
-    """Write weights with their description in the file's metadata.
+    """Write weights with their description, and the names of the image channels, in the file's metadata.
 
     Weights that a network lists under several names are written under the first.
 
@@ -271,6 +273,7 @@ def write_safetensors(
         kept[name] = tensor.contiguous()
     metadata = {"format": "pt", DESCRIPTION: json.dumps({"format_version": FORMAT_VERSION, **asdict(info)})}
     metadata[TRAINED_PARTS] = json.dumps(list(trained_parts))
+    metadata[CHANNEL_NAMES] = json.dumps(list(channels))
     try:
         with written_whole(path) as temporary:
             save_file(kept, temporary, metadata)
@@ -292,7 +295,8 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        described = {key: json.loads(metadata[key]) for key in (DESCRIPTION, TRAINED_PARTS) if key in metadata}
+        ours = (DESCRIPTION, TRAINED_PARTS, CHANNEL_NAMES)
+        described = {key: json.loads(metadata[key]) for key in ours if key in metadata}
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} is not a readable safetensors file ({first_line(error)}). Copy or download it again."

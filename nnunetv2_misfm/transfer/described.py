@@ -14,7 +14,7 @@ from torch import Tensor
 from nnunetv2_misfm.plans.checks import INTENSITIES, WINDOW, with_present_names
 from nnunetv2_misfm.plans.network_entry import UNET_ARGUMENTS
 from nnunetv2_misfm.plans.settings import is_number
-from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, preprocessing_of
+from nnunetv2_misfm.transfer.checkpoint import CHANNEL_NAMES, CheckpointInfo, preprocessing_of
 from nnunetv2_misfm.transfer.foreign import RESIDUAL_UNET
 from nnunetv2_misfm.transfer.unet_weights import unet_description
 
@@ -83,6 +83,9 @@ def channel_names(dataset_json: object) -> tuple[str, ...]:
 
 def channels_of_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[str, ...]:
     """The names of the image channels that a checkpoint of nnU-Net's layout was trained on, as far as it tells."""
+    exported = checkpoint.get(CHANNEL_NAMES)
+    if isinstance(exported, (list, tuple)):
+        return tuple(str(name) for name in exported)
     made_by = checkpoint.get("init_args")
     return channel_names(made_by.get("dataset_json")) if isinstance(made_by, Mapping) else ()
 

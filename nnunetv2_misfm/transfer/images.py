@@ -134,6 +134,11 @@ def about_channels(source: Source, channels: Sequence[str]) -> Iterator[str]:
         channels: names of the dataset's image channels.
     """
     theirs = source.channels[: source.num_images]
+    if not theirs and len(channels) > 1 and source.num_images == len(channels):
+        yield (
+            f"{source.path} does not say what its {len(channels)} input channels were; they are taken in order, for "
+            f"{', '.join(channels)}."
+        )
     if not theirs or [n.casefold() for n in theirs] == [n.casefold() for n in channels]:
         return
     order = channel_order(theirs, channels)

@@ -141,7 +141,7 @@ def export(checkpoint: str, folder: Path, licence: str | None) -> None:
     temporary.mkdir()
     try:
         trained = [part for part in LEARNING_PARTS if part not in source.untrained]
-        write_safetensors(source.weights, source.info, temporary / EXPORTED, trained)
+        write_safetensors(source.weights, source.info, temporary / EXPORTED, trained, source.channels)
         (temporary / "README.md").write_text(model_card(source, licence), encoding="utf-8")
         temporary.rename(folder)
     finally:

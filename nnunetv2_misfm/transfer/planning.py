@@ -255,6 +255,11 @@ def _architecture(
         return _held_architecture(source)
     network = _network_of(source) if request.network in (None, "pretrained") else request.network
     if network is None:
+        if request.arch_kwargs and source is not None:
+            raise PlanError(
+                f"-features_per_stage is for the networks of this package. {source.path} holds a "
+                f"{source.network_name}, whose stages are as in the dataset's plans. Leave -features_per_stage out."
+            )
         _check_same_kind(planned, source, request)
         return planned
     if source is not None and _network_of(source) != network:
@@ -321,7 +326,7 @@ def _network_of(source: Source | None) -> str | None:
     return None if source.info is None else own_network_name(source.info.network_class_name)
 
 
-def require_trainer(plans: dict[str, Any]) -> None:
+def pin_trainer(plans: dict[str, Any]) -> None:
     """Let the networks of plans be built by our trainer only: others would train without weights and settings."""
     for entry in plans["configurations"].values():
         if "architecture" in entry:

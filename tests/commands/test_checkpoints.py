@@ -54,6 +54,15 @@ def test_an_exported_checkpoint_is_the_same_network(checkpoint: Path, exported: 
     assert read_source(exported / "model.safetensors").info == read_source(checkpoint).info
 
 
+def test_an_exported_checkpoint_keeps_the_names_of_its_channels(checkpoint: Path, tmp_path: Path) -> None:
+    """Weights of several channels are matched by them."""
+    content = torch.load(checkpoint, weights_only=True)
+    content["init_args"] = {"dataset_json": {"channel_names": {"0": "PET"}}}
+    torch.save(content, checkpoint)
+    export_main(["-i", str(checkpoint), "-o", str(tmp_path / "export"), "-license", "apache-2.0"])
+    assert read_source(tmp_path / "export" / "model.safetensors").channels == ("PET",)
+
+
 def test_the_model_card_says_what_it_is_and_how_to_use_it(exported: Path) -> None:
     card = (exported / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: nnunetv2_misfm\n") and "license: apache-2.0" in card

@@ -195,6 +195,41 @@ def test_replacing_plans_says_what_changes(nnunet: Path, tmp_path: Path, capsys:
     assert "3d_fullres: num_epochs 1000 becomes 7" in capsys.readouterr().out
 
 
+def test_a_configuration_planned_before_keeps_what_its_data_say(
+    nnunet: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The window of CT and the settings of the run are one for all configurations of a plans file."""
+    path = nnunet / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json"
+    base = json.loads(path.read_text(encoding="utf-8"))
+    configurations = base["configurations"]
+    configurations["3d_fullres"]["normalization_schemes"] = ["CTNormalization"]
+    configurations["3d_lowres"] = {**configurations["3d_fullres"], "data_identifier": "nnUNetPlans_3d_lowres"}
+    path.write_text(json.dumps(base), encoding="utf-8")
+    plan_main(["-d", "4", "-c", "3d_lowres", "--no_pp"])
+    plan_main(["-d", "4", "-c", "3d_fullres", "-num_epochs", "7", "--no_pp"])
+    assert "3d_lowres: num_epochs 1000 becomes 7" in capsys.readouterr().out
+    base["foreground_intensity_properties_per_channel"]["0"]["percentile_99_5"] = 300.0
+    path.write_text(json.dumps(base), encoding="utf-8")
+    before = plans(nnunet)
+    with pytest.raises(SystemExit):
+        plan_main(["-d", "4", "-c", "3d_fullres", "--no_pp"])
+    refused = capsys.readouterr().err
+    assert "also has 3d_lowres, whose data would no longer be what the plans say: ct_intensities" in refused
+    assert plans(nnunet) == before
+    plan_main(["-d", "4", "-c", "3d_fullres", "3d_lowres", "--no_pp"])
+    assert plans(nnunet)["configurations"].keys() == {"3d_fullres", "3d_lowres"}
+
+
+def test_the_stages_of_a_planned_unet_cannot_be_chosen(
+    nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_unet(tmp_path / "c.pt")
+    command = ["-d", "4", "-pretrained_weights", str(tmp_path / "c.pt"), "--no_pp"]
+    with pytest.raises(SystemExit):
+        plan_main([*command, "-features_per_stage", "4", "8", "16", "32", "64"])
+    assert "PlainConvUNet, whose stages are as in the dataset's plans" in capsys.readouterr().err
+
+
 def test_plans_with_weights_are_not_replaced_by_plans_without(
     nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -130,6 +130,9 @@ def test_continuing_keeps_the_run_what_it_was(nnunet: Path, capsys: pytest.Captu
     before = (folder / "checkpoint_final.pth").read_bytes()
     ignored = refused(capsys, "-d", "4", "--c", "-num_boxes", "5", "9", "-box_size_min", "0.1", "0.1", "0.1")
     assert "-num_boxes and -box_size_min: not for -geometry blocks" in ignored  # which the earlier plans chose
+    ignored = refused(capsys, "-d", "4", "--c", "-brightness", "-0.2", "0.2", "-gamma", "0.5", "2")
+    assert "-brightness: without effect while -brightness_probability is 0; give that too" in ignored
+    assert "-gamma" not in ignored
     message = refused(capsys, "-d", "4", "--c", "-geometry", "boxes", "-batch_size", "3")
     assert "fusion.geometry: blocks then, boxes now" in message and "batch_size: 2 then, 3 now" in message
     main(["-d", "4", "--c", "-device", "cpu"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import pytest
 from run_plans import run_plans
@@ -52,6 +53,15 @@ def test_groups_of_the_task_are_read_and_others_named() -> None:
         run_settings({"plans_name": "p", "misfm": {"task": "segmentation", "augmentation": {}}}, FinetuningSettings)
 
 
+def test_ranges_of_what_is_never_done_are_known() -> None:
+    """Every range has its probability, by whose name it is found."""
+    ranges = {name for name in AugmentSettings.model_fields if not name.endswith("_probability")}
+    assert AugmentSettings.off().without_effect().keys() == ranges
+    assert AugmentSettings(gamma_probability=0, brightness_probability=0.1).without_effect() == {
+        "gamma": "gamma_probability"
+    }
+
+
 @pytest.mark.parametrize("former", ["default", "scratch"])
 def test_values_have_their_names_of_today_wherever_the_former_stand(former: str) -> None:
     assert read_settings(FinetuningSettings, {"schedule": former}, "Older plans").schedule == "poly"
@@ -87,7 +97,7 @@ def test_limits_and_order_are_those_of_the_declaration() -> None:
         assert error.value.problems[0].startswith(problem)
 
 
-def plans(**block: object) -> dict[str, object]:
+def plans(**block: object) -> dict[str, Any]:
     return run_plans({"task": "volume_fusion", **block})
 
 
@@ -106,6 +116,33 @@ def test_a_run_that_goes_on_may_change_what_its_declaration_says() -> None:
     before = plans(num_epochs=1, picture_every=3, seed=1)
     now = plans(num_epochs=2, picture_every=4, seed=2)
     assert what_a_run_must_keep(before, now, "3d_fullres") == ["seed: 1 then, 2 now"]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "changes", "names"),
+    [
+        ("CTNormalization", {"ct_window": 300.0}, ["ct_intensities"]),
+        ("ZScoreNormalization", {"ct_window": 300.0}, []),  # which nnU-Net looks at for CT alone
+        ("ZScoreNormalization", {"transpose_forward": [1, 0, 2]}, ["transpose_forward"]),
+        ("ZScoreNormalization", {"normalization_schemes": ["NoNormalization"]}, ["normalization_schemes"]),
+        ("ZScoreNormalization", {"use_mask_for_norm": [True]}, ["use_mask_for_norm"]),
+    ],
+)
+def test_a_run_that_goes_on_keeps_how_its_images_are_normalised(
+    scheme: str, changes: dict[str, Any], names: list[str]
+) -> None:
+    def made(ct_window: float = 350.0, **others: Any) -> dict[str, Any]:
+        made = plans()
+        made["foreground_intensity_properties_per_channel"]["0"]["percentile_99_5"] = ct_window
+        made["configurations"]["3d_fullres"]["normalization_schemes"] = [scheme]
+        made["transpose_forward"] = others.pop("transpose_forward", made["transpose_forward"])
+        made["configurations"]["3d_fullres"] |= others
+        return made
+
+    kept = what_a_run_must_keep(made(), made(**changes), "3d_fullres")
+    assert [line.partition(":")[0] for line in kept] == names
+    pools = ({**one, "misfm": {"task": "volume_fusion", "pool": {}}} for one in (made(), made(**changes)))
+    assert what_a_run_must_keep(*pools, "3d_fullres") == []  # their volumes are compared when they are prepared
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,12 @@ def arrays(report: Any) -> dict[str, np.ndarray]:
 
 def rows(report: PoolReport) -> dict[str, dict[str, str]]:
     """Rows of the report by file name."""
+    return {Path(row["source"]).name: row for row in every_row(report)}
+
+
+def every_row(report: PoolReport) -> list[dict[str, str]]:
     with open(report.folder / "report.csv", newline="", encoding="utf-8") as file:
-        return {Path(row["source"]).name: row for row in csv.DictReader(file)}
+        return list(csv.DictReader(file))
 
 
 def contents(report: PoolReport) -> dict[str, Any]:
@@ -342,6 +346,49 @@ def test_a_file_with_a_new_date_only_keeps_its_case(images: Path) -> None:
     os.utime(path, ns=(1, 1))
     assert make_pool([images]).num_prepared == 1
     assert {file: file.stat().st_mtime_ns for file in before} == before
+
+
+def test_a_corrected_spacing_with_the_same_voxels_is_used(images: Path) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.mr(0), (2, 1, 1))
+    make_pool([images], spacing=[2, 1, 1])
+    phantoms.write(images / "a.nii.gz", phantoms.mr(0), (4, 1, 1))
+    report = make_pool([images], spacing=[2, 1, 1])
+    assert arrays(report)["a"].shape == (1, 40, 24, 28)
+    assert rows(report)["a.nii.gz"]["original_spacing"] == "4 1 1"
+
+
+def test_a_later_folder_of_the_same_name_takes_no_case_away(tmp_path: Path) -> None:
+    first, second = (tmp_path / hospital / "imagesTr" for hospital in "AB")
+    for number, folder in enumerate((first, second)):
+        folder.mkdir(parents=True)
+        phantoms.write(folder / "scan.nii.gz", phantoms.mr(number))
+    before = contents(make_pool([first]))
+    with pytest.raises(PoolError, match=f"{second}/scan.nii.gz and {first}/scan.nii.gz, which is in the pool"):
+        make_pool([second])
+    assert contents(make_pool([first])) == before
+    report = make_pool([first, second])  # the remedy that the message names
+    assert report.num_prepared == 2
+    assert {row["source"] for row in every_row(report)} == {f"{folder}/scan.nii.gz" for folder in (first, second)}
+
+
+def test_images_that_were_moved_keep_their_cases(tmp_path: Path, images: Path) -> None:
+    phantoms.write(images / "a.nii.gz", phantoms.mr(0))
+    phantoms.write(images / "b.nii.gz", phantoms.mr(1))
+    report = make_pool([images])
+    before = {path: path.stat().st_mtime_ns for path in data_folder(report).iterdir()}
+    for name in ("link", "new"):
+        (tmp_path / name).mkdir()
+    link, moved = tmp_path / "link" / "images", tmp_path / "new" / "images"
+    link.symlink_to(images)
+
+    def check(folder: Path) -> None:
+        report = make_pool([folder])
+        assert {row["source"] for row in every_row(report)} == {f"{folder}/{name}.nii.gz" for name in "ab"}
+        assert {path: path.stat().st_mtime_ns for path in data_folder(report).iterdir()} == before
+
+    check(link)
+    images.rename(moved)
+    check(moved)
 
 
 def test_a_bad_file_that_was_repaired_is_used(images: Path) -> None:

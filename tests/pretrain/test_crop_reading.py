@@ -109,3 +109,20 @@ def test_crops_beside_each_other_in_a_volume_without_room() -> None:
         one = read_crop(volume, first, (8, 10, 12), generator)
         other = read_crop(volume, second, (8, 10, 12), generator, beside=one, overlap=(8, 10, 12))
         assert other.voxels.shape[1:] == (6, 9, 12) and other.voxels.isfinite().all()
+
+
+@pytest.mark.parametrize("averaged", [1, 2])
+def test_crops_of_different_sizes_beside_each_other_stay_in_the_volume(averaged: int) -> None:
+    """Where two crops cannot both begin at the same slices, the second one's are all there nevertheless."""
+    generator = np.random.default_rng(0)
+    volume, patch = coordinates((21, 14, 16)), (8, 10, 12)
+    for _ in range(300):
+        depths, heights = generator.integers(8, 12, 2), generator.integers(9, 15, 2)
+        one, two = (
+            CropAugmentation((int(depth) * averaged, int(height), 12), slices_averaged=averaged)
+            for depth, height in zip(depths, heights, strict=True)
+        )
+        first = read_crop(volume, one, patch, generator)
+        second = read_crop(volume, two, patch, generator, beside=first, overlap=(6, 8, 10))
+        assert second.voxels.shape[1:] == second.augmentation.read_size
+        assert tuple(second.voxels[:, 0, 0, 0].tolist()) == second.start

@@ -14,7 +14,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def no_limits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    for name in ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE"):
+    for name in ("SLURM_MEM_PER_NODE", "SLURM_MEM_PER_CPU", "SLURM_CPUS_ON_NODE", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(device_memory, "_CONTROL_GROUPS", (tmp_path / "memory.max",))
     return tmp_path
@@ -48,3 +48,9 @@ def test_the_limit_of_a_slurm_job_counts(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert device_memory.available_memory(CPU) == (of_machine if limit is None else 0.9 * limit)
+
+
+def test_the_processes_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_machine = device_memory.available_memory(CPU)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # as torchrun sets it
+    assert device_memory.available_memory(CPU) == of_machine / 4

@@ -314,6 +314,14 @@ def test_too_little_memory_names_the_remedy(nnunet: Path, monkeypatch: pytest.Mo
         run._fit_into_memory()
 
 
+def test_checkpointing_that_a_network_cannot_do_is_told(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan("-network", "plan", "-checkpointing", "on")
+    run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
+    run.initialize()
+    run._fit_into_memory()
+    assert "checkpointing is on in the plans, but a PlainConvUNet has none" in capsys.readouterr().out
+
+
 def test_new_runs_put_the_checkpoints_of_earlier_ones_aside(nnunet: Path) -> None:
     """Else --c would take the end of an earlier run, which nnU-Net looks for first, for one of the new run."""
     plan(*NETWORK)

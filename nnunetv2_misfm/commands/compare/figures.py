@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
-import SimpleITK as sitk
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from nnunetv2_misfm.commands.compare.summary import Comparison, Summary
 from nnunetv2_misfm.pages.figures import COLOURS, TEXT, png_uri, svg
+
+if TYPE_CHECKING:
+    from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 _LABELS = ("#ef4444", "#22c55e", "#3b82f6", "#eab308", "#a855f7", "#14b8a6", "#f97316", "#ec4899")
 
@@ -98,15 +101,17 @@ def _colour(summary: Summary, arm: str) -> str:
     return COLOURS[[known.name for known in summary.arms].index(arm) % len(COLOURS)]
 
 
-def case_picture(image: Path, segmentations: Sequence[Path]) -> str:
+def case_picture(image: Path, segmentations: Sequence[Path], reader: BaseReaderWriter) -> str:
     """The slice of a case with most of its truth, once for each segmentation, as the data URI of a PNG.
 
     Args:
         image: first channel of the case.
         segmentations: the truth first.
+        reader: nnU-Net's of the dataset.
     """
-    voxels, (width, height, _) = _read(image), sitk.ReadImage(str(image)).GetSpacing()
-    labels = [_read(path) for path in segmentations]
+    images, properties = reader.read_images([str(image)])
+    voxels, (_, height, width) = images[0], properties["spacing"]
+    labels = [reader.read_seg(str(path))[0][0] for path in segmentations]
     middle = int(np.argmax((labels[0] > 0).sum((1, 2))))
     low, high = np.percentile(voxels, (1, 99))
     figure = Figure(figsize=(2.6 * len(labels), 2.6), layout="constrained")
@@ -125,8 +130,3 @@ def case_picture(image: Path, segmentations: Sequence[Path]) -> str:
 
 def _present(segmentations: Iterable[np.ndarray]) -> list[int]:
     return sorted({int(label) for segmentation in segmentations for label in np.unique(segmentation) if label > 0})
-
-
-def _read(path: Path) -> np.ndarray:
-    """Voxels (z, y, x)."""
-    return np.asarray(sitk.GetArrayFromImage(sitk.ReadImage(str(path))))

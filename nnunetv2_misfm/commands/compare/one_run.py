@@ -64,7 +64,8 @@ def perform(request: dict[str, Any]) -> None:
         if request["probe"]:
             from nnunetv2_misfm.commands.compare.probe import fitted_predictor
 
-            predictor, training = fitted_predictor(request, device), {"curve": [], "training_seconds": 0.0}
+            training: dict[str, Any] = {"curve": [], "training_seconds": 0.0}
+            predictor = fitted_predictor(request, device)
         else:
             training = _train(request, device)
             predictor = _predictor(request, device)
@@ -75,7 +76,8 @@ def perform(request: dict[str, Any]) -> None:
         **training,
         "dice": dice,
         "prediction_seconds": round(time.time() - trained, 1),
-        "seconds": round(time.time() - began, 1),
+        # Of a run that was continued, the training of before counts too.
+        "seconds": round(max(trained - began, training["training_seconds"]) + time.time() - trained, 1),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -90,9 +92,8 @@ def _train(request: dict[str, Any], device: Any) -> dict[str, Any]:
 
     fold = Path(request["results"], f"fold_{request['fold']}")
     final = fold / FINAL
-    if not final.is_file():
-        continues = _can_go_on(fold / LATEST, request["trainer"])
-        _trainer(request, device, continues).run_training()
+    if not _is_whole(final, request["trainer"]):
+        _trainer(request, device, _is_whole(fold / LATEST, request["trainer"])).run_training()
     logged = torch.load(final, map_location="cpu", weights_only=False)["logging"]  # written by this comparison
     seconds = [float(end) - float(start) for start, end in zip(logged[_STARTS], logged[_ENDS], strict=True)]
     return {
@@ -102,16 +103,16 @@ def _train(request: dict[str, Any], device: Any) -> dict[str, Any]:
     }
 
 
-def _can_go_on(latest: Path, trainer: str) -> bool:
-    """Whether there is a checkpoint to continue; nnU-Net's own trainer may have been killed while it wrote one."""
+def _is_whole(checkpoint: Path, trainer: str) -> bool:
+    """Whether there is such a checkpoint; nnU-Net's own trainer may have been killed while it wrote one."""
     import torch
 
-    if not latest.is_file() or trainer != "nnUNetTrainer":
-        return latest.is_file()  # the others keep the one before it
+    if not checkpoint.is_file() or trainer != "nnUNetTrainer":
+        return checkpoint.is_file()  # the others write one completely or not at all
     try:
-        torch.load(latest, map_location="cpu", weights_only=False)
+        torch.load(checkpoint, map_location="cpu", weights_only=False)
     except Exception:  # whatever torch makes of a part of a file
-        print(f"{latest} is damaged; the run starts anew.")
+        print(f"{checkpoint} is damaged and is not used.")
         return False
     return True
 

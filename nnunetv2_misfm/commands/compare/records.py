@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from nnunetv2_misfm.files import written_whole
 
@@ -74,7 +74,7 @@ def read_record(path: Path) -> RunRecord | None:
     """A run's record; None if there is none that can be read, and the run has to be done."""
     try:
         return RunRecord.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except (FileNotFoundError, ValueError, ValidationError):
+    except (FileNotFoundError, ValueError):
         return None
 
 

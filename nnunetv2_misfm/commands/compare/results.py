@@ -117,9 +117,12 @@ def _trained_with(study: Study, arm: Arm, batch_size: int) -> str:
 
 
 def _pictures(study: Study, summary: Summary, chosen: Mapping[tuple[str, int], float]) -> Iterator[CasePicture]:
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager  # takes seconds
+
     first = summary.first
     if first is None:
         return
+    reader = PlansManager(study.workspace.plans_of(study.options.plans)).image_reader_writer_class()
     seed = min(set(summary.scores(first.arm, first.labelled)) & set(summary.scores(first.other, first.labelled)))
     for case in summary.most_changed():
         images, truth = study.cases[case]
@@ -127,5 +130,5 @@ def _pictures(study: Study, summary: Summary, chosen: Mapping[tuple[str, int], f
         for arm in (first.other, first.arm):
             run = Run(arm, first.labelled, seed, chosen[arm, first.labelled])
             shown[arm] = study.workspace.run_folder(run) / "predictions" / f"{case}{study.file_ending}"
-        picture = figures.case_picture(Path(images[0]), list(shown.values()))
+        picture = figures.case_picture(Path(images[0]), list(shown.values()), reader)
         yield CasePicture(case, summary.cases[case].gain, tuple(shown), picture)

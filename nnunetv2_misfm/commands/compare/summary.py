@@ -235,7 +235,7 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
     ordered = _by_importance(comparisons)
     shown = [comparison for comparison in ordered if comparison.together.shown]
     if not shown:
-        return _nothing_shown(ordered[0], len(comparisons))
+        return _nothing_shown(ordered[0], sum(c.weights_alone == ordered[0].weights_alone for c in comparisons))
     sentences = []
     for arm, helped in dict.fromkeys((c.arm, c.difference.mean > 0) for c in shown):
         found = [c for c in shown if (c.arm, c.difference.mean > 0) == (arm, helped)]

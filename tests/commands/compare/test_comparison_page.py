@@ -13,6 +13,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import tifffile
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 from nnunetv2_misfm.commands.compare.arms import Arm, Run, choose_rates, test_runs, tuning_runs
 from nnunetv2_misfm.commands.compare.figures import case_picture
@@ -97,6 +101,17 @@ def test_where_nothing_was_shown_the_verdict_says_how_many_more_seeds_it_takes()
     verdict = summarise(ARMS, records).verdict
     assert verdict.startswith("No difference could be shown with 3 seeds: VF minus scratch is +2.0 points")
     assert "1 more seed would show it (-seeds 4)" in verdict
+
+
+def test_the_verdict_counts_the_differences_that_it_calls_smaller() -> None:
+    """What weights alone have done is told first, although another arm differs more."""
+    arms = [*ARMS, Arm("nnU-Net", "nnunet", (1e-2,))]
+    records = [record("scratch", seed, 0.5) for seed in range(2)]
+    records += [record("VF", seed, 0.5 + 0.01 * seed) for seed in range(2)]
+    records += [record("nnU-Net", seed, 0.9 - 0.5 * seed) for seed in range(2)]
+    summary = summarise(arms, records)
+    assert len(summary.comparisons) == 3 and "the largest of" not in summary.verdict
+    assert "VF minus scratch is +0.5 points of Dice with 5 labelled" in summary.verdict
 
 
 def test_one_seed_shows_nothing() -> None:
@@ -197,16 +212,22 @@ def test_every_arm_is_tuned_with_the_same_effort_and_gets_its_own_best_rate() ->
     assert test_runs(arms, [5], 1, chosen) == [Run("VF", 5, 0, 1e-3), Run("scratch", 5, 0, 3e-3)]
 
 
-def test_a_case_is_shown_with_the_outline_of_each_label(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ending", "reader"), [(".nii.gz", SimpleITKIO), (".tif", Tiff3DIO)])
+def test_a_case_is_shown_with_the_outline_of_each_label(
+    tmp_path: Path, ending: str, reader: type[BaseReaderWriter]
+) -> None:
     files = []
-    for name in ("image", "truth", "predicted"):
+    for name in ("image_0000", "truth", "predicted"):
         voxels = np.zeros((6, 20, 20), np.uint8)
-        voxels[2:4, 5:15, 5:15] = 1
-        sitk.WriteImage(
-            sitk.GetImageFromArray(voxels if name != "predicted" else 0 * voxels), str(tmp_path / f"{name}.nii.gz")
-        )
-        files.append(tmp_path / f"{name}.nii.gz")
-    uri = case_picture(files[0], files[1:])
+        if name != "predicted":
+            voxels[2:4, 5:15, 5:15] = 1
+        files.append(tmp_path / f"{name}{ending}")
+        if ending == ".tif":  # which has its spacing in a file beside it
+            tifffile.imwrite(files[-1], voxels)
+            (tmp_path / f"{name.removesuffix('_0000')}.json").write_text('{"spacing": [1, 1, 1]}', encoding="utf-8")
+        else:
+            sitk.WriteImage(sitk.GetImageFromArray(voxels), str(files[-1]))
+    uri = case_picture(files[0], files[1:], reader())
     pixels = plt.imread(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
     red = (pixels[..., 0] > 0.8) & (pixels[..., 1] < 0.4) & (pixels[..., 3] > 0.9)
     half = pixels.shape[1] // 2

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nnunetv2_misfm.architectures.pct_net import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.commands.compare.one_run import _is_whole
 from nnunetv2_misfm.commands.compare.options import read_options
 from nnunetv2_misfm.commands.compare.records import RunRecord
 from nnunetv2_misfm.commands.compare.results import write_results
@@ -207,3 +209,13 @@ def test_the_rates_of_nnunet_are_fixed_by_its_first_run(
     assert {request["about"]["rate"] for request in more.requests if request["about"]["arm"] == "nnunet"} == {1e-3}
     with pytest.raises(PlanError, match="nnunet_rates was"):
         study(tmp_path, nnunet, monkeypatch)
+
+
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_checkpoint_that_nnunet_was_killed_in_is_not_used(tmp_path: Path, size: int) -> None:
+    checkpoint = tmp_path / "checkpoint_final.pth"
+    torch.save({"network_weights": {"a": torch.zeros(100)}}, checkpoint)
+    assert _is_whole(checkpoint, "nnUNetTrainer")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:size])
+    assert not _is_whole(checkpoint, "nnUNetTrainer")
+    assert not _is_whole(tmp_path / "missing.pth", "MisFMTrainer")
