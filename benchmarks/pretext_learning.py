@@ -17,7 +17,18 @@ from pathlib import Path
 import torch
 from PIL import Image
 from provenance import device_name, provenance
-from three_sets import COMMON, CROPS, FEATURES, ITERATIONS, PRETRAINING, TASK_OPTIONS, VALIDATION, use_folders
+from three_sets import (
+    COMMON,
+    CROPS,
+    FEATURES,
+    ITERATIONS,
+    NETWORKS,
+    POOL_PLANS,
+    PRETRAINING,
+    TASK_OPTIONS,
+    VALIDATION,
+    use_folders,
+)
 
 from nnunetv2_misfm.files import read_json
 from nnunetv2_misfm.plans.run_settings import BLOCK, PRETEXT_TASKS
@@ -108,14 +119,21 @@ def make_report(rows: Sequence[str], more: Sequence[str], device: str) -> str:
     after = " | ".join(str(ITERATIONS * EVERY * (number + 1)) for number in range(epochs))
     changed = "; ".join(f"`{task}` {' '.join(options)}" for task, options in TASK_OPTIONS.items())
     added = " ".join(["", "--more", *more]) if more else ""
+    network = NETWORKS["unet"]
+    length = f"-num_epochs {network.epochs} -num_iterations_per_epoch {ITERATIONS}"
+    length += f" -num_val_iterations_per_epoch {VALIDATION}"
+    of_more = (
+        f"Runs with other batches were made with `misfm_pretrain -d 900 -p {POOL_PLANS} -pretext TASK "
+        f"-overwrite_plans_name NAME {' '.join((*network.options, *PRETRAINING))} {length} -device {device} "
+        "-patch_size X Y Z -batch_size N`, and differ from the others in the patch and batch size of the table alone."
+    )
     return "\n".join(
         [
             "# What a small network learns of each pretext task",
             "",
             "Main score on the fixed validation samples after so many iterations, one run for each task, on volumes of "
             f"three public sets together. nnU-Net's U-Net with {FEATURES} features; "
-            f"`{' '.join((*CROPS, *PRETRAINING))}`, otherwise the tasks' defaults, but {changed}. Runs with "
-            "other batches differ in these alone.",
+            f"`{' '.join((*CROPS, *PRETRAINING))}`, otherwise the tasks' defaults, but {changed}.",
             "",
             "The score is the variance explained (0 for a constant, 1 for the image) of masked voxels or of all "
             "voxels; the share of the swaps' error that is undone (0 for the input, 1 for the image); the mean Dice of "
@@ -125,6 +143,7 @@ def make_report(rows: Sequence[str], more: Sequence[str], device: str) -> str:
             "| --- " * (3 + epochs) + "|",
             *rows,
             "",
+            *([of_more, ""] if more else []),
             *provenance(
                 "python benchmarks/three_sets.py pretrain --data FOLDER --work WORK; "
                 f"python benchmarks/pretext_learning.py --work WORK{added}",
