@@ -43,7 +43,7 @@ def plan(options: argparse.Namespace) -> None:
     Raises:
         UserError: for everything in the options, the dataset or the checkpoint that cannot be used.
     """
-    # nnU-Net and torch take seconds to import; --help and wrong flags should not wait for them.
+    # nnU-Net takes seconds to import; --help and wrong flags should not wait for it.
     from nnunetv2_misfm.transfer.memory_target import fit_to_memory
     from nnunetv2_misfm.transfer.planning import check_fit, finetuning_plans, pin_trainer
     from nnunetv2_misfm.transfer.pretrained import read_source

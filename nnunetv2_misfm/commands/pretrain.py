@@ -14,8 +14,8 @@ from nnunetv2_misfm.cpu_threads import keep_cores_free
 from nnunetv2_misfm.errors import exit_with_message
 from nnunetv2_misfm.plans.files import FINAL, nnunet_folder
 
-# nnU-Net and torch take seconds to import: --help and wrong options should not wait for them, so the functions below
-# import what needs them.
+# nnU-Net takes seconds to import: --help and wrong options should not wait for it, so the functions below import what
+# needs it.
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -79,7 +79,7 @@ def plan_and_prepare(options: PretrainOptions) -> tuple[str, str, str] | None:
         run.check_absent()
     request = run_request(options, source.task, source.earlier)
     plans = source.plan(request)
-    if plans is None:
+    if plans is None:  # other parts have still to look at their volumes
         return None
     if options.num_parts == 1 or source.earlier is None:  # a part leaves plans that are there as they are
         entry = plans["configurations"][options.configuration]
@@ -89,7 +89,7 @@ def plan_and_prepare(options: PretrainOptions) -> tuple[str, str, str] | None:
         # Before anything is written, by the plans of the run; the trainer looks at its checkpoint too.
         run.check_same(plans, options.configuration)
     prepared = source.provide(plans)
-    if prepared is None:
+    if prepared is None:  # nothing was to be prepared, or other parts have still to do theirs
         return None
     if options.only_prepare:
         device = "" if options.device == "cuda" else f" -device {options.device}"
