@@ -106,6 +106,17 @@ class CaseRecord:
             **more,
         )
 
+    def with_files_of(self, volume: Volume) -> CaseRecord:
+        """The record of a volume whose files have another date or place, but the same voxels."""
+        return dataclasses.replace(
+            self,
+            source=volume.source,
+            num_bytes=volume.num_bytes,
+            modified_ns=volume.modified_ns,
+            bundle=volume.bundle,
+            series=volume.series,
+        )
+
     def is_of(self, volume: Volume, layout: str) -> bool:
         """Whether this is what became of the volume as it is now, by plans of that layout."""
         now = (volume.source, volume.num_bytes, volume.modified_ns, layout)
@@ -183,14 +194,7 @@ def _prepare(task: CaseTask) -> CaseRecord:
     now = (content, volume.spacing, modality or "", modality_from)
     earlier = task.earlier
     if earlier and now == (earlier.content, earlier.original_spacing, earlier.modality, earlier.modality_from):
-        return dataclasses.replace(
-            earlier,
-            source=volume.source,
-            num_bytes=volume.num_bytes,
-            modified_ns=volume.modified_ns,
-            bundle=volume.bundle,
-            series=volume.series,
-        )
+        return earlier.with_files_of(volume)
 
     box = None
     if modality == "ct":

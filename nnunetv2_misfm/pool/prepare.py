@@ -232,7 +232,7 @@ def _pending(
                 others.append((record.source, volume.source))
             elif record is not None and record.is_of(volume, layout):
                 tally.add(record.status, record.reason, record.mended)
-                record = replace(record, bundle=volume.bundle, series=volume.series)
+                record = record.with_files_of(volume)
                 if record != records.get(volume.case):
                     folder.ledger.write_record(record)
             elif volume.num_channels != channels:
