@@ -141,12 +141,14 @@ class Attempt:
 
     Attributes:
         options: of misfm_plan, as it takes them.
+        configurations: that are planned together, the earlier stage of a cascade too.
         report: what the transfer would do; None if it is not possible.
         remarks: on the plans.
         error: why it is not possible.
     """
 
     options: tuple[str, ...]
+    configurations: tuple[str, ...]
     report: TransferReport | None = None
     remarks: tuple[str, ...] = ()
     error: UserError | None = None
@@ -161,7 +163,8 @@ class Attempt:
         plans = [] if options.p == "nnUNetPlans" else ["-p", options.p]
         partial = [] if self.share == 1 else ["-min_coverage", f"{math.floor(1000 * self.share) / 1000:g}"]
         weights = ["-pretrained_weights", options.checkpoint]
-        return shlex.join(["misfm_plan", "-d", options.d, "-c", options.c, *plans, *weights, *self.options, *partial])
+        dataset = ["-d", options.d, "-c", *self.configurations]
+        return shlex.join(["misfm_plan", *dataset, *plans, *weights, *self.options, *partial])
 
 
 def _attempts(options: argparse.Namespace, folder: Path, source: Source) -> Iterator[Attempt]:
@@ -181,9 +184,9 @@ def _attempts(options: argparse.Namespace, folder: Path, source: Source) -> Iter
                 plans, remarks = finetuning_plans(base, request, source)
                 report = check_fit(plans, options.c, dataset, source, min_coverage=0.0)
             except UserError as error:
-                yield Attempt(tuple(given), error=error)
+                yield Attempt(tuple(given), request.configurations, error=error)
             else:
-                yield Attempt(tuple(given), report, tuple(remarks))
+                yield Attempt(tuple(given), request.configurations, report, tuple(remarks))
 
 
 def _request(

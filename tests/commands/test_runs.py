@@ -241,6 +241,17 @@ def test_all_folds_of_a_first_stage_are_printed(folder: Path, capsys: pytest.Cap
     assert printed_folds(out, "3d_lowres") == list("01234") and printed_folds(out, "3d_cascade_fullres") == ["0"]
 
 
+def test_the_command_for_the_second_stage_of_a_cascade_plans_both(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_cascade(folder / "nnUNetPlans.json")
+    misfm_inspect([save_pctnet(tmp_path / "c.pth"), "-d", "4", "-c", "3d_cascade_fullres"])
+    command = capsys.readouterr().out.splitlines()[-1].split()
+    assert command[:5] == ["misfm_plan", "-d", "4", "-c", "3d_lowres"]
+    misfm_plan([*command[1:], "--no_pp"])
+    assert read(folder / "nnUNetMisFMPlans.json")["configurations"].keys() >= {"3d_lowres", "3d_cascade_fullres"}
+
+
 def test_stages_with_spacings_of_their_own_are_planned_one_after_the_other(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
