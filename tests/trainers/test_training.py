@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,8 +67,6 @@ def plan(*more: str, num_epochs: int = 2) -> None:
 
 
 def run_folder(trainer_name: str, plans: str) -> Path:
-    import os
-
     return Path(os.environ["nnUNet_results"]) / NAME / f"{trainer_name}__{plans}__3d_fullres"
 
 
@@ -293,6 +293,40 @@ def test_volume_fusion_pretrains_the_network_of_the_plan_too(nnunet: Path) -> No
     folder = run_folder("VolumeFusionTrainer", "nnUNetMisFMPretrainPlans") / "fold_all"
     info = read_checkpoint(folder / "checkpoint_final.pth")["misfm"]
     assert "PlainConvUNet" in info["network_class_name"]
+
+
+FINE_TUNE_AS_ONE_OF_SEVERAL = """
+import sys
+import torch
+import torch.distributed as dist
+from nnunetv2.run.run_training import get_trainer_from_args
+from nnunetv2_misfm.start_up import add_plugin_folder
+
+dist.init_process_group("gloo")
+add_plugin_folder()
+plans = "nnUNetMisFMScratchPlans"
+run = get_trainer_from_args("4", "3d_fullres", 0, "MisFMTrainer", plans, False, torch.device("cpu"))
+run.run_training()
+torch.save((run.batch_size, run.bare_network.state_dict()), f"{sys.argv[1]}/{dist.get_rank()}.pth")
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_fine_tune_one_network(nnunet: Path, tmp_path: Path) -> None:
+    """As with nnUNetv2_train -num_gpus 2, through the epochs in which the encoder stands still too."""
+    network = ["-network", "fmunet", *NETWORK, "-patch_size", "32", "32", "32"]
+    plan("--from_scratch", *network, "-schedule", "sawtooth", num_epochs=3)
+    script = tmp_path / "fine_tune.py"
+    script.write_text(FINE_TUNE_AS_ONE_OF_SEVERAL, encoding="utf-8")
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = subprocess.run([*start, str(script), str(tmp_path)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (batch, one), (_, other) = (torch.load(tmp_path / f"{rank}.pth") for rank in (0, 1))
+    assert batch == 1  # of the two that are planned
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+    final = run_folder("MisFMTrainer", "nnUNetMisFMScratchPlans") / "fold_0" / "checkpoint_final.pth"
+    assert read_checkpoint(final)["current_epoch"] == 3
 
 
 def test_too_little_memory_names_the_remedy(nnunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
