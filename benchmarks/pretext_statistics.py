@@ -369,6 +369,9 @@ def make_report(rows: list[str], draws: int, checkouts: dict[str, Path]) -> str:
             "| --- | --- | --- | --- | --- | --- |",
             *rows,
             "",
+            "Models Genesis' authors flip (C, X, Y, Z) along one of the first three axes, so that a third of the flips "
+            "change nothing: 27 % of their crops are flipped, 37 % of ours, which are flipped along X, Y and Z.",
+            "",
             "PyMIC's blocks of a pair may overlap, and each is copied from the unchanged crop, so that values are "
             "lost. Ours lie apart and are swapped one pair after another, as in the paper, so that none is.",
             "",

@@ -9,6 +9,8 @@ number of windows changes the same share of any patch. What differs:
 
 - It works on CT between -1000 and 1000 HU, brought to [0, 1]. Here each channel of a crop is brought to [0, 1] by its
   own range, and back, so any normalisation will do; of a z-score its curves would leave nothing below the mean.
+- Flips are along the volume's three axes. The authors' code draws among the first three of (C, X, Y, Z): a third of its
+  flips change nothing, and none is along Z.
 - Several channels share flips, windows and boxes, or one would show what another hides. Curves and noise are their own.
 - Sides of windows may always be two voxels, and the border that painting keeps is narrower where a patch has no room.
 - The target has mean 0 and standard deviation 1 (`reconstruction.py` says why), in place of the range [0, 1].
