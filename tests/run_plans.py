@@ -22,6 +22,7 @@ def run_plans(block: Mapping[str, Any]) -> dict[str, Any]:
         "dataset_name": "Dataset001_A",
         "plans_name": "P",
         "transpose_forward": [0, 1, 2],
+        "image_reader_writer": "SimpleITKIO",
         "foreground_intensity_properties_per_channel": {"0": window},
         "configurations": {"3d_fullres": configuration},
         "misfm": dict(block),

@@ -8,13 +8,33 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.plans.checks import INTENSITIES, WINDOW, check_complete
+from nnunetv2_misfm.plans.checks import INTENSITIES, WINDOW, check_complete, configuration_3d
 from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, RUNS, RunSettings
 from nnunetv2_misfm.plans.settings import Settings, as_of_today, declared, write_settings
 
 _OF_THE_DATA = ("patch_size", "batch_size", "spacing", "data_identifier")
-_OF_ALL_CONFIGURATIONS = ("transpose_forward", "ct_intensities")
-"""What the arrays depend on that the plans say once for all configurations."""
+_PREPROCESSING_KEYS = (
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+    "resampling_fn_seg",
+    "resampling_fn_seg_kwargs",
+    "preprocessor_name",
+)
+_OF_ALL_CONFIGURATIONS = ("transpose_forward", "image_reader_writer", "ct_intensities")
+
+
+def preprocessing_key(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    """Everything in a plan that the preprocessed arrays of a configuration depend on."""
+    resolved = configuration_3d(plans, configuration)
+    key = {name: resolved.get(name) for name in _PREPROCESSING_KEYS}
+    key["transpose_forward"] = plans["transpose_forward"]
+    key["image_reader_writer"] = plans["image_reader_writer"]
+    if any(scheme == "CTNormalization" for scheme in resolved["normalization_schemes"]):
+        key["intensities"] = plans[INTENSITIES]
+    return key
 
 
 def run_changes(
@@ -90,16 +110,17 @@ def what_changes(
     kept = [name for name in replaced["configurations"] if name not in configurations]
     if kept:
         changed.append(f"the plans that are replaced also had {', '.join(kept)}, which stay as they are")
+    arrays_made = {_identifier(plans, name) for name in configurations}
     for name in replaced["configurations"]:
-        if name in kept and not _stands_alone(replaced, name):
+        if name in kept and not _is_complete(replaced, name):
             continue
         changes = run_changes(replaced, plans, name)
         lines = {key: f"{key} {old} becomes {new}" for key, (old, new) in changes.items()}
-        of_data = [lines[key] for key in _OF_ALL_CONFIGURATIONS if key in lines]
-        if name in kept and of_data:
+        of_arrays = [line for key, line in lines.items() if key in (*_PREPROCESSING_KEYS, *_OF_ALL_CONFIGURATIONS)]
+        if of_arrays and _identifier(plans, name) not in arrays_made:
             raise PlanError(
-                f"{path} also has {name}, whose data would no longer be what the plans say: {'; '.join(of_data)}. "
-                f"Give {name} to -c as well, or choose another -overwrite_plans_name."
+                f"{path} also has {name}, whose arrays would no longer be what the plans say: {'; '.join(of_arrays)}. "
+                f"Choose another -overwrite_plans_name for what is planned now."
             )
         changed += [f"{name}: {line}" for line in lines.values()]
     if replaced["dataset_name"] != plans["dataset_name"]:
@@ -107,25 +128,29 @@ def what_changes(
     return changed
 
 
-def _stands_alone(plans: Mapping[str, Any], name: str) -> bool:
-    """Whether a configuration that was not asked for is complete, and changes with no other one."""
+def _is_complete(plans: Mapping[str, Any], name: str) -> bool:
+    """Whether a configuration that was not asked for can be used; it may be its owner's own, half written."""
     try:
         check_complete(plans, Path(), "", [name])
-    except PlanError:  # its owner's own, half written
+        configuration_3d(plans, name)
+    except PlanError:
         return False
-    return "inherits_from" not in plans["configurations"][name]
+    return True
 
 
-def _normalisation(plans: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
-    schemes = entry["normalization_schemes"]
-    found = {
-        "normalization_schemes": schemes,
-        "use_mask_for_norm": entry["use_mask_for_norm"],
-        "transpose_forward": plans["transpose_forward"],
-    }
-    ct = [plans[INTENSITIES][str(channel)] for channel, name in enumerate(schemes) if name == "CTNormalization"]
-    if ct:
-        found["ct_intensities"] = [{name: values[name] for name in WINDOW} for values in ct]
+def _identifier(plans: Mapping[str, Any], configuration: str) -> str:
+    """The name of the folder with the arrays of a configuration."""
+    identifier: str = configuration_3d(plans, configuration)["data_identifier"]
+    return identifier
+
+
+def _preprocessing(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    """`preprocessing_key`, of the intensities only what nnU-Net clips and scales CT by."""
+    found = preprocessing_key(plans, configuration)
+    if found.pop("intensities", None) is not None:
+        of_channels = enumerate(found["normalization_schemes"])
+        ct = [plans[INTENSITIES].get(str(channel), {}) for channel, name in of_channels if name == "CTNormalization"]
+        found["ct_intensities"] = [{name: values.get(name) for name in WINDOW} for values in ct]
     return found
 
 
@@ -151,6 +176,6 @@ def _everything(
         **settings,
     }
     if not is_pool:
-        found |= _normalisation(plans, entry)
+        found |= _preprocessing(plans, configuration)
     as_in_a_file: dict[str, Any] = json.loads(json.dumps(found))
     return as_in_a_file

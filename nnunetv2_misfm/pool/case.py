@@ -117,6 +117,11 @@ class CaseRecord:
             series=volume.series,
         )
 
+    def is_of_another(self, volume: Volume) -> bool:
+        """Whether a case was prepared from another place; files of a DICOM series may come from anywhere."""
+        same_series = volume.series != "" and self.series == volume.series
+        return self.status == PREPARED and self.source != volume.source and not same_series
+
     def is_of(self, volume: Volume, layout: str) -> bool:
         """Whether this is what became of the volume as it is now, by plans of that layout."""
         now = (volume.source, volume.num_bytes, volume.modified_ns, layout)
@@ -135,7 +140,7 @@ class CaseTask:
     temporary: Path
     """Folder for the files until they are whole; on the file system of the pool."""
     earlier: CaseRecord | None = None
-    """What an earlier run prepared from this volume, whose file has a new date since."""
+    """What an earlier run prepared, perhaps of this volume, if its file has a new date or place since."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +197,7 @@ def _prepare(task: CaseTask) -> CaseRecord:
     content = content_hash(voxels)
     modality, modality_from = _modality(task, voxels)
     now = (content, volume.spacing, modality or "", modality_from)
-    earlier = task.earlier
+    earlier = task.earlier if task.earlier and task.earlier.status == PREPARED else None
     if earlier and now == (earlier.content, earlier.original_spacing, earlier.modality, earlier.modality_from):
         return earlier.with_files_of(volume)
 

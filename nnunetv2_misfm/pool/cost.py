@@ -38,8 +38,8 @@ def check_disk(folder: Path, measured: Sequence[CaseResult], tasks: Sequence[Cas
     """Tell time and disk for the rest of the tasks from those measured. Raises PoolError if it will not fit."""
     rest = len(tasks) - len(measured)
     seconds_per_work, bytes_per_work = _per_work(measured, tasks)
-    done = {result.record.case for result in measured}
-    work_left = sum(_work(task) for task in tasks if task.volume.case not in done)
+    done = {result.record.source for result in measured}
+    work_left = sum(_work(task) for task in tasks if task.volume.source not in done)
     needed, free = bytes_per_work * work_left, shutil.disk_usage(folder).free
     if needed > free:
         raise PoolError(
@@ -113,9 +113,9 @@ def _work(task: CaseTask) -> int:
 
 def _per_work(measured: Sequence[CaseResult], tasks: Sequence[CaseTask]) -> tuple[float, float]:
     """Seconds and bytes for a unit of work."""
-    work = {task.volume.case: _work(task) for task in tasks}
+    work = {task.volume.source: _work(task) for task in tasks}
     written = [result for result in measured if result.written]
-    work_written = sum(work[result.record.case] for result in written)
+    work_written = sum(work[result.record.source] for result in written)
     bytes_per_work = sum(result.written for result in written) / work_written if written else BYTES_PER_VOXEL
     seconds = sum(result.seconds for result in measured)
-    return seconds / sum(work[result.record.case] for result in measured), bytes_per_work
+    return seconds / sum(work[result.record.source] for result in measured), bytes_per_work

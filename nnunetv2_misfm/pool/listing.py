@@ -171,9 +171,9 @@ class ArchiveLister:
                 identity = _identity(parent)
                 if identity not in self.visited and (*identity, name) not in self.taken_alone:
                     self.taken_alone.add((*identity, name))
-                    self._take(str(folder.parent), os.path.basename(parent), [name])
+                    self._take(parent, os.path.basename(parent), [name])
                 continue
-            for current, key, names in self._walk(str(folder), os.path.basename(root) or "."):
+            for current, key, names in self._walk(root, os.path.basename(root) or "."):
                 self._take(current, key, names)
         return [link for link in self.linked if self._is_listed(link)]
 

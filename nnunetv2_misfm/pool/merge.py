@@ -123,7 +123,8 @@ def read_entries(ledger: Ledger, layout: str) -> PoolEntries:
         records = ledger.records(bundle)
         wanted = [volume for volume in volumes if not joined.covers(volume)]
         result.num_waiting += sum(
-            volume.case not in records or not records[volume.case].is_of(volume, layout) for volume in wanted
+            not any(name in records and records[name].is_of(volume, layout) for name in (volume.case, volume.own_name))
+            for volume in wanted
         )
         result.sizes += [(volume.shape, volume.spacing) for volume in wanted if volume.series not in joined.series]
         result.sizes += [

@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.files import LockedError, write_json
@@ -220,69 +219,37 @@ def _pending(
     """What is left to do; the rest is tallied. Volumes with the wrong channels get their record at once."""
     channels, layout = pool_block(plans)["num_channels"], layout_hash(plans, configuration)
     joined, earlier = folder.ledger.joined(), folder.ledger.records_of_earlier_versions()
-    tasks: list[CaseTask] = []
-    others: list[tuple[str, str]] = []
+    tasks = []
     for bundle, of_bundle in groupby(sorted(volumes, key=lambda volume: volume.bundle), lambda volume: volume.bundle):
         records = folder.ledger.records(bundle)
         for volume in of_bundle:
             if joined.covers(volume):  # a piece of a volume, which comes when all parts are done
                 continue
-            record = _standing(records.get(volume.case) or earlier.get(volume.case), volume, layout, folder)
-            if record is not None and _is_another(record, volume):
-                others.append((record.source, volume.source))
-            elif record is not None and record.is_of(volume, layout):
+            record = _standing(records.get(volume.case) or earlier.get(volume.case), layout, folder)
+            other = record
+            if record is not None and record.is_of_another(volume):
+                # Two folders may hold files of the same names. A file that was moved is known by its voxels.
+                volume = replace(volume, case=volume.own_name)
+                record = _standing(records.get(volume.case), layout, folder)
+            if record is not None and record.is_of(volume, layout):
                 tally.add(record.status, record.reason, record.mended)
                 record = record.with_files_of(volume)
-                if record != records.get(volume.case):
+                if record != records.get(record.case):
                     folder.ledger.write_record(record)
             elif volume.num_channels != channels:
                 reason = f"{volume.num_channels} channels, but the pool's volumes have {channels}"
                 tally.add(LEFT_OUT, reason)
                 folder.ledger.write_record(CaseRecord.of(volume, LEFT_OUT, layout, reason=reason))
             else:
-                before = record if record is not None and record.status == PREPARED else None
-                tasks.append(CaseTask(volume, plans, configuration, layout, folder.temporary, before))
-    if others:
-        raise PoolError(_of_the_same_name(others))
+                tasks.append(CaseTask(volume, plans, configuration, layout, folder.temporary, record or other))
     return tasks
 
 
-def _standing(record: CaseRecord | None, volume: Volume, layout: str, folder: PoolFolder) -> CaseRecord | None:
-    """The record if it is final, of this layout, and what it says was prepared is there; else None."""
+def _standing(record: CaseRecord | None, layout: str, folder: PoolFolder) -> CaseRecord | None:
+    """The record if it is of this layout and of a case that was prepared and is there, or left out; else None."""
     if record is None or record.layout != layout or record.status == FAILED:
         return None
-    if record.status == PREPARED and not folder.is_whole(record.case):
-        return None
-    if record.source != volume.source:
-        before, now = _place(record.source), _place(volume.source)
-        if before.exists() and before.samefile(now):  # named by another path
-            return replace(record, source=volume.source)
-    return record
-
-
-def _place(source: str) -> Path:
-    """The file of a volume, the first of several, or the folder of a series."""
-    return Path(source.partition(" [series ")[0].partition("; ")[0]).resolve()
-
-
-def _is_another(record: CaseRecord, volume: Volume) -> bool:
-    """Whether the case is another volume's, which still is where it was: neither moved, nor copied, nor a part."""
-    copied = (record.num_bytes, record.modified_ns) == (volume.num_bytes, volume.modified_ns)
-    if record.status != PREPARED or record.source == volume.source or copied:
-        return False
-    before, now = _place(record.source), _place(volume.source)
-    return before.exists() and not (before.is_relative_to(now) or now.is_relative_to(before))
-
-
-def _of_the_same_name(others: Sequence[tuple[str, str]]) -> str:
-    pairs = [f"{now} and {before}, which is in the pool" for before, now in others]
-    more = f"\n  and {len(pairs) - 5} more" if len(pairs) > 5 else ""
-    return (
-        "Volumes of two folders would have the same name in the pool, because the folders themselves have:\n  "
-        + "\n  ".join(pairs[:5])
-        + more
-        + "\nGive both folders in one command, the earlier one first. Nothing has been changed."
-    )
+    return record if record.status != PREPARED or folder.is_whole(record.case) else None
 
 
 def _prepare_all(folder: PoolFolder, tasks: Sequence[CaseTask], num_processes: int, tally: Tally) -> None:

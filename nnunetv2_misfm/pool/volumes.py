@@ -34,7 +34,7 @@ class Volume:
     channels: tuple[tuple[str, ...], ...]
     """Per channel the files to read: one, or the slices of a DICOM series in order along the slice axis."""
     source: str
-    """Where it comes from, for people; unique."""
+    """Where it comes from, for people; absolute and unique."""
     format: str
     grid: Grid
     """As the headers describe it, before anything is straightened."""
@@ -49,6 +49,11 @@ class Volume:
     """Hash of patient and SeriesInstanceUID, by which files in other folders are found; empty if there can be none."""
     bundles: tuple[int, ...] = ()
     """Of all files of such a series."""
+
+    @property
+    def own_name(self) -> str:
+        """What it is called where a volume of another place has its name."""
+        return case_name(self.case.rpartition("-")[0], self.source)
 
     @property
     def num_channels(self) -> int:

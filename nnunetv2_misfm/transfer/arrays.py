@@ -24,19 +24,9 @@ from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_t
 
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import json_or_nothing, locked, write_json
-from nnunetv2_misfm.plans.checks import INTENSITIES, configuration_3d
+from nnunetv2_misfm.plans.checks import configuration_3d
+from nnunetv2_misfm.plans.compare import preprocessing_key
 from nnunetv2_misfm.plans.files import nnunet_folder, read_dataset_json
-
-_PREPROCESSING_KEYS = (
-    "spacing",
-    "normalization_schemes",
-    "use_mask_for_norm",
-    "resampling_fn_data",
-    "resampling_fn_data_kwargs",
-    "resampling_fn_seg",
-    "resampling_fn_seg_kwargs",
-    "preprocessor_name",
-)
 
 
 def provide_data(
@@ -148,17 +138,6 @@ def _made_whole(folder: Path) -> Iterator[Path]:
 def same_preprocessing(plans: Mapping[str, Any], base: Mapping[str, Any], configuration: str) -> bool:
     """Whether preprocessing under both plans gives the same arrays."""
     return preprocessing_key(plans, configuration) == preprocessing_key(base, configuration)
-
-
-def preprocessing_key(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
-    """Everything in a plan that the preprocessed arrays of a configuration depend on."""
-    resolved = configuration_3d(plans, configuration)
-    key = {name: resolved.get(name) for name in _PREPROCESSING_KEYS}
-    key["transpose_forward"] = plans["transpose_forward"]
-    key["image_reader_writer"] = plans["image_reader_writer"]
-    if any(scheme == "CTNormalization" for scheme in resolved["normalization_schemes"]):
-        key["intensities"] = plans[INTENSITIES]
-    return key
 
 
 def record_of(folder: Path) -> Path:

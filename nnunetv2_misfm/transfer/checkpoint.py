@@ -39,7 +39,7 @@ PUBLISHED_WEIGHTS = "model_state_dict"
 LEARNT = "learnt"
 """In the description of the training: how well the network did its pretext task when it was saved, in words."""
 TRAINED_PARTS = "trained_parts"
-CHANNEL_NAMES = "channel_names"
+CHANNEL_NAMES = "misfm_channel_names"
 """Beside the weights: the parts of the network that learnt in pretraining; all of them where it is missing."""
 _CHECKPOINT_ENDINGS = (".pth", ".pt", ".model", ".ckpt")
 _CONFIGURATIONS = ("3d_fullres", "3d_cascade_fullres", "3d_lowres", "2d")  # of nnU-Net, the most useful first

@@ -214,10 +214,33 @@ def test_a_configuration_planned_before_keeps_what_its_data_say(
     with pytest.raises(SystemExit):
         plan_main(["-d", "4", "-c", "3d_fullres", "--no_pp"])
     refused = capsys.readouterr().err
-    assert "also has 3d_lowres, whose data would no longer be what the plans say: ct_intensities" in refused
+    assert "also has 3d_lowres, whose arrays would no longer be what the plans say: ct_intensities" in refused
     assert plans(nnunet) == before
     plan_main(["-d", "4", "-c", "3d_fullres", "3d_lowres", "--no_pp"])
     assert plans(nnunet)["configurations"].keys() == {"3d_fullres", "3d_lowres"}
+
+
+@pytest.mark.parametrize("identifier", [None, "Mine_3d"])
+def test_an_added_configuration_changes_with_the_one_that_it_inherits_from(
+    nnunet: Path, capsys: pytest.CaptureFixture[str], identifier: str | None
+) -> None:
+    """But not if it has arrays of its own, which are not made anew."""
+    plan_main(["-d", "4", "--no_pp"])
+    folder = nnunet / "nnUNet_preprocessed" / DATASET
+    own = {"inherits_from": "3d_fullres", "batch_size": 3} | ({"data_identifier": identifier} if identifier else {})
+    made, base = (json.loads((folder / f"{name}.json").read_text()) for name in ("nnUNetMisFMPlans", "nnUNetPlans"))
+    made["configurations"]["mine"] = own
+    base["image_reader_writer"] = "NibabelIOWithReorient"
+    for name, content in (("nnUNetMisFMPlans", made), ("nnUNetPlans", base)):
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    if identifier is None:
+        plan_main(["-d", "4", "--no_pp"])
+        assert "mine: image_reader_writer SimpleITKIO becomes NibabelIOWithReorient" in capsys.readouterr().out
+    else:
+        with pytest.raises(SystemExit):
+            plan_main(["-d", "4", "--no_pp"])
+        refused = capsys.readouterr().err
+        assert "also has mine, whose arrays" in refused and "Choose another -overwrite_plans_name" in refused
 
 
 def test_the_stages_of_a_planned_unet_cannot_be_chosen(

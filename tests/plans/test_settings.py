@@ -124,6 +124,8 @@ def test_a_run_that_goes_on_may_change_what_its_declaration_says() -> None:
         ("CTNormalization", {"ct_window": 300.0}, ["ct_intensities"]),
         ("ZScoreNormalization", {"ct_window": 300.0}, []),  # which nnU-Net looks at for CT alone
         ("ZScoreNormalization", {"transpose_forward": [1, 0, 2]}, ["transpose_forward"]),
+        ("ZScoreNormalization", {"image_reader_writer": "NibabelIOWithReorient"}, ["image_reader_writer"]),
+        ("ZScoreNormalization", {"resampling_fn_data": "mine"}, ["resampling_fn_data"]),
         ("ZScoreNormalization", {"normalization_schemes": ["NoNormalization"]}, ["normalization_schemes"]),
         ("ZScoreNormalization", {"use_mask_for_norm": [True]}, ["use_mask_for_norm"]),
     ],
@@ -135,7 +137,7 @@ def test_a_run_that_goes_on_keeps_how_its_images_are_normalised(
         made = plans()
         made["foreground_intensity_properties_per_channel"]["0"]["percentile_99_5"] = ct_window
         made["configurations"]["3d_fullres"]["normalization_schemes"] = [scheme]
-        made["transpose_forward"] = others.pop("transpose_forward", made["transpose_forward"])
+        made |= {name: others.pop(name) for name in ("transpose_forward", "image_reader_writer") if name in others}
         made["configurations"]["3d_fullres"] |= others
         return made
 

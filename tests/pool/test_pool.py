@@ -357,18 +357,57 @@ def test_a_corrected_spacing_with_the_same_voxels_is_used(images: Path) -> None:
     assert rows(report)["a.nii.gz"]["original_spacing"] == "4 1 1"
 
 
-def test_a_later_folder_of_the_same_name_takes_no_case_away(tmp_path: Path) -> None:
-    first, second = (tmp_path / hospital / "imagesTr" for hospital in "AB")
-    for number, folder in enumerate((first, second)):
+def same_names(tmp_path: Path) -> tuple[Path, Path]:
+    """Two folders of one name, each with a scan of its own."""
+    folders = tmp_path / "site 1; A" / "imagesTr", tmp_path / "site 1; B" / "imagesTr"
+    for number, folder in enumerate(folders):
         folder.mkdir(parents=True)
-        phantoms.write(folder / "scan.nii.gz", phantoms.mr(number))
-    before = contents(make_pool([first]))
-    with pytest.raises(PoolError, match=f"{second}/scan.nii.gz and {first}/scan.nii.gz, which is in the pool"):
-        make_pool([second])
-    assert contents(make_pool([first])) == before
-    report = make_pool([first, second])  # the remedy that the message names
-    assert report.num_prepared == 2
-    assert {row["source"] for row in every_row(report)} == {f"{folder}/scan.nii.gz" for folder in (first, second)}
+        phantoms.write(folder / "scan.nii", phantoms.mr(number))
+        os.utime(folder / "scan.nii", ns=(1, 1))  # as files from an archive have one date
+    return folders
+
+
+def sources(report: PoolReport, status: str = "prepared") -> list[str]:
+    return sorted(row["source"] for row in every_row(report) if row["status"] == status)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_later_folder_of_the_same_name_takes_no_case_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, relative: bool
+) -> None:
+    first, second = same_names(tmp_path)
+
+    def pool_of(*folders: Path) -> PoolReport:
+        monkeypatch.chdir(folders[0].parent)
+        return make_pool([Path("imagesTr")] if relative else folders)
+
+    pool_of(first)
+    before = {path: path.read_bytes() for path in data_folder(pool_of(first)).iterdir()}
+    for folder in (second, first, second):
+        report = pool_of(folder)
+        assert sources(report) == [f"{first}/scan.nii", f"{second}/scan.nii"] and len(every_row(report)) == 2
+    assert {path: path.read_bytes() for path in before} == before
+    shutil.rmtree(first)
+    assert pool_of(second).num_prepared == 2  # what is gone since stays in the pool
+
+
+def test_folders_of_the_same_name_are_told_apart_in_whatever_order(tmp_path: Path) -> None:
+    first, second = same_names(tmp_path)
+    make_pool([second])
+    report = make_pool([first, second])
+    assert sources(report) == [f"{first}/scan.nii", f"{second}/scan.nii"]
+    assert make_pool([second, first]).num_prepared == 2
+
+
+def test_what_cannot_be_used_takes_no_case_of_another_folder_away(tmp_path: Path) -> None:
+    first, second = same_names(tmp_path)
+    before = contents(make_pool([first]))["arrays"]
+    phantoms.write(second / "scan.nii", phantoms.mr(1, (4, 4, 4)))
+    report = make_pool([second])
+    assert sources(report) == [f"{first}/scan.nii"] and sources(report, "left out") == [f"{second}/scan.nii"]
+    assert contents(make_pool([first]))["arrays"] == before
+    phantoms.write(second / "scan.nii", phantoms.mr(1))
+    assert make_pool([second]).num_prepared == 2
 
 
 def test_images_that_were_moved_keep_their_cases(tmp_path: Path, images: Path) -> None:
@@ -376,17 +415,19 @@ def test_images_that_were_moved_keep_their_cases(tmp_path: Path, images: Path) -
     phantoms.write(images / "b.nii.gz", phantoms.mr(1))
     report = make_pool([images])
     before = {path: path.stat().st_mtime_ns for path in data_folder(report).iterdir()}
-    for name in ("link", "new"):
+    for name in ("link", "copied", "moved"):
         (tmp_path / name).mkdir()
-    link, moved = tmp_path / "link" / "images", tmp_path / "new" / "images"
+    link, copied, moved = (tmp_path / name / "images" for name in ("link", "copied", "moved"))
     link.symlink_to(images)
+    shutil.copytree(images, copied, copy_function=shutil.copyfile)  # with dates of their own
 
     def check(folder: Path) -> None:
         report = make_pool([folder])
-        assert {row["source"] for row in every_row(report)} == {f"{folder}/{name}.nii.gz" for name in "ab"}
+        assert sources(report) == [f"{folder}/{name}.nii.gz" for name in "ab"] and len(every_row(report)) == 2
         assert {path: path.stat().st_mtime_ns for path in data_folder(report).iterdir()} == before
 
     check(link)
+    check(copied)
     images.rename(moved)
     check(moved)
 
