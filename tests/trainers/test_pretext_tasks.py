@@ -172,7 +172,7 @@ def test_two_processes_train_as_one_does(nnunet: Path, name: str) -> None:
         "-patch_size",
         *3 * ["16"],
     ]
-    arguments += ["-optimizer", "sgd", "-initial_lr", "0.01"]
+    arguments += ["-optimizer", "sgd", "-initial_lr", "0.001"]  # larger steps blow rounding up
     rows = []
     for plans, start in (("One", []), ("Two", ["-m", "torch.distributed.run", "--nproc_per_node", "2"])):
         port = ["--master_port", "29633"] if start else []
@@ -181,7 +181,7 @@ def test_two_processes_train_as_one_does(nnunet: Path, name: str) -> None:
         assert done.returncode == 0, done.stderr[-2000:]
         with open(run_folder(name, plans) / "metrics.csv", encoding="utf-8", newline="") as file:
             rows.append([float(row[key]) for row in csv.DictReader(file) for key in ("train_loss", "val_loss")])
-    assert len(rows[0]) == 2 and rows[0] == pytest.approx(rows[1], rel=2e-4)
+    assert len(rows[0]) == 2 and rows[0] == pytest.approx(rows[1], rel=5e-5)
 
 
 def test_options_of_another_task_are_refused(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
