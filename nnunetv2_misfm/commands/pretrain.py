@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from shlex import quote
 from typing import Any
@@ -13,6 +14,8 @@ from nnunetv2_misfm.commands.processes import Processes
 from nnunetv2_misfm.cpu_threads import keep_cores_free
 from nnunetv2_misfm.errors import exit_with_message
 from nnunetv2_misfm.plans.files import FINAL, nnunet_folder
+
+_MOSTLY_PADDING = 0.5  # a smaller share of a patch that the median volume fills is told
 
 # nnU-Net takes seconds to import: --help and wrong options should not wait for it, so the functions below import what
 # needs it.
@@ -126,6 +129,13 @@ def describe_choices(options: PretrainOptions, plans: Mapping[str, Any]) -> str:
         elif value != default:
             kept.append(f"{name} {value}")
     lines.append(f"Given: {', '.join(given) or 'nothing'}. Kept from earlier plans: {', '.join(kept) or 'nothing'}.")
+    median = entry.get("median_image_size_in_voxels") or entry["patch_size"]
+    filled = math.prod(min(1.0, most / n) for most, n in zip(median, entry["patch_size"], strict=True))
+    if filled < _MOSTLY_PADDING:
+        lines.append(
+            f"Patch size {entry['patch_size']} is larger than the median volume, {[round(n) for n in median]} voxels: "
+            f"{1 - filled:.0%} of such a patch is padding. Give a smaller -patch_size, or leave it out for a new pool."
+        )
     enough = enough_samples(entry["architecture"], entry["patch_size"])
     if entry["batch_size"] < enough:
         lines.append(

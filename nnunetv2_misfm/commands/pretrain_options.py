@@ -177,8 +177,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="misfm_pretrain",
         description="Pretrain a network with a pretext task on bare volumes (-i), or on a dataset that nnU-Net has "
         "preprocessed (no -i). Labels are never used.",
-        epilog="An option that is not given stays as the plans of that name have it, if there are any; otherwise it "
-        "has its default. The log says which. Options of the pool must be given again whenever -i is.",
+        epilog="An option that is not given stays as the plans that are replaced or started from (-p) have it, if they "
+        "are for the task; otherwise it has its default. The log says which. Options of the pool must be given again "
+        "whenever -i is.",
     )
     add = parser.add_argument
     add("-d", required=True, metavar="ID", help="ID or name of the dataset; with -i, of the pool that is made")

@@ -258,7 +258,9 @@ def _check_size(shape: tuple[int, ...], min_size: int) -> None:
     """Raise a VolumeProblem unless a volume of this shape is worth having and can be handled."""
     voxels = "x".join(str(int(n)) for n in shape)
     if min(shape) < min_size:
-        raise VolumeProblem(f"too small: {voxels} voxels after resampling, at least {min_size} along each axis")
+        raise VolumeProblem(
+            f"too small: {voxels} voxels after resampling, at least {min_size} along each axis (-min_size)"
+        )
     if np.prod(shape, dtype=np.int64) > MOST_VOXELS:
         raise VolumeProblem(f"too large: {voxels} voxels after resampling, at most {MOST_VOXELS} in all")
 

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from phantoms import ct, labels, mr, write
 
-from nnunetv2_misfm.commands.pretrain import main
+from nnunetv2_misfm.commands.pretrain import describe_choices, main
+from nnunetv2_misfm.commands.pretrain_options import read_options
+from nnunetv2_misfm.plans.network_entry import architecture_entry
 from nnunetv2_misfm.start_up import add_plugin_folder
 from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
 
@@ -140,6 +142,20 @@ def test_continuing_keeps_the_run_what_it_was(nnunet: Path, capsys: pytest.Captu
     assert (folder / "checkpoint_final.pth").read_bytes() == before
     main(["-d", "4", "--c", "-device", "cpu", "-num_epochs", "2"])
     assert read_checkpoint(folder / "checkpoint_final.pth")["current_epoch"] == 2
+
+
+@pytest.mark.parametrize("patch", [[32, 64, 64], [12, 64, 64]])
+def test_a_patch_that_is_mostly_padding_is_told(patch: list[int]) -> None:
+    entry = {
+        "architecture": architecture_entry("pctnet", 0),
+        "patch_size": patch,
+        "batch_size": 4,
+        "median_image_size_in_voxels": [10.0, 160.0, 160.0],
+    }
+    plans = {"plans_name": "P", "misfm": {"task": "volume_fusion"}, "configurations": {"3d_fullres": entry}}
+    told = describe_choices(read_options(["-d", "4", "-device", "cpu"], under_torchrun=False), plans)
+    is_told = "larger than the median volume, [10, 160, 160] voxels: 69% of such a patch is padding" in told
+    assert is_told == (patch[0] == 32)
 
 
 def test_a_pool_that_is_not_complete_is_named(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:

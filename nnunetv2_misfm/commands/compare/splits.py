@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from nnunetv2_misfm.errors import PlanError
 
 TEST_SHARE, VALIDATION_SHARE = 0.3, 0.15
+_MOST_SCANS = 8  # of a patient on average; more names that begin alike are those of a dataset
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,19 @@ class Split:
     def cases_of(self, patients: Sequence[str]) -> list[str]:
         """All their cases, sorted."""
         return sorted(case for patient in patients for case in self.cases[patient])
+
+
+def scans_of_one_patient(cases: Sequence[str]) -> tuple[str, str] | None:
+    """Two cases whose names differ in the end alone, if the names look as if patients had several scans each.
+
+    None if all names begin differently, or so many alike that the end is the number of a case.
+    """
+    by_start: dict[str, list[str]] = defaultdict(list)
+    for case in sorted(cases):
+        by_start[re.split(r"[_-](?=[^_-]*$)", case)[0]].append(case)
+    several = [names for names in by_start.values() if len(names) > 1]
+    are_scans = several and len(by_start) > 1 and len(cases) <= _MOST_SCANS * len(by_start)
+    return (several[0][0], several[0][1]) if are_scans else None
 
 
 def split_cases(cases: Sequence[str], pattern: str | None, num_test: int | None, num_validation: int | None) -> Split:

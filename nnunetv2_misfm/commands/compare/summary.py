@@ -264,7 +264,9 @@ def _nothing_shown(largest: Comparison, comparisons: int) -> str:
             f"{points(largest.difference.mean)} points of Dice with {largest.labelled} labelled. Give "
             f"-seeds 3 or more."
         )
-    if largest.more_seeds is None:
+    if seeds < 3:
+        advice = "two seeds are too few to tell how many would show it: give -seeds 4 or more"
+    elif largest.more_seeds is None:
         advice = "a difference that small would take more seeds than can be run"
     else:
         advice = (

@@ -66,7 +66,7 @@ def demo(folder: Path, device: str | None, seed: int) -> None:
     written = job.compare(pretrained, [*_COMPARISON, *jobs], (perf_counter() - started) / 3600)
     took = format_duration((perf_counter() - started) / 3600)
     print(f"\n{written.verdict}\nIt took {took}. The page is {written.path}.")
-    print(f"\nNext:\n{_next_commands()}")
+    print(f"\nNext:\n{_next_commands(job.device)}")
 
 
 def _use_folders(folder: Path) -> None:
@@ -89,10 +89,11 @@ def _use_folders(folder: Path) -> None:
     os.environ.setdefault("MPLBACKEND", "Agg")
 
 
-def _next_commands() -> str:
-    return """export nnUNet_raw=... nnUNet_preprocessed=... nnUNet_results=...
+def _next_commands(device: str) -> str:
+    without_gpu = " -device cpu" if device == "cpu" else ""
+    return f"""export nnUNet_raw=... nnUNet_preprocessed=... nnUNet_results=...
 misfm_doctor
-misfm_pretrain -i FOLDER_OF_VOLUMES -d 900 -n MyPool -modality ct
+misfm_pretrain -i FOLDER_OF_VOLUMES -d 900 -n MyPool -modality ct{without_gpu}
 nnUNetv2_plan_and_preprocess -d DATASET_ID -c 3d_fullres
-misfm_compare -d DATASET_ID --from_scratch -num_labelled 10 all -pretrained_weights \\
+misfm_compare -d DATASET_ID --from_scratch -num_labelled 10 -seeds 4 -num_epochs 40 -pretrained_weights \\
     $nnUNet_results/Dataset900_MyPool/VolumeFusionTrainer__nnUNetPlans__3d_fullres/fold_all/checkpoint_final.pth"""

@@ -103,6 +103,13 @@ def test_where_nothing_was_shown_the_verdict_says_how_many_more_seeds_it_takes()
     assert "1 more seed would show it (-seeds 4)" in verdict
 
 
+def test_two_seeds_are_too_few_to_say_how_many_more_it_takes() -> None:
+    records = [record("scratch", seed, 0.5) for seed in range(2)]
+    records += [record("VF", seed, 0.51 + 0.002 * seed) for seed in range(2)]
+    verdict = summarise(ARMS, records).verdict
+    assert "two seeds are too few to tell how many would show it: give -seeds 4 or more" in verdict
+
+
 def test_the_verdict_counts_the_differences_that_it_calls_smaller() -> None:
     """What weights alone have done is told first, although another arm differs more."""
     arms = [*ARMS, Arm("nnU-Net", "nnunet", (1e-2,))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nnunetv2_misfm.commands.compare.splits import Split, split_cases
+from nnunetv2_misfm.commands.compare.splits import Split, scans_of_one_patient, split_cases
 from nnunetv2_misfm.errors import PlanError
 
 CASES = [f"patient{patient:03d}_frame{frame:02d}" for patient in range(20) for frame in (1, 2)]
@@ -60,3 +60,21 @@ def test_a_pattern_that_misses_a_case_is_told_with_the_case() -> None:
 def test_too_few_patients_to_train_are_told() -> None:
     with pytest.raises(PlanError, match="smaller -num_test or -num_validation"):
         split_cases(CASES, PATIENT, 17, 3)
+
+
+@pytest.mark.parametrize(
+    ("cases", "alike"),
+    [
+        (
+            ["patient001_frame01", "patient001_frame12", "patient002_frame01"],
+            ("patient001_frame01", "patient001_frame12"),
+        ),
+        ([f"hippocampus_{number:03d}" for number in range(9)], None),
+        ([f"{name}_{number:03d}" for number in range(20) for name in ("amos", "word")], None),
+        (["a", "b", "c_1"], None),
+    ],
+)
+def test_names_like_those_of_patients_with_several_scans_are_noticed(
+    cases: list[str], alike: tuple[str, str] | None
+) -> None:
+    assert scans_of_one_patient(cases) == alike
