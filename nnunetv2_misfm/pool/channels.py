@@ -17,13 +17,23 @@ MOST_CHANNELS_OF_A_LONE_VOLUME = 4
 
 
 def channels_by_name(names: Iterable[str]) -> dict[str, dict[int, str]] | None:
-    """The names of files by the name of their volume and the number of their channel; None if one has no number."""
+    """The names of files by the name of their volume and the number of their channel; None if these are no channels.
+
+    A few names without a number stand for channel 0 alone among volumes of several channels, which it is no part of.
+    """
     volumes: dict[str, dict[int, str]] = defaultdict(dict)
+    without: list[str] = []
     for name in names:
         match = re.fullmatch(r"(.+)_(\d{4})", split_ending(name)[0])
         if match is None:
+            without.append(name)
+        else:
+            volumes[match[1]][int(match[2])] = name
+    if without:
+        expected = usual_channels(volumes.values()) if len(without) < len(volumes) else None
+        if expected is None or len(expected) == 1:
             return None
-        volumes[match[1]][int(match[2])] = name
+        volumes.update({name: {0: name} for name in without})
     return volumes
 
 
@@ -43,8 +53,8 @@ def join_channels(
 ) -> tuple[list[tuple[str, list[Header]]], list[LeftOut]]:
     """Group image files of one folder and one ending into volumes.
 
-    They are channels when all of them end in four digits and most names have the same digits 0000 to 000N and one
-    geometry per name. A name that differs is left out.
+    They are channels when all of them but a few end in four digits and most names have the same digits 0000 to 000N
+    and one geometry per name. A name that differs is left out.
 
     Args:
         headers: of all these files, or of some of them where `one_number` is given.
@@ -67,6 +77,8 @@ def join_channels(
             joined.append((name, group))
             continue
         problem = f"its channels {_listed(sorted(channels))} are not {_listed(expected)} like the others' here"
+        if name in by_name:
+            problem = f"its name ends in no number of a channel, {_listed(expected)} like the others' here"
         if tuple(sorted(channels)) == expected:
             problem = "its channels differ in size, spacing or position"
         left_out.append(LeftOut("; ".join(header.file.path for header in group), problem, group[0].file.bundle))

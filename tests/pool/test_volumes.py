@@ -140,6 +140,26 @@ def test_a_case_that_lacks_a_channel_is_left_out(tmp_path: Path) -> None:
     assert [Path(one.source).name for one in found.left_out] == ["c_0000.nii.gz"]
 
 
+def test_a_file_without_a_number_does_not_take_channels_apart(tmp_path: Path) -> None:
+    for name in ("a_0000", "a_0001", "b_0000", "b_0001", "mean"):
+        phantoms.write(tmp_path / f"{name}.nii.gz", phantoms.mr(len(name)))
+    found = find_volumes([tmp_path])
+    assert [volume.num_channels for volume in found.volumes] == [2, 2]
+    (stray,) = found.left_out
+    assert (
+        Path(stray.source).name == "mean.nii.gz"
+        and "no number of a channel, _0000, _0001 like the others'" in stray.reason
+    )
+
+
+@pytest.mark.parametrize("names", [("a_0000", "b_0000", "mean"), ("a", "b", "scan_0001"), ("a_0000", "a_0001", "mean")])
+def test_files_that_are_no_channels_are_volumes_of_their_own(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for number, name in enumerate(names):
+        phantoms.write(tmp_path / f"{name}.nii.gz", phantoms.mr(number))
+    found = find_volumes([tmp_path])
+    assert [volume.num_channels for volume in found.volumes] == [1, 1, 1] and not found.left_out
+
+
 def test_equal_file_names_in_different_folders_do_not_collide(tmp_path: Path) -> None:
     for folder in ("a", "b", "b/c"):
         phantoms.write(tmp_path / folder / "scan.nii.gz", phantoms.mr())
