@@ -23,7 +23,6 @@ _PREPROCESSING_KEYS = (
     "resampling_fn_seg_kwargs",
     "preprocessor_name",
 )
-_OF_ALL_CONFIGURATIONS = ("transpose_forward", "image_reader_writer", "ct_intensities")
 
 
 def preprocessing_key(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
@@ -32,7 +31,7 @@ def preprocessing_key(plans: Mapping[str, Any], configuration: str) -> dict[str,
     key = {name: resolved.get(name) for name in _PREPROCESSING_KEYS}
     key["transpose_forward"] = plans["transpose_forward"]
     key["image_reader_writer"] = plans["image_reader_writer"]
-    if any(scheme == "CTNormalization" for scheme in resolved["normalization_schemes"]):
+    if "CTNormalization" in resolved["normalization_schemes"]:
         key["intensities"] = plans[INTENSITIES]
     return key
 
@@ -110,22 +109,35 @@ def what_changes(
     kept = [name for name in replaced["configurations"] if name not in configurations]
     if kept:
         changed.append(f"the plans that are replaced also had {', '.join(kept)}, which stay as they are")
-    arrays_made = {_identifier(plans, name) for name in configurations}
-    for name in replaced["configurations"]:
-        if name in kept and not _is_complete(replaced, name):
-            continue
-        changes = run_changes(replaced, plans, name)
-        lines = {key: f"{key} {old} becomes {new}" for key, (old, new) in changes.items()}
-        of_arrays = [line for key, line in lines.items() if key in (*_PREPROCESSING_KEYS, *_OF_ALL_CONFIGURATIONS)]
-        if of_arrays and _identifier(plans, name) not in arrays_made:
-            raise PlanError(
-                f"{path} also has {name}, whose arrays would no longer be what the plans say: {'; '.join(of_arrays)}. "
-                f"Choose another -overwrite_plans_name for what is planned now."
-            )
-        changed += [f"{name}: {line}" for line in lines.values()]
+    for name in kept:
+        _check_arrays(path, name, replaced, plans, configurations)
+    for name in (one for one in replaced["configurations"] if _is_complete(replaced, one)):
+        changes = run_changes(replaced, plans, name).items()
+        changed += [f"{name}: {key} {old} becomes {new}" for key, (old, new) in changes]
     if replaced["dataset_name"] != plans["dataset_name"]:
         changed.append(f"dataset: {replaced['dataset_name']} becomes {plans['dataset_name']}")
     return changed
+
+
+def _check_arrays(
+    path: Path,
+    kept: str,
+    replaced: Mapping[str, Any],
+    plans: Mapping[str, Any],
+    configurations: Collection[str],
+) -> None:
+    """Raise a PlanError if a configuration that is not planned anew has arrays of its own and would need others."""
+    made = {_identifier(plans, name) for name in configurations}
+    if not _is_complete(replaced, kept) or _identifier(plans, kept) in made:
+        return
+    before, now = (_preprocessing(one, kept) for one in (replaced, plans))
+    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if names:
+        changes = "; ".join(f"{name} {before.get(name)} becomes {now.get(name)}" for name in names)
+        raise PlanError(
+            f"{path} also has {kept}, whose arrays would no longer be what the plans say: {changes}. Choose another "
+            f"-overwrite_plans_name for what is planned now."
+        )
 
 
 def _is_complete(plans: Mapping[str, Any], name: str) -> bool:

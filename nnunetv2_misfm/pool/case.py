@@ -93,29 +93,18 @@ class CaseRecord:
             case=volume.case,
             status=status,
             layout=layout,
-            source=volume.source,
             format=volume.format,
-            num_bytes=volume.num_bytes,
-            modified_ns=volume.modified_ns,
             orientation=volume.orientation,
             original_shape=volume.shape,
             original_spacing=volume.spacing,
             channels=volume.num_channels,
-            bundle=volume.bundle,
-            series=volume.series,
+            **_files_of(volume),
             **more,
         )
 
     def with_files_of(self, volume: Volume) -> CaseRecord:
         """The record of a volume whose files have another date or place, but the same voxels."""
-        return dataclasses.replace(
-            self,
-            source=volume.source,
-            num_bytes=volume.num_bytes,
-            modified_ns=volume.modified_ns,
-            bundle=volume.bundle,
-            series=volume.series,
-        )
+        return dataclasses.replace(self, **_files_of(volume))
 
     def is_of_another(self, volume: Volume) -> bool:
         """Whether a case was prepared from another place; files of a DICOM series may come from anywhere."""
@@ -126,6 +115,11 @@ class CaseRecord:
         """Whether this is what became of the volume as it is now, by plans of that layout."""
         now = (volume.source, volume.num_bytes, volume.modified_ns, layout)
         return (self.source, self.num_bytes, self.modified_ns, self.layout) == now
+
+
+def _files_of(volume: Volume) -> dict[str, Any]:
+    """What a record says of the files of a volume: where they are, and by what a change is seen."""
+    return {name: getattr(volume, name) for name in ("source", "num_bytes", "modified_ns", "bundle", "series")}
 
 
 @dataclass(frozen=True)
