@@ -37,11 +37,17 @@ def compare(options: CompareOptions, words: list[str]) -> None:
     Raises:
         UserError: for what cannot be compared, and if runs failed, when the others are done.
     """
+    from nnunetv2_misfm.commands.compare.splits import split_cases
     from nnunetv2_misfm.commands.compare.workspace import Workspace
 
     keep_cores_free()
     os.environ.setdefault("MPLBACKEND", "Agg")
     workspace = Workspace(options.folder, options.dataset, options.configuration, options.plans)
+    if options.dry_run:
+        split = split_cases(list(workspace.cases()), options.patients, options.num_test, options.num_validation)
+        split.numbers(options.labelled)  # there are that many
+        print(split.describe())
+        return
     with patch.dict(os.environ):  # afterwards it names the user's folders again
         workspace.prepare()
         with locked(workspace.folder / ".lock", 0.0, "another misfm_compare works in this folder"):
@@ -90,9 +96,11 @@ def run_and_report(
     if left and say_time:
         hours = study.estimate_hours(runner)
         at_once = f", {options.jobs} at once" if options.jobs > 1 else ""
+        finished = len(study.asked()) - len(left)
+        beside = f", beside {finished} that are finished" if finished else ""
         print(
-            f"{len(left)} runs{at_once} on {device}: about {format_duration(hours)}. They can be stopped at any time; "
-            f"the same command goes on."
+            f"{len(left)} runs{at_once} on {device}{beside}: about {format_duration(hours)}. They can be stopped at "
+            f"any time; the same command goes on."
         )
     failures, chosen = study.perform(runner)
     written = write_results(study, chosen, words, title, more)

@@ -43,6 +43,8 @@ class CompareOptions:
         device, gpus, jobs: where, and how many runs at once.
         mirroring: at prediction.
         keep_weights: of finished runs.
+        num_processes: to preprocess with.
+        dry_run: say how the cases are split and do nothing.
     """
 
     dataset: str
@@ -69,6 +71,7 @@ class CompareOptions:
     mirroring: bool = True
     keep_weights: bool = False
     num_processes: int = 2
+    dry_run: bool = False
 
 
 def read_options(arguments: list[str] | None) -> CompareOptions:
@@ -111,6 +114,7 @@ def read_options(arguments: list[str] | None) -> CompareOptions:
         mirroring=not options.disable_tta,
         keep_weights=options.keep_weights,
         num_processes=options.np,
+        dry_run=options.dry_run,
     )
 
 
@@ -153,7 +157,7 @@ def _name_of(path: str) -> str:
 
 def _problems(options: argparse.Namespace, weights: dict[str, str]) -> list[str]:
     problems = []
-    if len(weights) + options.from_scratch + options.nnunet < 2:
+    if len(weights) + options.from_scratch + options.nnunet < 2 and not options.dry_run:
         problems.append(
             "there are fewer than two arms to compare; give -pretrained_weights CKPT (also several), --from_scratch, "
             "--nnunet"
@@ -321,6 +325,9 @@ def _add_place_and_plans(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument("--disable_tta", action="store_true", help="predict without mirroring, eight times as fast")
     where.add_argument("--keep_weights", action="store_true", help="do not delete the weights of finished runs")
+    where.add_argument(
+        "--dry_run", action="store_true", help="say which cases would be tested, and make nothing; needs no arms"
+    )
     plan = parser.add_argument_group("plans, as in misfm_plan")
     plan.add_argument(
         "-network", choices=[*NETWORKS, "plan"], help="network of all arms but --nnunet (default: the checkpoint's)"

@@ -65,6 +65,7 @@ def write_page(page: Page, path: Path) -> None:
         "confidence": round(100 * CONFIDENCE),
         "differences": figures.differences(summary) if summary.comparisons else None,
         "curves": [(number, svg) for number in summary.labelled if (svg := figures.learning_curves(summary, number))],
+        "several": len(summary.labelled) > 1,  # numbers of labelled cases
         "by_labelled": figures.dice_by_labelled(summary),
         "rows": rows,
         "trained": any(row["hours_of_training"] for row in rows),  # a probe trains no network

@@ -55,17 +55,18 @@ class Runner:
         self._stopping = threading.Event()
 
     def perform(
-        self, requests: Sequence[dict[str, Any]], title: str, epochs: Callable[[dict[str, Any]], int]
+        self, requests: Sequence[dict[str, Any]], what: str, epochs: Callable[[dict[str, Any]], int]
     ) -> list[Failure]:
         """Do the runs that are asked for; a run that fails does not keep the others from being done.
 
         Args:
             requests: of the runs, in the order to do them in.
-            title: of the progress bar.
+            what: they are, for the progress bar, such as "runs".
             epochs: how many epochs a run has; prediction counts as one more.
         """
         failures: list[Failure] = []
         total = sum(epochs(request) + 1 for request in requests)
+        title = what.capitalize() if total == len(requests) else f"Epochs of {len(requests)} {what}"
         with progress_bar(total, title, unit="epoch", disable=not requests) as bar, self._ended_by_signals():
 
             def do(request: dict[str, Any]) -> None:

@@ -34,6 +34,21 @@ class Split:
     training: tuple[str, ...]
     cases: dict[str, tuple[str, ...]]
 
+    def numbers(self, asked: Sequence[int | None]) -> list[int]:
+        """The numbers of labelled patients that were asked for, in order; None stands for all there are.
+
+        Raises:
+            PlanError: if there are fewer.
+        """
+        there = len(self.training)
+        numbers = sorted({there if number is None else number for number in asked})
+        if numbers[-1] > there:
+            raise PlanError(
+                f"-num_labelled {numbers[-1]}: {there} are left for training beside {len(self.test)} to test and "
+                f"{len(self.validation)} to validate. Ask for fewer, or give -num_test and -num_validation."
+            )
+        return numbers
+
     def labelled(self, number: int, seed: int) -> list[str]:
         """The cases of the labelled patients of a seed.
 
@@ -46,6 +61,12 @@ class Split:
     def cases_of(self, patients: Sequence[str]) -> list[str]:
         """All their cases, sorted."""
         return sorted(case for patient in patients for case in self.cases[patient])
+
+    def describe(self) -> str:
+        """The cases by what they are for, a line each."""
+        parts = {"Tested": self.test, "For validation": self.validation, "To draw labelled cases from": self.training}
+        cases = {title: self.cases_of(patients) for title, patients in parts.items()}
+        return "\n".join(f"{title} ({len(names)}): {' '.join(names)}" for title, names in cases.items())
 
 
 def scans_of_one_patient(cases: Sequence[str]) -> tuple[str, str] | None:

@@ -26,6 +26,7 @@ from nnunetv2_misfm.plans.settings import read_settings
 
 _TIMED_EPOCHS, _TIMED_ITERATIONS = 2, 4  # the first epoch warms up, the second is timed
 _VALIDATION_COST = 1 / 3  # of a training iteration
+_TERMS_FILE = "terms.json"
 # What every run of one folder has in common; more arms, seeds and numbers of labelled cases may come later.
 _TERMS = ("configuration", "plans", "patients", "num_test", "num_validation", "rates", "nnunet_rates", "tuning_seeds")
 
@@ -48,22 +49,12 @@ class Study:
         self.cases = workspace.cases()
         self.split: Split = split_cases(list(self.cases), options.patients, options.num_test, options.num_validation)
         self.file_ending = read_json(workspace.raw / "dataset.json", "Put the raw dataset back.")["file_ending"]
-        self.labelled = self._numbers()
-        self._check_terms()
+        self.labelled = self.split.numbers(options.labelled)
+        self._terms = self._checked_terms()
         self.arms: list[Arm] = []
 
-    def _numbers(self) -> list[int]:
-        there = len(self.split.training)
-        numbers = sorted({there if number is None else number for number in self.options.labelled})
-        if numbers[-1] > there:
-            raise PlanError(
-                f"-num_labelled {numbers[-1]}: {there} are left for training beside {len(self.split.test)} to test and "
-                f"{len(self.split.validation)} to validate. Ask for fewer, or give -num_test and -num_validation."
-            )
-        return numbers
-
-    def _check_terms(self) -> None:
-        """Runs that are already in the folder must have been made on the same terms."""
+    def _checked_terms(self) -> dict[str, Any]:
+        """What all runs of the folder have in common; those that are there already must have it too."""
         options = self.options
         terms = {name: getattr(options, name) for name in _TERMS} | {
             "dataset": self.workspace.dataset,
@@ -77,7 +68,7 @@ class Study:
             "cases": self.split.cases,
         }
         terms = json.loads(json.dumps(terms))
-        path = self.workspace.folder / "terms.json"
+        path = self.workspace.folder / _TERMS_FILE
         if path.is_file():
             before = read_json(path, f"Remove {self.workspace.folder} and start again.")
             if not options.nnunet:
@@ -95,7 +86,7 @@ class Study:
                     f"{self.workspace.folder} holds a comparison on other terms: {'; '.join(changed)}. Give the "
                     f"options it was begun with, or another folder with -o; a dataset with other cases needs one."
                 )
-        write_json(terms, path)
+        return terms
 
     # ---------------------------------------------------------------- plans
 
@@ -174,8 +165,9 @@ class Study:
             The runs that failed, and the learning rate of each arm for each number of labelled cases; none if a run
             that chooses rates failed.
         """
+        write_json(self._terms, self.workspace.folder / _TERMS_FILE)  # not before: options that failed bind nobody
         tuning = self.tuning()
-        failures = runner.perform(self._requests(tuning), "Learning rates", self._epochs)
+        failures = runner.perform(self._requests(tuning), "runs for learning rates", self._epochs)
         if any(self.record(run) is None for run in tuning):
             return failures, {}  # a rate that was not tried might be the best one
         scores = {run: record.score for run in tuning if (record := self.record(run)) is not None}
@@ -183,7 +175,7 @@ class Study:
         if tuning:
             for (arm, number), rate in chosen.items():
                 print(f"Learning rate of {arm} with {number} labelled: {rate:g}")
-        failures += runner.perform(self._requests(self.tested(chosen)), "Runs", self._epochs)
+        failures += runner.perform(self._requests(self.tested(chosen)), "runs", self._epochs)
         return failures, chosen
 
     def tuning(self) -> list[Run]:
@@ -200,10 +192,14 @@ class Study:
         """What a finished run has left."""
         return read_record(self.workspace.run_folder(run) / "record.json")
 
-    def left(self) -> list[Run]:
-        """The runs that are not finished; those that are tested with any of the learning rates."""
+    def asked(self) -> list[Run]:
+        """All runs, those that are tested with any of the learning rates."""
         first = {(arm.name, number): arm.rates[0] for arm in self.arms for number in self.labelled}
-        return [run for run in [*self.tuning(), *self.tested(first)] if self.record(run) is None]
+        return [*self.tuning(), *self.tested(first)]
+
+    def left(self) -> list[Run]:
+        """Of these the runs that are not finished."""
+        return [run for run in self.asked() if self.record(run) is None]
 
     def _epochs(self, request: Mapping[str, Any]) -> int:
         return 0 if self.options.probe else self.settings.num_epochs
@@ -346,7 +342,7 @@ class Study:
             "keep_weights": False,
         }
         try:
-            if failures := runner.perform([request], "Timing", lambda _: 0 if probe else _TIMED_EPOCHS):
+            if failures := runner.perform([request], "timed run", lambda _: 0 if probe else _TIMED_EPOCHS):
                 raise UserError(f"A short run of {run.arm} failed: {failures[0].last}\nIts log: {failures[0].log}")
             record = read_record(folder / "record.json")
             assert record is not None

@@ -235,12 +235,19 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
     ordered = _by_importance(comparisons)
     shown = [comparison for comparison in ordered if comparison.together.shown]
     if not shown:
-        return _nothing_shown(ordered[0], sum(c.weights_alone == ordered[0].weights_alone for c in comparisons))
+        first = ordered[0]
+        nothing = _nothing_shown(first, sum(c.weights_alone == first.weights_alone for c in comparisons))
+        return " ".join([nothing, *(_together(comparisons) if len(first.difference.values) > 1 else [])])
     sentences = []
     for arm, helped in dict.fromkeys((c.arm, c.difference.mean > 0) for c in shown):
         found = [c for c in shown if (c.arm, c.difference.mean > 0) == (arm, helped)]
         sentences.append(f"{arm} {'helped' if helped else 'did harm'}: {'; '.join(map(_shown, found))}.")
-    return " ".join(sentences)
+    return " ".join([*sentences, *_together(comparisons)])
+
+
+def _together(comparisons: Sequence[Comparison]) -> list[str]:
+    """That the verdict's intervals are wider than those of single differences."""
+    return [f"At 95 % for all {len(comparisons)} differences together."] if len(comparisons) > 1 else []
 
 
 def _by_importance(comparisons: Sequence[Comparison]) -> list[Comparison]:

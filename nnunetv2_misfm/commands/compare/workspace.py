@@ -77,7 +77,7 @@ class Workspace:
         """The image files and the label file of each case."""
         from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-        found = get_filenames_of_train_images_and_targets(str(self.raw))
+        found = get_filenames_of_train_images_and_targets(str(self.users_raw))
         return {case: (list(files["images"]), str(files["label"])) for case, files in found.items()}
 
     def labels(self) -> dict[str, int | list[int]]:

@@ -45,6 +45,10 @@ def test_one_arm_is_nothing_to_compare() -> None:
         read_options(["-d", "4", "--from_scratch"])
 
 
+def test_a_dry_run_needs_no_arms() -> None:
+    assert read_options(["-d", "4", "--dry_run"]).dry_run
+
+
 def test_arms_are_named_by_their_files_or_the_dataset_they_were_pretrained_on(tmp_path: Path) -> None:
     fold = tmp_path / "Dataset900_MyPool" / "VolumeFusionTrainer__nnUNetPlans__3d_fullres" / "fold_all"
     fold.mkdir(parents=True)

@@ -118,6 +118,7 @@ def test_the_verdict_counts_the_differences_that_it_calls_smaller() -> None:
     records += [record("nnU-Net", seed, 0.9 - 0.5 * seed) for seed in range(2)]
     summary = summarise(arms, records)
     assert len(summary.comparisons) == 3 and "the largest of" not in summary.verdict
+    assert summary.verdict.endswith("At 95 % for all 3 differences together.")  # its interval is wider than the table's
     assert "VF minus scratch is +0.5 points of Dice with 5 labelled" in summary.verdict
 
 

@@ -12,6 +12,7 @@ import torch
 
 from nnunetv2_misfm.architectures.pct_net import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.commands.compare.cli import compare
 from nnunetv2_misfm.commands.compare.one_run import _is_whole
 from nnunetv2_misfm.commands.compare.options import read_options
 from nnunetv2_misfm.commands.compare.records import RunRecord
@@ -111,9 +112,37 @@ def test_both_arms_of_a_seed_have_the_same_cases(tmp_path: Path, nnunet: Path, m
 
 
 def test_a_folder_keeps_its_terms(tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    study(tmp_path, nnunet, monkeypatch, "-num_epochs", "3")
+    with pytest.raises(KeyboardInterrupt):
+        study(tmp_path, nnunet, monkeypatch, "-num_epochs", "3").perform(FakeRunner(stop_after=1))  # type: ignore[arg-type]
     with pytest.raises(PlanError, match=r"on other terms: settings was .*'num_epochs': 3.*another folder with -o"):
         study(tmp_path, nnunet, monkeypatch, "-num_epochs", "4")
+
+
+def test_options_that_could_not_be_planned_are_not_the_terms_of_the_folder(
+    tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SystemExit):
+        study(tmp_path, nnunet, monkeypatch, "-patch_size", "0", "16", "16")
+    corrected = FakeRunner()
+    study(tmp_path, nnunet, monkeypatch, "-patch_size", "16", "16", "16").perform(corrected)  # type: ignore[arg-type]
+    assert corrected.requests
+
+
+def test_a_dry_run_names_the_cases_that_would_be_tested_and_makes_nothing(
+    tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = study(tmp_path, nnunet, monkeypatch)
+    before, folder = files_of(nnunet), tmp_path / "dry"
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, str(nnunet / name))
+    words = ["-d", "4", "-num_test", "2", "-num_validation", "1", "-o", str(folder)]
+    compare(read_options([*words, "--dry_run"]), words)
+    said = capsys.readouterr().out
+    assert f"Tested (2): {' '.join(made.split.cases_of(made.split.test))}\n" in said
+    assert f"To draw labelled cases from (3): {' '.join(made.split.cases_of(made.split.training))}\n" in said
+    assert files_of(nnunet) == before and not folder.exists()
+    with pytest.raises(PlanError, match="-num_labelled 40: 3 are left for training"):
+        compare(read_options([*words, "--dry_run", "-num_labelled", "40"]), words)
 
 
 def test_more_labelled_cases_than_there_are_is_told(
