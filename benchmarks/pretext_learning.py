@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from provenance import device_name, provenance
 from three_sets import (
+    BATCH,
     COMMON,
-    CROPS,
     FEATURES,
     ITERATIONS,
     NETWORKS,
@@ -55,7 +55,7 @@ def main() -> None:
     use_folders(options.work)
     rows = []
     for plans in (*PRETEXT_TASKS, *options.more):
-        (run,) = (Path(os.environ["nnUNet_results"]) / COMMON).glob(f"*__{plans}__3d_fullres/fold_all")
+        (run,) = (Path(os.environ["nnUNet_results"]) / COMMON.dataset).glob(f"*__{plans}__3d_fullres/fold_all")
         rows.append(row(run))
         if options.pictures:
             small_copy(next(run.glob("*samples.png")), options.pictures / f"{plans}_learnt.png")
@@ -76,7 +76,11 @@ def row(run: Path) -> str:
 
 
 def arrays_of(plans: Mapping[str, dict]) -> Path:
-    return Path(os.environ["nnUNet_preprocessed"]) / COMMON / plans["configurations"]["3d_fullres"]["data_identifier"]
+    return (
+        Path(os.environ["nnUNet_preprocessed"])
+        / COMMON.dataset
+        / plans["configurations"]["3d_fullres"]["data_identifier"]
+    )
 
 
 def trivial_scores(plans: Mapping[str, dict]) -> dict[str, float]:
@@ -122,6 +126,7 @@ def make_report(rows: Sequence[str], more: Sequence[str], device: str) -> str:
     network = NETWORKS["unet"]
     length = f"-num_epochs {network.epochs} -num_iterations_per_epoch {ITERATIONS}"
     length += f" -num_val_iterations_per_epoch {VALIDATION}"
+    same = " ".join(("-patch_size", *map(str, COMMON.crops), *BATCH, *PRETRAINING))
     of_more = (
         f"Runs with other batches were made with `misfm_pretrain -d 900 -p {POOL_PLANS} -pretext TASK "
         f"-overwrite_plans_name NAME {' '.join((*network.options, *PRETRAINING))} {length} -device {device} "
@@ -133,7 +138,7 @@ def make_report(rows: Sequence[str], more: Sequence[str], device: str) -> str:
             "",
             "Main score on the fixed validation samples after so many iterations, one run for each task, on volumes of "
             f"three public sets together. nnU-Net's U-Net with {FEATURES} features; "
-            f"`{' '.join((*CROPS, *PRETRAINING))}`, otherwise the tasks' defaults, but {changed}.",
+            f"`{same}`, otherwise the tasks' defaults, but {changed}.",
             "",
             "The score is the variance explained (0 for a constant, 1 for the image) of masked voxels or of all "
             "voxels; the share of the swaps' error that is undone (0 for the input, 1 for the image); the mean Dice of "

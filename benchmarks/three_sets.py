@@ -1,15 +1,16 @@
 """What pretraining brings with few labels on three public sets: each pretext task, probed and fine-tuned.
 
-    python benchmarks/three_sets.py probe --data FOLDER --work FOLDER [--sets heart ...] [--tasks NAME ...]
+    python benchmarks/three_sets.py probe --data FOLDER --work FOLDER [--sets heart ...] [--common TASK ...]
+        [--own TASK ...]
     python benchmarks/three_sets.py compare --data FOLDER --work FOLDER [--network pctnet] [--labelled 5 10] [--seeds 5]
         [--iterations 300] [--rates 3e-3 5e-3]
     python benchmarks/three_sets.py table [--device cpu]
 
-FOLDER of --data holds the sets in nnU-Net's raw format. nnU-Net plans and preprocesses them; every task pretrains one
-small network on the images that misfm_compare neither tests nor validates on, of all sets together or, with --own, of
-each set alone, without their labels. Then misfm_compare fits a linear classifier to its features (probe) or fine-tunes
-it (compare). Goes on where it was stopped. What it finds is kept in results/three_sets, and `table` writes
-results/three_sets.md of it.
+FOLDER of --data holds the sets in nnU-Net's raw format. nnU-Net plans and preprocesses them; tasks pretrain a small
+network on the images that misfm_compare neither tests nor validates on, without their labels: those of --common on all
+sets together, those of --own on each set alone. Then misfm_compare fits a linear classifier to the features (probe) or
+fine-tunes the network (compare). Goes on where it was stopped. What it finds is kept in results/three_sets, and `table`
+writes results/three_sets.md of it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from provenance import device_name, provenance
+from provenance import provenance
 
 from nnunetv2_misfm.commands.compare.splits import split_cases
 from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS
@@ -35,7 +36,7 @@ from nnunetv2_misfm.pretrain.planning import plain_unet_stages
 RESULTS = Path(__file__).parent / "results" / "three_sets"  # what misfm_compare found, and the table beside it
 PLANS = "SmallPlans"
 FEATURES = [8, 16, 32, 64]
-COMMON, POOL_PLANS = "Dataset900_Common", "PoolPlans"
+POOL_PLANS = "PoolPlans"
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,41 @@ SETS = {
         "Dataset006_ACDC", (8, 64, 64), ((1, 1, 1), (1, 2, 2), (2, 2, 2), (1, 2, 2)), 10, r"patient\d+"
     ),
 }
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Images to pretrain on.
+
+    Attributes:
+        name: "common" or "own", which ends the names of its arms.
+        images: their folder, below the one of all sets.
+        dataset: of nnU-Net that is made of them.
+        like: the set whose small plans give spacing, normalisation and network.
+        crops: patch size.
+        epochs: of pretraining, as a multiple of the network's.
+    """
+
+    name: str
+    images: str
+    dataset: str
+    like: str
+    crops: tuple[int, int, int]
+    epochs: int
+
+
+COMMON = Pool("common", ".", "Dataset900_Common", "atrium", (32, 32, 32), 1)
+
+
+def own_pool(name: str) -> Pool:
+    """A set's own images, in crops of the fine-tuning's size."""
+    return Pool("own", name, f"Dataset{900 + int(SETS[name].id)}_{name}", name, SETS[name].patch, 2)
+
+
 # What differs from the tasks' defaults, which are for long runs: boxes a small network learns in minutes.
 FEW_LARGE_BOXES = ("-num_boxes", "3", "10", "-box_size_min", *3 * ("0.25",), "-box_size_max", *3 * ("0.75",))
 ITERATIONS, VALIDATION = 50, 8  # of an epoch of pretraining
-CROPS = ("-patch_size", "32", "32", "32", "-batch_size", "8")
+BATCH = ("-batch_size", "8")
 PRETRAINING = ("-optimizer", "adamw", "-initial_lr", "3e-3", "-schedule", "poly")
 TASK_OPTIONS = {"volume_fusion": FEW_LARGE_BOXES, "vox2vec": ("-initial_lr", "1e-3")}
 EPOCH = 50  # iterations of fine-tuning
@@ -113,8 +145,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the sets in nnU-Net's raw format")
     parser.add_argument("--work", type=Path, help="folder for nnU-Net's three folders")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
-    parser.add_argument("--tasks", nargs="+", choices=PRETEXT_TASKS, default=list(PRETEXT_TASKS))
-    parser.add_argument("--own", action="store_true", help="pretrain on the set's own images alone")
+    tasks = {"nargs": "*", "choices": PRETEXT_TASKS, "metavar": "TASK"}
+    parser.add_argument("--common", **tasks, default=list(PRETEXT_TASKS), help="pretrained on all sets (default: all)")
+    parser.add_argument("--own", **tasks, default=[], help="pretrained on the set's own images alone (default: none)")
     parser.add_argument("--network", choices=NETWORKS, default="unet", help="(default: %(default)s)")
     parser.add_argument("--labelled", nargs="+", default=["10"], help="patients (default: %(default)s)")
     parser.add_argument("--seeds", default="5", help="draws of them (default: %(default)s)")
@@ -136,15 +169,11 @@ def main() -> None:
     use_folders(options.work)
     for labelled in SETS.values():
         prepare(labelled, options.data, options.work)
-    if not options.own:
-        pool = options.work / "unlabelled"
-        weights = [pretrained(task, pool, "atrium", COMMON, options) for task in options.tasks]
+    common = [pretrained(task, COMMON, options) for task in options.common]
     for name in options.sets:
-        if options.own:
-            pool, dataset = options.work / "unlabelled" / name, f"Dataset{900 + int(SETS[name].id)}_{name}"
-            weights = [pretrained(task, pool, name, dataset, options) for task in options.tasks]
+        own = [pretrained(task, own_pool(name), options) for task in options.own]
         if options.what != "pretrain":
-            compare(name, weights, options)
+            compare(name, [*common, *own], options)
 
 
 def use_folders(work: Path) -> None:
@@ -191,18 +220,20 @@ def copy_unlabelled(raw: Path, target: Path, labelled: LabelledSet) -> None:
                 shutil.copy(image, target)
 
 
-def pretrained(task: str, images: Path, like: str, dataset: str, options: argparse.Namespace) -> str:
-    """The checkpoint of a task on the volumes of a folder, made if it is not there, as NAME=FILE."""
-    results = Path(os.environ["nnUNet_results"]) / dataset
-    number, _, name = dataset.removeprefix("Dataset").partition("_")
-    if not (Path(os.environ["nnUNet_preprocessed"]) / dataset / f"{POOL_PLANS}.json").is_file():
+def pretrained(task: str, pool: Pool, options: argparse.Namespace) -> str:
+    """The checkpoint of a task on a pool, made if it is not there, as NAME=FILE."""
+    results = Path(os.environ["nnUNet_results"]) / pool.dataset
+    number, _, name = pool.dataset.removeprefix("Dataset").partition("_")
+    crops = ("-patch_size", *map(str, pool.crops), *BATCH)
+    if not (Path(os.environ["nnUNet_preprocessed"]) / pool.dataset / f"{POOL_PLANS}.json").is_file():
         # Once for all tasks, which share its arrays.
+        images = str(options.work / "unlabelled" / pool.images)
         command(
-            *("misfm_pretrain", "-i", str(images), "-d", number, "-n", name, "--only_prepare", "-network", "plan"),
-            *("-plans_from", SETS[like].id, "-p", PLANS, "-overwrite_plans_name", POOL_PLANS, *CROPS),
+            *("misfm_pretrain", "-i", images, "-d", number, "-n", name, "--only_prepare", "-network", "plan"),
+            *("-plans_from", SETS[pool.like].id, "-p", PLANS, "-overwrite_plans_name", POOL_PLANS, *crops),
         )
     network = NETWORKS[options.network]
-    epochs = network.other_epochs.get(task, network.epochs)
+    epochs = pool.epochs * network.other_epochs.get(task, network.epochs)
     plans = task if options.network == "unet" else f"{options.network}_{task}"
     found = list(results.glob(f"*__{plans}__3d_fullres/fold_all/checkpoint_*.pth"))
     if not any(path.name == "checkpoint_final.pth" for path in found):
@@ -210,18 +241,17 @@ def pretrained(task: str, images: Path, like: str, dataset: str, options: argpar
             *("misfm_pretrain", "-d", number, "-p", POOL_PLANS, "-pretext", task, "-overwrite_plans_name", plans),
             *("-num_epochs", str(epochs), "-num_iterations_per_epoch", str(ITERATIONS)),
             *("-num_val_iterations_per_epoch", str(VALIDATION), "-device", options.device),
-            *(*network.options, *CROPS, *PRETRAINING, *TASK_OPTIONS.get(task, ())),
+            *(*network.options, *crops, *PRETRAINING, *TASK_OPTIONS.get(task, ())),
             *(["--c"] if found else []),
         )
     (final,) = results.glob(f"*__{plans}__3d_fullres/fold_all/checkpoint_final.pth")
-    return f"{task}={final}"
+    return f"{task}_{pool.name}={final}"
 
 
 def compare(name: str, weights: Sequence[str], options: argparse.Namespace) -> None:
     labelled = SETS[name]
-    pool = "own" if options.own else "common"
     work = options.work.resolve()
-    output = work / f"{options.what}_{name}_{pool}_{options.network}"
+    output = work / f"{options.what}_{name}_{options.network}"
     arms = ["misfm_compare", "-d", labelled.id, "-p", PLANS, "-pretrained_weights", *weights, "--from_scratch"]
     cases = ("-num_labelled", *options.labelled, "-seeds", options.seeds, "-num_test", str(labelled.num_test))
     where = ("-device", options.device, "-jobs", options.jobs, "--disable_tta")
@@ -246,10 +276,11 @@ def write_table(options: argparse.Namespace) -> None:
     lines = [
         "# Three public sets: what pretraining brings with few labels",
         "",
-        f"Small networks, pretrained (`misfm_pretrain {' '.join((*CROPS, *PRETRAINING))}`; {changed}) on the images of "
-        "patients that are neither tested nor validated on, of all three sets together (pool: common) or of the set "
-        "alone (own). Mean foreground Dice of the test cases, in points; mean ± standard deviation over draws of the "
-        f"labelled patients; one draw where there is none. Test patients: {tested}.",
+        f"Small networks, pretrained (`misfm_pretrain {' '.join((*BATCH, *PRETRAINING))}`; {changed}) on the images of "
+        "patients that are neither tested nor validated on, of all three sets together in crops of 32x32x32 (common) "
+        "or of the set alone in crops of the size it is fine-tuned with (own). Mean foreground Dice of the test cases, "
+        "in points; mean ± standard deviation over draws of the labelled patients; one draw where there is none. Test "
+        f"patients: {tested}.",
         "",
         *(f"- {network.title}: pretrained for {lengths(network)}." for network in NETWORKS.values()),
         "",
@@ -259,7 +290,7 @@ def write_table(options: argparse.Namespace) -> None:
             f"python benchmarks/three_sets.py table --device {options.device}",
             ("torch", "nnunetv2"),
             {},
-            device_name(options.device),
+            options.device.upper(),
         ),
         "",
     ]
@@ -269,12 +300,12 @@ def write_table(options: argparse.Namespace) -> None:
 
 def lengths(network: Network) -> str:
     others = [f"{task} for {epochs * ITERATIONS:,}" for task, epochs in network.other_epochs.items()]
-    return ", ".join([f"{network.epochs * ITERATIONS:,} iterations", *others])
+    return ", ".join([f"{network.epochs * ITERATIONS:,} iterations", *others, "on its own images twice that"])
 
 
 def probed() -> list[str]:
     """Nothing if nothing was probed yet."""
-    probes = {path.stem.split("_")[1]: read(path) for path in sorted(RESULTS.glob("probe_*_common_unet.json"))}
+    probes = {path.stem.split("_")[1]: read(path) for path in sorted(RESULTS.glob("probe_*_unet.json"))}
     if not probes:
         return []
     arms = dict.fromkeys(score["arm"] for probe in probes.values() for score in probe["scores"])
@@ -293,18 +324,18 @@ def fine_tuned() -> list[str]:
     """Nothing if nothing was compared yet."""
     rows: dict[str, list[list[str]]] = {}
     for path in sorted(RESULTS.glob("compare_*.json")):
-        _, name, pool, network, iterations, _ = path.stem.split("_")
+        _, name, network, iterations, _ = path.stem.split("_")
         found = read(path)
         differences = {(one["arm"], one["labelled"]): one for one in found["comparisons"] if one["minus"] == "scratch"}
         for score in found["scores"]:
             arm, labelled, by_seed = score["arm"], score["labelled"], list(score["dice_by_seed"].values())
             rate = ", ".join(f"{rate:g}" for rate in score["learning_rates"])
-            cells = [name, pool, labelled, iterations, arm, rate, len(by_seed), mean_and_deviation(by_seed)]
+            cells = [name, labelled, iterations, arm, rate, len(by_seed), mean_and_deviation(by_seed)]
             row = [*map(str, cells), *difference_cells(differences.get((arm, labelled)))]
             rows.setdefault(network, []).append(row)
     if not rows:
         return []
-    head = ["set", "pool", "labelled", "iterations", "arm", "rate", "seeds", "Dice", "minus scratch"]
+    head = ["set", "labelled", "iterations", "arm", "rate", "seeds", "Dice", "minus scratch"]
     tables = [
         line
         for network, of_network in rows.items()
