@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 from provenance import device_name, provenance
 from three_sets import (
-    BATCH,
     COMMON,
     FEATURES,
     ITERATIONS,
@@ -126,7 +125,7 @@ def make_report(rows: Sequence[str], more: Sequence[str], device: str) -> str:
     network = NETWORKS["unet"]
     length = f"-num_epochs {network.epochs} -num_iterations_per_epoch {ITERATIONS}"
     length += f" -num_val_iterations_per_epoch {VALIDATION}"
-    same = " ".join(("-patch_size", *map(str, COMMON.crops), *BATCH, *PRETRAINING))
+    same = " ".join((*COMMON.options, *PRETRAINING))
     of_more = (
         f"Runs with other batches were made with `misfm_pretrain -d 900 -p {POOL_PLANS} -pretext TASK "
         f"-overwrite_plans_name NAME {' '.join((*network.options, *PRETRAINING))} {length} -device {device} "

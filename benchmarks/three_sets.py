@@ -10,7 +10,7 @@ FOLDER of --data holds the sets in nnU-Net's raw format. nnU-Net plans and prepr
 network on the images that misfm_compare neither tests nor validates on, without their labels: those of --common on all
 sets together, those of --own on each set alone. Then misfm_compare fits a linear classifier to the features (probe) or
 fine-tunes the network (compare). Goes on where it was stopped. What it finds is kept in results/three_sets, and `table`
-writes results/three_sets.md of it.
+writes results/three_sets.md and three_sets.png of it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 from provenance import provenance
 
@@ -34,41 +35,55 @@ from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS
 from nnunetv2_misfm.pretrain.planning import plain_unet_stages
 
 RESULTS = Path(__file__).parent / "results" / "three_sets"  # what misfm_compare found, and the table beside it
-PLANS = "SmallPlans"
 FEATURES = [8, 16, 32, 64]
 POOL_PLANS = "PoolPlans"
 
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """One of the public sets.
+    """One of the public sets, at one spacing.
 
     Attributes:
         folder: its name in nnU-Net's raw format.
+        name: of its folder of images without labels.
         patch: patch of the small network, in plans axis order.
         strides: downsampling of its stages.
         num_test: patients that every run is tested on.
+        own_pool: number of the dataset of its own images.
         patients: what finds a case's patient; None if each case is one.
+        spacing: in mm, in the order of the images' axes; None for nnU-Net's.
     """
 
     folder: str
+    name: str
     patch: tuple[int, int, int]
     strides: tuple[tuple[int, int, int], ...]
     num_test: int
+    own_pool: int
     patients: str | None = None
+    spacing: tuple[str, str, str] | None = None
 
     @property
     def id(self) -> str:
         return str(int(self.folder.removeprefix("Dataset").partition("_")[0]))
 
+    @property
+    def plans(self) -> str:
+        """Plans with the small network."""
+        return "TinyPlans" if self.spacing else "SmallPlans"
+
 
 ISOTROPIC = ((1, 1, 1), (2, 2, 2), (2, 2, 2), (2, 2, 2))
+THICK_SLICES = ((1, 1, 1), (1, 2, 2), (2, 2, 2), (1, 2, 2))
+PATIENT = r"patient\d+"
+ATRIUM, HEART = ("Dataset005_LeftAtrium", "atrium"), ("Dataset006_ACDC", "heart")
 SETS = {
-    "hippocampus": LabelledSet("Dataset004_Hippocampus", (32, 32, 32), ISOTROPIC, 40),
-    "atrium": LabelledSet("Dataset005_LeftAtrium", (24, 48, 48), ISOTROPIC, 20),
-    "heart": LabelledSet(
-        "Dataset006_ACDC", (8, 64, 64), ((1, 1, 1), (1, 2, 2), (2, 2, 2), (1, 2, 2)), 10, r"patient\d+"
-    ),
+    "hippocampus": LabelledSet("Dataset004_Hippocampus", "hippocampus", (32, 32, 32), ISOTROPIC, 40, 914),
+    "atrium": LabelledSet(*ATRIUM, (24, 48, 48), ISOTROPIC, 20, 905),
+    "heart": LabelledSet(*HEART, (8, 64, 64), THICK_SLICES, 10, 906, PATIENT),
+    # Twice as coarse: a patch holds the whole organ, so a small network is done in minutes.
+    "atrium-2.5mm": LabelledSet(*ATRIUM, (24, 40, 48), ISOTROPIC, 20, 915, None, ("2.5", "2.5", "2.5")),
+    "heart-3mm": LabelledSet(*HEART, (8, 64, 64), THICK_SLICES, 10, 916, PATIENT, ("10", "3", "3")),
 }
 
 
@@ -82,6 +97,7 @@ class Pool:
         dataset: of nnU-Net that is made of them.
         like: the set whose small plans give spacing, normalisation and network.
         crops: patch size.
+        batch: batch size.
         epochs: of pretraining, as a multiple of the network's.
     """
 
@@ -90,21 +106,27 @@ class Pool:
     dataset: str
     like: str
     crops: tuple[int, int, int]
+    batch: int
     epochs: int
 
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Of misfm_pretrain."""
+        return ("-patch_size", *map(str, self.crops), "-batch_size", str(self.batch))
 
-COMMON = Pool("common", ".", "Dataset900_Common", "atrium", (32, 32, 32), 1)
+
+COMMON = Pool("common", ".", "Dataset900_Common", "atrium", (32, 32, 32), 8, 1)
 
 
 def own_pool(name: str) -> Pool:
     """A set's own images, in crops of the fine-tuning's size."""
-    return Pool("own", name, f"Dataset{900 + int(SETS[name].id)}_{name}", name, SETS[name].patch, 2)
+    labelled = SETS[name]
+    return Pool("own", labelled.name, f"Dataset{labelled.own_pool}_{labelled.name}", name, labelled.patch, 4, 3)
 
 
 # What differs from the tasks' defaults, which are for long runs: boxes a small network learns in minutes.
 FEW_LARGE_BOXES = ("-num_boxes", "3", "10", "-box_size_min", *3 * ("0.25",), "-box_size_max", *3 * ("0.75",))
 ITERATIONS, VALIDATION = 50, 8  # of an epoch of pretraining
-BATCH = ("-batch_size", "8")
 PRETRAINING = ("-optimizer", "adamw", "-initial_lr", "3e-3", "-schedule", "poly")
 TASK_OPTIONS = {"volume_fusion": FEW_LARGE_BOXES, "vox2vec": ("-initial_lr", "1e-3")}
 EPOCH = 50  # iterations of fine-tuning
@@ -115,12 +137,13 @@ class Network:
     """What is pretrained and fine-tuned.
 
     Attributes:
-        title: for the tables.
+        short, title: for the figure and the tables.
         options: of misfm_pretrain.
         epochs: of pretraining, of ITERATIONS each.
         other_epochs: of tasks that have another number of them.
     """
 
+    short: str
     title: str
     options: tuple[str, ...]
     epochs: int
@@ -129,8 +152,9 @@ class Network:
 
 PCT_FEATURES = [8, 16, 32, 64, 128]
 NETWORKS = {
-    "unet": Network(f"U-Net, {FEATURES} features", ("-network", "plan"), 10),
+    "unet": Network("U-Net", f"U-Net, {FEATURES} features", ("-network", "plan"), 10),
     "pctnet": Network(
+        "PCT-Net",
         f"PCT-Net, {PCT_FEATURES} features",
         ("-network", "pctnet", "-features_per_stage", *map(str, PCT_FEATURES)),
         20,
@@ -190,18 +214,24 @@ def prepare(labelled: LabelledSet, data: Path, work: Path) -> None:
     preprocessed = Path(os.environ["nnUNet_preprocessed"]) / labelled.folder
     if not raw.exists():
         raw.symlink_to((data / labelled.folder).resolve(), target_is_directory=True)
-    if not (preprocessed / f"{PLANS}.json").is_file():
-        command("nnUNetv2_plan_and_preprocess", "-d", labelled.id, "-c", "3d_fullres", "-npfp", "2", "-np", "2")
-        plans = json.loads((preprocessed / "nnUNetPlans.json").read_text(encoding="utf-8"))
+    if not (preprocessed / f"{labelled.plans}.json").is_file():
+        base = "nnUNetPlans"
+        if not (preprocessed / f"{base}.json").is_file():
+            command("nnUNetv2_plan_and_preprocess", "-d", labelled.id, "-c", "3d_fullres", "-npfp", "2", "-np", "2")
+        if labelled.spacing:
+            base = "LowPlans"
+            spacing = ("-overwrite_target_spacing", *labelled.spacing, "-overwrite_plans_name", base)
+            command("nnUNetv2_plan_experiment", "-d", labelled.id, *spacing)
+            command("nnUNetv2_preprocess", "-d", labelled.id, "-c", "3d_fullres", "-plans_name", base, "-np", "2")
+        plans = json.loads((preprocessed / f"{base}.json").read_text(encoding="utf-8"))
         small = json.dumps(small_plans(plans, labelled), indent=4)
-        (preprocessed / f"{PLANS}.json").write_text(small, encoding="utf-8")
-    name = next(name for name, one in SETS.items() if one is labelled)
-    copy_unlabelled(raw, work / "unlabelled" / name, labelled)
+        (preprocessed / f"{labelled.plans}.json").write_text(small, encoding="utf-8")
+    copy_unlabelled(raw, work / "unlabelled" / labelled.name, labelled)
 
 
 def small_plans(plans: dict, labelled: LabelledSet) -> dict:
     """nnU-Net's plans with a U-Net of four stages, kernels of 3x3x3 and a small patch."""
-    plans = deepcopy(plans) | {"plans_name": PLANS}
+    plans = deepcopy(plans) | {"plans_name": labelled.plans}
     entry = plans["configurations"]["3d_fullres"]
     entry["architecture"]["arch_kwargs"] |= plain_unet_stages(FEATURES, labelled.strides)
     entry |= {"patch_size": list(labelled.patch), "batch_size": 2}
@@ -224,13 +254,13 @@ def pretrained(task: str, pool: Pool, options: argparse.Namespace) -> str:
     """The checkpoint of a task on a pool, made if it is not there, as NAME=FILE."""
     results = Path(os.environ["nnUNet_results"]) / pool.dataset
     number, _, name = pool.dataset.removeprefix("Dataset").partition("_")
-    crops = ("-patch_size", *map(str, pool.crops), *BATCH)
     if not (Path(os.environ["nnUNet_preprocessed"]) / pool.dataset / f"{POOL_PLANS}.json").is_file():
         # Once for all tasks, which share its arrays.
         images = str(options.work / "unlabelled" / pool.images)
         command(
             *("misfm_pretrain", "-i", images, "-d", number, "-n", name, "--only_prepare", "-network", "plan"),
-            *("-plans_from", SETS[pool.like].id, "-p", PLANS, "-overwrite_plans_name", POOL_PLANS, *crops),
+            *("-plans_from", SETS[pool.like].id, "-p", SETS[pool.like].plans, "-overwrite_plans_name"),
+            *(POOL_PLANS, *pool.options),
         )
     network = NETWORKS[options.network]
     epochs = pool.epochs * network.other_epochs.get(task, network.epochs)
@@ -241,7 +271,7 @@ def pretrained(task: str, pool: Pool, options: argparse.Namespace) -> str:
             *("misfm_pretrain", "-d", number, "-p", POOL_PLANS, "-pretext", task, "-overwrite_plans_name", plans),
             *("-num_epochs", str(epochs), "-num_iterations_per_epoch", str(ITERATIONS)),
             *("-num_val_iterations_per_epoch", str(VALIDATION), "-device", options.device),
-            *(*network.options, *crops, *PRETRAINING, *TASK_OPTIONS.get(task, ())),
+            *(*network.options, *pool.options, *PRETRAINING, *TASK_OPTIONS.get(task, ())),
             *(["--c"] if found else []),
         )
     (final,) = results.glob(f"*__{plans}__3d_fullres/fold_all/checkpoint_final.pth")
@@ -252,7 +282,7 @@ def compare(name: str, weights: Sequence[str], options: argparse.Namespace) -> N
     labelled = SETS[name]
     work = options.work.resolve()
     output = work / f"{options.what}_{name}_{options.network}"
-    arms = ["misfm_compare", "-d", labelled.id, "-p", PLANS, "-pretrained_weights", *weights, "--from_scratch"]
+    arms = ["misfm_compare", "-d", labelled.id, "-p", labelled.plans, "-pretrained_weights", *weights, "--from_scratch"]
     cases = ("-num_labelled", *options.labelled, "-seeds", options.seeds, "-num_test", str(labelled.num_test))
     where = ("-device", options.device, "-jobs", options.jobs, "--disable_tta")
     patients = ("-patients", labelled.patients) if labelled.patients else ()
@@ -261,7 +291,7 @@ def compare(name: str, weights: Sequence[str], options: argparse.Namespace) -> N
     else:
         output = output.with_name(f"{output.name}_{options.iterations}_{'+'.join(options.labelled)}")
         epochs = ("-num_epochs", str(options.iterations // EPOCH), "-num_iterations_per_epoch", str(EPOCH))
-        arms += ["-initial_lr", *options.rates, *epochs, "-num_val_iterations_per_epoch", "5"]
+        arms += ["-initial_lr", *options.rates, *epochs, "-num_val_iterations_per_epoch", "6"]
         arms += ["--nnunet"] if options.nnunet else []
     command(*arms, *cases, *patients, *where, "-o", str(output))
     RESULTS.mkdir(exist_ok=True)
@@ -276,10 +306,10 @@ def write_table(options: argparse.Namespace) -> None:
     lines = [
         "# Three public sets: what pretraining brings with few labels",
         "",
-        f"Small networks, pretrained (`misfm_pretrain {' '.join((*BATCH, *PRETRAINING))}`; {changed}) on the images of "
-        "patients that are neither tested nor validated on, of all three sets together in crops of 32x32x32 (common) "
-        "or of the set alone in crops of the size it is fine-tuned with (own). Mean foreground Dice of the test cases, "
-        "in points; mean ± standard deviation over draws of the labelled patients; one draw where there is none. Test "
+        f"Small networks, pretrained (`misfm_pretrain {' '.join(PRETRAINING)}`; {changed}) on the images of patients "
+        "that are neither tested nor validated on: of all three sets together in 8 crops of 32x32x32 (common), or of "
+        "the set alone in 4 crops of the size it is fine-tuned with (own). Mean foreground Dice of the test cases, in "
+        "points; mean ± standard deviation over draws of the labelled patients; one draw where there is none. Test "
         f"patients: {tested}.",
         "",
         *(f"- {network.title}: pretrained for {lengths(network)}." for network in NETWORKS.values()),
@@ -295,12 +325,13 @@ def write_table(options: argparse.Namespace) -> None:
         "",
     ]
     RESULTS.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
+    draw_differences(RESULTS.with_suffix(".png"))
     print("\n".join(lines))
 
 
 def lengths(network: Network) -> str:
     others = [f"{task} for {epochs * ITERATIONS:,}" for task, epochs in network.other_epochs.items()]
-    return ", ".join([f"{network.epochs * ITERATIONS:,} iterations", *others, "on its own images twice that"])
+    return ", ".join([f"{network.epochs * ITERATIONS:,} iterations", *others, "on its own images three times that"])
 
 
 def probed() -> list[str]:
@@ -324,7 +355,7 @@ def fine_tuned() -> list[str]:
     """Nothing if nothing was compared yet."""
     rows: dict[str, list[list[str]]] = {}
     for path in sorted(RESULTS.glob("compare_*.json")):
-        _, name, network, iterations, _ = path.stem.split("_")
+        _, name, network, iterations, *_ = path.stem.split("_")
         found = read(path)
         differences = {(one["arm"], one["labelled"]): one for one in found["comparisons"] if one["minus"] == "scratch"}
         for score in found["scores"]:
@@ -355,6 +386,39 @@ def fine_tuned() -> list[str]:
         "",
         *tables,
     ]
+
+
+def draw_differences(path: Path) -> None:
+    """All differences to scratch with their intervals, longer fine-tunings below shorter ones."""
+    rows: dict[tuple, list[tuple[str, float, float, float]]] = {}
+    for file in RESULTS.glob("compare_*.json"):
+        _, name, network, iterations, *_ = file.stem.split("_")
+        for one in read(file)["comparisons"]:
+            if one["minus"] == "scratch" and one["low"] is not None:
+                row = (int(iterations), name, -one["labelled"], network)
+                found = (one["arm"], one["difference"], one["low"], one["high"])
+                rows.setdefault(row, []).append(found)
+    arms = sorted({arm for found in rows.values() for arm, *_ in found})
+    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.45 * len(rows)), layout="constrained")
+    axis.axvline(0, color="black", linewidth=1)
+    for place, (_, found) in enumerate(sorted(rows.items())):
+        for number, (arm, difference, low, high) in enumerate(sorted(found)):
+            y = place + 0.7 * ((number + 0.5) / len(found) - 0.5)
+            colour = f"C{arms.index(arm)}"
+            axis.plot((low, high), (y, y), color=colour, linewidth=2, alpha=0.6)
+            axis.plot(difference, y, "o", color=colour, markersize=5)
+    for number, arm in enumerate(arms):
+        axis.plot(
+            [], [], "o-", color=f"C{number}", label=arm.replace("_common", ", all sets").replace("_own", ", own set")
+        )
+    labels = [f"{name}, {-n} labelled, {its} iterations, {NETWORKS[net].short}" for its, name, n, net in sorted(rows)]
+    axis.set(yticks=range(len(rows)), yticklabels=labels, xlim=(-26, 26))
+    axis.set_xlabel("points of Dice more than from scratch, with 95 % interval")
+    axis.invert_yaxis()
+    axis.grid(axis="x", alpha=0.3)
+    axis.legend(fontsize="small", loc="lower left")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class CompareOptions:
         patients: regular expression that finds the patient in a case's name, or None.
         num_test, num_validation: patients, or None for a share.
         rates, nnunet_rates: learning rates; with more than one each arm's is chosen on the validation cases.
-        settings: of the runs, as given.
+        settings: of the runs, as given, with one schedule for all arms unless each is to have its own.
         planning: further options of misfm_plan.
         probe: score frozen features instead of fine-tuning.
         device, gpus, jobs: where, and how many runs at once.
@@ -84,7 +85,7 @@ def read_options(arguments: list[str] | None) -> CompareOptions:
     weights, problems = _named_weights(options.pretrained_weights)
     problems += _problems(options, weights)
     asked = {name: value for name, value in given(options, FinetuningSettings).items() if name not in _OWN_OPTION}
-    settings = {"schedule": "poly", **asked}
+    settings = asked if options.own_schedules else {"schedule": "poly", **asked}
     rates = tuple(options.initial_lr or [FinetuningSettings().initial_lr])
     problems += _problems_of_settings(settings, rates)
     if problems:
@@ -178,8 +179,6 @@ def _problems(options: argparse.Namespace, weights: dict[str, str]) -> list[str]
             re.compile(options.patients)
         except re.error as error:
             problems.append(f"-patients {options.patients!r} is no regular expression: {error}")
-    if options.probe and options.nnunet:
-        problems.append("--probe scores pretrained features, which --nnunet has none of; leave one of them out")
     rates = options.initial_lr or [None]
     if options.nnunet and len(rates) > 1 and len(options.nnunet_lr) != len(rates):
         problems.append(
@@ -187,9 +186,16 @@ def _problems(options: argparse.Namespace, weights: dict[str, str]) -> list[str]
             f"as many to nnU-Net's trainer, so that every arm is tuned with the same effort"
         )
     problems += [f"-nnunet_lr {rate:g} must be above 0" for rate in options.nnunet_lr if not rate > 0]
+    return [*problems, *_contradictions(options)]
+
+
+def _contradictions(options: argparse.Namespace) -> Iterator[str]:
+    if options.own_schedules and options.schedule is not None:
+        yield f"-schedule {options.schedule} is one for all arms, --own_schedules is not; leave one of them out"
+    if options.probe and options.nnunet:
+        yield "--probe scores pretrained features, which --nnunet has none of; leave one of them out"
     if options.gpus and options.device not in (None, "cuda"):
-        problems.append(f"-gpus needs -device cuda, not {options.device}")
-    return problems
+        yield f"-gpus needs -device cuda, not {options.device}"
 
 
 def _problems_of_settings(settings: dict[str, Any], rates: tuple[float, ...]) -> list[str]:
@@ -231,7 +237,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_place_and_plans(parser)
     add_setting_options(
         parser,
-        "the runs, the same for all arms (-schedule is poly unless it is given)",
+        "the runs, the same for all arms (-schedule is poly unless it or --own_schedules is given)",
         FinetuningSettings,
         *_OWN_OPTION,
     )
@@ -299,6 +305,12 @@ def _add_terms(parser: argparse.ArgumentParser) -> None:
         default=[NNUNET_LR],
         metavar="LR",
         help="one or several learning rates for --nnunet, whose SGD needs others (default: nnU-Net's 1e-2)",
+    )
+    terms.add_argument(
+        "--own_schedules",
+        action="store_true",
+        help="train each arm with the schedule that misfm_plan gives it, sawtooth with weights and poly from scratch, "
+        "instead of one schedule for all",
     )
     terms.add_argument(
         "-tuning_seeds",

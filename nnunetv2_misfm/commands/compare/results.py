@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nnunetv2_misfm.commands.compare import figures
 from nnunetv2_misfm.commands.compare.arms import MEANINGS, Arm, Run
@@ -14,6 +15,7 @@ from nnunetv2_misfm.commands.compare.records import RunRecord, write_csv
 from nnunetv2_misfm.commands.compare.study import Study
 from nnunetv2_misfm.commands.compare.summary import Summary, summarise
 from nnunetv2_misfm.files import write_json
+from nnunetv2_misfm.plans.run_settings import BLOCK
 from nnunetv2_misfm.transfer.checkpoint import installed_versions
 
 
@@ -83,7 +85,8 @@ def _terms(study: Study, records: Collection[RunRecord]) -> Iterator[tuple[str, 
         yield "length", f"{length} iterations ({settings.num_epochs} epochs of {settings.num_iterations_per_epoch})"
         yield (
             "schedule, optimiser",
-            f"{settings.schedule}, {settings.optimizer}, weight decay {settings.weight_decay:g}",
+            f"{'one of each arm' if study.own_schedules else settings.schedule}, {settings.optimizer}, weight decay "
+            f"{settings.weight_decay:g}",
         )
     yield "prediction", f"nnU-Net's, {'with' if options.mirroring and not options.probe else 'without'} mirroring"
     devices = sorted({record.device for record in records})
@@ -100,11 +103,11 @@ def _differing(study: Study) -> Iterator[str]:
         weights = f" ({arm.weights})" if arm.weights else ""
         yield (
             f"{arm.name}: {MEANINGS[arm.kind]}{weights}; {network}, patch {entry['patch_size']}"
-            f"{_trained_with(study, arm, entry['batch_size'])}."
+            f"{_trained_with(study, arm, plans)}."
         )
 
 
-def _trained_with(study: Study, arm: Arm, batch_size: int) -> str:
+def _trained_with(study: Study, arm: Arm, plans: Mapping[str, Any]) -> str:
     if study.options.probe:
         return "; nothing is trained but the classifier"
     rates = ", ".join(f"{rate:g}" for rate in arm.rates)
@@ -113,7 +116,9 @@ def _trained_with(study: Study, arm: Arm, batch_size: int) -> str:
             f"the best of {rates} on the validation cases ({study.options.tuning_seeds} runs each, with other labelled "
             "cases than are tested)"
         )
-    return f", batch {batch_size}; learning rate {rates}"
+    batch_size = plans["configurations"][study.workspace.configuration]["batch_size"]
+    schedule = f", schedule {plans[BLOCK]['schedule']}" if study.own_schedules and BLOCK in plans else ""
+    return f", batch {batch_size}; learning rate {rates}{schedule}"
 
 
 def _pictures(study: Study, summary: Summary, chosen: Mapping[tuple[str, int], float]) -> Iterator[CasePicture]:

@@ -152,6 +152,11 @@ class Study:
         plans = base | {"plans_name": arm.plans, "configurations": {**base["configurations"], name: entry}}
         write_json(plans, self.workspace.preprocessed / f"{arm.plans}.json")
 
+    @property
+    def own_schedules(self) -> bool:
+        """Whether misfm_plan chooses each arm's schedule."""
+        return "schedule" not in self.options.settings
+
     def arm(self, name: str) -> Arm:
         """The arm of that name."""
         return next(arm for arm in self.arms if arm.name == name)

@@ -71,6 +71,13 @@ def test_one_schedule_and_one_learning_rate_for_all_arms_by_default(checkpoint: 
     assert options.rates == (1e-3,) and options.settings["schedule"] == "poly"
 
 
+def test_each_arm_may_have_the_schedule_of_its_plans(checkpoint: Path) -> None:
+    words = ["-d", "4", "-pretrained_weights", str(checkpoint), "--from_scratch", "--own_schedules"]
+    assert "schedule" not in read_options(words).settings
+    with pytest.raises(PlanError, match="-schedule warmup is one for all arms.*leave one of them out"):
+        read_options([*words, "-schedule", "warmup"])
+
+
 def test_several_learning_rates_are_to_choose_from(checkpoint: Path) -> None:
     words = ["-d", "4", "-pretrained_weights", str(checkpoint), "--from_scratch", "-initial_lr", "1e-3", "5e-3"]
     options = read_options([*words, "-weight_decay", "0.1"])

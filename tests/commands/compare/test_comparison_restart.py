@@ -176,6 +176,22 @@ def test_checkpoints_of_one_network_share_the_arm_from_scratch(
     assert arguments["features_per_stage"] == [8, 4, 8, 8, 16]
 
 
+def test_with_own_schedules_weights_are_trained_as_misfm_plan_says(
+    tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: dict[str, Any] = {"strides": strides_of(0), "features_per_stage": [4, 4, 8, 8, 16]}
+    info = CheckpointInfo("volume_fusion", NETWORKS["pctnet"], arguments, 1, 5, {}, {})
+    file = tmp_path / "VF.pth"
+    write_checkpoint({"network_weights": PCTNet(1, 5, **arguments).state_dict()}, info, file)
+    made = study(tmp_path, nnunet, monkeypatch, "-pretrained_weights", str(file), "--own_schedules")
+    assert {arm: made.workspace.plans_of(f"{arm}_arm")["misfm"]["schedule"] for arm in ("VF", "scratch")} == {
+        "VF": "sawtooth",
+        "scratch": "poly",
+    }
+    page = write_results(made, {}, []).path.read_text(encoding="utf-8")
+    assert "schedule sawtooth." in page and "schedule poly." in page and "one of each arm, adamw" in page
+
+
 def test_a_configuration_that_inherits_is_compared(
     tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
