@@ -3,7 +3,7 @@
     python benchmarks/three_sets.py probe --data FOLDER --work FOLDER [--sets heart ...] [--common TASK ...]
         [--own TASK ...]
     python benchmarks/three_sets.py compare --data FOLDER --work FOLDER [--network pctnet] [--labelled 5 10] [--seeds 5]
-        [--iterations 300] [--rates 3e-3 5e-3]
+        [--iterations 300] [--rates 3e-3 5e-3] [--own_schedules]
     python benchmarks/three_sets.py table [--device cpu]
 
 FOLDER of --data holds the sets in nnU-Net's raw format. nnU-Net plans and preprocesses them; tasks pretrain a small
@@ -37,6 +37,8 @@ from nnunetv2_misfm.pretrain.planning import plain_unet_stages
 RESULTS = Path(__file__).parent / "results" / "three_sets"  # what misfm_compare found, and the table beside it
 FEATURES = [8, 16, 32, 64]
 POOL_PLANS = "PoolPlans"
+TICKS = (-40, -20, -10, -5, -2, 0, 2, 5, 10, 20)  # of the figure
+OWN_SCHEDULES = "own-schedules"  # ends the names of such results
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,10 @@ FEW_LARGE_BOXES = ("-num_boxes", "3", "10", "-box_size_min", *3 * ("0.25",), "-b
 ITERATIONS, VALIDATION = 50, 8  # of an epoch of pretraining
 PRETRAINING = ("-optimizer", "adamw", "-initial_lr", "3e-3", "-schedule", "poly")
 TASK_OPTIONS = {"volume_fusion": FEW_LARGE_BOXES, "vox2vec": ("-initial_lr", "1e-3")}
-EPOCH = 50  # iterations of fine-tuning
+EPOCH, SHORT_EPOCH = (
+    50,
+    10,
+)  # iterations of fine-tuning; sawtooth needs short ones, because its ramps are counted in them
 
 
 @dataclass(frozen=True)
@@ -179,6 +184,7 @@ def main() -> None:
         "--iterations", type=int, default=1000, help=f"of fine-tuning, a multiple of {EPOCH} (default: %(default)s)"
     )
     parser.add_argument("--rates", nargs="+", default=["3e-3"], help="of all arms (default: %(default)s)")
+    parser.add_argument("--own_schedules", action="store_true", help="as that of misfm_compare, in shorter epochs")
     parser.add_argument("--nnunet", action="store_true", help="an arm with nnU-Net's own trainer")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--jobs", default="1", help="runs at once (default: %(default)s)")
@@ -290,8 +296,12 @@ def compare(name: str, weights: Sequence[str], options: argparse.Namespace) -> N
         arms += ["--probe"]
     else:
         output = output.with_name(f"{output.name}_{options.iterations}_{'+'.join(options.labelled)}")
-        epochs = ("-num_epochs", str(options.iterations // EPOCH), "-num_iterations_per_epoch", str(EPOCH))
-        arms += ["-initial_lr", *options.rates, *epochs, "-num_val_iterations_per_epoch", "6"]
+        epoch = SHORT_EPOCH if options.own_schedules else EPOCH
+        epochs = ("-num_epochs", str(options.iterations // epoch), "-num_iterations_per_epoch", str(epoch))
+        arms += ["-initial_lr", *options.rates, *epochs, "-num_val_iterations_per_epoch", str(max(2, epoch // 8))]
+        if options.own_schedules:
+            arms += ["--own_schedules"]
+            output = output.with_name(f"{output.name}_{OWN_SCHEDULES}")
         arms += ["--nnunet"] if options.nnunet else []
     command(*arms, *cases, *patients, *where, "-o", str(output))
     RESULTS.mkdir(exist_ok=True)
@@ -355,18 +365,19 @@ def fine_tuned() -> list[str]:
     """Nothing if nothing was compared yet."""
     rows: dict[str, list[list[str]]] = {}
     for path in sorted(RESULTS.glob("compare_*.json")):
-        _, name, network, iterations, *_ = path.stem.split("_")
+        _, name, network, iterations, _, *own = path.stem.split("_")
         found = read(path)
         differences = {(one["arm"], one["labelled"]): one for one in found["comparisons"] if one["minus"] == "scratch"}
         for score in found["scores"]:
             arm, labelled, by_seed = score["arm"], score["labelled"], list(score["dice_by_seed"].values())
             rate = ", ".join(f"{rate:g}" for rate in score["learning_rates"])
-            cells = [name, labelled, iterations, arm, rate, len(by_seed), mean_and_deviation(by_seed)]
+            schedule = "sawtooth" if own and arm != "scratch" else "poly"
+            cells = [name, labelled, iterations, arm, schedule, rate, len(by_seed), mean_and_deviation(by_seed)]
             row = [*map(str, cells), *difference_cells(differences.get((arm, labelled)))]
             rows.setdefault(network, []).append(row)
     if not rows:
         return []
-    head = ["set", "labelled", "iterations", "arm", "rate", "seeds", "Dice", "minus scratch"]
+    head = ["set", "labelled", "iterations", "arm", "schedule", "rate", "seeds", "Dice", "minus scratch"]
     tables = [
         line
         for network, of_network in rows.items()
@@ -380,26 +391,27 @@ def fine_tuned() -> list[str]:
     return [
         "## Fine-tuned",
         "",
-        "All arms of a set have the same plans, batches of 2, AdamW, `poly`, cases and seeds. Where arms have several "
-        "learning rates in all, each was tried with every one on the validation cases. Differences are paired by seed, "
-        "with their 95 % t interval.",
+        "All arms of a set have the same plans, batches of 2, AdamW, cases and seeds, and the same schedule unless the "
+        "table says otherwise (`--own_schedules`: `sawtooth` for weights, as misfm_plan plans them). Where arms have "
+        "several learning rates in all, each was tried with every one on the validation cases. Differences are paired "
+        "by seed, with their 95 % t interval.",
         "",
         *tables,
     ]
 
 
 def draw_differences(path: Path) -> None:
-    """All differences to scratch with their intervals, longer fine-tunings below shorter ones."""
+    """All differences to scratch with their intervals, on a scale that is linear up to 5 points."""
     rows: dict[tuple, list[tuple[str, float, float, float]]] = {}
     for file in RESULTS.glob("compare_*.json"):
-        _, name, network, iterations, *_ = file.stem.split("_")
+        _, name, network, iterations, _, *own = file.stem.split("_")
         for one in read(file)["comparisons"]:
             if one["minus"] == "scratch" and one["low"] is not None:
-                row = (int(iterations), name, -one["labelled"], network)
+                row = (int(iterations), name, -one["labelled"], network, bool(own))
                 found = (one["arm"], one["difference"], one["low"], one["high"])
                 rows.setdefault(row, []).append(found)
     arms = sorted({arm for found in rows.values() for arm, *_ in found})
-    figure, axis = plt.subplots(figsize=(8, 1.2 + 0.45 * len(rows)), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 1.8 + 0.4 * len(rows)), layout="constrained")
     axis.axvline(0, color="black", linewidth=1)
     for place, (_, found) in enumerate(sorted(rows.items())):
         for number, (arm, difference, low, high) in enumerate(sorted(found)):
@@ -411,12 +423,17 @@ def draw_differences(path: Path) -> None:
         axis.plot(
             [], [], "o-", color=f"C{number}", label=arm.replace("_common", ", all sets").replace("_own", ", own set")
         )
-    labels = [f"{name}, {-n} labelled, {its} iterations, {NETWORKS[net].short}" for its, name, n, net in sorted(rows)]
-    axis.set(yticks=range(len(rows)), yticklabels=labels, xlim=(-26, 26))
+    labels = [
+        f"{name}, {-n} labelled, {its} iterations, {NETWORKS[net].short}{', sawtooth' * own}"
+        for its, name, n, net, own in sorted(rows)
+    ]
+    axis.set(yticks=range(len(rows)), yticklabels=labels)
+    axis.set_xscale("symlog", linthresh=5)
+    axis.set_xticks(TICKS, [f"{tick:+d}" if tick else "0" for tick in TICKS])
     axis.set_xlabel("points of Dice more than from scratch, with 95 % interval")
     axis.invert_yaxis()
     axis.grid(axis="x", alpha=0.3)
-    axis.legend(fontsize="small", loc="lower left")
+    figure.legend(fontsize="small", loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
