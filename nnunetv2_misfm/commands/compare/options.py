@@ -83,7 +83,8 @@ def read_options(arguments: list[str] | None) -> CompareOptions:
     """
     options = _parser().parse_args(arguments)
     weights, problems = _named_weights(options.pretrained_weights)
-    problems += _problems(options, weights)
+    problems += _contradictions(options, len(weights) + options.from_scratch + options.nnunet)
+    problems += _problems(options)
     asked = {name: value for name, value in given(options, FinetuningSettings).items() if name not in _OWN_OPTION}
     settings = asked if options.own_schedules else {"schedule": "poly", **asked}
     rates = tuple(options.initial_lr or [FinetuningSettings().initial_lr])
@@ -156,14 +157,9 @@ def _name_of(path: str) -> str:
     return file.name.partition(".")[0]
 
 
-def _problems(options: argparse.Namespace, weights: dict[str, str]) -> list[str]:
-    problems = []
-    if len(weights) + options.from_scratch + options.nnunet < 2 and not options.dry_run:
-        problems.append(
-            "there are fewer than two arms to compare; give -pretrained_weights CKPT (also several), --from_scratch, "
-            "--nnunet"
-        )
-    problems += [
+def _problems(options: argparse.Namespace) -> list[str]:
+    """Values that cannot be used."""
+    problems = [
         f"-num_labelled {n}: give numbers of at least 1, or all"
         for n in options.num_labelled
         if n != ALL and (not n.isdecimal() or int(n) < 1)
@@ -179,17 +175,23 @@ def _problems(options: argparse.Namespace, weights: dict[str, str]) -> list[str]
             re.compile(options.patients)
         except re.error as error:
             problems.append(f"-patients {options.patients!r} is no regular expression: {error}")
+    problems += [f"-nnunet_lr {rate:g} must be above 0" for rate in options.nnunet_lr if not rate > 0]
+    return problems
+
+
+def _contradictions(options: argparse.Namespace, num_arms: int) -> Iterator[str]:
+    """Options that do not go together."""
+    if num_arms < 2 and not options.dry_run:
+        yield (
+            "there are fewer than two arms to compare; give -pretrained_weights CKPT (also several), --from_scratch, "
+            "--nnunet"
+        )
     rates = options.initial_lr or [None]
     if options.nnunet and len(rates) > 1 and len(options.nnunet_lr) != len(rates):
-        problems.append(
+        yield (
             f"-initial_lr gives {len(rates)} learning rates to choose from, -nnunet_lr {len(options.nnunet_lr)}; give "
             f"as many to nnU-Net's trainer, so that every arm is tuned with the same effort"
         )
-    problems += [f"-nnunet_lr {rate:g} must be above 0" for rate in options.nnunet_lr if not rate > 0]
-    return [*problems, *_contradictions(options)]
-
-
-def _contradictions(options: argparse.Namespace) -> Iterator[str]:
     if options.own_schedules and options.schedule is not None:
         yield f"-schedule {options.schedule} is one for all arms, --own_schedules is not; leave one of them out"
     if options.probe and options.nnunet:

@@ -234,20 +234,16 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
         return "There are no two arms with a finished run of the same seed yet."
     ordered = _by_importance(comparisons)
     shown = [comparison for comparison in ordered if comparison.together.shown]
+    first, together = ordered[0], ""
+    if len(comparisons) > 1 and len(first.difference.values) > 1:  # its interval is wider than that of one difference
+        together = f" At 95 % for all {len(comparisons)} differences together."
     if not shown:
-        first = ordered[0]
-        nothing = _nothing_shown(first, sum(c.weights_alone == first.weights_alone for c in comparisons))
-        return " ".join([nothing, *(_together(comparisons) if len(first.difference.values) > 1 else [])])
+        return _nothing_shown(first, sum(c.weights_alone == first.weights_alone for c in comparisons)) + together
     sentences = []
     for arm, helped in dict.fromkeys((c.arm, c.difference.mean > 0) for c in shown):
         found = [c for c in shown if (c.arm, c.difference.mean > 0) == (arm, helped)]
         sentences.append(f"{arm} {'helped' if helped else 'did harm'}: {'; '.join(map(_shown, found))}.")
-    return " ".join([*sentences, *_together(comparisons)])
-
-
-def _together(comparisons: Sequence[Comparison]) -> list[str]:
-    """That the verdict's intervals are wider than those of single differences."""
-    return [f"At 95 % for all {len(comparisons)} differences together."] if len(comparisons) > 1 else []
+    return " ".join(sentences) + together
 
 
 def _by_importance(comparisons: Sequence[Comparison]) -> list[Comparison]:
