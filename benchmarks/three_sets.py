@@ -4,13 +4,12 @@
         [--own TASK ...]
     python benchmarks/three_sets.py compare --data FOLDER --work FOLDER [--network pctnet] [--labelled 5 10] [--seeds 5]
         [--iterations 300] [--rates 3e-3 5e-3] [--own_schedules]
-    python benchmarks/three_sets.py table [--device cpu]
 
 FOLDER of --data holds the sets in nnU-Net's raw format. nnU-Net plans and preprocesses them; tasks pretrain a small
 network on the images that misfm_compare neither tests nor validates on, without their labels: those of --common on all
 sets together, those of --own on each set alone. Then misfm_compare fits a linear classifier to the features (probe) or
-fine-tunes the network (compare). Goes on where it was stopped. What it finds is kept in results/three_sets, and `table`
-writes results/three_sets.md and three_sets.png of it.
+fine-tunes the network (compare). Goes on where it was stopped. What it finds is kept in results/three_sets, of which
+three_sets_table.py makes a table and a figure.
 """
 
 from __future__ import annotations
@@ -26,18 +25,13 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import matplotlib.pyplot as plt
-import numpy as np
-from provenance import provenance
-
 from nnunetv2_misfm.commands.compare.splits import split_cases
 from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS
 from nnunetv2_misfm.pretrain.planning import plain_unet_stages
 
-RESULTS = Path(__file__).parent / "results" / "three_sets"  # what misfm_compare found, and the table beside it
+RESULTS = Path(__file__).parent / "results" / "three_sets"  # what misfm_compare found
 FEATURES = [8, 16, 32, 64]
 POOL_PLANS = "PoolPlans"
-TICKS = (-20, -5, -2, 0, 2, 5, 20)  # of the figure
 OWN_SCHEDULES = "own-schedules"  # ends the names of such results
 
 
@@ -131,10 +125,8 @@ FEW_LARGE_BOXES = ("-num_boxes", "3", "10", "-box_size_min", *3 * ("0.25",), "-b
 ITERATIONS, VALIDATION = 50, 8  # of an epoch of pretraining
 PRETRAINING = ("-optimizer", "adamw", "-initial_lr", "3e-3", "-schedule", "poly")
 TASK_OPTIONS = {"volume_fusion": FEW_LARGE_BOXES, "vox2vec": ("-initial_lr", "1e-3")}
-EPOCH, SHORT_EPOCH = (
-    50,
-    10,
-)  # iterations of fine-tuning; sawtooth needs short ones, because its ramps are counted in them
+EPOCH = 50  # iterations of fine-tuning
+SHORT_EPOCH = 10  # the same for sawtooth, whose ramps are counted in epochs
 
 
 @dataclass(frozen=True)
@@ -170,9 +162,9 @@ NETWORKS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("pretrain", "probe", "compare", "table"))
-    parser.add_argument("--data", type=Path, help="folder of the sets in nnU-Net's raw format")
-    parser.add_argument("--work", type=Path, help="folder for nnU-Net's three folders")
+    parser.add_argument("what", choices=("pretrain", "probe", "compare"))
+    parser.add_argument("--data", type=Path, required=True, help="folder of the sets in nnU-Net's raw format")
+    parser.add_argument("--work", type=Path, required=True, help="folder for nnU-Net's three folders")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     tasks = {"nargs": "*", "choices": PRETEXT_TASKS, "metavar": "TASK"}
     parser.add_argument("--common", **tasks, default=list(PRETEXT_TASKS), help="pretrained on all sets (default: all)")
@@ -189,11 +181,6 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--jobs", default="1", help="runs at once (default: %(default)s)")
     options = parser.parse_args()
-    if options.what == "table":
-        write_table(options)
-        return
-    if not (options.data and options.work):
-        parser.error(f"{options.what} needs --data and --work")
     if options.iterations % EPOCH:
         parser.error(f"--iterations {options.iterations} is not a multiple of {EPOCH}")
     use_folders(options.work)
@@ -307,160 +294,6 @@ def compare(name: str, weights: Sequence[str], options: argparse.Namespace) -> N
     RESULTS.mkdir(exist_ok=True)
     summary = (output / "summary.json").read_text(encoding="utf-8").replace(str(work), "WORK")
     (RESULTS / f"{output.name}.json").write_text(summary, encoding="utf-8")
-
-
-def write_table(options: argparse.Namespace) -> None:
-    """The results of all probes and comparisons that are there."""
-    changed = "; ".join(f"{task} {' '.join(words)}" for task, words in TASK_OPTIONS.items())
-    tested = ", ".join(f"{name} {labelled.num_test}" for name, labelled in SETS.items())
-    lines = [
-        "# Three public sets: what pretraining brings with few labels",
-        "",
-        f"Small networks, pretrained (`misfm_pretrain {' '.join(PRETRAINING)}`; {changed}) on the images of patients "
-        "that are neither tested nor validated on: of all three sets together in 8 crops of 32x32x32 (common), or of "
-        "the set alone in 4 crops of the size it is fine-tuned with (own). Mean foreground Dice of the test cases, in "
-        "points; mean ± standard deviation over draws of the labelled patients; one draw where there is none. Test "
-        f"patients: {tested}.",
-        "",
-        *(f"- {network.title}: pretrained for {lengths(network)}." for network in NETWORKS.values()),
-        "",
-        *probed(),
-        *fine_tuned(),
-        *provenance(
-            f"python benchmarks/three_sets.py table --device {options.device}",
-            ("torch", "nnunetv2"),
-            {},
-            options.device.upper(),
-        ),
-        "",
-    ]
-    RESULTS.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
-    draw_differences(RESULTS.with_suffix(".png"))
-    print("\n".join(lines))
-
-
-def lengths(network: Network) -> str:
-    others = [f"{task} for {epochs * ITERATIONS:,}" for task, epochs in network.other_epochs.items()]
-    return ", ".join([f"{network.epochs * ITERATIONS:,} iterations", *others, "on its own images three times that"])
-
-
-def probed() -> list[str]:
-    """Nothing if nothing was probed yet."""
-    probes = {path.stem.split("_")[1]: read(path) for path in sorted(RESULTS.glob("probe_*_unet.json"))}
-    if not probes:
-        return []
-    arms = dict.fromkeys(score["arm"] for probe in probes.values() for score in probe["scores"])
-    rows = [
-        [
-            "random weights" if arm == "scratch" else arm,
-            *(mean_and_deviation(score_of(p, arm)) for p in probes.values()),
-        ]
-        for arm in arms
-    ]
-    head = f"## A linear classifier of frozen features ({NETWORKS['unet'].title}, 10 labelled)"
-    return [head, "", *table(["weights", *probes], rows), ""]
-
-
-def fine_tuned() -> list[str]:
-    """Nothing if nothing was compared yet."""
-    rows: dict[str, list[list[str]]] = {}
-    for path in sorted(RESULTS.glob("compare_*.json")):
-        _, name, network, iterations, _, *own = path.stem.split("_")
-        found = read(path)
-        differences = {(one["arm"], one["labelled"]): one for one in found["comparisons"] if one["minus"] == "scratch"}
-        for score in found["scores"]:
-            arm, labelled, by_seed = score["arm"], score["labelled"], list(score["dice_by_seed"].values())
-            rate = ", ".join(f"{rate:g}" for rate in score["learning_rates"])
-            schedule = "sawtooth" if own and arm != "scratch" else "poly"
-            cells = [name, labelled, iterations, arm, schedule, rate, len(by_seed), mean_and_deviation(by_seed)]
-            row = [*map(str, cells), *difference_cells(differences.get((arm, labelled)))]
-            rows.setdefault(network, []).append(row)
-    if not rows:
-        return []
-    head = ["set", "labelled", "iterations", "arm", "schedule", "rate", "seeds", "Dice", "minus scratch"]
-    tables = [
-        line
-        for network, of_network in rows.items()
-        for line in (
-            f"### {NETWORKS[network].title}",
-            "",
-            *table([*head, "iterations to scratch's end"], of_network),
-            "",
-        )
-    ]
-    return [
-        "## Fine-tuned",
-        "",
-        "All arms of a set have the same plans, batches of 2, AdamW, cases and seeds, and the same schedule unless the "
-        "table says otherwise (`--own_schedules`: `sawtooth` for weights, as misfm_plan plans them). Where arms have "
-        "several learning rates in all, each was tried with every one on the validation cases. Differences are paired "
-        "by seed, with their 95 % t interval.",
-        "",
-        *tables,
-    ]
-
-
-def draw_differences(path: Path) -> None:
-    """All differences to scratch with their intervals, on a scale that is linear up to 5 points."""
-    rows: dict[tuple, list[tuple[str, float, float, float]]] = {}
-    for file in RESULTS.glob("compare_*.json"):
-        _, name, network, iterations, _, *own = file.stem.split("_")
-        for one in read(file)["comparisons"]:
-            if one["minus"] == "scratch" and one["low"] is not None:
-                row = (int(iterations), name, -one["labelled"], network, bool(own))
-                found = (one["arm"], one["difference"], one["low"], one["high"])
-                rows.setdefault(row, []).append(found)
-    arms = sorted({arm for found in rows.values() for arm, *_ in found})
-    figure, axis = plt.subplots(figsize=(8, 1.8 + 0.4 * len(rows)), layout="constrained")
-    axis.axvline(0, color="black", linewidth=1)
-    for place, (_, found) in enumerate(sorted(rows.items())):
-        for number, (arm, difference, low, high) in enumerate(sorted(found)):
-            y = place + 0.7 * ((number + 0.5) / len(found) - 0.5)
-            colour = f"C{arms.index(arm)}"
-            axis.plot((low, high), (y, y), color=colour, linewidth=2, alpha=0.6)
-            axis.plot(difference, y, "o", color=colour, markersize=5)
-    for number, arm in enumerate(arms):
-        axis.plot(
-            [], [], "o-", color=f"C{number}", label=arm.replace("_common", ", all sets").replace("_own", ", own set")
-        )
-    labels = [
-        f"{name}, {-n} labelled, {its} iterations, {NETWORKS[net].short}{', sawtooth' * own}"
-        for its, name, n, net, own in sorted(rows)
-    ]
-    axis.set(yticks=range(len(rows)), yticklabels=labels)
-    axis.set_xscale("symlog", linthresh=5)
-    axis.set_xticks(TICKS, [f"{tick:+d}" if tick else "0" for tick in TICKS])
-    axis.set_xlabel("points of Dice more than scratch, 95 % interval")
-    axis.invert_yaxis()
-    axis.grid(axis="x", alpha=0.3)
-    figure.legend(fontsize="small", loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(head)} |", "| --- " * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
-
-
-def read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def score_of(found: dict, arm: str) -> list[float]:
-    return [value for score in found["scores"] if score["arm"] == arm for value in score["dice_by_seed"].values()]
-
-
-def mean_and_deviation(values: Sequence[float]) -> str:
-    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else f"{np.mean(values):.1f}"
-
-
-def difference_cells(difference: dict | None) -> tuple[str, str]:
-    if difference is None:
-        return "", ""
-    low, high = difference["low"], difference["high"]
-    interval = "" if low is None else f" [{low:+.1f}, {high:+.1f}]"
-    iterations = difference["iterations_to_the_others_end"]
-    return f"{difference['difference']:+.1f}{interval}", str(iterations or f"more than {difference['iterations']}")
 
 
 def command(*words: str) -> None:

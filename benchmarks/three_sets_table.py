@@ -1,0 +1,193 @@
+"""A table and a figure of what three_sets.py has found: python benchmarks/three_sets_table.py.
+
+Writes results/three_sets.md and results/three_sets.png.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from provenance import provenance
+from three_sets import ITERATIONS, NETWORKS, OWN_SCHEDULES, PRETRAINING, RESULTS, SETS, TASK_OPTIONS, Network
+
+from nnunetv2_misfm.commands.compare.options import NNUNET, SCRATCH
+
+TICKS = (-20, -5, -2, 0, 2, 5, 20)  # of the figure
+
+
+def main() -> None:
+    found = [result(path) for path in sorted(RESULTS.glob("compare_*.json"))]
+    changed = "; ".join(f"{task} {' '.join(words)}" for task, words in TASK_OPTIONS.items())
+    tested = ", ".join(f"{name} {labelled.num_test}" for name, labelled in SETS.items())
+    devices = sorted({one.content["terms"]["device"] for one in found})
+    lines = [
+        "# Three public sets: what pretraining brings with few labels",
+        "",
+        f"Small networks, pretrained (`misfm_pretrain {' '.join(PRETRAINING)}`; {changed}) on the images of patients "
+        "that are neither tested nor validated on: of all three sets together in 8 crops of 32x32x32 (common), or of "
+        "the set alone in 4 crops of the size it is fine-tuned with (own). Mean foreground Dice of the test cases, in "
+        "points; mean ± standard deviation over draws of the labelled patients; one draw where there is none. Test "
+        f"patients: {tested}.",
+        "",
+        *(f"- {network.title}: pretrained for {lengths(network)}." for network in NETWORKS.values()),
+        "",
+        *probed(),
+        *fine_tuned(found),
+        *provenance("python benchmarks/three_sets_table.py", ("torch", "nnunetv2"), {}, ", ".join(devices).upper()),
+        "",
+    ]
+    RESULTS.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
+    draw_differences(found, RESULTS.with_suffix(".png"))
+    print("\n".join(lines))
+
+
+@dataclass(frozen=True)
+class Result:
+    """A comparison: what its file's name says, and what it holds."""
+
+    set: str
+    network: str
+    iterations: int
+    own_schedules: bool
+    content: dict
+
+    def schedule(self, arm: str) -> str:
+        """That misfm_compare has trained an arm with."""
+        return "sawtooth" if self.own_schedules and arm not in (SCRATCH, NNUNET) else "poly"
+
+    def differences(self) -> Iterator[dict]:
+        """To scratch."""
+        return (one for one in self.content["comparisons"] if one["minus"] == SCRATCH)
+
+
+def result(path: Path) -> Result:
+    _, name, network, iterations, _, *own = path.stem.split("_")
+    return Result(name, network, int(iterations), own == [OWN_SCHEDULES], read(path))
+
+
+def lengths(network: Network) -> str:
+    others = [f"{task} for {epochs * ITERATIONS:,}" for task, epochs in network.other_epochs.items()]
+    return ", ".join([f"{network.epochs * ITERATIONS:,} iterations", *others, "on its own images three times that"])
+
+
+def probed() -> list[str]:
+    """Nothing if nothing was probed yet."""
+    probes = {path.stem.split("_")[1]: read(path) for path in sorted(RESULTS.glob("probe_*_unet.json"))}
+    if not probes:
+        return []
+    arms = dict.fromkeys(score["arm"] for probe in probes.values() for score in probe["scores"])
+    rows = [
+        [
+            "random weights" if arm == SCRATCH else arm,
+            *(mean_and_deviation(score_of(p, arm)) for p in probes.values()),
+        ]
+        for arm in arms
+    ]
+    head = f"## A linear classifier of frozen features ({NETWORKS['unet'].title}, 10 labelled)"
+    return [head, "", *table(["weights", *probes], rows), ""]
+
+
+def fine_tuned(found: Sequence[Result]) -> list[str]:
+    """Nothing if nothing was compared yet."""
+    rows: dict[str, list[list[str]]] = {}
+    for of in found:
+        differences = {(one["arm"], one["labelled"]): one for one in of.differences()}
+        for score in of.content["scores"]:
+            arm, labelled, by_seed = score["arm"], score["labelled"], list(score["dice_by_seed"].values())
+            rate = ", ".join(f"{rate:g}" for rate in score["learning_rates"])
+            terms = [of.set, labelled, of.iterations, arm, of.schedule(arm), rate]
+            cells = [*terms, len(by_seed), mean_and_deviation(by_seed)]
+            row = [*map(str, cells), *difference_cells(differences.get((arm, labelled)))]
+            rows.setdefault(of.network, []).append(row)
+    if not rows:
+        return []
+    head = ["set", "labelled", "iterations", "arm", "schedule", "rate", "seeds", "Dice", "minus scratch"]
+    tables = [
+        line
+        for network, of_network in rows.items()
+        for line in (
+            f"### {NETWORKS[network].title}",
+            "",
+            *table([*head, "iterations to scratch's end"], of_network),
+            "",
+        )
+    ]
+    return [
+        "## Fine-tuned",
+        "",
+        "All arms of a set have the same plans, batches of 2, AdamW, cases and seeds, and the same schedule unless the "
+        "table says otherwise (`--own_schedules`: `sawtooth` for weights, as misfm_plan plans them). Where arms have "
+        "several learning rates in all, each was tried with every one on the validation cases. Differences are paired "
+        "by seed, with their 95 % t interval.",
+        "",
+        *tables,
+    ]
+
+
+def draw_differences(results: Sequence[Result], path: Path) -> None:
+    """All differences to scratch with their intervals, on a scale that is linear up to 5 points."""
+    rows: dict[tuple, list[tuple[str, float, float, float]]] = {}
+    for of in results:
+        for one in of.differences():
+            if one["low"] is not None:
+                row = (of.iterations, of.set, -one["labelled"], of.network, of.own_schedules)
+                rows.setdefault(row, []).append((one["arm"], one["difference"], one["low"], one["high"]))
+    arms = sorted({arm for found in rows.values() for arm, *_ in found})
+    figure, axis = plt.subplots(figsize=(8, 1.8 + 0.4 * len(rows)), layout="constrained")
+    axis.axvline(0, color="black", linewidth=1)
+    for place, (_, found) in enumerate(sorted(rows.items())):
+        for number, (arm, difference, low, high) in enumerate(sorted(found)):
+            y = place + 0.7 * ((number + 0.5) / len(found) - 0.5)
+            colour = f"C{arms.index(arm)}"
+            axis.plot((low, high), (y, y), color=colour, linewidth=2, alpha=0.6)
+            axis.plot(difference, y, "o", color=colour, markersize=5)
+    for number, arm in enumerate(arms):
+        label = arm.replace("_common", ", all sets").replace("_own", ", own set")
+        axis.plot([], [], "o-", color=f"C{number}", label=label)
+    labels = [
+        f"{name}, {-n} labelled, {its} iterations, {NETWORKS[net].short}{', sawtooth' * own}"
+        for its, name, n, net, own in sorted(rows)
+    ]
+    axis.set(yticks=range(len(rows)), yticklabels=labels)
+    axis.set_xscale("symlog", linthresh=5)
+    axis.set_xticks(TICKS, [f"{tick:+d}" if tick else "0" for tick in TICKS])
+    axis.set_xlabel("points of Dice more than scratch, 95 % interval")
+    axis.invert_yaxis()
+    axis.grid(axis="x", alpha=0.3)
+    figure.legend(fontsize="small", loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(head)} |", "| --- " * len(head) + "|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def score_of(found: dict, arm: str) -> list[float]:
+    return [value for score in found["scores"] if score["arm"] == arm for value in score["dice_by_seed"].values()]
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else f"{np.mean(values):.1f}"
+
+
+def difference_cells(difference: dict | None) -> tuple[str, str]:
+    if difference is None:
+        return "", ""
+    low, high = difference["low"], difference["high"]
+    interval = "" if low is None else f" [{low:+.1f}, {high:+.1f}]"
+    iterations = difference["iterations_to_the_others_end"]
+    return f"{difference['difference']:+.1f}{interval}", str(iterations or f"more than {difference['iterations']}")
+
+
+if __name__ == "__main__":
+    main()
