@@ -126,7 +126,6 @@ ITERATIONS, VALIDATION = 50, 8  # of an epoch of pretraining
 PRETRAINING = ("-optimizer", "adamw", "-initial_lr", "3e-3", "-schedule", "poly")
 TASK_OPTIONS = {"volume_fusion": FEW_LARGE_BOXES, "vox2vec": ("-initial_lr", "1e-3")}
 EPOCH = 50  # iterations of fine-tuning
-SHORT_EPOCH = 10  # the same for sawtooth, whose ramps are counted in epochs
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,7 @@ def main() -> None:
         "--iterations", type=int, default=1000, help=f"of fine-tuning, a multiple of {EPOCH} (default: %(default)s)"
     )
     parser.add_argument("--rates", nargs="+", default=["3e-3"], help="of all arms (default: %(default)s)")
-    parser.add_argument("--own_schedules", action="store_true", help="as that of misfm_compare, in shorter epochs")
+    parser.add_argument("--own_schedules", action="store_true", help="as that of misfm_compare")
     parser.add_argument("--nnunet", action="store_true", help="an arm with nnU-Net's own trainer")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--jobs", default="1", help="runs at once (default: %(default)s)")
@@ -283,9 +282,8 @@ def compare(name: str, weights: Sequence[str], options: argparse.Namespace) -> N
         arms += ["--probe"]
     else:
         output = output.with_name(f"{output.name}_{options.iterations}_{'+'.join(options.labelled)}")
-        epoch = SHORT_EPOCH if options.own_schedules else EPOCH
-        epochs = ("-num_epochs", str(options.iterations // epoch), "-num_iterations_per_epoch", str(epoch))
-        arms += ["-initial_lr", *options.rates, *epochs, "-num_val_iterations_per_epoch", str(max(2, epoch // 8))]
+        epochs = ("-num_epochs", str(options.iterations // EPOCH), "-num_iterations_per_epoch", str(EPOCH))
+        arms += ["-initial_lr", *options.rates, *epochs, "-num_val_iterations_per_epoch", str(EPOCH // 8)]
         if options.own_schedules:
             arms += ["--own_schedules"]
             output = output.with_name(f"{output.name}_{OWN_SCHEDULES}")

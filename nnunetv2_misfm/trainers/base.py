@@ -34,7 +34,7 @@ from nnunetv2_misfm.trainers.distributed import any_process, check_batch_size, d
 from nnunetv2_misfm.trainers.metrics_file import METRICS, append_row
 from nnunetv2_misfm.trainers.resumable import ResumableTrainer
 from nnunetv2_misfm.trainers.run_page import update_run_page
-from nnunetv2_misfm.trainers.schedules import StagedSchedule, parameter_groups
+from nnunetv2_misfm.trainers.schedules import Stage, StagedSchedule, parameter_groups
 from nnunetv2_misfm.transfer.names import names_of
 
 _FIRST_LOSSES = 5
@@ -81,6 +81,8 @@ class BaseTrainer(ResumableTrainer):
         self.initial_lr = self.settings.initial_lr
         self.weight_decay = self.settings.weight_decay
         self._steps_done = 0
+        self._iteration = 0  # of the epoch, counted from 1
+        self._stage: Stage | None = None
         self._drawn = -math.inf
         self.save_every = min(50, max(1, self.num_epochs // 20))
 
@@ -229,26 +231,35 @@ class BaseTrainer(ResumableTrainer):
         return parameter_groups(self.bare_network)
 
     def on_train_epoch_start(self) -> None:
-        """As in nnU-Net; a frozen encoder keeps its BatchNorm statistics too."""
+        """As in nnU-Net; the epoch's stage begins with its first iteration."""
         super().on_train_epoch_start()
-        if not isinstance(self.lr_scheduler, StagedSchedule):
-            return  # a trainer derived from this one has a schedule of its own
-        stage = self.lr_scheduler.stage
-        self.print_to_log_file(f"Stage: {stage.name}")
-        if stage.encoder_frozen:
-            names = names_of(self.bare_network)
-            for name, module in self.bare_network.named_modules():
-                is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
-                if is_norm and names.part_in_network(name) in (STEM, ENCODER):
-                    module.eval()
+        self._iteration, self._stage = 0, None
 
     def train_step(self, batch: Any) -> dict:
-        """As in nnU-Net; the first losses are printed, because a first epoch can take long."""
+        """As in nnU-Net, at the iteration's learning rates; prints the first losses, because an epoch can take long."""
+        self._iteration += 1
+        if isinstance(self.lr_scheduler, StagedSchedule):  # a derived trainer may have a schedule of its own
+            self.lr_scheduler.step(self.current_epoch, self._iteration / self.num_iterations_per_epoch)
+            self._begin_stage(self.lr_scheduler.stage)
         result = self._optimise(batch)
         self._steps_done += 1
         if self._steps_done <= _FIRST_LOSSES:
             self.print_to_log_file(f"Iteration {self._steps_done}: loss {float(result['loss']):.4f}")
         return result
+
+    def _begin_stage(self, stage: Stage) -> None:
+        """Say that a stage begins if it does; an encoder that is frozen in it keeps its BatchNorm statistics too."""
+        before, self._stage = self._stage, stage
+        if before is not None and before.name == stage.name:
+            return
+        self.print_to_log_file(f"Stage: {stage.name}")
+        was_frozen = before is not None and before.encoder_frozen
+        if stage.encoder_frozen != was_frozen:
+            names = names_of(self.bare_network)
+            for name, module in self.bare_network.named_modules():
+                is_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+                if is_norm and names.part_in_network(name) in (STEM, ENCODER):
+                    module.train(not stage.encoder_frozen)
 
     def _optimise(self, batch: Any) -> dict:
         return super().train_step(batch)

@@ -1,10 +1,11 @@
 """Learning-rate schedules and which part of the network they train when.
 
-A schedule is a pure function of the epoch, so a resumed run is at the stage an uninterrupted one would be at. Stage
-lengths scale with the number of epochs.
+A schedule is a pure function of the iteration, so a resumed run is at the stage an uninterrupted one would be at. Stage
+lengths scale with the length of the run. Ramps rise with each iteration, so that runs of a few epochs begin gently too;
+decays fall with each epoch, as nnU-Net's does.
 
 - `poly`: the whole network, nnU-Net's decay (exponent 0.9).
-- `warmup`: a linear rise over the first 5 % of the epochs, then poly.
+- `warmup`: a linear rise over the first 5 % of the run, then poly.
 - `sawtooth`: the decoder alone rises for 5 %, the whole network rises for another 5 %, then poly (the best of the
   fine-tuning schedules for Volume Fusion in arXiv 2412.17041).
 - `decoder_only`: the encoder stays as it is throughout.
@@ -49,8 +50,15 @@ class Stage:
         return self.encoder_factor == 0
 
 
-def stage_at(schedule: str, epoch: int, num_epochs: int) -> Stage:
-    """The stage of `schedule` at an epoch counted from 0."""
+def stage_at(schedule: str, epoch: int, num_epochs: int, part: float = 1.0) -> Stage:
+    """The stage of `schedule` at an iteration.
+
+    Args:
+        schedule: its name.
+        epoch: counted from 0.
+        num_epochs: of the run.
+        part: of this epoch's iterations that are done after this one; above 0, at most 1.
+    """
     if schedule == "poly":
         factor = _poly(epoch, num_epochs)
         return Stage("whole network", factor, factor)
@@ -59,16 +67,16 @@ def stage_at(schedule: str, epoch: int, num_epochs: int) -> Stage:
     if schedule == "halving":
         factor = 0.5 ** (epoch * _PARTS_OF_HALVING // num_epochs)
         return Stage("whole network", factor, factor)
-    ramp = min(max(1, round(_RAMP_SHARE * num_epochs)), num_epochs // 3)
-    if schedule == "sawtooth":
-        if epoch < ramp:
-            return Stage("decoder ramp", 0.0, (epoch + 1) / ramp)
-        epoch, num_epochs = epoch - ramp, num_epochs - ramp
     if schedule in ("sawtooth", "warmup"):
-        if epoch < ramp:
-            factor = (epoch + 1) / ramp
-            return Stage("whole-network ramp", factor, factor)
-        factor = _poly(epoch - ramp, num_epochs - ramp)
+        ramp, done = _RAMP_SHARE * num_epochs, epoch + part
+        if schedule == "sawtooth":
+            if done <= ramp:
+                return Stage("decoder ramp", 0.0, done / ramp)
+            done -= ramp
+        if done <= ramp:
+            return Stage("whole-network ramp", done / ramp, done / ramp)
+        ramps = ramp if schedule == "warmup" else 2 * ramp
+        factor = _poly(max(0, epoch - ramps), num_epochs - ramps)
         return Stage("whole network", factor, factor)
     raise ValueError(f"{schedule!r} is not a schedule")
 
@@ -117,9 +125,9 @@ class StagedSchedule:
         self.num_epochs = num_epochs
         self.step(0)
 
-    def step(self, epoch: int) -> None:
-        """Set the learning rates for an epoch counted from 0."""
-        self.stage = stage_at(self.schedule, epoch, self.num_epochs)
+    def step(self, epoch: int, part: float = 1.0) -> None:
+        """Set the learning rates for an iteration, see `stage_at`."""
+        self.stage = stage_at(self.schedule, epoch, self.num_epochs, part)
         for group in self.optimizer.param_groups:
             factor = self.stage.encoder_factor if group["name"] == "encoder" else self.stage.decoder_factor
             group["lr"] = self.initial_lr * factor * group["lr_scale"]
@@ -129,5 +137,5 @@ class StagedSchedule:
         return [group["lr"] for group in self.optimizer.param_groups]
 
 
-def _poly(epoch: int, num_epochs: int) -> float:
-    return float((1 - epoch / max(1, num_epochs)) ** _POLY_EXPONENT)
+def _poly(epoch: float, num_epochs: float) -> float:
+    return float((1 - epoch / num_epochs) ** _POLY_EXPONENT)

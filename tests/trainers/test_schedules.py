@@ -1,4 +1,4 @@
-"""Learning-rate schedules: shapes, stages, and that they know nothing but the epoch."""
+"""Learning-rate schedules: shapes, stages, and that they know nothing but the iteration."""
 
 from __future__ import annotations
 
@@ -22,6 +22,18 @@ def test_sawtooth_ramps_the_decoder_then_everything_then_decays() -> None:
     assert [round(stage.decoder_factor, 2) for stage in stages[:10]] == [0.2, 0.4, 0.6, 0.8, 1.0] * 2
     assert stages[10].decoder_factor == stages[10].encoder_factor == 1
     assert all(a.decoder_factor > b.decoder_factor for a, b in zip(stages[10:], stages[11:], strict=False))
+
+
+def test_ramps_rise_with_each_iteration_so_that_a_short_run_begins_gently() -> None:
+    # 4 epochs of 10 iterations: each ramp has 5 %, 2 of them.
+    stages = [stage_at("sawtooth", epoch, 4, iteration / 10) for epoch in range(4) for iteration in range(1, 11)]
+    assert [stage.encoder_factor for stage in stages[:5]] == pytest.approx([0, 0, 0.5, 1, 1])
+    assert [stage.decoder_factor for stage in stages[:5]] == pytest.approx([0.5, 1, 0.5, 1, 1])
+    assert [stage.name for stage in stages].count("whole network") == 36
+    assert {stage.encoder_factor for stage in stages[4:10]} == {1}  # poly falls with each epoch
+    assert stages[10].encoder_factor == stages[19].encoder_factor == pytest.approx((1 - 0.6 / 3.6) ** 0.9)
+    warmup = [stage_at("warmup", 0, 4, iteration / 10).decoder_factor for iteration in range(1, 11)]
+    assert warmup == pytest.approx([0.5, 1, *[1] * 8])
 
 
 def test_halving_halves_after_each_fifth() -> None:

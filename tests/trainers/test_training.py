@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -514,3 +515,27 @@ def test_a_frozen_encoder_keeps_weights_and_statistics(nnunet: Path) -> None:
     after = run.bare_network.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items() if name.startswith("encoder."))
     assert not torch.equal(after["decoder.up2.merge.2.weight"], before["decoder.up2.merge.2.weight"])
+
+
+def test_an_encoder_thaws_in_the_middle_of_an_epoch(nnunet: Path) -> None:
+    plan(*NETWORK, "-schedule", "sawtooth", "-num_epochs", "1", "-num_iterations_per_epoch", "20")
+    run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
+    run.on_train_start()
+    run.on_epoch_start()
+    run.on_train_epoch_start()
+    states = []
+    for _ in range(3):
+        states.append({name: value.clone() for name, value in run.bare_network.state_dict().items()})
+        run.train_step(next(run.dataloader_train))
+    states.append(run.bare_network.state_dict())
+    encoder = [name for name in states[0] if name.startswith("encoder.")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in encoder)
+    learnt = [name for name in encoder if name.endswith((".weight", "running_mean"))]
+    assert {name.rpartition(".")[2] for name in learnt} == {"weight", "running_mean"}
+    for before, after in itertools.pairwise(states[1:]):
+        assert not any(torch.equal(before[name], after[name]) for name in learnt)
+    assert [run.lr_scheduler.stage.name, run.optimizer.param_groups[1]["lr"]] == ["whole network", run.initial_lr]
+    log = next(Path(run.output_folder).glob("training_log*.txt")).read_text(encoding="utf-8")
+    assert [line.partition("Stage: ")[2].strip() for line in log.splitlines() if "Stage: " in line] == [
+        "decoder ramp", "whole-network ramp", "whole network",
+    ]  # fmt: skip
