@@ -37,14 +37,21 @@ def compare(options: CompareOptions, words: list[str]) -> None:
     Raises:
         UserError: for what cannot be compared, and if runs failed, when the others are done.
     """
-    from nnunetv2_misfm.commands.compare.splits import split_cases
+    from nnunetv2_misfm.commands.compare.splits import scans_of_one_patient, split_cases
     from nnunetv2_misfm.commands.compare.workspace import Workspace
 
     keep_cores_free()
     os.environ.setdefault("MPLBACKEND", "Agg")
     workspace = Workspace(options.folder, options.dataset, options.configuration, options.plans)
+    cases = list(workspace.cases())
+    alike = scans_of_one_patient(cases) if options.patients is None else None
+    if alike is not None:
+        print(
+            f"{alike[0]} and {alike[1]} look like scans of one patient, but are split by case: one may be tested that "
+            f"the other trains for. If they are, give -patients, such as -patients '[^_]+', and another -o."
+        )
     if options.dry_run:
-        split = split_cases(list(workspace.cases()), options.patients, options.num_test, options.num_validation)
+        split = split_cases(cases, options.patients, options.num_test, options.num_validation)
         split.numbers(options.labelled)  # there are that many
         print(split.describe())
         return
@@ -79,19 +86,12 @@ def run_and_report(
     """
     from nnunetv2_misfm.commands.compare.results import write_results
     from nnunetv2_misfm.commands.compare.runner import Runner
-    from nnunetv2_misfm.commands.compare.splits import scans_of_one_patient
     from nnunetv2_misfm.commands.compare.study import Study
 
     device = options.device or best_device()
     study = Study(replace(options, device=device), workspace)
     study.plan_arms()
     runner = Runner(device, options.gpus, options.jobs)
-    alike = scans_of_one_patient(list(study.cases)) if options.patients is None else None
-    if alike is not None:
-        print(
-            f"{alike[0]} and {alike[1]} look like scans of one patient, but are split by case: one may be tested that "
-            f"the other trains for. If they are, give -patients, such as -patients '[^_]+', and another -o."
-        )
     left = study.left()
     if left and say_time:
         hours = study.estimate_hours(runner)

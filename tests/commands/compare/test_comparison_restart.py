@@ -145,6 +145,19 @@ def test_a_dry_run_names_the_cases_that_would_be_tested_and_makes_nothing(
         compare(read_options([*words, "--dry_run", "-num_labelled", "40"]), words)
 
 
+def test_a_dry_run_says_that_names_look_like_scans_of_one_patient(
+    nnunet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"patient{number}_{frame}" for number in range(1, 7) for frame in ("end", "start")]
+    monkeypatch.setattr(Workspace, "cases", lambda _: dict.fromkeys(names))
+    words = ["-d", "4", "-o", str(tmp_path / "dry"), "--dry_run"]
+    compare(read_options(words), words)
+    assert "patient1_end and patient1_start look like scans of one patient" in capsys.readouterr().out
+    by_patient = [*words, "-patients", r"patient\d+"]
+    compare(read_options(by_patient), by_patient)
+    assert "look like scans" not in capsys.readouterr().out
+
+
 def test_more_labelled_cases_than_there_are_is_told(
     tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
