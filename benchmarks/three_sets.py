@@ -183,8 +183,8 @@ def main() -> None:
     if options.iterations % EPOCH:
         parser.error(f"--iterations {options.iterations} is not a multiple of {EPOCH}")
     use_folders(options.work)
-    for labelled in SETS.values():
-        prepare(labelled, options.data, options.work)
+    for name in SETS if options.common else options.sets:  # the common pool is of all
+        prepare(SETS[name], options.data, options.work)
     common = [pretrained(task, COMMON, options) for task in options.common]
     for name in options.sets:
         own = [pretrained(task, own_pool(name), options) for task in options.own]

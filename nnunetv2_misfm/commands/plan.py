@@ -249,7 +249,7 @@ def add_planning_options(group: argparse._ActionsContainer) -> None:
         default=["dataset"],
         metavar="MM",
         help="spacing to resample to: dataset (the default), pretrained (the checkpoint's), or three numbers in mm, "
-        "slice axis first, as in misfm_pretrain and in nnU-Net's -overwrite_target_spacing",
+        "slice axis first, as in nnU-Net's -overwrite_target_spacing",
     )
     add(
         "-ct_intensities",

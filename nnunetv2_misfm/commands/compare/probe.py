@@ -21,7 +21,6 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
-from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import read_json
 from nnunetv2_misfm.plans.network_entry import with_own_network
 from nnunetv2_misfm.plans.run_settings import PRETRAIN_INFO, FinetuningSettings, run_settings
@@ -100,9 +99,6 @@ def fitted_predictor(request: Mapping[str, Any], device: torch.device) -> nnUNet
     Args:
         request: of the run.
         device: to compute on.
-
-    Raises:
-        PlanError: if the dataset has regions, which a classifier of voxels has not.
     """
     add_plugin_folder()
     plans = read_json(Path(request["plans_file"]), "Start the comparison again.")
@@ -111,8 +107,6 @@ def fitted_predictor(request: Mapping[str, Any], device: torch.device) -> nnUNet
     configuration = manager.get_configuration(request["configuration"])
     dataset_json = read_json(Path(request["dataset_json"]), "Start the comparison again.")
     labels = manager.get_label_manager(dataset_json)
-    if labels.has_regions:
-        raise PlanError(f"{request['dataset']} has regions, which --probe cannot score. Leave --probe out.")
     torch.manual_seed(request["about"]["seed"])
     channels = determine_num_input_channels(manager, configuration, dataset_json)
     network = MisFMTrainer.build_network_architecture(manager, configuration, channels, labels.num_segmentation_heads)

@@ -12,6 +12,8 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
 from nnunetv2_misfm.commands.compare.arms import Arm, Run, choose_rates, test_runs, tuning_runs
 from nnunetv2_misfm.commands.compare.options import NNUNET, SCRATCH, CompareOptions
 from nnunetv2_misfm.commands.compare.records import RunRecord, read_record
@@ -39,7 +41,8 @@ class Study:
         workspace: prepared.
 
     Raises:
-        PlanError: if the dataset has too few patients, or the folder holds a comparison on other terms.
+        PlanError: if the dataset has too few patients, or regions, which a classifier of voxels has not; if the folder
+            holds a comparison on other terms.
     """
 
     def __init__(self, options: CompareOptions, workspace: Workspace):
@@ -48,7 +51,10 @@ class Study:
         self.settings = read_settings(FinetuningSettings, options.settings, "The settings of the runs")
         self.cases = workspace.cases()
         self.split: Split = split_cases(list(self.cases), options.patients, options.num_test, options.num_validation)
-        self.file_ending = read_json(workspace.raw / "dataset.json", "Put the raw dataset back.")["file_ending"]
+        dataset_json = read_json(workspace.raw / "dataset.json", "Put the raw dataset back.")
+        self.file_ending = dataset_json["file_ending"]
+        if options.probe and LabelManager(dataset_json["labels"], dataset_json.get("regions_class_order")).has_regions:
+            raise PlanError(f"{workspace.dataset} has regions, which --probe cannot score. Leave --probe out.")
         self.labelled = self.split.numbers(options.labelled)
         self._terms = self._checked_terms()
         self.arms: list[Arm] = []

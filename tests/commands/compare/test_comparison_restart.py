@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from nnunet_dataset import NAME
 
 from nnunetv2_misfm.architectures.pct_net import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
@@ -156,6 +157,23 @@ def test_a_dry_run_says_that_names_look_like_scans_of_one_patient(
     by_patient = [*words, "-patients", r"patient\d+"]
     compare(read_options(by_patient), by_patient)
     assert "look like scans" not in capsys.readouterr().out
+
+
+def test_a_probe_of_regions_is_refused_before_anything_is_planned(
+    tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = nnunet / "nnUNet_raw" / NAME / "dataset.json"
+    dataset = json.loads(path.read_text(encoding="utf-8"))
+    dataset |= {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]}
+    path.write_text(json.dumps(dataset), encoding="utf-8")
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, str(nnunet / name))
+    weights = tmp_path / "vf.pth"
+    weights.touch()
+    words = [word for word in WORDS if word != "--nnunet"]
+    words += ["-pretrained_weights", str(weights), "--probe", "-o", str(tmp_path / "probe")]
+    with pytest.raises(PlanError, match="has regions, which --probe cannot score. Leave --probe out."):
+        compare(read_options(words), words)
 
 
 def test_more_labelled_cases_than_there_are_is_told(
