@@ -176,12 +176,16 @@ def main() -> None:
     )
     parser.add_argument("--rates", nargs="+", default=["3e-3"], help="of all arms (default: %(default)s)")
     parser.add_argument("--own_schedules", action="store_true", help="as that of misfm_compare")
-    parser.add_argument("--nnunet", action="store_true", help="an arm with nnU-Net's own trainer")
+    parser.add_argument(
+        "--nnunet", nargs="+", default=[], metavar="RATE", help="an arm with nnU-Net's own trainer, at such rates"
+    )
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--jobs", default="1", help="runs at once (default: %(default)s)")
     options = parser.parse_args()
     if options.iterations % EPOCH:
         parser.error(f"--iterations {options.iterations} is not a multiple of {EPOCH}")
+    if options.nnunet and len(options.nnunet) != len(options.rates):
+        parser.error("give as many rates to --nnunet as to --rates")
     use_folders(options.work)
     for name in SETS if options.common else options.sets:  # the common pool is of all
         prepare(SETS[name], options.data, options.work)
@@ -287,7 +291,7 @@ def compare(name: str, weights: Sequence[str], options: argparse.Namespace) -> N
         if options.own_schedules:
             arms += ["--own_schedules"]
             output = output.with_name(f"{output.name}_{OWN_SCHEDULES}")
-        arms += ["--nnunet"] if options.nnunet else []
+        arms += ["--nnunet", "-nnunet_lr", *options.nnunet] if options.nnunet else []
     command(*arms, *cases, *patients, *where, "-o", str(output))
     RESULTS.mkdir(exist_ok=True)
     summary = (output / "summary.json").read_text(encoding="utf-8").replace(str(work), "WORK")

@@ -231,25 +231,31 @@ class BaseTrainer(ResumableTrainer):
         return parameter_groups(self.bare_network)
 
     def on_train_epoch_start(self) -> None:
-        """As in nnU-Net; the epoch's stage begins with its first iteration."""
+        """As in nnU-Net; a stage may begin."""
         super().on_train_epoch_start()
         self._iteration, self._stage = 0, None
+        self._set_rates(1)  # here too: a derived trainer may have a train_step of its own
 
     def train_step(self, batch: Any) -> dict:
         """As in nnU-Net, at the iteration's learning rates; prints the first losses, because an epoch can take long."""
         self._iteration += 1
-        if isinstance(self.lr_scheduler, StagedSchedule):  # a derived trainer may have a schedule of its own
-            self.lr_scheduler.step(self.current_epoch, self._iteration / self.num_iterations_per_epoch)
-            self._begin_stage(self.lr_scheduler.stage)
+        self._set_rates(self._iteration)
         result = self._optimise(batch)
         self._steps_done += 1
         if self._steps_done <= _FIRST_LOSSES:
             self.print_to_log_file(f"Iteration {self._steps_done}: loss {float(result['loss']):.4f}")
         return result
 
-    def _begin_stage(self, stage: Stage) -> None:
-        """Say that a stage begins if it does; an encoder that is frozen in it keeps its BatchNorm statistics too."""
-        before, self._stage = self._stage, stage
+    def _set_rates(self, iteration: int) -> None:
+        """Set the learning rates of an iteration, and begin a stage where one begins.
+
+        An encoder that is frozen in it keeps its BatchNorm statistics too.
+        """
+        if not isinstance(self.lr_scheduler, StagedSchedule):
+            return  # a trainer derived from this one has a schedule of its own
+        self.lr_scheduler.step(self.current_epoch, iteration / self.num_iterations_per_epoch)
+        before, stage = self._stage, self.lr_scheduler.stage
+        self._stage = stage
         if before is not None and before.name == stage.name:
             return
         self.print_to_log_file(f"Stage: {stage.name}")

@@ -233,7 +233,7 @@ class PretrainingTrainer(BaseTrainer):
         if batch is None:
             assert self._interrupted is not None
             self._losses.append(self._interrupted.losses[len(self._losses)])
-            self._replayed += 1
+            self._iteration = self._replayed = self._iteration + 1
             return {"loss": np.array(self._losses[-1], np.float32)}
         if self._interrupted is not None:
             self._interrupted.restore_random_state(self.device)

@@ -140,7 +140,7 @@ class ResumableTrainer(nnUNetTrainer):
                     f"instead, stop this run, take 'earlier_N_' off its name, and use --c with the plans it was "
                     f"trained with."
                 )
-        elif self.current_epoch < self.num_epochs:
+        elif self.current_epoch < self.num_epochs and not self.disable_checkpointing:
             reopen(folder)
 
     # ---------------------------------------------------------------- checkpoint files

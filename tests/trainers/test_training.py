@@ -16,6 +16,7 @@ import torch
 from nnunet_dataset import NAME
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from program_end import ends_as_a_program
 
 from nnunetv2_misfm.architectures.memory import estimate_training_memory
@@ -515,6 +516,11 @@ def test_a_frozen_encoder_keeps_weights_and_statistics(nnunet: Path) -> None:
     after = run.bare_network.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items() if name.startswith("encoder."))
     assert not torch.equal(after["decoder.up2.merge.2.weight"], before["decoder.up2.merge.2.weight"])
+    # A derived trainer may have a train_step of its own.
+    run.on_train_epoch_start()
+    nnUNetTrainer.train_step(run, next(run.dataloader_train))
+    after = run.bare_network.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items() if name.startswith("encoder."))
 
 
 def test_an_encoder_thaws_in_the_middle_of_an_epoch(nnunet: Path) -> None:
@@ -539,3 +545,14 @@ def test_an_encoder_thaws_in_the_middle_of_an_epoch(nnunet: Path) -> None:
     assert [line.partition("Stage: ")[2].strip() for line in log.splitlines() if "Stage: " in line] == [
         "decoder ramp", "whole-network ramp", "whole network",
     ]  # fmt: skip
+
+
+def test_a_finished_run_that_goes_on_without_checkpoints_keeps_its_own(nnunet: Path) -> None:
+    plan(*NETWORK, num_epochs=1)
+    trainer("MisFMTrainer", "nnUNetMisFMPlans").run_training()
+    plan(*NETWORK, num_epochs=2)
+    run = trainer("MisFMTrainer", "nnUNetMisFMPlans", continue_training=True)
+    run.disable_checkpointing = True
+    run.run_training()
+    final = Path(run.output_folder, "checkpoint_final.pth")
+    assert run.current_epoch == 2 and read_checkpoint(final)["current_epoch"] == 1

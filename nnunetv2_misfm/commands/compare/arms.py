@@ -89,13 +89,14 @@ def test_runs(
 
     Args:
         arms, labelled, seeds: what to compare.
-        chosen: learning rate by arm and number of labelled cases.
+        chosen: learning rate by arm and number of labelled cases; what is not in it is left out.
     """
     return [
         Run(arm.name, number, seed, chosen[arm.name, number])
         for seed in range(seeds)
         for number in labelled
         for arm in arms
+        if (arm.name, number) in chosen
     ]
 
 

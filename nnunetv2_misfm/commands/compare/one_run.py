@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -22,12 +23,13 @@ from typing import Any
 from nnunetv2_misfm.commands.threads import in_this_process
 from nnunetv2_misfm.cpu_threads import keep_cores_free, training_threads
 from nnunetv2_misfm.errors import exit_with_message
-from nnunetv2_misfm.files import write_json
+from nnunetv2_misfm.files import json_or_nothing, write_json
 from nnunetv2_misfm.plans.files import FINAL, LATEST
 
 END_WITH_PARENT = "--end_with_parent"
 _CURVE, _STARTS, _ENDS = "mean_fg_dice", "epoch_start_timestamps", "epoch_end_timestamps"
 _MOST_EPOCHS_LOST = 20  # when a run of nnU-Net's own trainer is stopped
+_MADE_WITH = "made_with.json"
 
 
 def main() -> None:
@@ -44,7 +46,7 @@ def _end_with_parent() -> None:
     # Not through sys.stdin, whose lock Python wants at the end of the program.
     while os.read(0, 1):
         pass
-    os._exit(130)
+    os.killpg(0, signal.SIGKILL)  # with nnU-Net's worker processes, which would go on
 
 
 def perform(request: dict[str, Any]) -> None:
@@ -90,7 +92,15 @@ def perform(request: dict[str, Any]) -> None:
 def _train(request: dict[str, Any], device: Any) -> dict[str, Any]:
     import torch
 
-    fold = Path(request["results"], f"fold_{request['fold']}")
+    results = Path(request["results"])
+    # What a stopped run, or one whose record was removed, has left there is this run's only if it was made alike.
+    made_with = {name: request["about"][name] for name in ("rate", "weights_sha256", "plans_sha256")}
+    if results.is_dir() and json_or_nothing(results / _MADE_WITH) != made_with:
+        print(f"{results} is of other weights or plans, and is done again.")
+        shutil.rmtree(results)
+    results.mkdir(parents=True, exist_ok=True)
+    write_json(made_with, results / _MADE_WITH)
+    fold = results / f"fold_{request['fold']}"
     final = fold / FINAL
     if not _is_whole(final, request["trainer"]):
         _trainer(request, device, _is_whole(fold / LATEST, request["trainer"])).run_training()
@@ -113,6 +123,7 @@ def _is_whole(checkpoint: Path, trainer: str) -> bool:
         torch.load(checkpoint, map_location="cpu", weights_only=False)
     except Exception:  # whatever torch makes of a part of a file
         print(f"{checkpoint} is damaged and is not used.")
+        checkpoint.unlink()  # nnU-Net would prefer a final one to the latest
         return False
     return True
 

@@ -87,7 +87,7 @@ def read_options(arguments: list[str] | None) -> CompareOptions:
     problems += _problems(options)
     asked = {name: value for name, value in given(options, FinetuningSettings).items() if name not in _OWN_OPTION}
     settings = asked if options.own_schedules else {"schedule": "poly", **asked}
-    rates = tuple(options.initial_lr or [FinetuningSettings().initial_lr])
+    rates = tuple(dict.fromkeys(options.initial_lr or [FinetuningSettings().initial_lr]))
     problems += _problems_of_settings(settings, rates)
     if problems:
         raise PlanError("these options cannot be used:" + "".join(f"\n  - {problem}" for problem in problems))
@@ -106,7 +106,7 @@ def read_options(arguments: list[str] | None) -> CompareOptions:
         num_test=options.num_test,
         num_validation=options.num_validation,
         rates=rates,
-        nnunet_rates=tuple(options.nnunet_lr),
+        nnunet_rates=tuple(dict.fromkeys(options.nnunet_lr or [NNUNET_LR])),
         settings=settings,
         planning=_planning_options(options),
         probe=options.probe,
@@ -175,7 +175,8 @@ def _problems(options: argparse.Namespace) -> list[str]:
             re.compile(options.patients)
         except re.error as error:
             problems.append(f"-patients {options.patients!r} is no regular expression: {error}")
-    problems += [f"-nnunet_lr {rate:g} must be above 0" for rate in options.nnunet_lr if not rate > 0]
+    wrong = (rate for rate in options.nnunet_lr or () if not 0 < rate <= 10)
+    problems += [f"-nnunet_lr {rate:g} must be above 0 and at most 10" for rate in wrong]
     return problems
 
 
@@ -186,12 +187,16 @@ def _contradictions(options: argparse.Namespace, num_arms: int) -> Iterator[str]
             "there are fewer than two arms to compare; give -pretrained_weights CKPT (also several), --from_scratch, "
             "--nnunet"
         )
-    rates = options.initial_lr or [None]
-    if options.nnunet and len(rates) > 1 and len(options.nnunet_lr) != len(rates):
+    rates, of_nnunet = len(set(options.initial_lr or [None])), len(set(options.nnunet_lr or [None]))
+    if options.nnunet and rates != of_nnunet:
         yield (
-            f"-initial_lr gives {len(rates)} learning rates to choose from, -nnunet_lr {len(options.nnunet_lr)}; give "
+            f"-initial_lr gives {rates} learning rate{'s' * (rates > 1)} to choose from, -nnunet_lr {of_nnunet}; give "
             f"as many to nnU-Net's trainer, so that every arm is tuned with the same effort"
         )
+    if options.nnunet_lr and not options.nnunet:
+        yield "-nnunet_lr is for --nnunet, which is not given; leave it out"
+    if options.tuning_seeds > 1 and rates == 1:
+        yield f"-tuning_seeds {options.tuning_seeds}: one learning rate is not chosen; give several, or leave it out"
     if options.own_schedules and options.schedule is not None:
         yield f"-schedule {options.schedule} is one for all arms, --own_schedules is not; leave one of them out"
     if options.probe and options.nnunet:
@@ -304,7 +309,6 @@ def _add_terms(parser: argparse.ArgumentParser) -> None:
         "-nnunet_lr",
         nargs="+",
         type=float,
-        default=[NNUNET_LR],
         metavar="LR",
         help="one or several learning rates for --nnunet, whose SGD needs others (default: nnU-Net's 1e-2)",
     )

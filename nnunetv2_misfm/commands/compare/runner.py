@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -103,8 +103,10 @@ class Runner:
                 env=self._environment(place),
                 text=True,
                 errors="replace",
+                start_new_session=True,  # a process group of its own, with nnU-Net's workers
             )
             self._running.add(process)
+            threading.Thread(target=_end_workers, args=(process,), daemon=True).start()
             assert process.stdout is not None
             for line in process.stdout:
                 file.write(line)
@@ -149,3 +151,13 @@ class Runner:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
+
+
+def _end_workers(process: subprocess.Popen[str]) -> None:
+    """When a run has ended, end what it has started.
+
+    nnU-Net's workers outlive a run that was killed, and hold its output open, which would be waited for for ever.
+    """
+    process.wait()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)

@@ -106,6 +106,22 @@ def equal_labels(reached: float, baseline: Mapping[int, float]) -> float | None:
     return math.inf
 
 
-def epochs_to(curve: Sequence[float], goal: float) -> int | None:
-    """The first epoch, counted from 1, after which a learning curve is at a goal; None if it never is."""
-    return next((epoch for epoch, value in enumerate(curve, 1) if value >= goal), None)
+def epochs_to_end(curve: Sequence[float], other: Sequence[float]) -> int | None:
+    """From which epoch on a learning curve is where another ends.
+
+    Curves are noisy, so one value above one value says little. The end is the mean of the other's last tenth, and the
+    curve is averaged over as many epochs.
+
+    Args:
+        curve, other: a value after each epoch.
+
+    Returns:
+        The first epoch, counted from 1, from which the averaged curve stays at or above the end; None if it is below at
+        the last.
+    """
+    tail = max(1, len(other) // 10)
+    end = float(np.mean(other[-tail:]))
+    averages = [float(np.mean(curve[max(0, epoch - tail) : epoch])) for epoch in range(1, len(curve) + 1)]
+    below = [epoch for epoch, value in enumerate(averages, 1) if value < end]
+    first = max(below, default=0) + 1
+    return first if first <= len(curve) else None

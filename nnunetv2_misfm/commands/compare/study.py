@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
+from zlib import crc32
 
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
@@ -72,6 +73,7 @@ class Study:
             "validation": list(self.split.validation),
             "training": list(self.split.training),
             "cases": self.split.cases,
+            "label_files": self._checksum_of_labels(),
         }
         terms = json.loads(json.dumps(terms))
         path = self.workspace.folder / _TERMS_FILE
@@ -90,9 +92,17 @@ class Study:
             if changed:
                 raise PlanError(
                     f"{self.workspace.folder} holds a comparison on other terms: {'; '.join(changed)}. Give the "
-                    f"options it was begun with, or another folder with -o; a dataset with other cases needs one."
+                    f"options it was begun with, or another folder with -o; a dataset with other cases or labels needs "
+                    f"one."
                 )
         return terms
+
+    def _checksum_of_labels(self) -> str:
+        """Of all label files: runs that were tested with other labels are not to be compared."""
+        checksum = 0
+        for _, label in self.cases.values():
+            checksum = crc32(Path(label).read_bytes(), checksum)
+        return f"{checksum:08x}"
 
     # ---------------------------------------------------------------- plans
 
@@ -173,16 +183,16 @@ class Study:
         """Choose learning rates, then do the runs that are tested; what is finished already is not done again.
 
         Returns:
-            The runs that failed, and the learning rate of each arm for each number of labelled cases; none if a run
-            that chooses rates failed.
+            The runs that failed, and the learning rate of each arm for each number of labelled cases, without those
+            for which a run that chooses rates failed: a rate that was not tried might be the best one.
         """
         write_json(self._terms, self.workspace.folder / _TERMS_FILE)  # not before: options that failed bind nobody
         tuning = self.tuning()
         failures = runner.perform(self._requests(tuning), "runs for learning rates", self._epochs)
-        if any(self.record(run) is None for run in tuning):
-            return failures, {}  # a rate that was not tried might be the best one
         scores = {run: record.score for run in tuning if (record := self.record(run)) is not None}
+        undecided = {(run.arm, run.labelled) for run in tuning if run not in scores}
         chosen = choose_rates(self.arms, self.labelled, scores)
+        chosen = {of: rate for of, rate in chosen.items() if of not in undecided}
         if tuning:
             for (arm, number), rate in chosen.items():
                 print(f"Learning rate of {arm} with {number} labelled: {rate:g}")
@@ -194,9 +204,7 @@ class Study:
         return [] if self.options.probe else tuning_runs(self.arms, self.labelled, self.options.tuning_seeds)
 
     def tested(self, chosen: Mapping[tuple[str, int], float]) -> list[Run]:
-        """The runs that are tested; none before learning rates are chosen."""
-        if not chosen:
-            return []
+        """The runs that are tested; those of arms whose learning rate is chosen."""
         return test_runs(self.arms, self.labelled, self.options.seeds, chosen)
 
     def record(self, run: Run) -> RunRecord | None:

@@ -16,7 +16,7 @@ from nnunetv2_misfm.commands.compare.records import RunRecord, mean
 from nnunetv2_misfm.commands.compare.statistics import (
     Difference,
     confidence_for,
-    epochs_to,
+    epochs_to_end,
     equal_labels,
     more_seeds_needed,
     paired_difference,
@@ -37,7 +37,7 @@ class Comparison:
         together: the same with the interval at which all intervals of the page hold together.
         more_seeds: that would show this difference, if it stays what it is; None if that cannot be told.
         same_labels: with how many labelled cases the other arm reaches this one's score; see `equal_labels`.
-        iterations: after which this arm's mean learning curve is at the end of the other's; None if it is never.
+        iterations: after which this arm's mean learning curve stays at the end of the other's; see `epochs_to_end`.
         all_iterations: of a run.
         weights_alone: whether nothing else differs.
     """
@@ -162,7 +162,7 @@ def _pairs(arms: Sequence[Arm]) -> list[tuple[str, str, bool]]:
 
 def _compare(runs: Runs, pair: tuple[str, str, bool], labelled: int, together: float) -> Comparison | None:
     arm, other, weights_alone = pair
-    mine, theirs = scores(runs, arm, labelled), scores(runs, other, labelled)
+    mine, theirs = _paired_scores(runs, arm, other, labelled)
     difference = paired_difference(mine, theirs)
     strict = paired_difference(mine, theirs, together)
     if difference is None or strict is None:
@@ -170,7 +170,7 @@ def _compare(runs: Runs, pair: tuple[str, str, bool], labelled: int, together: f
     baseline = {n: mean(scores(runs, other, n).values()) for (name, n) in runs if name == other}
     curves, goals = _curves(runs[arm, labelled].values()), _curves(runs[other, labelled].values())
     length = next(iter(runs[arm, labelled].values())).iterations_per_epoch
-    reached = epochs_to(curves.mean(0).tolist(), float(goals.mean(0)[-1])) if curves.size and goals.size else None
+    reached = epochs_to_end(curves.mean(0), goals.mean(0)) if curves.size and goals.size else None
     return Comparison(
         arm,
         other,
@@ -183,6 +183,22 @@ def _compare(runs: Runs, pair: tuple[str, str, bool], labelled: int, together: f
         curves.shape[1] * length if curves.size else 0,
         weights_alone,
     )
+
+
+def _paired_scores(runs: Runs, arm: str, other: str, labelled: int) -> tuple[dict[int, float], dict[int, float]]:
+    """Dice of two arms by seed, in points, over the labels that both have a value for.
+
+    nnU-Net leaves out a label that is in no test case, unless it is predicted: then its Dice is 0, and one voxel would
+    decide over both arms.
+    """
+    mine, theirs = runs.get((arm, labelled), {}), runs.get((other, labelled), {})
+    pairs: tuple[dict[int, float], dict[int, float]] = {}, {}
+    for seed in set(mine) & set(theirs):
+        dice = mine[seed].label_dice, theirs[seed].label_dice
+        both = [label for label in dice[0] if not any(math.isnan(of_run[label]) for of_run in dice)]
+        for by_seed, of_run in zip(pairs, dice, strict=True):
+            by_seed[seed] = mean(of_run[label] for label in both)
+    return pairs
 
 
 def scores(runs: Runs, arm: str, labelled: int) -> dict[int, float]:

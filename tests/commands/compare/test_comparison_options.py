@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,27 @@ def test_options_of_misfm_plan_are_passed_on_if_they_are_given() -> None:
     assert read_options([*words, "-spacing", "dataset"]).planning == ("-spacing", "dataset")
     with pytest.raises(SystemExit):
         read_options([*words, "-network", "pretrained"])
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--nnunet", "-nnunet_lr", "1e-3", "1e-2"], "-initial_lr gives 1 learning rate to choose from, -nnunet_lr 2"),
+        (
+            ["--nnunet", "-initial_lr", "1e-3", "1e-2"],
+            "-initial_lr gives 2 learning rates to choose from",
+        ),
+        (["--nnunet", "-nnunet_lr", "inf"], "-nnunet_lr inf must be above 0 and at most 10"),
+        (["-nnunet_lr", "1e-3", "-pretrained_weights", __file__], "-nnunet_lr is for --nnunet, which is not given"),
+        (["--nnunet", "-tuning_seeds", "2"], "-tuning_seeds 2: one learning rate is not chosen"),
+    ],
+)
+def test_every_arm_is_tuned_with_the_same_effort(words: list[str], problem: str) -> None:
+    with pytest.raises(PlanError, match=re.escape(problem)):
+        read_options(["-d", "4", "--from_scratch", *words])
+
+
+def test_a_learning_rate_that_is_given_twice_is_tried_once() -> None:
+    words = ["-d", "4", "--from_scratch", "--nnunet", "-initial_lr", "1e-3", "1e-3", "-nnunet_lr", "1e-2", "1e-2"]
+    options = read_options(words)
+    assert options.rates == (1e-3,) and options.nnunet_rates == (1e-2,)

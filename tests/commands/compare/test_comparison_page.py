@@ -53,6 +53,19 @@ def test_a_score_is_averaged_as_nnunet_does() -> None:
     assert run.case_dice == pytest.approx({"a": 50.0, "b": 50.0})
 
 
+def test_a_label_that_one_arm_alone_has_a_value_for_does_not_count() -> None:
+    with_lesion = {"a": {"liver": 0.9, "lesion": 0.0}, "b": {"liver": 0.9, "lesion": None}}  # a voxel that is not there
+    without = {"a": {"liver": 0.88, "lesion": None}, "b": {"liver": 0.88, "lesion": None}}
+    runs = {"VF": (without, with_lesion), "scratch": (without, without)}
+    records = [
+        record(arm, seed, 0.5).model_copy(update={"dice": dice})
+        for arm, by_seed in runs.items()
+        for seed, dice in enumerate(by_seed)
+    ]
+    (comparison,) = summarise(ARMS, records).comparisons
+    assert comparison.difference.values == pytest.approx((0.0, 2.0))
+
+
 def test_the_verdict_says_what_helped_by_how_much() -> None:
     gains = (0.05, 0.06, 0.07)
     records = [record("scratch", seed, 0.5) for seed in range(3)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from nnunet_dataset import NAME
 
 from nnunetv2_misfm.architectures.pct_net import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.commands.compare import one_run
 from nnunetv2_misfm.commands.compare.cli import compare
 from nnunetv2_misfm.commands.compare.one_run import _is_whole
 from nnunetv2_misfm.commands.compare.options import read_options
 from nnunetv2_misfm.commands.compare.records import RunRecord
 from nnunetv2_misfm.commands.compare.results import write_results
-from nnunetv2_misfm.commands.compare.runner import Failure
+from nnunetv2_misfm.commands.compare.runner import Failure, Runner
 from nnunetv2_misfm.commands.compare.study import Study
 from nnunetv2_misfm.commands.compare.workspace import Workspace
 from nnunetv2_misfm.errors import PlanError, UserError
@@ -250,9 +252,13 @@ def test_no_rate_is_chosen_while_a_tuning_run_is_missing(
     failing = FailingRunner()
     made = study(tmp_path, nnunet, monkeypatch, *rates)
     failures, chosen = made.perform(failing)  # type: ignore[arg-type]
-    assert failures and chosen == {}
-    assert all(request["about"]["tuning"] for request in failing.requests)
-    assert write_results(made, chosen, []).path.is_file()
+    first = made.tuning()[0]
+    assert failures and len(chosen) == 3 and (first.arm, first.labelled) not in chosen
+    tested = [request["about"] for request in failing.requests if not request["about"]["tuning"]]
+    assert tested and all((about["arm"], about["labelled"]) in chosen for about in tested)
+    monkeypatch.setattr("nnunetv2_misfm.commands.compare.results._pictures", lambda *_: ())  # nothing was predicted
+    written = write_results(made, chosen, [])
+    assert written.path.is_file() and "no two arms" not in written.verdict  # which the other number of cases has
     study(tmp_path, nnunet, monkeypatch, *rates).perform(FakeRunner())  # type: ignore[arg-type]
 
 
@@ -287,11 +293,65 @@ def test_the_rates_of_nnunet_are_fixed_by_its_first_run(
         study(tmp_path, nnunet, monkeypatch)
 
 
+def test_runs_that_were_tested_with_other_labels_are_not_taken_over(
+    tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study(tmp_path, nnunet, monkeypatch).perform(FakeRunner())  # type: ignore[arg-type]
+    label = next((nnunet / "nnUNet_raw" / NAME / "labelsTr").iterdir())
+    label.touch()
+    assert study(tmp_path, nnunet, monkeypatch).left() == []
+    label.write_bytes(label.read_bytes() + b" ")
+    with pytest.raises(PlanError, match="label_files was .*a dataset with other cases or labels needs one"):
+        study(tmp_path, nnunet, monkeypatch)
+
+
 @pytest.mark.parametrize("size", [0, 100])
 def test_a_checkpoint_that_nnunet_was_killed_in_is_not_used(tmp_path: Path, size: int) -> None:
     checkpoint = tmp_path / "checkpoint_final.pth"
     torch.save({"network_weights": {"a": torch.zeros(100)}}, checkpoint)
     assert _is_whole(checkpoint, "nnUNetTrainer")
     checkpoint.write_bytes(checkpoint.read_bytes()[:size])
-    assert not _is_whole(checkpoint, "nnUNetTrainer")
+    assert not _is_whole(checkpoint, "nnUNetTrainer") and not checkpoint.exists()
     assert not _is_whole(tmp_path / "missing.pth", "MisFMTrainer")
+
+
+def test_what_a_run_of_other_weights_has_left_is_not_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained: list[str] = []
+
+    class Trainer:
+        def __init__(self, request: dict[str, Any], device: Any, continues: bool):
+            self.request = request
+
+        def run_training(self) -> None:
+            trained.append(self.request["about"]["weights_sha256"])
+            fold = Path(self.request["results"], "fold_0")
+            fold.mkdir()
+            logged = {"mean_fg_dice": [0.5], "epoch_start_timestamps": [0.0], "epoch_end_timestamps": [1.0]}
+            torch.save({"logging": logged}, fold / "checkpoint_final.pth")
+
+    monkeypatch.setattr(one_run, "_trainer", Trainer)
+    request = {"results": str(tmp_path / "results"), "fold": 0, "trainer": "MisFMTrainer"}
+    about = {"rate": 1e-3, "weights_sha256": "a", "plans_sha256": "p"}
+    device = torch.device("cpu")
+    one_run._train({**request, "about": about}, device)
+    one_run._train({**request, "about": about}, device)
+    assert trained == ["a"]
+    one_run._train({**request, "about": {**about, "weights_sha256": "b"}}, device)
+    assert trained == ["a", "b"] and "is of other weights or plans" in capsys.readouterr().out
+    Path(request["results"], "made_with.json").unlink()
+    one_run._train({**request, "about": {**about, "weights_sha256": "b"}}, device)
+    assert trained == ["a", "b", "b"]
+
+
+def test_workers_of_a_run_that_was_killed_end_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "python"
+    run.write_text(f"#!/bin/sh\nsleep 300 &\necho $! > {tmp_path}/worker\nkill -9 $$\n", encoding="utf-8")
+    run.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(run))
+    request = {"record": str(tmp_path / "run" / "record.json")}
+    (failure,) = Runner("cpu", (), 1).perform([request], "runs", lambda _: 1)
+    assert failure.title == "run"
+    status = Path("/proc", (tmp_path / "worker").read_text(encoding="utf-8").strip(), "status")
+    assert not status.exists() or "State:\tZ" in status.read_text(encoding="utf-8")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from nnunetv2_misfm.commands.compare.statistics import (
     confidence_for,
-    epochs_to,
+    epochs_to_end,
     equal_labels,
     more_seeds_needed,
     paired_difference,
@@ -80,6 +81,18 @@ def test_labels_saved_are_read_off_the_baseline_on_a_logarithmic_scale() -> None
     assert equal_labels(45.0, {5: 50.0, 10: 40.0, 20: 60.0}) is None, "a dip later on changes nothing"
 
 
-def test_the_first_epoch_at_a_goal() -> None:
-    assert epochs_to([0.1, 0.5, 0.4, 0.6], 0.5) == 2
-    assert epochs_to([0.1, 0.2], 0.5) is None
+def test_the_epoch_from_which_a_curve_stays_at_the_end_of_another() -> None:
+    assert epochs_to_end([0.1, 0.5, 0.4, 0.6], [0.1, 0.2, 0.3, 0.5]) == 4, "one value above it says little"
+    assert epochs_to_end([0.1, 0.5, 0.6, 0.6], [0.1, 0.2, 0.3, 0.5]) == 2
+    assert epochs_to_end([0.5, 0.6], [0.1, 0.5]) == 1
+    assert epochs_to_end([0.1, 0.2], [0.1, 0.5]) is None
+    # 20 epochs: ends and curves are means of 2, so a last value that is low is no easy goal.
+    other = [0.5] * 19 + [0.1]
+    assert epochs_to_end([0.2] * 9 + [0.39] * 11, other) == 11
+
+
+def test_equal_curves_save_nothing() -> None:
+    noise = np.random.default_rng(0).normal(0, 0.02, (2, 100))
+    curve, other = 0.8 * (1 - np.exp(-np.arange(100) / 15)) + noise
+    first = epochs_to_end(curve, other)
+    assert first is None or first > 80
