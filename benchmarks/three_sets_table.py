@@ -13,7 +13,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from provenance import provenance
-from three_sets import ITERATIONS, NETWORKS, OWN_SCHEDULES, PRETRAINING, RESULTS, SETS, TASK_OPTIONS, Network
+from three_sets import EPOCH, ITERATIONS, NETWORKS, OWN_SCHEDULES, PRETRAINING, RESULTS, SETS, TASK_OPTIONS, Network
 
 from nnunetv2_misfm.commands.compare.options import NNUNET, SCRATCH
 
@@ -58,7 +58,14 @@ class Result:
 
     def schedule(self, arm: str) -> str:
         """That misfm_compare has trained an arm with."""
-        return "sawtooth" if self.own_schedules and arm not in (SCRATCH, NNUNET) else "poly"
+        of_arm = "sawtooth" if self.own_schedules and arm not in (SCRATCH, NNUNET) else "poly"
+        return of_arm + self.short_epochs
+
+    @property
+    def short_epochs(self) -> str:
+        """How long epochs were, for results of the time when ramps rose with each epoch."""
+        length = self.content["terms"]["length"]
+        return "" if f"epochs of {EPOCH})" in length else f", {length.partition('epochs ')[2].rstrip(')')} in an epoch"
 
     def differences(self) -> Iterator[dict]:
         """To scratch."""
@@ -135,7 +142,8 @@ def draw_differences(results: Sequence[Result], path: Path) -> None:
     for of in results:
         for one in of.differences():
             if one["low"] is not None:
-                row = (of.iterations, of.set, -one["labelled"], of.network, of.own_schedules)
+                schedule = f", sawtooth{of.short_epochs}" if of.own_schedules else ""
+                row = (of.iterations, of.set, -one["labelled"], of.network, schedule)
                 rows.setdefault(row, []).append((one["arm"], one["difference"], one["low"], one["high"]))
     arms = sorted({arm for found in rows.values() for arm, *_ in found})
     figure, axis = plt.subplots(figsize=(8, 1.8 + 0.4 * len(rows)), layout="constrained")
@@ -150,8 +158,8 @@ def draw_differences(results: Sequence[Result], path: Path) -> None:
         label = arm.replace("_common", ", all sets").replace("_own", ", own set")
         axis.plot([], [], "o-", color=f"C{number}", label=label)
     labels = [
-        f"{name}, {-n} labelled, {its} iterations, {NETWORKS[net].short}{', sawtooth' * own}"
-        for its, name, n, net, own in sorted(rows)
+        f"{name}, {-n} labelled, {its} iterations, {NETWORKS[net].short}{schedule}"
+        for its, name, n, net, schedule in sorted(rows)
     ]
     axis.set(yticks=range(len(rows)), yticklabels=labels)
     axis.set_xscale("symlog", linthresh=5)
