@@ -5,11 +5,11 @@
     python benchmarks/three_sets.py compare --data FOLDER --work FOLDER [--network pctnet] [--labelled 5 10] [--seeds 5]
         [--iterations 300] [--rates 3e-3 5e-3] [--own_schedules]
 
-FOLDER of --data holds the sets in nnU-Net's raw format. nnU-Net plans and preprocesses them; tasks pretrain a small
-network on the images that misfm_compare neither tests nor validates on, without their labels: those of --common on all
-sets together, those of --own on each set alone. Then misfm_compare fits a linear classifier to the features (probe) or
-fine-tunes the network (compare). Goes on where it was stopped. What it finds is kept in results/three_sets, of which
-three_sets_table.py makes a table and a figure.
+FOLDER of --data holds the sets in nnU-Net's raw format; results/three_sets.md says where they come from. nnU-Net plans
+and preprocesses them; tasks pretrain a small network on the images that misfm_compare neither tests nor validates on,
+without their labels: those of --common on all sets together, those of --own on each set alone. Then misfm_compare fits
+a linear classifier to the features (probe) or fine-tunes the network (compare). Goes on where it was stopped. What it
+finds is kept in results/three_sets, of which three_sets_table.py makes a table and a figure.
 """
 
 from __future__ import annotations
