@@ -167,10 +167,10 @@ def draw_differences(results: Sequence[Result], path: Path) -> None:
         label = arm.replace("_common", ", all sets").replace("_own", ", own set")
         axis.plot([], [], "o-", color=f"C{number}", label=label)
     labels = [
-        f"{name}, {-n} labelled, {its} iterations, {NETWORKS[net].short}{schedule}"
+        f"{name}, {-n} labelled, {its:,} iterations\n{NETWORKS[net].short}{schedule}"
         for its, name, n, net, schedule in sorted(rows)
     ]
-    axis.set(yticks=range(len(rows)), yticklabels=labels)
+    axis.set_yticks(range(len(rows)), labels, fontsize="small")
     axis.set_xscale("symlog", linthresh=5)
     axis.set_xticks(TICKS, [f"{tick:+d}" if tick else "0" for tick in TICKS])
     axis.set_xlabel("points of Dice more than scratch, 95 % interval")
