@@ -56,10 +56,7 @@ class Workspace:
         self.preprocessed = self.folder / "nnUNet_preprocessed" / self.dataset
 
     def prepare(self) -> None:
-        """Make the folders and links, and let the environment name them.
-
-        Must happen before nnU-Net is imported, which reads the environment once.
-        """
+        """Make the folders and links, and let the environment, which nnU-Net reads each time, name them."""
         for variable in _VARIABLES:
             (self.folder / variable).mkdir(parents=True, exist_ok=True)
             os.environ[variable] = str(self.folder / variable)
