@@ -187,6 +187,17 @@ def _contradictions(options: argparse.Namespace, num_arms: int) -> Iterator[str]
             "there are fewer than two arms to compare; give -pretrained_weights CKPT (also several), --from_scratch, "
             "--nnunet"
         )
+    yield from _uneven_tuning(options)
+    if options.own_schedules and options.schedule is not None:
+        yield f"-schedule {options.schedule} is one for all arms, --own_schedules is not; leave one of them out"
+    if options.probe and options.nnunet:
+        yield "--probe scores pretrained features, which --nnunet has none of; leave one of them out"
+    if options.gpus and options.device not in (None, "cuda"):
+        yield f"-gpus needs -device cuda, not {options.device}"
+
+
+def _uneven_tuning(options: argparse.Namespace) -> Iterator[str]:
+    """Learning rates by which arms would not be tuned alike, and options that have none to choose from."""
     rates, of_nnunet = len(set(options.initial_lr or [None])), len(set(options.nnunet_lr or [None]))
     if options.nnunet and rates != of_nnunet:
         yield (
@@ -197,12 +208,6 @@ def _contradictions(options: argparse.Namespace, num_arms: int) -> Iterator[str]
         yield "-nnunet_lr is for --nnunet, which is not given; leave it out"
     if options.tuning_seeds > 1 and rates == 1:
         yield f"-tuning_seeds {options.tuning_seeds}: one learning rate is not chosen; give several, or leave it out"
-    if options.own_schedules and options.schedule is not None:
-        yield f"-schedule {options.schedule} is one for all arms, --own_schedules is not; leave one of them out"
-    if options.probe and options.nnunet:
-        yield "--probe scores pretrained features, which --nnunet has none of; leave one of them out"
-    if options.gpus and options.device not in (None, "cuda"):
-        yield f"-gpus needs -device cuda, not {options.device}"
 
 
 def _problems_of_settings(settings: dict[str, Any], rates: tuple[float, ...]) -> list[str]:

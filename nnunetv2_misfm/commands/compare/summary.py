@@ -178,7 +178,7 @@ def _compare(runs: Runs, pair: tuple[str, str, bool], labelled: int, together: f
         difference,
         strict,
         more_seeds_needed(difference.values, together),
-        equal_labels(mean(mine.values()), baseline) if len(baseline) > 1 else None,
+        equal_labels(mean(scores(runs, arm, labelled).values()), baseline) if len(baseline) > 1 else None,
         None if reached is None else reached * length,
         curves.shape[1] * length if curves.size else 0,
         weights_alone,
