@@ -1,13 +1,14 @@
 """What pretraining brings with few labels on three public sets: each pretext task, probed and fine-tuned.
 
     python benchmarks/three_sets.py probe --data FOLDER --work FOLDER [--sets heart ...] [--common TASK ...]
-        [--own TASK ...]
+        [--own TASK ...] [--own_long TASK ...]
     python benchmarks/three_sets.py compare --data FOLDER --work FOLDER [--network pctnet] [--labelled 5 10] [--seeds 5]
         [--iterations 300] [--rates 3e-3 5e-3] [--own_schedules]
 
 FOLDER of --data holds the sets in nnU-Net's raw format; results/three_sets.md says where they come from. nnU-Net plans
 and preprocesses them; tasks pretrain a small network on the images that misfm_compare neither tests nor validates on,
-without their labels: those of --common on all sets together, those of --own on each set alone. Then misfm_compare fits
+without their labels: those of --common on all sets together, those of --own on each set alone, those of --own_long on
+it for four times as long. Then misfm_compare fits
 a linear classifier to the features (probe) or fine-tunes the network (compare). Goes on where it was stopped. What it
 finds is kept in results/three_sets, of which three_sets_table.py makes a table and a figure.
 """
@@ -22,7 +23,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nnunetv2_misfm.commands.compare.splits import split_cases
@@ -88,7 +89,7 @@ class Pool:
     """Images to pretrain on.
 
     Attributes:
-        name: "common" or "own", which ends the names of its arms.
+        name: "common", "own" or "own_long", which ends the names of its arms.
         images: their folder, below the one of all sets.
         dataset: of nnU-Net that is made of them.
         like: the set whose small plans give spacing, normalisation and network.
@@ -118,6 +119,12 @@ def own_pool(name: str) -> Pool:
     """A set's own images, in crops of the fine-tuning's size."""
     labelled = SETS[name]
     return Pool("own", labelled.name, f"Dataset{labelled.own_pool}_{labelled.name}", name, labelled.patch, 4, 3)
+
+
+def long_pool(name: str) -> Pool:
+    """The same images for four times as many iterations."""
+    own = own_pool(name)
+    return replace(own, name="own_long", epochs=4 * own.epochs)
 
 
 # What differs from the tasks' defaults, which are for long runs: boxes a small network learns in minutes.
@@ -168,6 +175,7 @@ def main() -> None:
     tasks = {"nargs": "*", "choices": PRETEXT_TASKS, "metavar": "TASK"}
     parser.add_argument("--common", **tasks, default=list(PRETEXT_TASKS), help="pretrained on all sets (default: all)")
     parser.add_argument("--own", **tasks, default=[], help="pretrained on the set's own images alone (default: none)")
+    parser.add_argument("--own_long", **tasks, default=[], help="the same for four times as long (default: none)")
     parser.add_argument("--network", choices=NETWORKS, default="unet", help="(default: %(default)s)")
     parser.add_argument("--labelled", nargs="+", default=["10"], help="patients (default: %(default)s)")
     parser.add_argument("--seeds", default="5", help="draws of them (default: %(default)s)")
@@ -192,6 +200,7 @@ def main() -> None:
     common = [pretrained(task, COMMON, options) for task in options.common]
     for name in options.sets:
         own = [pretrained(task, own_pool(name), options) for task in options.own]
+        own += [pretrained(task, long_pool(name), options) for task in options.own_long]
         if options.what != "pretrain":
             compare(name, [*common, *own], options)
 
@@ -261,6 +270,7 @@ def pretrained(task: str, pool: Pool, options: argparse.Namespace) -> str:
     network = NETWORKS[options.network]
     epochs = pool.epochs * network.other_epochs.get(task, network.epochs)
     plans = task if options.network == "unet" else f"{options.network}_{task}"
+    plans += "_long" if pool.name == "own_long" else ""
     found = list(results.glob(f"*__{plans}__3d_fullres/fold_all/checkpoint_*.pth"))
     if not any(path.name == "checkpoint_final.pth" for path in found):
         command(

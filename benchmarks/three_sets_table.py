@@ -88,7 +88,8 @@ def result(path: Path) -> Result:
 
 def lengths(network: Network) -> str:
     others = [f"{task} for {epochs * ITERATIONS:,}" for task, epochs in network.other_epochs.items()]
-    return ", ".join([f"{network.epochs * ITERATIONS:,} iterations", *others, "on its own images three times that"])
+    iterations = f"{network.epochs * ITERATIONS:,} iterations"
+    return ", ".join([iterations, *others, "on its own images three times that, long twelve times"])
 
 
 def probed() -> list[str]:
@@ -164,7 +165,7 @@ def draw_differences(results: Sequence[Result], path: Path) -> None:
             axis.plot((low, high), (y, y), color=colour, linewidth=2, alpha=0.6)
             axis.plot(difference, y, "o", color=colour, markersize=5)
     for number, arm in enumerate(arms):
-        label = arm.replace("_common", ", all sets").replace("_own", ", own set")
+        label = arm.replace("_common", ", all sets").replace("_own", ", own set").replace("_long", ", longer")
         axis.plot([], [], "o-", color=f"C{number}", label=label)
     labels = [
         f"{name}, {-n} labelled, {its:,} iterations\n{NETWORKS[net].short}{schedule}"
