@@ -184,8 +184,7 @@ def remove_temporary_files(folder: Path, case: str) -> None:
 def _prepare(task: CaseTask) -> CaseRecord:
     volume, settings = task.volume, pool_settings(task.plans)
     remove_temporary_files(task.temporary, volume.case)
-    expected = expected_shape(volume, task.plans, task.configuration)
-    _check_size(expected, settings.min_size)
+    check_expected_size(task)
     voxels, spacing, mended = read_volume(volume, task.plans["image_reader_writer"].endswith("WithReorient"))
     check_voxels(voxels, settings.skip_label_maps)
     content = content_hash(voxels)
@@ -246,6 +245,12 @@ def _modality(task: CaseTask, voxels: np.ndarray) -> tuple[str | None, str]:
     if settings.modality != "auto":
         return settings.modality, "settings"
     return guess_modality(voxels, task.volume.dicom_modality)
+
+
+def check_expected_size(task: CaseTask) -> None:
+    """Raise a VolumeProblem if the header says already that the volume is too small or too large."""
+    expected = expected_shape(task.volume, task.plans, task.configuration)
+    _check_size(expected, pool_settings(task.plans).min_size)
 
 
 def _check_size(shape: tuple[int, ...], min_size: int) -> None:

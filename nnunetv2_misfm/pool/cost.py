@@ -14,10 +14,11 @@ import numpy as np
 
 from nnunetv2_misfm.files import format_bytes, format_duration
 from nnunetv2_misfm.plans.files import nnunet_folder
-from nnunetv2_misfm.pool.case import PREPARED, CaseResult, CaseTask, prepare_case
+from nnunetv2_misfm.pool.case import PREPARED, CaseResult, CaseTask, check_expected_size, prepare_case
 from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection, find_volumes
 from nnunetv2_misfm.pool.plan import expected_shape
 from nnunetv2_misfm.pool.share import BUNDLES
+from nnunetv2_misfm.pool.volume_files import VolumeProblem
 
 MEASURED_FIRST = 3
 """Volumes prepared before time and disk are estimated; they stay in the temporary folder until the rest will fit."""
@@ -80,10 +81,23 @@ def sample_volumes(folders: Sequence[Path], join_channels: bool, num_processes: 
 
 
 def estimate(sample: Sample, plans: Mapping[str, Any], configuration: str, num_processes: int) -> str:
-    """Prepare a few volumes of the sample in a folder that is removed, and tell what the archive will take."""
+    """Prepare a few volumes of the sample in a folder that is removed, and tell what the archive will take.
+
+    Raises:
+        PoolError: if every volume of the sample is too small or too large.
+    """
     volumes = sample.inspection.volumes
+    usable, wrong_size = [], []
     with tempfile.TemporaryDirectory() as folder:
-        tasks = typical_first([CaseTask(volume, plans, configuration, "", Path(folder)) for volume in volumes])
+        for task in [CaseTask(volume, plans, configuration, "", Path(folder)) for volume in volumes]:
+            try:
+                check_expected_size(task)
+                usable.append(task)
+            except VolumeProblem as problem:
+                wrong_size.append(f"{task.volume.source}: {problem}")
+        if not usable:
+            raise PoolError(f"no usable volume in the given folders; the first is {wrong_size[0]}")
+        tasks = typical_first(usable)
         measured = [prepare_case(task) for task in tasks[:MEASURED_FIRST]]
     seconds_per_work, bytes_per_work = _per_work(measured, tasks)
     work = sum(map(_work, tasks)) / sample.share
@@ -92,9 +106,11 @@ def estimate(sample: Sample, plans: Mapping[str, Any], configuration: str, num_p
     free = format_bytes(shutil.disk_usage(target).free)
     read = format_bytes(sum(volume.num_bytes for volume in volumes) / sample.share)
     left_out = [f"{one.record.source}: {one.record.reason}" for one in measured if one.record.status != PREPARED]
+    if wrong_size:
+        left_out.append(f"about {round(len(wrong_size) / sample.share):,} for their size, such as {wrong_size[0]}")
     return "\n".join(
         [
-            f"About {round(len(volumes) / sample.share):,} volumes in {sample.inspection.num_files:,} files, {read}, "
+            f"About {round(len(usable) / sample.share):,} volumes in {sample.inspection.num_files:,} files, {read}, "
             f"judged by the headers of {len(volumes)} and by preparing {len(measured)} of them",
             *(f"Would be left out: {line}" for line in left_out),
             f"Preparing them takes one process about {format_duration(hours)}, and -np {num_processes} about "

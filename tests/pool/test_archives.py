@@ -399,6 +399,14 @@ def test_what_an_archive_will_cost_is_said_and_nothing_is_written(
     phantoms.write(scans / "grey.nii.gz", np.clip(phantoms.ct(), 0, 255))
     prepare(scans, "-modality", "ct", "--dry_run")
     assert "Would be left out" in (said := capsys.readouterr().out) and "-modality mr" in said
+    phantoms.write(scans / "grey.nii.gz", phantoms.ct()[:3])  # too few slices
+    prepare(scans, "-modality", "ct", "--dry_run")
+    said = capsys.readouterr().out
+    assert "About 3 volumes" in said and "judged by the headers of 4 and by preparing 3" in said
+    assert "Would be left out: about 1 for their size" in said and "grey.nii.gz: too small: 3x" in said
+    with pytest.raises(SystemExit):
+        prepare(scans, "-min_size", "1000", "--dry_run")
+    assert "no usable volume" in (said := capsys.readouterr().err) and "at least 1000 along each axis" in said
     assert not list((nnunet / "nnUNet_preprocessed").iterdir())
 
 
