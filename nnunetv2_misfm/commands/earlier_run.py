@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.files import read_json, training_lock
+from nnunetv2_misfm.files import read_json
 from nnunetv2_misfm.plans.compare import what_a_run_must_keep
 from nnunetv2_misfm.plans.files import FINAL, nnunet_folder
 from nnunetv2_misfm.plans.run_settings import BLOCK
@@ -44,8 +43,9 @@ class EarlierRun:
         state = "a finished" if finished else "an unfinished"
         remedy = "--c -num_epochs N to make it longer" if finished else "--c to continue it"
         raise PlanError(
-            f"{self.folder} holds {state} run. Use {remedy}, --overwrite to delete it and start anew, or "
-            f"-overwrite_plans_name to train beside it (without -i, which would prepare the volumes once more)."
+            f"{self.folder} holds {state} run. Use {remedy}, --overwrite to start anew (it is deleted when the new one "
+            f"is finished), or -overwrite_plans_name to train beside it (without -i, which would prepare the volumes "
+            f"once more)."
         )
 
     def check_same(self, plans: Mapping[str, Any], configuration: str) -> None:
@@ -71,9 +71,7 @@ class EarlierRun:
 
         return bool(read_checkpoint(final)["current_epoch"] >= plans[BLOCK]["num_epochs"])
 
-    def delete(self) -> None:
-        """Remove what is there. Raises LockedError if another process trains there."""
-        if self.folder.is_dir():
-            with training_lock(self.folder):
-                pass
-            shutil.rmtree(self.folder)
+    def delete_put_aside(self) -> None:
+        """Remove the checkpoints of runs before the one that is finished now, which had put them aside."""
+        for path in self.folder.glob("earlier_*_checkpoint_*.pth"):
+            path.unlink()

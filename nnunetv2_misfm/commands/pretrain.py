@@ -56,6 +56,8 @@ def pretrain(arguments: list[str] | None = None) -> None:
             options.continue_training,
         )
     if processes.rank == 0:
+        if options.overwrite:
+            EarlierRun(run_folder(task, dataset, plans, options.configuration)).delete_put_aside()
         weights = run_folder(task, dataset, plans, options.configuration) / FINAL
         print(f"Pretrained weights: {weights}")
         file = quote(str(weights))
@@ -74,6 +76,7 @@ def plan_and_prepare(options: PretrainOptions) -> tuple[str, str, str] | None:
     """
     from nnunetv2_misfm.commands.pretrain_source import run_request, source_of
     from nnunetv2_misfm.plans.network_entry import checked_network
+    from nnunetv2_misfm.trainers.distributed import check_batch_size
 
     source = source_of(options)
     run = EarlierRun(run_folder(source.task, source.dataset_name, source.plans_name, options.configuration))
@@ -88,6 +91,8 @@ def plan_and_prepare(options: PretrainOptions) -> tuple[str, str, str] | None:
         entry = plans["configurations"][options.configuration]
         channels = len(entry["normalization_schemes"])
         checked_network(entry, channels, request.pretext.task().num_outputs(channels))
+        if not prepares_only:
+            check_batch_size(entry["batch_size"], max(options.num_gpus, Processes().count))
     if options.continue_training:
         # Before anything is written, by the plans of the run; the trainer looks at its checkpoint too.
         run.check_same(plans, options.configuration)
@@ -100,9 +105,7 @@ def plan_and_prepare(options: PretrainOptions) -> tuple[str, str, str] | None:
         print(f"Train with: {command}")
         return None
     print(describe_choices(options, prepared))
-    if options.overwrite:
-        run.delete()
-    elif options.continue_training and run.is_finished(prepared):
+    if options.continue_training and run.is_finished(prepared):
         print(f"{run.folder} is finished; give a larger -num_epochs to go on.")
         return None
     return source.task, source.dataset_name, source.plans_name

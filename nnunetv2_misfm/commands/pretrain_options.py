@@ -159,7 +159,7 @@ def _problems_of_parts(options: argparse.Namespace) -> Iterator[str]:
 
 def _problems_of_run(options: argparse.Namespace, under_torchrun: bool) -> Iterator[str]:
     if options.continue_training and options.overwrite:
-        yield "--c continues a run and --overwrite deletes it; choose one"
+        yield "--c continues a run and --overwrite starts anew; choose one"
     if options.stems == "all" and options.network not in (None, "pctnet"):
         yield f"-stems all is for PCT-Net, not for -network {options.network}"
     if options.num_gpus < 1:
@@ -234,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--dry_run", action="store_true", help="estimate from a sample what preparing will cost, and keep nothing")
     add("--c", dest="continue_training", action="store_true", help="continue the run from its latest checkpoint")
-    add("--overwrite", action="store_true", help="delete what an earlier run left, and start anew")
+    add("--overwrite", action="store_true", help="start anew; an earlier run is deleted when this one is finished")
     add_setting_options(parser, "how volumes become a pool (with -i)", PoolSettings)
     add_setting_options(
         parser, f"the run (defaults of {DEFAULT_TASK}; other tasks have some of their own)", PretrainingSettings

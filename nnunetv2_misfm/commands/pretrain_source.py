@@ -20,7 +20,7 @@ from nnunetv2_misfm.plans.network_entry import own_network_name, set_sizes
 from nnunetv2_misfm.plans.run_settings import BLOCK, pretext_task_of
 from nnunetv2_misfm.plans.settings import read_settings
 from nnunetv2_misfm.pool.cost import estimate, sample_volumes
-from nnunetv2_misfm.pool.folder import PoolFolder
+from nnunetv2_misfm.pool.folder import PoolFolder, is_complete
 from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection, find_volumes
 from nnunetv2_misfm.pool.listing import check_exist
 from nnunetv2_misfm.pool.plan import adopt_plans, check_names, existing_plans, find_geometry, plan_pool
@@ -61,6 +61,8 @@ class BareVolumes:
         options, names = self.options, (self.dataset_name, self.plans_name, self.options.configuration)
         check_names(*names)
         settings = read_settings(PoolSettings, options.pool, "The pool's settings")
+        if self.adopted is not None:
+            adopted = adopt_plans(self.adopted, options.configuration, *names, settings, self.adopted.get(BLOCK, {}))
         if options.dry_run:
             self.sample = sample_volumes(options.folders, settings.join_channels, options.num_processes)
             whole: PoolInspection | None = self.sample.inspection
@@ -73,7 +75,6 @@ class BareVolumes:
         if whole is None:
             return None
         if self.adopted is not None:
-            adopted = adopt_plans(self.adopted, options.configuration, *names, settings, self.adopted.get(BLOCK, {}))
             plans = run_plans(adopted, options.configuration, self.plans_name, self.dataset_name, request)
         else:
             geometry = find_geometry(whole, settings, *names)
@@ -166,7 +167,8 @@ class PreprocessedDataset:
         self.plans_name = options.plans_name or (self.base["plans_name"] if same else derived_plans_name(self.task))
         check_plans_name(self.plans_name)
         is_pool = read_dataset_json(self.folder).get("misfm_pool", False)
-        if is_pool and not (self.folder / "dataset_fingerprint.json").is_file():
+        data = self.base["configurations"][options.configuration].get("data_identifier", "")
+        if is_pool and not is_complete(self.folder, data):
             raise PlanError(
                 f"The pool {self.folder} is not complete: volumes are still to be prepared. Give their folders with -i "
                 f"again; what is prepared already is kept."
@@ -224,14 +226,13 @@ def _with_what_was_left_open(
     """Plans with the network and sizes of earlier ones for the same data, as far as the request leaves them open."""
     before = (earlier or {}).get("configurations", {}).get(configuration)
     now = plans["configurations"][configuration]
-    if before is None or any(before.get(name) != now.get(name) for name in ("spacing", "data_identifier")):
-        return plans
-    left_open = {
-        "architecture": request.network is None,
-        "patch_size": request.patch_size is None,
-        "batch_size": request.batch_size is None,
-    }
-    now.update({key: before[key] for key, is_open in left_open.items() if is_open})
+    if before is not None and all(before.get(name) == now.get(name) for name in ("spacing", "data_identifier")):
+        left_open = {
+            "architecture": request.network is None,
+            "patch_size": request.patch_size is None,
+            "batch_size": request.batch_size is None,
+        }
+        now.update({key: before[key] for key, is_open in left_open.items() if is_open})
     set_sizes(now, None, None)  # what is kept may not fit what was given
     return plans
 

@@ -28,7 +28,7 @@ from nnunetv2_misfm.pool.plan import (
     pool_settings,
 )
 from nnunetv2_misfm.pool.reading import read_volume
-from nnunetv2_misfm.pool.volume_files import VolumeProblem
+from nnunetv2_misfm.pool.volume_files import DETACHED_ENDINGS, VolumeProblem
 from nnunetv2_misfm.pool.volumes import Volume
 from nnunetv2_misfm.pool.voxels import (
     BoundingBox,
@@ -157,7 +157,10 @@ def prepare_case(task: CaseTask) -> CaseResult:
         record = _prepare(task)
         written = sum(file.stat().st_size for file in temporary_files(task.temporary, task.volume.case))
     except VolumeProblem as problem:
-        record = CaseRecord.of(task.volume, LEFT_OUT, task.layout, reason=str(problem))
+        # A file of voxels beside its header may be mended without a change of the header, by which the volume is known.
+        detached = task.volume.source.lower().endswith(DETACHED_ENDINGS) and problem.__cause__ is not None
+        status = FAILED if problem.is_of_system or detached else LEFT_OUT
+        record = CaseRecord.of(task.volume, status, task.layout, reason=str(problem))
     except MemoryError:
         reason = "out of memory; use fewer processes or a coarser spacing"
         record = CaseRecord.of(task.volume, FAILED, task.layout, reason=reason)
@@ -242,9 +245,12 @@ def _modality(task: CaseTask, voxels: np.ndarray) -> tuple[str | None, str]:
     settings, plans_from = pool_settings(task.plans), pool_block(task.plans)["plans_from"]
     if plans_from is not None:
         return None, f"plans of {plans_from}"
-    if settings.modality != "auto":
-        return settings.modality, "settings"
-    return guess_modality(voxels, task.volume.dicom_modality)
+    tag = task.volume.dicom_modality
+    if settings.modality == "auto":
+        return guess_modality(voxels, tag)
+    if settings.modality == "ct" and tag not in (None, "CT"):
+        raise VolumeProblem(f"DICOM modality {tag} in a pool of CT (-modality auto takes other modalities too)")
+    return settings.modality, "settings"
 
 
 def check_expected_size(task: CaseTask) -> None:

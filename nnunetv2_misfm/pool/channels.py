@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -14,84 +14,88 @@ from nnunetv2_misfm.pool.volume_files import LeftOut, split_ending
 
 MOST_CHANNELS_OF_A_LONE_VOLUME = 4
 """`scan_0000` to `scan_0099` in a folder of their own are rather a hundred numbered scans than a hundred channels."""
+MOST_CHANNELS = 100
+"""Of any volume; files with higher numbers need not be looked at together."""
 
 
-def channels_by_name(names: Iterable[str]) -> dict[str, dict[int, str]] | None:
-    """The names of files by the name of their volume and the number of their channel; None if these are no channels.
+def volume_name(name: str) -> str:
+    """The name of an image file without a number that may be that of a channel, so equal for all channels of a volume.
 
-    A few names without a number stand for channel 0 alone among volumes of several channels, which it is no part of.
+    It tells what belongs together whatever other files there are.
     """
-    volumes: dict[str, dict[int, str]] = defaultdict(dict)
-    without: list[str] = []
+    stem, _ = split_ending(name)
+    numbered = _numbered(stem)
+    return name if numbered is None or numbered[1] >= MOST_CHANNELS else numbered[0] + name[len(stem) :]
+
+
+def channels_of_names(names: Iterable[str]) -> tuple[int, ...] | None:
+    """The channels that volumes among these files have, by the names of all of them; None if every file is a volume.
+
+    They are channels when all but a few names end in four digits, and most volumes have the same 0000 to 000N.
+    """
+    volumes: dict[str, set[int]] = defaultdict(set)
+    without = 0
     for name in names:
-        match = re.fullmatch(r"(.+)_(\d{4})", split_ending(name)[0])
-        if match is None:
-            without.append(name)
+        numbered = _numbered(split_ending(name)[0])
+        if numbered is None:
+            without += 1
         else:
-            volumes[match[1]][int(match[2])] = name
-    if without:
-        expected = usual_channels(volumes.values()) if len(without) < len(volumes) else None
-        if expected is None or len(expected) == 1:
-            return None
-        volumes.update({name: {0: name} for name in without})
-    return volumes
-
-
-def usual_channels(volumes: Collection[Collection[int]]) -> tuple[int, ...] | None:
-    """The channel numbers most volumes have, if they are 0 to N; None if these are no channels."""
-    counts = Counter(tuple(sorted(channels)) for channels in volumes)
-    expected, _ = counts.most_common(1)[0]
-    if expected != tuple(range(len(expected))):
+            volumes[numbered[0]].add(numbered[1])
+    if without >= len(volumes):
         return None
-    if len(volumes) == 1 and len(expected) > MOST_CHANNELS_OF_A_LONE_VOLUME:
+    counts = Counter(tuple(sorted(channels)) for channels in volumes.values())
+    usual, count = counts.most_common(1)[0]
+    most = MOST_CHANNELS_OF_A_LONE_VOLUME if len(volumes) == 1 else MOST_CHANNELS
+    if usual != tuple(range(len(usual))) or len(usual) > most or 2 * count <= len(volumes) + without:
         return None
-    return expected
+    return None if without and len(usual) == 1 else usual
 
 
 def join_channels(
-    headers: Sequence[Header], one_number: bool | None
+    headers: Sequence[Header], usual: Sequence[int] | None
 ) -> tuple[list[tuple[str, list[Header]]], list[LeftOut]]:
     """Group image files of one folder and one ending into volumes.
 
-    They are channels when all of them but a few end in four digits and most names have the same digits 0000 to 000N
-    and one geometry per name. A name that differs is left out.
+    A name that has other channels than usual is left out. Where the channels of a name differ in size, spacing or
+    position they are none, and every file is a volume.
 
     Args:
-        headers: of all these files, or of some of them where `one_number` is given.
-        one_number: what the names of all files tell: that every volume has the channel 0 alone (True), or that every
-            file is a volume (False); None to find out.
+        headers: of all these files, or of those that share some volume names.
+        usual: what `channels_of_names` says of all files.
 
     Returns:
         (stem, one header per channel) of each volume, and what was left out.
     """
-    by_name = {header.file.path: header for header in headers}
-    names = channels_by_name(by_name) if one_number is not False and headers else None
-    volumes = {name: {n: by_name[path] for n, path in paths.items()} for name, paths in (names or {}).items()}
-    expected = (0,) if one_number else _fitting_channels(volumes) if volumes else None
-    if not volumes or expected is None:
-        return [(split_ending(header.file.path)[0], [header]) for header in headers], []
-    joined, left_out = [], []
+    if usual is None:
+        return [_alone(header) for header in headers], []
+    volumes: dict[str, dict[int, Header]] = defaultdict(dict)
+    for header in headers:
+        name, number = _numbered(split_ending(header.file.path)[0]) or (header.file.path, 0)
+        volumes[name][number] = header
+    joined: list[tuple[str, list[Header]]] = []
+    left_out = []
     for name, channels in volumes.items():
         group = [channels[number] for number in sorted(channels)]
-        if tuple(sorted(channels)) == expected and _same_geometry(group):
-            joined.append((name, group))
+        if name == group[0].file.path and len(usual) > 1:
+            problem = f"its name ends in no number of a channel, {_listed(usual)} like the others' here"
+        elif sorted(channels) != list(usual):
+            problem = f"its channels {_listed(sorted(channels))} are not {_listed(usual)} like the others' here"
+        else:
+            joined += [(name, group)] if _same_geometry(group) else map(_alone, group)
             continue
-        problem = f"its channels {_listed(sorted(channels))} are not {_listed(expected)} like the others' here"
-        if name in by_name:
-            problem = f"its name ends in no number of a channel, {_listed(expected)} like the others' here"
-        if tuple(sorted(channels)) == expected:
-            problem = "its channels differ in size, spacing or position"
         left_out.append(LeftOut("; ".join(header.file.path for header in group), problem, group[0].file.bundle))
     return joined, left_out
 
 
-def _fitting_channels(volumes: Mapping[str, Mapping[int, Header]]) -> tuple[int, ...] | None:
-    """The usual channels if those of most volumes fit together."""
-    expected = usual_channels([channels.keys() for channels in volumes.values()])
-    fitting = sum(
-        tuple(sorted(channels)) == expected and _same_geometry(list(channels.values())) for channels in volumes.values()
-    )
-    return expected if fitting > len(volumes) / 2 else None
+def _numbered(stem: str) -> tuple[str, int] | None:
+    """The name of a volume and the number of a channel, if a stem ends in four digits."""
+    match = re.fullmatch(r"(.+)_(\d{4})", stem, re.ASCII)
+    return None if match is None else (match[1], int(match[2]))
+
+
+def _alone(header: Header) -> tuple[str, list[Header]]:
+    """A file that is a volume of its own, called as where all files here are known to have one channel."""
+    return split_ending(header.file.path)[0].removesuffix("_0000"), [header]
 
 
 def _same_geometry(group: Sequence[Header]) -> bool:

@@ -15,10 +15,12 @@ import numpy as np
 from nnunetv2_misfm.files import format_bytes, format_duration
 from nnunetv2_misfm.plans.files import nnunet_folder
 from nnunetv2_misfm.pool.case import PREPARED, CaseResult, CaseTask, check_expected_size, prepare_case
+from nnunetv2_misfm.pool.folder import PoolFolder
 from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection, find_volumes
-from nnunetv2_misfm.pool.plan import expected_shape
+from nnunetv2_misfm.pool.plan import expected_shape, layout_hash
 from nnunetv2_misfm.pool.share import BUNDLES
 from nnunetv2_misfm.pool.volume_files import VolumeProblem
+from nnunetv2_misfm.pool.volumes import Volume
 
 MEASURED_FIRST = 3
 """Volumes prepared before time and disk are estimated; they stay in the temporary folder until the rest will fit."""
@@ -86,15 +88,19 @@ def estimate(sample: Sample, plans: Mapping[str, Any], configuration: str, num_p
     Raises:
         PoolError: if every volume of the sample is too small or too large.
     """
-    volumes = sample.inspection.volumes
+    volumes, target = sample.inspection.volumes, nnunet_folder("nnUNet_preprocessed")
+    target.mkdir(parents=True, exist_ok=True)
+    done = _prepared(volumes, plans, configuration)
     usable, wrong_size = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        for task in [CaseTask(volume, plans, configuration, "", Path(folder)) for volume in volumes]:
+    with tempfile.TemporaryDirectory(dir=target) as folder:
+        for task in [CaseTask(one, plans, configuration, "", Path(folder)) for one in volumes if one.case not in done]:
             try:
                 check_expected_size(task)
                 usable.append(task)
             except VolumeProblem as problem:
                 wrong_size.append(f"{task.volume.source}: {problem}")
+        if done and not usable:
+            return "All usable volumes that were looked at are in the pool already"
         if not usable:
             raise PoolError(f"no usable volume in the given folders; the first is {wrong_size[0]}")
         tasks = typical_first(usable)
@@ -102,7 +108,6 @@ def estimate(sample: Sample, plans: Mapping[str, Any], configuration: str, num_p
     seconds_per_work, bytes_per_work = _per_work(measured, tasks)
     work = sum(map(_work, tasks)) / sample.share
     hours = (seconds_per_work * work + sample.seconds / sample.share) / 3600
-    target = nnunet_folder("nnUNet_preprocessed")
     free = format_bytes(shutil.disk_usage(target).free)
     read = format_bytes(sum(volume.num_bytes for volume in volumes) / sample.share)
     left_out = [f"{one.record.source}: {one.record.reason}" for one in measured if one.record.status != PREPARED]
@@ -112,12 +117,24 @@ def estimate(sample: Sample, plans: Mapping[str, Any], configuration: str, num_p
         [
             f"About {round(len(usable) / sample.share):,} volumes in {sample.inspection.num_files:,} files, {read}, "
             f"judged by the headers of {len(volumes)} and by preparing {len(measured)} of them",
+            *([f"About {round(len(done) / sample.share):,} more are in the pool already"] if done else []),
             *(f"Would be left out: {line}" for line in left_out),
             f"Preparing them takes one process about {format_duration(hours)}, and -np {num_processes} about "
             f"{format_duration(hours / num_processes)}; parts (-num_parts) share the work",
             f"The pool takes about {format_bytes(bytes_per_work * work)}; {free} are free in {target}",
         ]
     )
+
+
+def _prepared(volumes: Sequence[Volume], plans: Mapping[str, Any], configuration: str) -> set[str]:
+    """The cases of those that are in the pool as they are now."""
+    folder = PoolFolder(plans["dataset_name"], plans["plans_name"], configuration)
+    if not folder.data.is_dir():
+        return set()
+    layout = layout_hash(plans, configuration)
+    records = {bundle: folder.ledger.records(bundle) for bundle in {volume.bundle for volume in volumes}}
+    found = [(volume, records[volume.bundle].get(volume.case)) for volume in volumes]
+    return {one.case for one, record in found if record and record.status == PREPARED and record.is_of(one, layout)}
 
 
 def _work(task: CaseTask) -> int:

@@ -3,7 +3,8 @@
 DatasetXXX_NAME/
     dataset.json, dataset_fingerprint.json, <plans_name>.json, report.csv
     <data_identifier>/               case.b2nd, case_seg.b2nd, case.pkl, and nothing else
-    <data_identifier>_preparation/   what `ledger.py` lists, listing/ (`shared_listing.py`), temporary/, locks
+    <data_identifier>_preparation/   what `ledger.py` lists, listing/ (`shared_listing.py`), temporary/, locks, and
+                                     `incomplete` while volumes are still to be prepared
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.files import locked, read_json, written_whole
 from nnunetv2_misfm.plans.files import nnunet_folder
-from nnunetv2_misfm.pool.case import CASE_ENDINGS, LEFT_OUT, CaseRecord, temporary_files
+from nnunetv2_misfm.pool.case import CASE_ENDINGS, FAILED, LEFT_OUT, PREPARED, CaseRecord, temporary_files
 from nnunetv2_misfm.pool.inspection import PoolError
 from nnunetv2_misfm.pool.ledger import Ledger
 from nnunetv2_misfm.pool.plan import WRITE_ANEW, existing_plans
@@ -45,6 +47,7 @@ REPORT_COLUMNS = (
     "content",
 )
 
+INCOMPLETE = "incomplete"
 _PREPARATION = "_preparation"  # ends the name of the folder with what a preparation still needs
 
 
@@ -63,6 +66,7 @@ class PoolFolder:
         self._preparation = self.root / f"{data_identifier}{_PREPARATION}"
         self.ledger = Ledger(self._preparation, share)
         self.listing = self._preparation / "listing"
+        self.incomplete = self._preparation / INCOMPLETE
         self._all_temporary = self._preparation / "temporary"
         self.temporary = self._all_temporary / str(share)
 
@@ -120,15 +124,29 @@ class PoolFolder:
     def is_whole(self, case: str) -> bool:
         return (self.data / f"{case}.b2nd").exists()
 
+    def cases(self) -> set[str]:
+        """All that are whole; no case's name ends in _seg."""
+        return {path.name.removesuffix(".b2nd") for path in self.data.glob("*.b2nd")}
+
     def publish(self, record: CaseRecord) -> None:
         """Move a case from the temporary folder into the pool, its .b2nd last, then write its record."""
-        for file in temporary_files(self.temporary, record.case):
-            os.replace(file, self.data / file.name)
+        files = temporary_files(self.temporary, record.case)
+        if record.status == PREPARED and len(files) == len(CASE_ENDINGS):
+            for file in files:
+                os.replace(file, self.data / file.name)
+        elif record.status == PREPARED and not self.is_whole(record.case):  # an earlier one may serve
+            record = replace(record, status=FAILED, reason="its files were removed before they were in the pool")
         self.ledger.write_record(record)
 
     def remove_case(self, case: str) -> None:
         for ending in reversed(CASE_ENDINGS):
             (self.data / f"{case}{ending}").unlink(missing_ok=True)
+
+
+def is_complete(root: Path, data_identifier: str) -> bool:
+    """Whether all volumes of the pool in the dataset folder `root` have been looked at."""
+    at_work = root / f"{data_identifier}{_PREPARATION}" / INCOMPLETE
+    return (root / "dataset_fingerprint.json").is_file() and not at_work.exists()
 
 
 def check_is_pool(root: Path, plans_name: str) -> None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
 
 from nnunetv2_misfm.pool.dicom_frames import DicomHeader, read_dicom_header
 from nnunetv2_misfm.pool.grid import Grid
@@ -16,6 +14,7 @@ from nnunetv2_misfm.pool.nifti import open_nifti
 from nnunetv2_misfm.pool.stored_image import StoredImage
 from nnunetv2_misfm.pool.text_headers import open_metaimage, open_nrrd
 from nnunetv2_misfm.pool.volume_files import VolumeFile, VolumeProblem, unreadable
+from nnunetv2_misfm.pool.workers import worker_processes
 
 HEADERS_WORTH_A_PROCESS = 2000
 NEVER = -1
@@ -43,7 +42,7 @@ def header_reader(num_files: int, num_processes: int) -> Iterator[HeaderReader]:
     if num_processes == 1 or num_files < HEADERS_WORTH_A_PROCESS:
         yield lambda files: map(read_header, files)
         return
-    with ProcessPoolExecutor(num_processes, mp_context=get_context("spawn")) as executor:
+    with worker_processes(num_processes) as executor:
         yield lambda files: executor.map(read_header, files, chunksize=1 + min(200, len(files) // num_processes))
 
 
@@ -77,7 +76,6 @@ def read_header(file: VolumeFile) -> Header:
     except OSError as error:
         return Header(file, num_bytes, NEVER, problem=f"unreadable: {error.strerror or error}")
     except VolumeProblem as problem:
-        by_system = isinstance(problem.__cause__, OSError) and problem.__cause__.errno is not None
-        return Header(file, num_bytes, NEVER if by_system else modified_ns, problem=str(problem))
+        return Header(file, num_bytes, NEVER if problem.is_of_system else modified_ns, problem=str(problem))
     except Exception as error:  # numbers that are none, in headers of any format: one file never stops the rest
         return Header(file, num_bytes, modified_ns, problem=unreadable(error))

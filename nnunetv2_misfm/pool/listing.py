@@ -6,12 +6,12 @@ import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from nnunetv2_misfm.errors import UserError
-from nnunetv2_misfm.pool.channels import channels_by_name, usual_channels
+from nnunetv2_misfm.pool.channels import channels_of_names, volume_name
 from nnunetv2_misfm.pool.share import WHOLE, bundle_of
 from nnunetv2_misfm.pool.volume_files import (
     DICOM_ENDINGS,
@@ -30,12 +30,12 @@ class FileGroup:
     """Files of one folder that are looked at together: its DICOM files, or images of one ending."""
 
     files: tuple[VolumeFile, ...]
-    one_number: bool | None = None
+    usual_channels: tuple[int, ...] | None = None
     """As in `join_channels`."""
 
     def state(self) -> str:
         """A hash that changes with any of the files; empty if the system cannot tell."""
-        state = hashlib.blake2b(str(self.one_number).encode(), digest_size=12)
+        state = hashlib.blake2b(str(self.usual_channels).encode(), digest_size=12)
         try:
             for file in self.files:
                 status = os.stat(file.path)
@@ -52,7 +52,7 @@ class GroupNames(NamedTuple):
     bundle: int
     folder: str
     format: str
-    one_number: bool | None
+    usual_channels: Sequence[int] | None
     names: Sequence[tuple[str, Sequence[str]]]
     """Folder in the keys, and names of the files with such keys, in the order of the group."""
 
@@ -63,7 +63,7 @@ class GroupNames(NamedTuple):
             for key, names in self.names
             for name in names
         )
-        return FileGroup(tuple(files), self.one_number)
+        return FileGroup(tuple(files), None if self.usual_channels is None else tuple(self.usual_channels))
 
 
 @dataclass
@@ -85,7 +85,7 @@ class Listing:
         if not paths:
             return
         for groups in self.groups.values():
-            kept = [FileGroup(tuple(f for f in one.files if f.path not in paths), one.one_number) for one in groups]
+            kept = [replace(one, files=tuple(f for f in one.files if f.path not in paths)) for one in groups]
             groups[:] = [group for group in kept if group.files]
 
 
@@ -234,28 +234,24 @@ class ArchiveLister:
             self._take_images(folder, key, same_ending, IMAGE_ENDINGS[ending])
 
     def _take_images(self, folder: str, key: str, names: Sequence[str], kind: str) -> None:
-        """Share images of one ending file by file, or keep those together that may be channels of one volume."""
-        volumes = channels_by_name(names) if self.join else None
-        together = volumes is not None and len(volumes) < len(names)
-        alone = [channels.keys() for channels in (volumes or {}).values()]
-        expected = usual_channels(alone) if volumes else None
-        one_number = None if together else expected == (0,) and 2 * sum(0 in one for one in alone) > len(names)
+        """Share images of one ending volume by volume."""
+        usual = channels_of_names(names) if self.join else None
         by_bundle: dict[int, list[str]] = defaultdict(list)
         for name in names:
-            bundle = bundle_of(key if together else f"{key}/{name}")
+            bundle = bundle_of(f"{key}/{volume_name(name)}")
             if bundle in self.bundles:
                 by_bundle[bundle].append(name)
         for bundle, of_bundle in by_bundle.items():
-            self._add(bundle, folder, key, of_bundle, kind, one_number)
+            self._add(bundle, folder, key, of_bundle, kind, usual)
 
     def _add(
-        self, bundle: int, folder: str, key: str, names: Sequence[str], kind: str, one_number: bool | None = None
+        self, bundle: int, folder: str, key: str, names: Sequence[str], kind: str, usual: Sequence[int] | None = None
     ) -> None:
         if not names:
             return
         by_key: Sequence[tuple[str, Sequence[str]]]
         by_key = self._with_own_keys(folder, key, names) if self.same_names else [(key, names)]
-        group = GroupNames(bundle, folder, kind, one_number, by_key)
+        group = GroupNames(bundle, folder, kind, usual, by_key)
         if self.links:
             self.linked += [file for file in group.group().files if file.path in self.links]
         self.take(group)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,15 +113,21 @@ class PoolEntries:
         )
 
 
-def read_entries(ledger: Ledger, layout: str) -> PoolEntries:
-    """Read what the parts wrote down, each file once."""
+def read_entries(ledger: Ledger, layout: str, there: Collection[str]) -> PoolEntries:
+    """Read what the parts wrote down, each file once.
+
+    Args:
+        there: cases whose arrays are in the pool; a record of another one counts for nothing.
+    """
     result, joined = PoolEntries(), ledger.joined()
     seen: set[str] = set()
     by_header: set[str] = set()
+    found_in: dict[str, int] = {}
     for bundle in WHOLE.bundles:
         volumes, left_out = ledger.found(bundle)
-        records = ledger.records(bundle)
+        records = _of_arrays(ledger.records(bundle), there)
         wanted = [volume for volume in volumes if not joined.covers(volume)]
+        found_in.update({name: bundle for volume in wanted for name in (volume.case, volume.own_name)})
         result.num_waiting += sum(
             not any(name in records and records[name].is_of(volume, layout) for name in (volume.case, volume.own_name))
             for volume in wanted
@@ -136,11 +142,18 @@ def read_entries(ledger: Ledger, layout: str) -> PoolEntries:
         for one in kept:
             result.add(one)
         seen.update(records)
-    earlier = (one for case, one in ledger.records_of_earlier_versions().items() if case not in seen)
-    _add_records(result, earlier, layout, joined, by_header)
+    earlier = _of_arrays(ledger.records_of_earlier_versions(), there)
+    _add_records(result, (one for case, one in earlier.items() if case not in seen), layout, joined, by_header)
+    # A case that was in another bundle before, by other rules for bundles, has a record there that is out of date.
+    result.entries = [one for one in result.entries if found_in.get(one.case, one.bundle) == one.bundle]
+    result.gone -= {one.case for one in result.entries if one.status == PREPARED}
     for one in joined.left_out:
         result.add(one)
     return result
+
+
+def _of_arrays(records: Mapping[str, CaseRecord], there: Collection[str]) -> dict[str, CaseRecord]:
+    return {case: one for case, one in records.items() if one.status != PREPARED or case in there}
 
 
 def _add_records(
@@ -189,14 +202,15 @@ class PoolReport:
 
 def merge_pool(folder: PoolFolder, plans: Mapping[str, Any], configuration: str) -> PoolReport:
     """Once every volume has its record: drop duplicates and write fingerprint, plans and report."""
-    pool = read_entries(folder.ledger, layout_hash(plans, configuration))
+    pool = read_entries(folder.ledger, layout_hash(plans, configuration), folder.cases())
     if pool.num_waiting:
         return PoolReport(folder.root, dict(plans), pool.tally(), complete=False)
     _drop_duplicates(pool, folder.ledger, _cases_of(folder.fingerprint))
+    _free_duplicates(pool, folder.ledger)
     for case in pool.gone:
         folder.remove_case(case)
     folder.remove_temporary()
-    prepared = sorted((e for e in pool.entries if e.status == PREPARED), key=lambda entry: entry.case)
+    prepared = sorted({e.case: e for e in pool.entries if e.status == PREPARED}.values(), key=lambda entry: entry.case)
     if prepared:
         fingerprint = _fingerprint(prepared)
         counts = Counter(entry.modality for entry in prepared if entry.modality)
@@ -208,6 +222,7 @@ def merge_pool(folder: PoolFolder, plans: Mapping[str, Any], configuration: str)
         write_json(plans, folder.plans)
         write_json(fingerprint, folder.fingerprint)
     write_report(folder.root, (entry.row.split("\0") for entry in pool.entries))
+    folder.incomplete.unlink(missing_ok=True)
     return PoolReport(folder.root, dict(plans), pool.tally(), complete=True)
 
 
@@ -232,7 +247,7 @@ def _drop_duplicates(pool: PoolEntries, ledger: Ledger, in_pool_before: set[str]
         if entry.status == PREPARED:
             first, *second = sorted([entry, *filter(None, [kept.get(entry.content)])], key=rank)
             kept[entry.content] = first
-            dropped.update({one.case: one for one in second})
+            dropped.update({one.case: one for one in second if one.case != first.case})
     if not dropped:
         return
     pool.entries = [entry for entry in pool.entries if entry.status != PREPARED or entry.case not in dropped]
@@ -248,6 +263,18 @@ def _drop_duplicates(pool: PoolEntries, ledger: Ledger, in_pool_before: set[str]
             ledger.write_record(record)
             pool.add(record)
             pool.gone.add(entry.case)
+
+
+def _free_duplicates(pool: PoolEntries, ledger: Ledger) -> None:
+    """Let the next run prepare volumes that were left out for the voxels of one that has others now, or is gone."""
+    contents = {entry.content for entry in pool.entries if entry.status == PREPARED}
+    freed = [one for one in pool.entries if one.status == LEFT_OUT and one.content and one.content not in contents]
+    for entry in freed:
+        reason = "the volume with the same voxels is in the pool no more; the same command prepares this one"
+        record = dataclasses.replace(ledger.records(entry.bundle)[entry.case], status=FAILED, reason=reason)
+        ledger.write_record(record)
+        pool.entries.remove(entry)
+        pool.add(record)
 
 
 def _fingerprint(prepared: Sequence[Entry]) -> dict[str, Any]:

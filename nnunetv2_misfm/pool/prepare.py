@@ -179,6 +179,7 @@ def _start_or_continue(
     Parts of a job array use the plans that are there as they are: each would plan from what it has seen.
     """
     with folder.lock_start():
+        folder.incomplete.touch()
         folder.ledger.gather_records_of_earlier_versions()
         existing = existing_plans(plans["dataset_name"], plans["plans_name"])
         wanted = copy.deepcopy(dict(plans))

@@ -1,9 +1,9 @@
 """How the parts of a job array share an archive.
 
 Everything in it belongs to one of `BUNDLES` bundles, by a checksum of its name: an image file by its own, so that a
-huge folder is shared, DICOM files by their folder's, so that no series in it is cut, and images that may be channels of
-one volume by their folder's, too. Part i of N looks after the bundles i, i + N, i + 2N, ... So whose a file is does not
-depend on what else there is, and what is written down by bundle serves any number of parts.
+huge folder is shared, but without a number that may be a channel's, so that no volume is cut, and DICOM files by their
+folder's, so that no series in it is cut. Part i of N looks after the bundles i, i + N, i + 2N, ... So whose a file is
+does not depend on what else there is, and what is written down by bundle serves any number of parts.
 """
 
 from __future__ import annotations

@@ -51,12 +51,15 @@ class StoredImage:
         except OSError as error:
             raise VolumeProblem(f"unreadable: {error.strerror or error} ({error.filename})") from error
         if len(content) < wanted:
-            raise VolumeProblem(f"cut short: {len(content)} of {wanted} bytes of voxels")
+            raise VolumeProblem(f"cut short: {len(content)} of {wanted} bytes of voxels") from EOFError()
         voxels = np.frombuffer(content, self.dtype, count).reshape(self.grid.size[::-1])
-        if (self.slope, self.intercept) != (1.0, 0.0):
-            voxels = voxels.astype(np.float64) * self.slope + self.intercept
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity, which is found out later
-            return voxels.astype(np.float32)
+            if (self.slope, self.intercept) == (1.0, 0.0):
+                return voxels.astype(np.float32)
+            scaled = np.empty(voxels.shape, np.float32)
+            for plane, stored in zip(scaled, voxels, strict=True):  # one at a time, for the memory of float64
+                plane[...] = stored.astype(np.float64) * self.slope + self.intercept
+            return scaled
 
     def _part(self, path: str, start: int, share: int) -> bytes:
         """The voxels in one of the files."""

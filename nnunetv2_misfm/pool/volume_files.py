@@ -16,6 +16,8 @@ IMAGE_ENDINGS = {
     ".nrrd": "NRRD",
     ".nhdr": "NRRD",
 }
+DETACHED_ENDINGS = (".mhd", ".nhdr")
+"""Headers beside the files with their voxels."""
 DICOM_ENDINGS = (".dcm", ".ima", ".dicom")
 # Files that accompany volumes and are no volumes themselves: passed over, only counted.
 COMPANION_ENDINGS = tuple(
@@ -48,6 +50,14 @@ class VolumeFile:
 
 class VolumeProblem(Exception):
     """Why a volume cannot be used; the message becomes the reason in the report."""
+
+    @property
+    def is_of_system(self) -> bool:
+        """Whether a file could not be read for the system's reasons, which may pass, or was not there."""
+        error: BaseException | None = self
+        while isinstance(error, VolumeProblem):
+            error = error.__cause__
+        return isinstance(error, OSError) and error.errno is not None
 
 
 def unreadable(error: BaseException) -> str:

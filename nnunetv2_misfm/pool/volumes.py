@@ -113,7 +113,7 @@ def series_hash(header: Header) -> str:
     return hashlib.blake2b(text, digest_size=12).hexdigest()
 
 
-def _volumes_of(headers: Sequence[Header], one_number: bool | None) -> list[Volume | LeftOut]:
+def _volumes_of(headers: Sequence[Header], usual_channels: Sequence[int] | None) -> list[Volume | LeftOut]:
     """What the files of one group amount to."""
     readable = [header for header in headers if not header.problem]
     found: list[Volume | LeftOut] = [
@@ -121,7 +121,7 @@ def _volumes_of(headers: Sequence[Header], one_number: bool | None) -> list[Volu
     ]
     if headers[0].file.format == "DICOM":
         return found + _series_of(readable)
-    images, without_partner = join_channels(readable, one_number)
+    images, without_partner = join_channels(readable, usual_channels)
     return [*found, *without_partner, *(_from_images(group, stem) for stem, group in images)]
 
 
@@ -139,7 +139,7 @@ def outcomes(
             yield group, [_from_json(one, group.files[0].folder) for one in known[state]]
             continue
         of_group = [next(headers) for _ in group.files]
-        found = _volumes_of(of_group, group.one_number)
+        found = _volumes_of(of_group, group.usual_channels)
         if state and all(header.modified_ns != NEVER for header in of_group):
             fresh[state] = [_as_json(one) for one in found]
         yield group, found

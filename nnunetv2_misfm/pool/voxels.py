@@ -207,7 +207,7 @@ def intensity_statistics(voxels: np.ndarray) -> list[dict[str, float]]:
     """Per channel nnU-Net's intensity properties of the voxels that are not 0, from about 100,000 of them."""
     statistics = []
     for channel in voxels:
-        content = channel[channel != 0]
+        content = channel[channel != 0] if channel.any() else channel
         sample = content[:: max(1, content.size // 100_000)].astype(np.float64)
         low, median, high = np.percentile(sample, (0.5, 50.0, 99.5))
         statistics.append(

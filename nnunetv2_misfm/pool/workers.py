@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from typing import Generic, TypeVar
 
 from nnunetv2_misfm.errors import UserError
@@ -80,10 +82,26 @@ def _run_until_killed(
         suspects.extend(interrupted)
 
 
+def worker_processes(num_processes: int) -> ProcessPoolExecutor:
+    """Processes that end with this one even if it is killed: the next run must not find them at work in its folders."""
+    return ProcessPoolExecutor(num_processes, mp_context=get_context("spawn"), initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+
+    def wait_for_its_end() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait_for_its_end, daemon=True).start()
+
+
 def _start(num_processes: int) -> ProcessPoolExecutor:
     """Worker processes of which the first has answered, so that a later end is the fault of a job."""
     for _ in range(STARTS):
-        executor = ProcessPoolExecutor(num_processes, mp_context=get_context("spawn"))
+        executor = worker_processes(num_processes)
         try:
             executor.submit(int).result()
             return executor

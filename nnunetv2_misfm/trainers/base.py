@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -104,7 +105,7 @@ class BaseTrainer(ResumableTrainer):
             raise RuntimeError("initialize() was called twice")
         torch.manual_seed(self.settings.seed)
         if self.is_ddp:
-            check_batch_size(self.configuration_manager.batch_size)
+            check_batch_size(self.configuration_manager.batch_size, dist.get_world_size())
         self._set_batch_size_and_oversample()
         self.num_input_channels = determine_num_input_channels(
             self.plans_manager, self.configuration_manager, self.dataset_json

@@ -47,11 +47,11 @@ def wrap(network: nn.Module, device: torch.device, *, some_unused: bool) -> DDP:
     return DDP(network, find_unused_parameters=some_unused)
 
 
-def check_batch_size(batch_size: int) -> None:
+def check_batch_size(batch_size: int, num_processes: int) -> None:
     """Raise a PlanError if there are more processes than samples in a batch."""
-    if batch_size < dist.get_world_size():
+    if batch_size < num_processes:
         raise PlanError(
-            f"A batch of {batch_size} samples cannot be shared by {dist.get_world_size()} processes. Plan a larger "
+            f"A batch of {batch_size} samples cannot be shared by {num_processes} processes. Plan a larger "
             f"-batch_size, or use fewer processes."
         )
 

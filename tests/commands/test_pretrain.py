@@ -116,13 +116,20 @@ def test_parts_prepare_and_train_nothing(nnunet: Path, tmp_path: Path, capsys: p
     assert not (nnunet / "nnUNet_results" / "Dataset900_Pool").exists()
 
 
-def test_a_run_that_cannot_start_deletes_nothing(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_cannot_start_deletes_nothing(
+    nnunet: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     run("-d", "4")
     checkpoint = run_folder(nnunet, "Dataset004_Small", "nnUNetMisFMPretrainPlans") / "checkpoint_final.pth"
     before = checkpoint.read_bytes()
     refused(capsys, "-d", "4", "--overwrite", "-num_epochs", "0")
     refused(capsys, "-d", "4", "--overwrite", "-device", "cuda", "-num_gpus", "99")
+    with monkeypatch.context() as patched:
+        patched.setattr("nnunetv2_misfm.trainers.base.available_memory", lambda _: 2**20)
+        assert "even with activation checkpointing" in refused(capsys, "-d", "4", "--overwrite")
     assert checkpoint.read_bytes() == before
+    run("-d", "4", "--overwrite", "-seed", "1")
+    assert checkpoint.read_bytes() != before and not list(checkpoint.parent.glob("earlier_*"))
 
 
 def test_continuing_keeps_the_run_what_it_was(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -163,7 +170,14 @@ def test_a_pool_that_is_not_complete_is_named(nnunet: Path, capsys: pytest.Captu
     pool = nnunet / "nnUNet_preprocessed" / "Dataset004_Small"
     dataset = json.loads((pool / "dataset.json").read_text(encoding="utf-8"))
     (pool / "dataset.json").write_text(json.dumps({**dataset, "misfm_pool": True}), encoding="utf-8")
+    fingerprint = (pool / "dataset_fingerprint.json").read_bytes()
     (pool / "dataset_fingerprint.json").unlink()
+    assert "is not complete: volumes are still to be prepared" in refused(capsys, "-d", "4")
+    # That of other plans of the dataset, or of the volumes before, says nothing of those that are being prepared.
+    (pool / "dataset_fingerprint.json").write_bytes(fingerprint)
+    preparation = pool / "nnUNetPlans_3d_fullres_preparation"
+    preparation.mkdir()
+    (preparation / "incomplete").touch()
     assert "is not complete: volumes are still to be prepared" in refused(capsys, "-d", "4")
 
 
@@ -228,6 +242,19 @@ def test_a_network_stays_while_its_arguments_change(
     assert planned("-stems", "plan")[1] == arguments | {"stems": None}
     assert planned("-network", "plan")[0] == "PlainConvUNet"
     assert "own PlainConvUNet is kept as it is" in refused(capsys, *data, *FEATURES, "--overwrite")
+
+
+def test_what_training_refuses_is_refused_before_volumes_are_prepared(
+    nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "scans" / "a.nii.gz", ct())
+    data = ("-i", str(tmp_path / "scans"), "-d", "901", "-n", "New", "-modality", "ct", "-patch_size", "16", "16", "16")
+    message = refused(capsys, *data, "-network", "fmunet", "-batch_size", "1")
+    assert "patch size [16, 16, 16] leaves a single voxel" in message
+    monkeypatch.setattr("nnunetv2_misfm.commands.pretrain.check_device", lambda *_: None)
+    message = refused(capsys, *data, "-device", "cuda", "-batch_size", "4", "-num_gpus", "8")
+    assert "A batch of 4 samples cannot be shared by 8 processes" in message
+    assert not (nnunet / "nnUNet_preprocessed" / "Dataset901_New" / "nnUNetPlans.json").exists()
 
 
 def test_sizes_that_are_kept_have_to_fit_another_network(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -408,6 +408,14 @@ def test_what_an_archive_will_cost_is_said_and_nothing_is_written(
         prepare(scans, "-min_size", "1000", "--dry_run")
     assert "no usable volume" in (said := capsys.readouterr().err) and "at least 1000 along each axis" in said
     assert not list((nnunet / "nnUNet_preprocessed").iterdir())
+    (nnunet / "nnUNet_preprocessed").rmdir()
+    prepare(scans, "--dry_run")
+    assert "about 1 minute" in capsys.readouterr().out
+    prepare(scans)
+    write_scans(scans, [7])
+    capsys.readouterr()
+    prepare(scans, "--dry_run")
+    assert "About 1 volumes in" in (said := capsys.readouterr().out) and "more are in the pool already" in said
 
 
 def test_a_folder_that_does_not_exist_leaves_no_trace(nnunet: Path, scans: Path) -> None:

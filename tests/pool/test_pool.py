@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import dicom_files
 import numpy as np
 import phantoms
 import pytest
@@ -28,6 +30,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.files import LockedError
 from nnunetv2_misfm.plans.settings import SettingsError, read_settings
+from nnunetv2_misfm.pool import prepare, stored_image
+from nnunetv2_misfm.pool.case import remove_temporary_files
 from nnunetv2_misfm.pool.inspection import PoolError, find_volumes
 from nnunetv2_misfm.pool.merge import PoolReport
 from nnunetv2_misfm.pool.plan import adopt_plans, find_geometry, plan_pool
@@ -247,10 +251,11 @@ def test_bad_files_are_left_out_with_their_reason_and_stop_nothing(images: Path)
     phantoms.write(images / "large.nrrd", phantoms.mr(4), (99, 99, 99))
     phantoms.write(images / "same.nrrd", phantoms.mr(0))
     report = make_pool([images])
-    assert report.tally.statuses == {"prepared": 3, "left out": len(VOLUMES) + 3}
+    # One is a header whose file of voxels is cut short, which may be mended without a change of the header.
+    assert report.tally.statuses == {"prepared": 3, "failed": 1, "left out": len(VOLUMES) + 2}
     assert set(arrays(report)) == {"good0", "good1", "good2"}
     with open(report.folder / "report.csv", newline="", encoding="utf-8") as file:
-        left_out = [row for row in csv.DictReader(file) if row["status"] == "left out"]
+        left_out = [row for row in csv.DictReader(file) if row["status"] != "prepared"]
     # By the folder that bad_files.py made for a kind, and by name for those made here.
     reasons = {key: row["reason"] for row in left_out for key in Path(row["source"]).parts[-2:]}
     for kind, reason in {
@@ -448,6 +453,123 @@ def test_a_duplicate_that_comes_later_takes_no_case_away(images: Path) -> None:
     report = make_pool([images])
     assert set(arrays(report)) == {"m"}
     assert "duplicate" in rows(report)["a.nii.gz"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("names", "added"),
+    [
+        (("scan_0001", "scan_0002", "scan_0003"), ("other",)),
+        (("scan_0001",), ("scan_0002",)),
+        (("p1_0000", "p2_0000", "p3_0000"), ("p4_0000", "p4_0001")),
+        (("p1_0000", "p2_0000", "p3_0000"), ("other",)),
+        (("a", "b"), ("c_0000", "c_0001")),
+    ],
+)
+def test_new_names_beside_those_of_a_pool_take_nothing_away(
+    images: Path, names: tuple[str, ...], added: tuple[str, ...]
+) -> None:
+    for number, name in enumerate(names):
+        phantoms.write(images / f"{name}.nii.gz", phantoms.mr(number))
+    before = contents(make_pool([images]))
+    for number, name in enumerate(added):
+        phantoms.write(images / f"{name}.nii.gz", phantoms.mr(10 + number))
+    for _ in range(2):
+        report = make_pool([images])
+        assert before["arrays"].items() <= contents(report)["arrays"].items()
+        assert report.num_prepared == len(list(data_folder(report).glob("*.pkl")))
+        assert not any("duplicate" in row["reason"] for row in rows(report).values())
+
+
+def test_what_the_system_could_not_read_is_tried_again(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        phantoms.write(images / f"{name}.nii.gz", phantoms.mr(len(name) + ord(name)))
+    read = stored_image._bytes_of_file
+
+    def fails(path: str, *more: int) -> bytes:
+        if path.endswith("b.nii.gz"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return read(path, *more)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stored_image, "_bytes_of_file", fails)
+        report = make_pool([images])
+    assert report.tally.statuses == {"prepared": 1, "failed": 1}
+    assert "Input/output error" in rows(report)["b.nii.gz"]["reason"]
+    assert make_pool([images]).tally.statuses == {"prepared": 2}
+
+
+def test_voxels_that_are_mended_beside_their_header_are_read_again(images: Path) -> None:
+    phantoms.write(images / "a.mhd", phantoms.mr(0))
+    phantoms.write(images / "b.nii.gz", phantoms.mr(1))
+    voxels = images / "a.raw"
+    whole = voxels.read_bytes()
+    for damaged in (whole[:1000], None):
+        voxels.unlink() if damaged is None else voxels.write_bytes(damaged)
+        assert make_pool([images]).tally.statuses == {"prepared": 1, "failed": 1}
+    voxels.write_bytes(whole)
+    assert make_pool([images]).tally.statuses == {"prepared": 2}
+
+
+def test_files_that_are_gone_before_they_are_published_are_no_case(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(2):
+        phantoms.write(images / f"{number}.nii.gz", phantoms.mr(number))
+    really = prepare.check_disk
+
+    def interfere(folder: Path, measured: Any, tasks: Any, processes: int) -> str:
+        remove_temporary_files(tasks[0].temporary, measured[0].record.case)
+        return really(folder, measured, tasks, processes)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare, "check_disk", interfere)
+        report = make_pool([images])
+    assert report.num_prepared == len(arrays(report)) == 1
+    assert make_pool([images]).num_prepared == 2
+
+
+def test_other_modalities_are_left_out_of_a_pool_of_ct(images: Path) -> None:
+    dicom_files.series(images / "ct", phantoms.ct()[:12], Modality="CT")
+    dicom_files.series(images / "pet", phantoms.ct()[:12] + 7, Modality="PT")
+    report = make_pool([images], modality="ct")
+    (left_out,) = [row for row in every_row(report) if row["status"] == "left out"]
+    assert "DICOM modality PT in a pool of CT (-modality auto" in left_out["reason"]
+    assert report.num_prepared == 1
+
+
+def test_a_channel_that_is_empty_within_the_body_is_named(images: Path) -> None:
+    second = np.zeros_like(phantoms.ct())
+    second[0, 0, 0] = 5
+    phantoms.write(images / "a_0000.nii.gz", phantoms.ct())
+    phantoms.write(images / "a_0001.nii.gz", second)
+    with pytest.raises(PoolError, match="none of the volumes can be used"):
+        make_pool([images], modality="ct", skip_label_maps=False)
+    with open(next(images.parent.rglob("report.csv")), encoding="utf-8") as file:
+        assert "after normalisation" in file.read()
+
+
+def test_a_duplicate_is_prepared_once_its_original_has_other_voxels(images: Path) -> None:
+    for name in ("a", "b"):
+        phantoms.write(images / f"{name}.nii.gz", phantoms.mr(0))
+    assert set(arrays(make_pool([images]))) == {"a"}
+    phantoms.write(images / "a.nii.gz", phantoms.mr(1))
+    report = make_pool([images])
+    assert report.tally.statuses == {"prepared": 1, "failed": 1}
+    assert "the same command prepares this one" in rows(report)["b.nii.gz"]["reason"]
+    report = make_pool([images])
+    assert set(arrays(report)) == {"a", "b"} and report.tally.statuses == {"prepared": 2}
+
+
+def test_a_record_of_a_case_that_is_not_there_does_not_count(images: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        phantoms.write(images / f"{number}.nii.gz", phantoms.mr(number))
+    report = make_pool([images])
+    removed = next(path for path in sorted(data_folder(report).glob("*.b2nd")) if not path.stem.endswith("_seg"))
+    removed.unlink()
+    other = tmp_path / "other"
+    phantoms.write(other / "c.nii.gz", phantoms.mr(2))
+    report = make_pool([other])
+    assert report.num_prepared == 2 == len(contents(report)["dataset_fingerprint.json"]["cases"])
 
 
 def test_a_case_without_its_last_file_is_prepared_again(images: Path) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -49,3 +52,43 @@ def test_a_job_whose_process_was_killed_once_is_done_the_second_time(tmp_path: P
 def test_an_error_in_a_job_is_raised(num_processes: int) -> None:
     with pytest.raises(ValueError, match="job"):
         list(run_jobs(fail, [1, 2, 3], num_processes))
+
+
+KILLED = """
+import os, sys
+sys.path[:] = {paths!r}
+from test_workers import note_and_wait
+from nnunetv2_misfm.pool.workers import run_jobs
+if __name__ == "__main__":
+    list(run_jobs(note_and_wait, [{folder!r}] * 4, 2))
+"""
+
+
+def note_and_wait(folder: str) -> None:
+    Path(folder, f"{os.getpid()}_{time.time_ns()}").touch()
+    time.sleep(60)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
+def test_workers_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
+    program, folder = tmp_path / "program.py", tmp_path / "jobs"
+    folder.mkdir()
+    program.write_text(KILLED.format(paths=[str(Path(__file__).parent), *sys.path], folder=str(folder)))
+    run = subprocess.Popen([sys.executable, str(program)])
+    while len(list(folder.iterdir())) < 2:
+        assert run.poll() is None
+        time.sleep(0.1)
+    run.kill()
+    run.wait()
+    workers = {int(path.name.partition("_")[0]) for path in folder.iterdir()}
+    ends = time.monotonic() + 30
+    while any(_is_alive(worker) for worker in workers):
+        assert time.monotonic() < ends
+        time.sleep(0.1)
+    assert len(list(folder.iterdir())) == 2
+
+
+def _is_alive(process: int) -> bool:
+    """A process that has ended and was not waited for counts as ended."""
+    state = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True).stdout.strip()
+    return state != "" and not state.startswith("Z")
