@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from nnunetv2_misfm.commands.launch import usable_gpus
 from nnunetv2_misfm.commands.parser import CommandParser
 from nnunetv2_misfm.commands.setting_options import add_setting_options, given
-from nnunetv2_misfm.errors import PlanError, exit_with_message
+from nnunetv2_misfm.errors import PlanError, UserError, exit_with_message
 from nnunetv2_misfm.files import write_json
-from nnunetv2_misfm.plans.checks import check_labels, check_replaceable
-from nnunetv2_misfm.plans.compare import what_changes
+from nnunetv2_misfm.plans.checks import check_labels, check_replaceable, configuration_3d, without_trainer
+from nnunetv2_misfm.plans.compare import is_complete, what_changes
 from nnunetv2_misfm.plans.files import folds, preprocessed_dataset, read_dataset_json, read_plans
-from nnunetv2_misfm.plans.network_entry import NETWORKS
+from nnunetv2_misfm.plans.network_entry import ENCODER, NETWORKS, STEM
 from nnunetv2_misfm.plans.run_settings import (
     DEFAULT_BASELINE_PLANS,
     DEFAULT_FINETUNING_PLANS,
@@ -23,10 +23,12 @@ from nnunetv2_misfm.plans.run_settings import (
     FinetuningSettings,
 )
 from nnunetv2_misfm.plans.settings import read_settings
+from nnunetv2_misfm.transfer.report import FRESH
 
 if TYPE_CHECKING:
     from nnunetv2_misfm.transfer.planning import PlanRequest
     from nnunetv2_misfm.transfer.pretrained import Source
+    from nnunetv2_misfm.transfer.report import TransferReport
 
 _FEW_ITERATIONS = 2000
 
@@ -45,7 +47,7 @@ def plan(options: argparse.Namespace) -> None:
     """
     # nnU-Net takes seconds to import; --help and wrong flags should not wait for it.
     from nnunetv2_misfm.transfer.memory_target import fit_to_memory
-    from nnunetv2_misfm.transfer.planning import check_fit, finetuning_plans, pin_trainer
+    from nnunetv2_misfm.transfer.planning import finetuning_plans, pin_trainer
     from nnunetv2_misfm.transfer.pretrained import read_source
 
     _check(options)
@@ -58,11 +60,7 @@ def plan(options: argparse.Namespace) -> None:
         for name in request.configurations:
             sizes = fit_to_memory(plans, name, target.dataset_json, options.gpu_memory_target)
             remarks.append(sizes)
-    for name in request.configurations:
-        # Builds the network too, which says what is wrong with it before anything is written.
-        report = check_fit(plans, name, target.dataset_json, source)
-        if report is not None and not request.from_scratch:
-            remarks += [*report.notes, f"{name}: the weights give {report.share()}."]
+    remarks += target.check_fit(plans, request, source)
     if target.replaced is not None:
         remarks += what_changes(target.path, target.replaced, plans, options.c)
     pin_trainer(plans)
@@ -131,6 +129,31 @@ class TargetDataset:
             )
         return {name: entry for name, entry in there.items() if name not in self.configurations}
 
+    def check_fit(self, plans: Mapping[str, Any], request: PlanRequest, source: Source | None) -> Iterator[str]:
+        """Build the planned networks, which says what is wrong with one before anything is written.
+
+        Returns:
+            Remarks on what the weights give them, and on configurations that stay and start from the same weights now.
+
+        Raises:
+            UserError: if a network cannot be built, or the weights do not fit it.
+        """
+        from nnunetv2_misfm.transfer.planning import check_fit
+
+        for name in request.configurations:
+            report = check_fit(plans, name, self.dataset_json, source)
+            _check_frozen(request, name, report)
+            if report is not None and not request.from_scratch:
+                yield from (*report.notes, f"{name}: the weights give {report.share()}.")
+        for name in request.kept:
+            if source is not None and not request.from_scratch and is_complete(plans, name):
+                entry = configuration_3d(plans, name)
+                entry["architecture"] = without_trainer(entry["architecture"])
+                try:
+                    check_fit({**plans, "configurations": {name: entry}}, name, self.dataset_json, source)
+                except UserError as error:
+                    yield f"{name}, which stays, cannot start from these weights; plan it under another name. {error}"
+
     def provide_data(self, plans: Mapping[str, Any], num_processes: int) -> None:
         """Link or preprocess the arrays of the new plans, and say which."""
         from nnunetv2_misfm.transfer.arrays import provide_data
@@ -155,6 +178,23 @@ def _check(options: argparse.Namespace) -> None:
         problems.append("-gpu_memory_target chooses patch and batch size; leave -patch_size and -batch_size out")
     if problems:
         raise PlanError("; ".join(problems) + ".")
+
+
+def _check_frozen(request: PlanRequest, name: str, report: TransferReport | None) -> None:
+    """Raise a PlanError if an encoder that never trains would be random, all of it or a layer."""
+    if request.settings.schedule != "decoder_only":
+        return
+    if report is None or request.from_scratch:
+        raise PlanError("-schedule decoder_only keeps the encoder as it is, which is random without weights.")
+    encoder = [entry for entry in report.entries if entry.part in (STEM, ENCODER)]
+    if not encoder:
+        raise PlanError("-schedule decoder_only needs a network that names its encoder (docs/own_networks.md).")
+    fresh = [entry for entry in encoder if entry.status == FRESH]
+    if fresh:
+        raise PlanError(
+            f"{name}: -schedule decoder_only keeps the encoder as it is, but {len(fresh)} of its parameters would be "
+            f"random, such as {fresh[0].name} ({fresh[0].reason}). Choose another -schedule."
+        )
 
 
 def _about_the_weights(options: argparse.Namespace, request: PlanRequest, source: Source | None) -> Iterator[str]:

@@ -20,7 +20,7 @@ from nnunetv2_misfm.plans.network_entry import own_network_name, set_sizes
 from nnunetv2_misfm.plans.run_settings import BLOCK, pretext_task_of
 from nnunetv2_misfm.plans.settings import read_settings
 from nnunetv2_misfm.pool.cost import estimate, sample_volumes
-from nnunetv2_misfm.pool.folder import PoolFolder, is_complete
+from nnunetv2_misfm.pool.folder import PoolFolder, pool_is_complete
 from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection, find_volumes
 from nnunetv2_misfm.pool.listing import check_exist
 from nnunetv2_misfm.pool.plan import adopt_plans, check_names, existing_plans, find_geometry, plan_pool
@@ -168,7 +168,7 @@ class PreprocessedDataset:
         check_plans_name(self.plans_name)
         is_pool = read_dataset_json(self.folder).get("misfm_pool", False)
         data = self.base["configurations"][options.configuration].get("data_identifier", "")
-        if is_pool and not is_complete(self.folder, data):
+        if is_pool and not pool_is_complete(self.folder, data):
             raise PlanError(
                 f"The pool {self.folder} is not complete: volumes are still to be prepared. Give their folders with -i "
                 f"again; what is prepared already is kept."

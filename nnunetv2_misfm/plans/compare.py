@@ -68,7 +68,17 @@ def what_a_run_must_keep(
     if "task" in changed:  # the settings of one task say nothing about another
         changed = {"task": changed["task"]}
     free = _may_change((now.get(BLOCK) or {}).get("task"), groups)
+    if _weights_differ(before, now):
+        names = [(one.get(PRETRAIN_INFO) or {}).get("checkpoint_path") or "none" for one in (before, now)]
+        changed["pretrained weights"] = names[0], names[1] if names[1] != names[0] else f"{names[1]}, written anew"
     return [f"{name}: {old} then, {new} now" for name, (old, new) in changed.items() if name not in free]
+
+
+def _weights_differ(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether plans start from other weights; a file may have another place."""
+    old, new = (one.get(PRETRAIN_INFO) or {} for one in (before, now))
+    key = "sha256" if old.get("sha256") and new.get("sha256") else "checkpoint_path"
+    return bool(old.get(key) != new.get(key))
 
 
 def _may_change(task: str | None, groups: Mapping[str, Settings]) -> set[str]:
@@ -111,7 +121,7 @@ def what_changes(
         changed.append(f"the plans that are replaced also had {', '.join(kept)}, which stay as they are")
     for name in kept:
         _check_arrays(path, name, replaced, plans, configurations)
-    for name in (one for one in replaced["configurations"] if _is_complete(replaced, one)):
+    for name in (one for one in replaced["configurations"] if is_complete(replaced, one)):
         changes = run_changes(replaced, plans, name).items()
         changed += [f"{name}: {key} {old} becomes {new}" for key, (old, new) in changes]
     if replaced["dataset_name"] != plans["dataset_name"]:
@@ -128,7 +138,7 @@ def _check_arrays(
 ) -> None:
     """Raise a PlanError if a configuration that is not planned anew has arrays of its own and would need others."""
     made = {_identifier(plans, name) for name in configurations}
-    if not _is_complete(replaced, kept) or _identifier(plans, kept) in made:
+    if not is_complete(replaced, kept) or _identifier(plans, kept) in made:
         return
     before, now = (_preprocessing(one, kept) for one in (replaced, plans))
     names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
@@ -140,7 +150,7 @@ def _check_arrays(
         )
 
 
-def _is_complete(plans: Mapping[str, Any], name: str) -> bool:
+def is_complete(plans: Mapping[str, Any], name: str) -> bool:
     """Whether a configuration that was not asked for can be used; it may be its owner's own, half written."""
     try:
         check_complete(plans, Path(), "", [name])

@@ -193,6 +193,26 @@ def _check_outputs(network: Any, architecture: Mapping[str, Any], input_channels
             f"a list, finest first, with one output for each of its strides but the last: {expected}. See "
             f"docs/own_networks.md."
         )
+    _check_single_output(network, name, torch.empty(2, input_channels, *patch, device="meta"))
+
+
+def _check_single_output(network: Any, name: str, patch: Any) -> None:
+    """Raise a PlanError unless a network gives one tensor where nnU-Net switches deep supervision off to predict."""
+    import torch
+
+    try:
+        network.decoder.deep_supervision = False
+        with torch.no_grad():
+            output = network(patch)
+        network.decoder.deep_supervision = True
+        gives = "" if isinstance(output, torch.Tensor) else f"gives a {type(output).__name__}"
+    except Exception as error:  # as above
+        gives = f"fails ({first_line(error)})"
+    if gives:
+        raise PlanError(
+            f"The network {name} {gives} where `decoder.deep_supervision` is set to False, as nnU-Net does to predict. "
+            f"It has to give a single tensor then. See docs/own_networks.md."
+        )
 
 
 def degree_of_anisotropy(configuration: Mapping[str, Any]) -> int:

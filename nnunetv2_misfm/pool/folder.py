@@ -143,7 +143,7 @@ class PoolFolder:
             (self.data / f"{case}{ending}").unlink(missing_ok=True)
 
 
-def is_complete(root: Path, data_identifier: str) -> bool:
+def pool_is_complete(root: Path, data_identifier: str) -> bool:
     """Whether all volumes of the pool in the dataset folder `root` have been looked at."""
     at_work = root / f"{data_identifier}{_PREPARATION}" / INCOMPLETE
     return (root / "dataset_fingerprint.json").is_file() and not at_work.exists()

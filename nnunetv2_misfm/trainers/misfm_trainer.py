@@ -17,6 +17,7 @@ from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
 from nnunetv2_misfm.trainers.run_page import TRANSFER_REPORT
 from nnunetv2_misfm.trainers.schedules import parameter_groups
 from nnunetv2_misfm.transfer.arrays import check_labels_unchanged
+from nnunetv2_misfm.transfer.names import names_of
 from nnunetv2_misfm.transfer.pretrained import load_source, transfer_source
 from nnunetv2_misfm.transfer.transfer import TransferError
 
@@ -62,7 +63,17 @@ class MisFMTrainer(BaseTrainer):
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         settings = cast(FinetuningSettings, self.settings)
-        return parameter_groups(self.bare_network, settings.layer_decay, settings.seg_layers_lr_factor)
+        names = names_of(self.bare_network, self._rebuilt_network)
+        groups = parameter_groups(self.bare_network, settings.layer_decay, settings.seg_layers_lr_factor, names)
+        there = {group["name"] for group in groups}
+        if "encoder" not in there and (settings.layer_decay < 1 or settings.schedule in ("sawtooth", "decoder_only")):
+            self.print_to_log_file(
+                f"This network does not name its encoder (key_to_encoder), so schedule {settings.schedule} and "
+                f"layer_decay {settings.layer_decay} treat all of it alike."
+            )
+        if "seg_layers" not in there and settings.seg_layers_lr_factor != 1:
+            self.print_to_log_file("No segmentation layers were found: seg_layers_lr_factor has no effect.")
+        return groups
 
     def _memory_remedy(self, gigabytes: float) -> str:
         target = f"-gpu_memory_target {max(1, int(gigabytes))}"

@@ -53,6 +53,7 @@ class ResumableTrainer(nnUNetTrainer):
     settings: RunSettings
     network: Any  # within DDP and what torch.compile returns
     _was_loaded = False
+    _optimizer_problem = ""
 
     @property
     def _continues(self) -> bool:
@@ -118,6 +119,8 @@ class ResumableTrainer(nnUNetTrainer):
                 f"{differing}\nPlan as then to continue it, or give the new plans a name of their own "
                 f"(-overwrite_plans_name). Without --c a new run starts; the checkpoints of this one are kept."
             )
+        if self._optimizer_problem:
+            raise CheckpointError(self._optimizer_problem)
 
     def _changes_since(self, plans: Mapping[str, Any]) -> str:
         changes = what_a_run_must_keep(
@@ -235,7 +238,10 @@ class ResumableTrainer(nnUNetTrainer):
         except RuntimeError as error:
             why = self._changes_since(checkpoint["init_args"]["plans"]) or first_line(error)
             raise CheckpointError(f"{name} does not fit the network of this run's plans: {why}") from None
-        self.optimizer.load_state_dict(checkpoint["optimizer_state"])
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer_state"])
+        except ValueError as error:  # of other groups of parameters; only a training that goes on needs it
+            self._optimizer_problem = f"{name} does not fit the optimiser of this run's plans: {first_line(error)}"
         if self.grad_scaler is not None and checkpoint["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(checkpoint["grad_scaler_state"])
         self._load_more(checkpoint)

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from nnunetv2_misfm.plans.network_entry import ENCODER, STEM
-from nnunetv2_misfm.transfer.names import SEG_LAYERS, names_of
+from nnunetv2_misfm.transfer.names import SEG_LAYERS, Names, names_of
 
 _RAMP_SHARE = 0.05
 _POLY_EXPONENT = 0.9
@@ -82,19 +82,19 @@ def stage_at(schedule: str, epoch: int, num_epochs: int, part: float = 1.0) -> S
 
 
 def parameter_groups(
-    network: nn.Module, layer_decay: float = 1.0, seg_layers_lr_factor: float = 1.0
+    network: nn.Module, layer_decay: float = 1.0, seg_layers_lr_factor: float = 1.0, names: Names | None = None
 ) -> list[dict[str, Any]]:
     """The optimiser's groups, with the `name` and `lr_scale` that `StagedSchedule` steers them by.
 
     The decoder comes first because nnU-Net logs the learning rate of the first group, and the decoder always trains.
     With a decay below 1 each stage of the encoder is a group, its rate that share of the next deeper stage's; the
     deepest has that share of the decoder's. With a factor other than 1 the segmentation layers are a group of their
-    own, their rate that many times the decoder's.
+    own, their rate that many times the decoder's. A network that does not declare the names of its parts needs `names`.
     """
     decoder: list[nn.Parameter] = []
     seg_layers: list[nn.Parameter] = []
     encoder: dict[int, list[nn.Parameter]] = {}
-    names = names_of(network)
+    names = names or names_of(network)
     for name, parameter in network.named_parameters():
         part = names.part_in_network(name)
         if part in (STEM, ENCODER):

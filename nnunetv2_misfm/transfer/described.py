@@ -14,7 +14,7 @@ from torch import Tensor
 from nnunetv2_misfm.plans.checks import INTENSITIES, WINDOW, with_present_names
 from nnunetv2_misfm.plans.network_entry import UNET_ARGUMENTS
 from nnunetv2_misfm.plans.settings import is_number
-from nnunetv2_misfm.transfer.checkpoint import CHANNEL_NAMES, CheckpointInfo, preprocessing_of
+from nnunetv2_misfm.transfer.checkpoint import CHANNEL_NAMES, CheckpointInfo, plain, preprocessing_of
 from nnunetv2_misfm.transfer.foreign import RESIDUAL_UNET
 from nnunetv2_misfm.transfer.unet_weights import unet_description
 
@@ -121,7 +121,7 @@ def _nnunet(checkpoint: Mapping[str, Any]) -> _Described | None:
         arguments = dict(configuration["architecture"]["arch_kwargs"])
     except Exception:  # whatever a foreign file makes nnU-Net stumble over
         return None
-    return arguments, preprocessing_of(plans, configuration)
+    return plain(arguments), plain(preprocessing_of(plans, configuration))
 
 
 def _nnssl(checkpoint: Mapping[str, Any], beside: Mapping[str, Any]) -> _Described | None:
@@ -134,7 +134,7 @@ def _nnssl(checkpoint: Mapping[str, Any], beside: Mapping[str, Any]) -> _Describ
         arguments = dict(architecture.get("arch_kwargs") or {})
         if preset in _PRESET_STRIDES:
             arguments["strides"] = _PRESET_STRIDES[preset]
-        return arguments, preprocessing_of(plans, configuration)
+        return plain(arguments), plain(preprocessing_of(plans, configuration))
     except (KeyError, TypeError, AttributeError, StopIteration):
         return None
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.plans.checks import INTENSITIES
+from nnunetv2_misfm.plans.network_entry import UNET_ARGUMENTS, own_network_name
+from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS
 from nnunetv2_misfm.transfer.checkpoint import LEARNT, CheckpointError, write_safetensors
 from nnunetv2_misfm.transfer.hub import EXPORTED
 from nnunetv2_misfm.transfer.names import OTHER, PARTS, Names, names_in_class
@@ -18,10 +20,7 @@ from nnunetv2_misfm.transfer.shrunk_weights import shrunk_weights
 from nnunetv2_misfm.transfer.unet_weights import is_statistic
 
 # Constructor arguments that hardly differ from one of nnU-Net's networks to another.
-_USUAL = ("n_stages", "conv_op", "conv_bias", "kernel_sizes", "norm_op_kwargs", "dropout_op", "dropout_op_kwargs") + (
-    "nonlin",
-    "nonlin_kwargs",
-)
+_USUAL = ("n_stages", "conv_op", "conv_bias", "kernel_sizes", "dropout_op", "dropout_op_kwargs")
 _OF_PREPROCESSING = ("dataset_name", "spacing", "patch_size", "normalization_schemes", "transpose_forward")
 
 
@@ -77,7 +76,7 @@ def _description(source: Source) -> list[tuple[str, Any]]:
     training = {name: value for name, value in info.training.items() if name not in ("task", LEARNT)}
     return [
         ("network", info.network_class_name),
-        ("  arguments", _short({name: info.arch_kwargs[name] for name in info.arch_kwargs if name not in _USUAL})),
+        ("  arguments", _short(_unusual(info.arch_kwargs))),
         ("  input channels", _channels(source)),
         ("  classes", info.num_classes or "none"),
         ("task", info.training.get("task", info.task)),
@@ -86,6 +85,15 @@ def _description(source: Source) -> list[tuple[str, Any]]:
         *((f"  {name}", _short(value)) for name, value in training.items()),
         ("written by", ", ".join(f"{name} {version}" for name, version in info.versions.items()) or "unknown"),
     ]
+
+
+def _unusual(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor arguments of a network that may differ from those of other networks of its class."""
+    return {
+        name: value
+        for name, value in arguments.items()
+        if name not in _USUAL and (name not in UNET_ARGUMENTS or value != UNET_ARGUMENTS[name])
+    }
 
 
 def _channels(source: Source) -> str:
@@ -152,8 +160,13 @@ def model_card(source: Source, licence: str | None) -> str:
     """The card: what the weights are, how to use them, how they were made."""
     assert source.info is not None
     network = source.info.network_class_name.rpartition(".")[2]
+    task = [source.info.task.replace("_", "-")] if source.info.task in PRETEXT_TASKS else []
+    tags = ["medical", "segmentation", "nnunet", *task]
+    of_misfm = source.info.task == "volume_fusion"
+    method = "\nMethod: MIS-FM ([arXiv 2306.16925](https://arxiv.org/abs/2306.16925))." if of_misfm else ""
+    own = "" if own_network_name(source.info.network_class_name) is not None else " -network pretrained"
     details = "\n".join(line for line in describe(source).splitlines() if not line.startswith(("file", "on the Hub")))
-    front = ["library_name: nnunetv2_misfm", "tags: [medical, segmentation, nnunet, volume-fusion]"]
+    front = ["library_name: nnunetv2_misfm", f"tags: [{', '.join(tags)}]"]
     front += [f"license: {licence}"] if licence else []
     to_fill = "" if licence else "\n\n> No licence was given; add one to the first lines of this file."
     header = "\n".join(["---", *front, "---"])
@@ -161,11 +174,10 @@ def model_card(source: Source, licence: str | None) -> str:
 
 # {network}, {source.info.task.replace("_", " ")}{to_fill}
 
-Weights for fine-tuning in [nnU-Net v2](https://github.com/MIC-DKFZ/nnUNet) with the plugin nnunetv2_misfm. Method:
-MIS-FM ([arXiv 2306.16925](https://arxiv.org/abs/2306.16925)).
+Weights for fine-tuning in [nnU-Net v2](https://github.com/MIC-DKFZ/nnUNet) with the plugin nnunetv2_misfm.{method}
 
 ```bash
-misfm_plan -d DATASET_ID -c 3d_fullres -pretrained_weights hf:OWNER/NAME
+misfm_plan -d DATASET_ID -c 3d_fullres -pretrained_weights hf:OWNER/NAME{own}
 nnUNetv2_train DATASET_ID 3d_fullres 0 -tr MisFMTrainer -p nnUNetMisFMPlans
 ```
 

@@ -6,7 +6,7 @@ written here has data folders of its own (`data_identifier`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pydoc import locate
@@ -53,6 +53,8 @@ _PLANNERS = {
     PLAIN_UNET: ("", "nnUNetPlans"),
     RESIDUAL_UNET: (" -pl nnUNetPlannerResEncL", "nnUNetResEncUNetLPlans"),
 }
+# Where the layers of a network come from that a foreign file describes.
+_LAYERS = ("torch.nn.", "dynamic_network_architectures.")
 # Networks that differ so little from one of nnU-Net's that its plans take their weights.
 _LIKE = {GENERIC_UNET_CLASS: PLAIN_UNET}
 
@@ -250,6 +252,7 @@ def _architecture(
             f"-features_per_stage changes a network that -network {request.network} keeps as it is. Leave one out."
         )
     if request.network == "plan":
+        remarks += (f"{name}: {remark}" for remark in _about_activations(planned, source))
         return planned
     if request.network == "pretrained" and _network_of(source) is None:
         return _held_architecture(source)
@@ -261,6 +264,7 @@ def _architecture(
                 f"{source.network_name}, whose stages are as in the dataset's plans. Leave -features_per_stage out."
             )
         _check_same_kind(planned, source, request)
+        remarks += (f"{name}: {remark}" for remark in _about_activations(planned, source))
         return planned
     if source is not None and _network_of(source) != network:
         raise PlanError(
@@ -286,14 +290,40 @@ def _held_architecture(source: Source | None) -> dict[str, Any]:
         )
     arguments = {name: value for name, value in info.arch_kwargs.items() if name != "deep_supervision"}
     for name in UNET_CLASSES:
-        # nnU-Net imports and calls what is named here: in a foreign file that must not be anything but a layer.
-        layer = locate(str(arguments[name])) if arguments.get(name) is not None else nn.Identity
+        # nnU-Net imports and calls what is named here: in a foreign file that must not be anything but a layer, and no
+        # other module may be imported to find out.
+        named = str(arguments.get(name) or "torch.nn.Identity")
+        layer = locate(named) if named.startswith(_LAYERS) else None
         if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
             raise PlanError(f"{source.path if source else ''} names {arguments[name]!r} as {name}, which is no layer.")
     return {
         "network_class_name": info.network_class_name,
         "arch_kwargs": arguments,
         "_kw_requires_import": list(UNET_CLASSES),
+    }
+
+
+def _about_activations(planned: Mapping[str, Any], source: Source | None) -> Iterator[str]:
+    """Remarks where a U-Net's activations or norms are not those that the weights were trained with."""
+    held = {} if source is None or source.info is None else source.info.arch_kwargs
+    theirs, ours = _after_convolutions(held), _after_convolutions(planned["arch_kwargs"])
+    differing = [name for name in theirs if name in held and theirs[name] != ours[name]]
+    if differing:
+        trained, trains = (", ".join(f"{name} {one[name]}" for name in differing) for one in (theirs, ours))
+        yield (
+            f"the checkpoint's network was trained with {trained}; this one has {trains}, so its features are not "
+            f"those that the weights were trained to give. -network pretrained trains the checkpoint's own."
+        )
+
+
+def _after_convolutions(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What follows the convolutions of a U-Net, apart from the kind of norm, by the constructor's arguments."""
+    kwargs = {name: value for name, value in (arguments.get("nonlin_kwargs") or {}).items() if name != "inplace"}
+    return {
+        "nonlin": arguments.get("nonlin"),
+        "nonlin_kwargs": kwargs,
+        "nonlin_first": arguments.get("nonlin_first", False),
+        "norm_op_kwargs": arguments.get("norm_op_kwargs"),
     }
 
 

@@ -100,6 +100,7 @@ def transfer(
     entries: list[Entry] = []
     used: set[str] = set()
     rejected: dict[str, str] = {}
+    without_statistics: list[str] = []
     for name, parameter in target.named_parameters():
         name_in_source = fit.find(name)
         value, status, reason = fit.value_for(name, parameter, name_in_source)
@@ -122,13 +123,16 @@ def transfer(
             used.add(name_in_source)
             for alias in names_by_identity[id(buffer)]:
                 result[alias] = in_source.to(buffer.dtype)
+        elif name.endswith(".running_mean") and name_in_source.replace(".running_mean", ".weight") in used:
+            without_statistics.append(name)
     expected = tuple(
         part
         for part in LEARNING_PARTS
         if part not in facts.untrained and not (settings.encoder_only and part == DECODER)
     )
     unused = tuple(_unused(source, used, rejected, names, facts))
-    report = TransferReport(source_name, tuple(entries), expected, unused, tuple(_notes(source, target, facts)))
+    notes = tuple(_about_statistics(source, target, facts, without_statistics))
+    report = TransferReport(source_name, tuple(entries), expected, unused, notes)
     _require(report, facts, settings.min_coverage)
     return result, report
 
@@ -263,7 +267,10 @@ def _unused(
     yield from (Unused(name, OTHER, reason, 0) for name, reason in facts.unused.items())
 
 
-def _notes(source: Mapping[str, Tensor], target: nn.Module, facts: SourceFacts) -> Iterator[str]:
+def _about_statistics(
+    source: Mapping[str, Tensor], target: nn.Module, facts: SourceFacts, without: Sequence[str]
+) -> Iterator[str]:
+    """What happens to BatchNorm's means and variances; `without` are those that the source lacks for its weights."""
     lost = [name for name in source if name.endswith("running_mean")]
     has_statistics = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in target.modules())
     if lost and not has_statistics:
@@ -275,6 +282,11 @@ def _notes(source: Mapping[str, Tensor], target: nn.Module, facts: SourceFacts) 
         yield (
             f"This network normalises with BatchNorm, the checkpoint's {facts.name} does not: means and variances "
             f"start fresh, and the features are not those that the weights were trained to give."
+        )
+    elif without:
+        yield (
+            f"The means and variances of {len(without)} BatchNorm layers, such as {without[0]}, are not in the "
+            f"checkpoint and start fresh, while the weights around them do not."
         )
 
 

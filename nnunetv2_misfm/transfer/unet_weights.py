@@ -6,7 +6,7 @@ nnunet/network_architecture/generic_UNet.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,18 +26,22 @@ def is_statistic(name: str) -> bool:
 
 def is_alias(name: str) -> bool:
     """Whether a state dict of nnU-Net's networks names a parameter a second time: decoders hold the encoder too."""
-    return first_name(name) != name
+    return name.startswith(_ENCODER_OF_DECODER) or _IN_ORDER in name
 
 
-def first_name(name: str) -> str:
-    """The first of the names under which nnU-Net's networks list a parameter."""
-    if name.startswith(_ENCODER_OF_DECODER):
-        name = name.removeprefix("decoder.")
-    block, in_order, rest = name.partition(_IN_ORDER)
+def _first_name(name: str, weights: Collection[str]) -> str:
+    """The first of the names under which nnU-Net's networks list a parameter; `weights` has all names."""
+    block, in_order, rest = name.removeprefix("decoder." if name.startswith(_ENCODER_OF_DECODER) else "").partition(
+        _IN_ORDER
+    )
     if not in_order:
-        return name
-    number, _, rest = rest.partition(".")
-    return f"{block}.{'conv' if number == '0' else 'norm'}.{rest}"
+        return block
+    number, _, own = rest.partition(".")
+    if number == "0":
+        return f"{block}.conv.{own}"
+    # A norm has weight and bias, a PReLU its slopes alone; which of them comes first depends on `nonlin_first`.
+    is_norm = f"{name.removesuffix(own)}bias" in weights or is_statistic(own)
+    return f"{block}.{'norm' if is_norm else 'nonlin'}.{own}"
 
 
 def each_once(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
@@ -51,7 +55,7 @@ def each_once(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """
     names: dict[str, list[str]] = {}
     for name in weights:
-        names.setdefault(first_name(name), []).append(name)
+        names.setdefault(_first_name(name, weights), []).append(name)
     once, differing, largest = {}, [], 0.0
     for first, given in names.items():
         given.sort(key=lambda name: (name.startswith(_ENCODER_OF_DECODER), _IN_ORDER in name))

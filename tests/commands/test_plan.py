@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 
+import blosc2
+import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.commands.checkpoints import export_main
 from nnunetv2_misfm.commands.launch import usable_gpus
 from nnunetv2_misfm.commands.plan import plan_main
 from nnunetv2_misfm.files import locked
 from nnunetv2_misfm.plans.network_entry import NETWORKS, architecture_entry
+from nnunetv2_misfm.transfer.arrays import changed_labels
 from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint
 from nnunetv2_misfm.transfer.memory_target import MemoryBudget, MisFMPlanner
 
@@ -43,6 +50,11 @@ def save_unet(path: Path, conv: type = torch.nn.Conv3d, residual: bool = False) 
         1, 2, [4, 8], conv, 3, strides, 1, 3, 1, True, norm, {"eps": 1e-5, "affine": True}, nonlin=torch.nn.LeakyReLU
     )
     torch.save({"state_dict": network.state_dict()}, path)
+
+
+def network_of(architecture: dict) -> torch.nn.Module:
+    names = ("network_class_name", "arch_kwargs", "_kw_requires_import")
+    return get_network_from_plans(*(architecture[name] for name in names), 1, 3)
 
 
 def test_the_network_of_a_foreign_checkpoint_can_be_trained(
@@ -73,6 +85,77 @@ def test_a_foreign_file_cannot_name_what_is_called(
     with pytest.raises(SystemExit):
         plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pt"), "--no_pp", "-network", "pretrained"])
     assert "names 'os.system' as nonlin, which is no layer" in capsys.readouterr().err
+    # To find out, no module is imported that a file from elsewhere names.
+    arguments["nonlin"] = "this.s"
+    torch.save(content, tmp_path / "c.pt")
+    with pytest.raises(SystemExit):
+        plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pt"), "--no_pp", "-network", "pretrained"])
+    assert "names 'this.s' as nonlin, which is no layer" in capsys.readouterr().err and "this" not in sys.modules
+
+
+def test_activations_other_than_those_of_the_weights_are_said(
+    nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = json.loads((nnunet / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json").read_text(encoding="utf-8"))
+    network = network_of(own["configurations"]["3d_fullres"]["architecture"])
+    arguments = own["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    made_by = {"plans": own, "configuration": "3d_fullres", "dataset_json": {"channel_names": {"0": "MRI"}}}
+    for changed, said in (({}, False), ({"nonlin": "torch.nn.GELU", "nonlin_kwargs": {}, "nonlin_first": True}, True)):
+        arguments |= changed
+        torch.save({"network_weights": network.state_dict(), "init_args": made_by}, tmp_path / "c.pt")
+        plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pt"), "--no_pp"])
+        trained = "was trained with nonlin torch.nn.GELU, nonlin_first True; this one has nonlin torch.nn.LeakyReLU"
+        assert (trained in capsys.readouterr().out) is said
+
+
+def test_numbers_of_numpy_in_a_foreign_file_are_plain_in_the_plans(nnunet: Path, tmp_path: Path) -> None:
+    own = json.loads((nnunet / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json").read_text(encoding="utf-8"))
+    entry = own["configurations"]["3d_fullres"]
+    network = network_of(entry["architecture"])
+    entry["patch_size"], entry["spacing"] = [np.int64(n) for n in entry["patch_size"]], list(np.float32([1, 1, 1]))
+    made_by = {"plans": own, "configuration": "3d_fullres", "dataset_json": {"channel_names": {"0": "MRI"}}}
+    torch.save({"network_weights": network.state_dict(), "init_args": made_by}, tmp_path / "c.pt")
+    plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pt"), "--no_pp"])
+    assert plans(nnunet)["pretrain_info"]["pt_used_patchsize"] == [24, 32, 24]
+    export_main(["-i", str(tmp_path / "c.pt"), "-o", str(tmp_path / "card")])
+    card = (tmp_path / "card" / "README.md").read_text(encoding="utf-8")
+    assert "-network pretrained" in card and "MIS-FM" not in card and "volume-fusion" not in card
+
+
+def test_an_encoder_that_stays_random_is_refused(
+    nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_pctnet(tmp_path / "c.pth")
+    for words, said in (
+        ([], "which is random without weights"),
+        (["-pretrained_weights", str(tmp_path / "c.pth"), "--from_scratch"], "which is random without weights"),
+        (
+            ["-pretrained_weights", str(tmp_path / "c.pth"), "-features_per_stage", "8", "4", "8", "16", "32"]
+            + ["-min_coverage", "0.1"],
+            "of its parameters would be random, such as encoder.",
+        ),
+    ):
+        with pytest.raises(SystemExit):
+            plan_main(["-d", "4", "--no_pp", "-schedule", "decoder_only", *words])
+        assert said in capsys.readouterr().err
+    plan_main(["-d", "4", "--no_pp", "-schedule", "decoder_only", "-pretrained_weights", str(tmp_path / "c.pth")])
+    assert plans(nnunet)["misfm"]["schedule"] == "decoder_only"
+
+
+def test_a_configuration_that_stays_and_does_not_fit_other_weights_is_named(
+    nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_pctnet(tmp_path / "c.pth")
+    save_unet(tmp_path / "u.pt")
+    plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pth"), "--no_pp"])
+    path = nnunet / "nnUNet_preprocessed" / DATASET / "nnUNetMisFMPlans.json"
+    written = json.loads(path.read_text(encoding="utf-8"))
+    written["configurations"]["3d_lowres"] = written["configurations"]["3d_fullres"]
+    path.write_text(json.dumps(written), encoding="utf-8")
+    plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pth"), "--no_pp"])
+    assert "cannot start from these weights" not in capsys.readouterr().out
+    plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "u.pt"), "--no_pp", "-network", "pretrained"])
+    assert "3d_lowres, which stays, cannot start from these weights" in capsys.readouterr().out
 
 
 def test_a_2d_checkpoint_is_refused(nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -177,6 +260,24 @@ def test_data_is_provided_again_when_its_source_has_changed(nnunet: Path, capsys
     assert "up to date" not in capsys.readouterr().out
     assert (ours / "case_1.b2nd").is_file()
     assert (ours / "case_0_seg.b2nd").stat().st_ino == (stock / "case_0_seg.b2nd").stat().st_ino
+
+
+def test_arrays_of_labels_that_were_corrected_are_not_shared(nnunet: Path) -> None:
+    plan_main(["-d", "4"])
+    folder, label = nnunet / "nnUNet_preprocessed" / DATASET, "case_0.nii.gz"
+    image = sitk.ReadImage(str(folder / "gt_segmentations" / label))
+    corrected = sitk.GetArrayFromImage(image)
+    corrected[corrected == 1] = 2
+    new = sitk.GetImageFromArray(corrected)
+    new.CopyInformation(image)
+    for labels in (folder / "gt_segmentations", nnunet / "nnUNet_raw" / DATASET / "labelsTr"):
+        sitk.WriteImage(new, str(labels / label))
+    # nnU-Net's arrays are as they were: only another configuration was preprocessed again.
+    ours = folder / "nnUNetMisFMPlans_3d_fullres"
+    assert changed_labels(ours) == [label]
+    plan_main(["-d", "4", "-np", "1"])
+    assert not changed_labels(ours)
+    assert set(np.unique(blosc2.open(str(ours / "case_0_seg.b2nd"))[:])) == {0, 2}
 
 
 def test_replacing_plans_says_what_changes(nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

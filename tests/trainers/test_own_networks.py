@@ -59,6 +59,12 @@ class NoSwitch(OwnNetwork):
         del self.decoder.deep_supervision
 
 
+class KeepsOutputs(OwnNetwork):
+    def forward(self, x):
+        fine = self.look(x)
+        return [self.decoder.fine(fine), self.decoder.coarse(self.shrink(fine))]
+
+
 class LooksAtValues(OwnNetwork):
     def __init__(self, **arguments):
         super().__init__(**arguments)
@@ -70,7 +76,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "PrimusForPlans": {"strides": [[1, 1, 1], [8, 8, 8]], **PRIMUS},
     "OwnNetwork": {"strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]], "activation": "torch.nn.ReLU"},
 }
-ENTRIES |= dict.fromkeys(("NoSwitch", "LooksAtValues"), ENTRIES["OwnNetwork"])
+ENTRIES |= dict.fromkeys(("NoSwitch", "KeepsOutputs", "LooksAtValues"), ENTRIES["OwnNetwork"])
 
 
 @pytest.fixture
@@ -193,6 +199,8 @@ def test_a_class_whose_outputs_cannot_be_switched_is_refused(
 ) -> None:
     name_own(preprocessed, "NoSwitch")
     assert "NoSwitch of these plans has no decoder.deep_supervision" in refused(capsys)
+    name_own(preprocessed, "KeepsOutputs")
+    assert "KeepsOutputs gives a list where `decoder.deep_supervision` is set to False" in refused(capsys)
 
 
 def test_a_class_that_is_not_there_and_plans_without_strides_are_refused(

@@ -211,6 +211,34 @@ def test_a_missing_checkpoint_is_an_error_not_a_start_from_scratch(nnunet: Path)
         trainer("MisFMTrainer", "nnUNetMisFMPlans").on_train_start()
 
 
+def test_a_run_does_not_go_on_from_other_weights(nnunet: Path) -> None:
+    checkpoint = pretrain(1)
+    plan(*NETWORK, "-schedule", "sawtooth")
+    run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
+    run.on_train_start()
+    latest = str(Path(run.output_folder) / "checkpoint_latest.pth")
+    run.save_checkpoint(latest)
+    plan("-pretrained_weights", str(checkpoint))
+    goes_on = trainer("MisFMTrainer", "nnUNetMisFMPlans")
+    goes_on.load_checkpoint(latest)
+    with pytest.raises(PlanError, match="pretrained weights: none then, .*checkpoint_final.pth now"):
+        goes_on.on_train_start()
+
+
+def test_an_optimiser_with_other_groups_is_no_obstacle_to_validation(nnunet: Path) -> None:
+    plan(*NETWORK)
+    run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
+    run.on_train_start()
+    latest = str(Path(run.output_folder) / "checkpoint_latest.pth")
+    run.save_checkpoint(latest)
+    plan(*NETWORK, "-layer_decay", "0.5")
+    run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
+    run.load_checkpoint(latest)
+    run.set_deep_supervision_enabled(False)
+    with pytest.raises(PlanError, match="layer_decay: 1.0 then, 0.5 now"):
+        run.on_train_start()
+
+
 def test_a_changed_checkpoint_is_noticed(nnunet: Path) -> None:
     checkpoint = pretrain(1)
     plan("-pretrained_weights", str(checkpoint))
@@ -506,7 +534,10 @@ def test_a_misspelt_task_is_not_ignored(nnunet: Path) -> None:
 
 
 def test_a_frozen_encoder_keeps_weights_and_statistics(nnunet: Path) -> None:
-    plan(*NETWORK, "-schedule", "decoder_only")
+    plan(*NETWORK)
+    path = nnunet / "nnUNet_preprocessed" / NAME / "nnUNetMisFMPlans.json"
+    text = path.read_text(encoding="utf-8").replace('"schedule": "poly"', '"schedule": "decoder_only"')
+    path.write_text(text, encoding="utf-8")  # misfm_plan refuses it without weights
     run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
     run.on_train_start()
     before = {name: value.clone() for name, value in run.bare_network.state_dict().items()}

@@ -13,6 +13,7 @@ from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings
 from nnunetv2_misfm.transfer.names import names_of
+from nnunetv2_misfm.transfer.state_dicts import find_weights
 from nnunetv2_misfm.transfer.transfer import SourceFacts, TransferError, transfer
 
 SMALL = {"features_per_stage": (4, 4, 8, 16, 32), "num_heads": (2, 2, 4), "window_size": 3}
@@ -65,6 +66,35 @@ def test_batchnorm_statistics_arrive_too() -> None:
     for (name, a), b in zip(source.named_buffers(), target.buffers(), strict=True):
         if ".seg_layers." not in name:
             assert torch.equal(a, b), name
+
+
+def test_statistics_that_a_source_lacks_are_said() -> None:
+    source, target = network(0), network(1, num_classes=2)
+    weights = source.state_dict()
+    assert not transfer(weights, "x", target)[1].notes
+    without = {name: value for name, value in weights.items() if not ("decoder." in name and "running_" in name)}
+    (note,) = transfer(without, "x", target)[1].notes
+    assert "BatchNorm layers, such as decoder." in note and "start fresh" in note
+
+
+def test_slopes_of_activations_take_no_norms_place() -> None:
+    def with_slopes() -> PlainConvUNet:
+        unet = PlainConvUNet(
+            *(1, 2, [4, 8], torch.nn.Conv3d, 3, [[1] * 3, [2] * 3], 1, 3, 1, True, torch.nn.InstanceNorm3d),
+            *({"eps": 1e-5, "affine": True},),
+            nonlin=torch.nn.PReLU,
+            nonlin_kwargs={},
+        )
+        with torch.no_grad():
+            for parameter in unet.parameters():
+                parameter.copy_(torch.randn_like(parameter))
+        return unet
+
+    source, target = with_slopes(), with_slopes()
+    weights, report = transfer(find_weights({"network_weights": source.state_dict()}, "x").weights, "x", target)
+    assert report.coverage(report.expected) == 1
+    for name, value in source.encoder.state_dict().items():
+        assert torch.equal(weights[f"encoder.{name}"], value)
 
 
 def test_more_input_channels_keep_the_response_to_a_repeated_image() -> None:
