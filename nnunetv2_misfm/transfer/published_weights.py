@@ -179,13 +179,13 @@ def import_published(source: Path, target: Path, stems: Sequence[int] = DEGREES_
     Args:
         source: the published file.
         target: the checkpoint to write.
-        stems: degrees of anisotropy to keep (`resolution_mode` of the reference); FMUNet has one anyway.
+        stems: degrees of anisotropy to keep (`resolution_mode` of the reference); all for FMUNet, which has one.
 
     Returns:
         What the checkpoint says about itself.
 
     Raises:
-        CheckpointError: if `source` is not a published file, or is not readable.
+        CheckpointError: if `source` is not a published file, or is not readable, or has no stems to choose from.
     """
     found = find_weights(read_checkpoint(source), source)
     if found.kind not in (PUBLISHED_PCTNET, PUBLISHED_FMUNET):
@@ -193,6 +193,8 @@ def import_published(source: Path, target: Path, stems: Sequence[int] = DEGREES_
         raise CheckpointError(
             f"{source} is not a published MIS-FM file: it holds {held}. misfm_plan takes checkpoints as they are."
         )
+    if found.kind is PUBLISHED_FMUNET and tuple(stems) != DEGREES_OF_ANISOTROPY:
+        raise CheckpointError(f"{source} holds an FMUNet, which has one stem. Leave -resolution_mode out.")
     weights, info = read_published(found.weights, source, stems)
     write_checkpoint({WEIGHTS: weights}, info, target)
     return info

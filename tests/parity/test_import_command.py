@@ -53,6 +53,13 @@ def test_incomplete_files_are_refused(name: str, tmp_path: Path, capsys: pytest.
     assert not (tmp_path / "x.pth").exists()
 
 
+def test_a_network_with_one_stem_has_none_to_choose(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = str(reference_folder() / "fmunet_small_mode0.pt")
+    with pytest.raises(SystemExit):
+        import_main(["-i", file, "-o", str(tmp_path / "x.pth"), "-resolution_mode", "2"])
+    assert "holds an FMUNet, which has one stem. Leave -resolution_mode out." in capsys.readouterr().err
+
+
 def test_other_files_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"network_weights": {"a": torch.zeros(1)}}, tmp_path / "ours.pth")
     with pytest.raises(SystemExit):
