@@ -185,6 +185,11 @@ def remove_temporary_files(folder: Path, case: str) -> None:
 
 
 def _prepare(task: CaseTask) -> CaseRecord:
+    """Read, judge, preprocess and store a volume; a record of the same voxels serves if there is one.
+
+    Raises:
+        VolumeProblem: if it is left out.
+    """
     volume, settings = task.volume, pool_settings(task.plans)
     remove_temporary_files(task.temporary, volume.case)
     check_expected_size(task)

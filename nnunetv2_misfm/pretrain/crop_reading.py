@@ -112,13 +112,17 @@ def read_crop(
             break
     _, crop, start = min(tries, key=lambda t: t[0])
     if (room < 0).any():
-        padded = np.empty((len(crop), *size.tolist()), np.float32)
-        padded[:] = crop.min(axis=(1, 2, 3), keepdims=True)
-        offset = np.maximum(start, 0) - start
-        padded[(slice(None), *map(slice, offset.tolist(), (offset + crop.shape[1:]).tolist()))] = crop
-        crop = padded
+        crop = _padded(crop, size, np.maximum(start, 0) - start)
     x, y, z = start.tolist()
     return Crop(torch.from_numpy(crop), augmentation, (x, y, z))
+
+
+def _padded(crop: np.ndarray, size: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """A larger array with the crop (C, X, Y, Z) at an offset, around it each channel's minimum."""
+    padded = np.empty((len(crop), *size.tolist()), np.float32)
+    padded[:] = crop.min(axis=(1, 2, 3), keepdims=True)
+    padded[(slice(None), *map(slice, offset.tolist(), (offset + crop.shape[1:]).tolist()))] = crop
+    return padded
 
 
 def _places(

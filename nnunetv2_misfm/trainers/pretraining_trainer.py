@@ -181,41 +181,39 @@ class PretrainingTrainer(BaseTrainer):
         training, validation = self.do_split()
         few = " (the same: too few to hold any out)" if set(training) == set(validation) else ""
         self.print_to_log_file(f"{len(training)} volumes for training, {len(validation)} for validation{few}.")
-        workers = get_allowed_n_proc_DA()
-        loading: dict[str, Any] = {
+        done = len(self._interrupted.losses) if self._interrupted else 0
+        epochs_done, start = divmod(done, self.num_iterations_per_epoch)  # it may have been stopped in the last one
+        batches = crop_loader(
+            CropSamples(identifiers=training, augment=self.pretext.augmentation, **self._sample_options()),
+            self.configuration_manager.batch_size,
+            self.num_iterations_per_epoch,
+            start_epoch=self.current_epoch + epochs_done,
+            start_iteration=start,
+            num_workers=get_allowed_n_proc_DA(),
+            **self._loading(),
+        )
+        # None stands for an iteration that was done before the run was interrupted.
+        return TimedIterator(chain(repeat(None, done), batches)), self._validation_batches()
+
+    def _validation_batches(self) -> Iterator[Any]:
+        return crop_loader(
+            validation_samples(identifiers=self.do_split()[1], **self._sample_options()),
+            self.configuration_manager.batch_size,
+            self.num_val_iterations_per_epoch,
+            start_epoch=self.current_epoch,
+            num_workers=min(1, get_allowed_n_proc_DA()),
+            **self._loading(),
+        )
+
+    def _loading(self) -> dict[str, Any]:
+        """What the loaders of training and of validation have in common."""
+        return {
             "rank": dist.get_rank() if self.is_ddp else 0,
             "world_size": dist.get_world_size() if self.is_ddp else 1,
             "pin_memory": self.device.type == "cuda",
             "report": self.print_to_log_file if self.local_rank == 0 else print,  # nnU-Net logs one process
+            **({"anisotropy": self._degrees} if self._degrees else {}),
         }
-        batch_size = self.configuration_manager.batch_size
-        done = len(self._interrupted.losses) if self._interrupted else 0
-        epochs_done, start = divmod(done, self.num_iterations_per_epoch)  # it may have been stopped in the last one
-        samples = CropSamples(identifiers=training, augment=self.pretext.augmentation, **self._sample_options())
-        fixed = validation_samples(identifiers=validation, **self._sample_options())
-        if self._degrees:
-            loading["anisotropy"] = self._degrees
-        batches = crop_loader(
-            samples,
-            batch_size,
-            self.num_iterations_per_epoch,
-            start_epoch=self.current_epoch + epochs_done,
-            start_iteration=start,
-            num_workers=workers,
-            **loading,
-        )
-        return (
-            # None stands for an iteration that was done before the run was interrupted.
-            TimedIterator(chain(repeat(None, done), batches)),
-            crop_loader(
-                fixed,
-                batch_size,
-                self.num_val_iterations_per_epoch,
-                start_epoch=self.current_epoch,
-                num_workers=min(1, workers),
-                **loading,
-            ),
-        )
 
     @torch.no_grad()
     def _made(self, batch: Any) -> tuple[Tensor, Any]:
@@ -387,7 +385,7 @@ class PretrainingTrainer(BaseTrainer):
         """
         if not self.was_initialized:
             self.initialize()
-        _, batches = self.get_dataloaders()
+        batches = self._validation_batches()
         self._model.eval()
         with torch.no_grad():
             outputs = [self.validation_step(next(batches)) for _ in range(self.num_val_iterations_per_epoch)]

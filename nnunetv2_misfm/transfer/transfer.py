@@ -92,53 +92,30 @@ def transfer(
         TransferError: if nothing can be used, or less than `settings.min_coverage`.
     """
     facts, settings = facts or SourceFacts(), settings or FinetuningSettings()
-    own = target.state_dict()
-    result = {name: value.clone() for name, value in own.items()}
-    names_by_identity = _names_by_identity(target)
     names = names_of(target, rebuilt)
     fit = _Fitting(source, target, names, facts, settings, channels)
-    entries: list[Entry] = []
-    used: set[str] = set()
-    rejected: dict[str, str] = {}
-    without_statistics: list[str] = []
-    for name, parameter in target.named_parameters():
-        name_in_source = fit.find(name)
-        value, status, reason = fit.value_for(name, parameter, name_in_source)
-        entries.append(
-            Entry(name, names.part_in_network(name), status, reason, parameter.numel(), tuple(parameter.shape))
-        )
-        if value is not None and name_in_source is not None:
-            used.add(name_in_source)
-            for alias in names_by_identity[id(parameter)]:
-                result[alias] = value.to(parameter.dtype)
-        elif name_in_source is not None:
-            rejected[name_in_source] = reason
-    for name, buffer in target.named_buffers():
-        # Buffers (BatchNorm statistics) belong to the weights around them; they are not counted as parameters.
-        name_in_source = fit.find(name)
-        if name not in own or name_in_source is None or fit.why_fresh(name) is not None:
-            continue
-        in_source = source.get(name_in_source)
-        if in_source is not None and in_source.shape == buffer.shape:
-            used.add(name_in_source)
-            for alias in names_by_identity[id(buffer)]:
-                result[alias] = in_source.to(buffer.dtype)
-        elif name.endswith(".running_mean") and name_in_source.replace(".running_mean", ".weight") in used:
-            without_statistics.append(name)
+    entries = tuple(fit.take_parameters())
+    without_statistics = fit.take_statistics()
     expected = tuple(
         part
         for part in LEARNING_PARTS
         if part not in facts.untrained and not (settings.encoder_only and part == DECODER)
     )
-    unused = tuple(_unused(source, used, rejected, names, facts))
+    unused = tuple(_unused(source, fit.used, fit.rejected, names, facts))
     notes = tuple(_about_statistics(source, target, facts, without_statistics))
-    report = TransferReport(source_name, tuple(entries), expected, unused, notes)
+    report = TransferReport(source_name, entries, expected, unused, notes)
     _require(report, facts, settings.min_coverage)
-    return result, report
+    return fit.result, report
 
 
 class _Fitting:
-    """Finds the value of one parameter of the target after another."""
+    """Finds the value of one parameter of the target after another.
+
+    Attributes:
+        result: the state dict that the target should load.
+        used: names in the source of what is in it.
+        rejected: names in the source of what did not fit, each with the reason.
+    """
 
     def __init__(
         self,
@@ -150,13 +127,52 @@ class _Fitting:
         channels: tuple[str, ...],
     ):
         self.source = source
+        self.target = target
+        self.result = {name: value.clone() for name, value in target.state_dict().items()}
+        self.used: set[str] = set()
+        self.rejected: dict[str, str] = {}
         self.names = names
         self.facts = facts
         self.settings = settings
         self.channels = channels
         self.find = matching_names(source, facts.arguments, target, names)
+        self.aliases = _names_by_identity(target)
         self.input_layers = {f"{key}.weight" for key in names.in_proj}
         self.upsampling = {f"{n}.weight" for n, m in target.named_modules() if isinstance(m, nn.ConvTranspose3d)}
+
+    def take_parameters(self) -> Iterator[Entry]:
+        """Take every parameter that fits into the result, and say what became of each."""
+        for name, parameter in self.target.named_parameters():
+            name_in_source = self.find(name)
+            value, status, reason = self.value_for(name, parameter, name_in_source)
+            part = self.names.part_in_network(name)
+            yield Entry(name, part, status, reason, parameter.numel(), tuple(parameter.shape))
+            if value is not None and name_in_source is not None:
+                self._take(name_in_source, parameter, value)
+            elif name_in_source is not None:
+                self.rejected[name_in_source] = reason
+
+    def take_statistics(self) -> list[str]:
+        """Take the buffers (BatchNorm's statistics) around the weights taken; the names of those that are missing.
+
+        They are not counted as parameters.
+        """
+        missing = []
+        for name, buffer in self.target.named_buffers():
+            name_in_source = self.find(name)
+            if name not in self.result or name_in_source is None or self.why_fresh(name) is not None:
+                continue
+            in_source = self.source.get(name_in_source)
+            if in_source is not None and in_source.shape == buffer.shape:
+                self._take(name_in_source, buffer, in_source)
+            elif name.endswith(".running_mean") and name_in_source.replace(".running_mean", ".weight") in self.used:
+                missing.append(name)
+        return missing
+
+    def _take(self, name_in_source: str, own: Tensor, value: Tensor) -> None:
+        self.used.add(name_in_source)
+        for alias in self.aliases[id(own)]:
+            self.result[alias] = value.to(own.dtype)
 
     def why_fresh(self, name: str) -> str | None:
         """Why a parameter is fresh whatever the source has; None if it need not be."""
