@@ -23,7 +23,14 @@ from nnunetv2_misfm.pool.cost import estimate, sample_volumes
 from nnunetv2_misfm.pool.folder import PoolFolder, pool_is_complete
 from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection, find_volumes
 from nnunetv2_misfm.pool.listing import check_exist
-from nnunetv2_misfm.pool.plan import adopt_plans, check_names, existing_plans, find_geometry, plan_pool
+from nnunetv2_misfm.pool.plan import (
+    adopt_plans,
+    check_names,
+    existing_plans,
+    find_geometry,
+    plan_pool,
+    settings_differences,
+)
 from nnunetv2_misfm.pool.prepare import check_usable, prepare_pool, start_pool
 from nnunetv2_misfm.pool.settings import PoolSettings
 from nnunetv2_misfm.pool.share import Share
@@ -70,6 +77,8 @@ class BareVolumes:
                 raise PoolError(f"no usable volume in the given folders\n{self.sample.inspection.summary()}")
         else:
             folder = PoolFolder(*names, Share(options.num_parts, options.part_id))
+            if self.earlier is not None:  # before the headers of an archive are read; the rest is compared after
+                folder.check_same_settings(settings_differences(self.earlier, settings))
             with folder.full_disk_explained():
                 whole = self._inspect(folder, settings)
         if whole is None:

@@ -87,6 +87,16 @@ class PoolFolder:
             folder.mkdir(parents=True, exist_ok=True)
         self.ledger.create()
 
+    def check_same_settings(self, differences: Sequence[str]) -> None:
+        """Raise a PoolError if the pool there differs from the one that is asked for."""
+        if differences:
+            raise PoolError(
+                f"{self.plans} was made with other settings:\n  "
+                + "\n  ".join(differences)
+                + "\nUse the same settings again, or another plans name or dataset ID for a second pool, or remove "
+                f"{self.data} and {self.plans} to start anew"
+            )
+
     def clear_temporary(self) -> None:
         """Remove what a killed run of the same part left half-written."""
         shutil.rmtree(self.temporary, ignore_errors=True)

@@ -311,6 +311,12 @@ def existing_plans(dataset_name: str, plans_name: str) -> dict[str, Any] | None:
     return plans
 
 
+def settings_differences(existing: Mapping[str, Any], settings: PoolSettings) -> list[str]:
+    """How the settings of a pool differ from others, one line each; for those that its plans were made with."""
+    there, now = pool_block(existing)["settings"], write_settings(settings)
+    return [f"{name}: {there[name]} there, {now.get(name)} now" for name in there if there[name] != now.get(name)]
+
+
 def layout_differences(existing: Mapping[str, Any], plans: Mapping[str, Any], configuration: str) -> list[str]:
     """How cases prepared by `plans` would differ from those a pool holds; one line each, empty if they would not."""
     if configuration not in existing["configurations"]:

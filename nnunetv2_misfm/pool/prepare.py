@@ -187,13 +187,7 @@ def _start_or_continue(
             if folder.share.num_parts > 1:
                 pool_block(wanted)["num_channels"] = pool_block(existing)["num_channels"]
             differences = layout_differences(existing, wanted, configuration)
-            if differences:
-                raise PoolError(
-                    f"{folder.plans} was made with other settings:\n  "
-                    + "\n  ".join(differences)
-                    + "\nUse the same settings again, or another plans name or dataset ID for a second pool, or remove "
-                    f"{folder.data} and {folder.plans} to start anew"
-                )
+            folder.check_same_settings(differences)
             wanted = existing if folder.share.num_parts > 1 else keep_measured(wanted, existing, configuration)
         if not folder.dataset_json.is_file():
             write_json(pool_dataset_json(wanted, configuration, num_volumes), folder.dataset_json)

@@ -418,6 +418,18 @@ def test_what_an_archive_will_cost_is_said_and_nothing_is_written(
     assert "About 1 volumes in" in (said := capsys.readouterr().out) and "more are in the pool already" in said
 
 
+def test_other_settings_than_the_pools_are_refused_before_headers_are_read(
+    nnunet: Path, scans: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_scans(scans, range(2))
+    prepare(scans)
+    monkeypatch.setattr("nnunetv2_misfm.commands.pretrain_source.find_volumes", None)  # it would not get so far
+    with pytest.raises(SystemExit):
+        prepare(scans, spacing=("2", "2", "2"))
+    said = capsys.readouterr().err
+    assert "spacing: [1.0, 1.0, 1.0] there, [2.0, 2.0, 2.0] now" in said and "Use the same settings again" in said
+
+
 def test_a_folder_that_does_not_exist_leaves_no_trace(nnunet: Path, scans: Path) -> None:
     with pytest.raises(SystemExit):
         prepare(scans)
