@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import difflib
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _UNKNOWN = "unrecognized arguments: "
 
 
 class CommandParser(argparse.ArgumentParser):
-    """As argparse's, which prints all options before it says what is wrong with one of them."""
+    """As argparse's, which prints all options before it says what is wrong with one of them.
+
+    Options are not abbreviated: -seed of one command would be -seeds of another.
+    """
+
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        return []  # argparse's `allow_abbrev` is for options of two dashes alone
 
     def error(self, message: str) -> NoReturn:
         """End with the message, with the option that may have been meant, and with where all are listed."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
@@ -83,7 +84,7 @@ def tuning_runs(arms: Sequence[Arm], labelled: Sequence[int], seeds: int) -> lis
 
 
 def test_runs(
-    arms: Sequence[Arm], labelled: Sequence[int], seeds: int, chosen: Mapping[tuple[str, int], float]
+    arms: Sequence[Arm], labelled: Sequence[int], seeds: Iterable[int], chosen: Mapping[tuple[str, int], float]
 ) -> list[Run]:
     """The runs that are tested, seed by seed, so that an interrupted comparison has whole pairs.
 
@@ -93,7 +94,7 @@ def test_runs(
     """
     return [
         Run(arm.name, number, seed, chosen[arm.name, number])
-        for seed in range(seeds)
+        for seed in seeds
         for number in labelled
         for arm in arms
         if (arm.name, number) in chosen
@@ -113,7 +114,13 @@ def choose_rates(
     for run, score in scores.items():
         of_rate[run.arm, run.labelled, run.rate].append(score)
     return {
-        (arm.name, number): max(sorted(arm.rates), key=lambda rate: fmean(of_rate[arm.name, number, rate] or [0.0]))
+        (arm.name, number): max(sorted(arm.rates), key=lambda rate: _known(of_rate[arm.name, number, rate]))
         for arm in arms
         for number in labelled
     }
+
+
+def _known(scores: Sequence[float]) -> float:
+    """Their mean; the lowest of all where there is none, as on validation cases without any of the labels."""
+    found = fmean(scores) if scores else math.nan
+    return -math.inf if math.isnan(found) else found

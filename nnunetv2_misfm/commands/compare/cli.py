@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 from nnunetv2_misfm.commands.compare.options import CompareOptions, read_options
-from nnunetv2_misfm.commands.launch import best_device
+from nnunetv2_misfm.commands.launch import best_device, check_device
 from nnunetv2_misfm.cpu_threads import keep_cores_free
 from nnunetv2_misfm.errors import UserError, exit_with_message
 from nnunetv2_misfm.files import format_duration, locked
@@ -55,10 +55,15 @@ def compare(options: CompareOptions, words: list[str]) -> None:
         split.numbers(options.labelled)  # there are that many
         print(split.describe())
         return
-    with patch.dict(os.environ):  # afterwards it names the user's folders again
+    options = replace(options, device=options.device or best_device())
+    check_device(options.device or "", 1)
+    workspace.folder.mkdir(parents=True, exist_ok=True)
+    with (
+        locked(workspace.folder / ".lock", 0.0, "another misfm_compare works in this folder"),
+        patch.dict(os.environ),  # afterwards it names the user's folders again
+    ):
         workspace.prepare()
-        with locked(workspace.folder / ".lock", 0.0, "another misfm_compare works in this folder"):
-            written = run_and_report(options, words, workspace, say_time=True)
+        written = run_and_report(options, words, workspace, say_time=True)
     print(written.verdict)
     print(f"Page: {written.path}")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_misfm.commands.compare.arms import FIRST_TUNING_SEED
 from nnunetv2_misfm.commands.parser import CommandParser
 from nnunetv2_misfm.commands.plan import add_planning_options
 from nnunetv2_misfm.commands.setting_options import add_setting_options, flag_of, given
@@ -34,7 +35,8 @@ class CompareOptions:
         weights: checkpoint of each pretrained arm, by the arm's name.
         scratch, nnunet: whether these arms are trained too.
         labelled: numbers of labelled patients; None stands for all there are.
-        seeds, tuning_seeds: how many to test, and to choose learning rates with.
+        seeds: of the draws that are tested.
+        tuning_seeds: how many draws to choose learning rates with.
         patients: regular expression that finds the patient in a case's name, or None.
         num_test, num_validation: patients, or None for a share.
         rates, nnunet_rates: learning rates; with more than one each arm's is chosen on the validation cases.
@@ -56,7 +58,7 @@ class CompareOptions:
     scratch: bool
     nnunet: bool
     labelled: tuple[int | None, ...]
-    seeds: int
+    seeds: range
     tuning_seeds: int
     patients: str | None
     num_test: int | None
@@ -100,7 +102,7 @@ def read_options(arguments: list[str] | None) -> CompareOptions:
         scratch=options.from_scratch,
         nnunet=options.nnunet,
         labelled=tuple(dict.fromkeys(None if n == ALL else int(n) for n in options.num_labelled)),
-        seeds=options.seeds,
+        seeds=range(options.first_seed, options.first_seed + options.seeds),
         tuning_seeds=options.tuning_seeds,
         patients=options.patients,
         num_test=options.num_test,
@@ -112,7 +114,7 @@ def read_options(arguments: list[str] | None) -> CompareOptions:
         probe=options.probe,
         device=options.device,
         gpus=tuple(options.gpus),
-        jobs=options.jobs,
+        jobs=options.jobs or max(1, len(options.gpus)),
         mirroring=not options.disable_tta,
         keep_weights=options.keep_weights,
         num_processes=options.np,
@@ -128,7 +130,7 @@ def _named_weights(given_weights: list[str]) -> tuple[dict[str, str], list[str]]
     problems = []
     for word in given_weights:
         name, equals, path = word.partition("=")
-        if not equals or is_hub_name(word):
+        if not equals or is_hub_name(word) or Path(word).expanduser().is_file():
             name, path = _name_of(word), word
         if not is_hub_name(path):
             path = str(Path(path).expanduser().resolve())
@@ -164,10 +166,15 @@ def _problems(options: argparse.Namespace) -> list[str]:
         for n in options.num_labelled
         if n != ALL and (not n.isdecimal() or int(n) < 1)
     ]
-    for name, low in (("seeds", 1), ("tuning_seeds", 1), ("jobs", 1), ("np", 1), ("num_test", 1)):
+    for name, low in (("seeds", 1), ("tuning_seeds", 1), ("jobs", 1), ("np", 1), ("num_test", 1), ("first_seed", 0)):
         value = getattr(options, name)
         if value is not None and value < low:
             problems.append(f"-{name} {value} must be at least {low}")
+    if options.first_seed + options.seeds > FIRST_TUNING_SEED:
+        problems.append(
+            f"-first_seed {options.first_seed} -seeds {options.seeds}: draws from {FIRST_TUNING_SEED} on choose "
+            f"learning rates; take lower ones"
+        )
     if options.num_validation is not None and options.num_validation < 1:
         problems.append(f"-num_validation {options.num_validation} must be at least 1: the learning curves need it")
     if options.patients is not None:
@@ -192,8 +199,23 @@ def _contradictions(options: argparse.Namespace, num_arms: int) -> Iterator[str]
         yield f"-schedule {options.schedule} is one for all arms, --own_schedules is not; leave one of them out"
     if options.probe and options.nnunet:
         yield "--probe scores pretrained features, which --nnunet has none of; leave one of them out"
+    if options.probe and (in_vain := list(_without_effect_on_a_probe(options))):
+        yield f"{' and '.join(in_vain)}: --probe trains nothing but the classifier; leave out"
+    if options.jobs is not None and options.jobs < len(options.gpus):
+        yield (
+            f"-jobs {options.jobs} leaves some of the {len(options.gpus)} -gpus without a run; give fewer GPUs or more "
+            f"jobs"
+        )
     if options.gpus and options.device not in (None, "cuda"):
         yield f"-gpus needs -device cuda, not {options.device}"
+
+
+def _without_effect_on_a_probe(options: argparse.Namespace) -> Iterator[str]:
+    for name in ("initial_lr", "own_schedules", "keep_weights"):
+        if getattr(options, name):
+            yield f"{'-' if name == 'initial_lr' else '--'}{name}"
+    settings = (name for name in given(options, FinetuningSettings) if name not in _OWN_OPTION)
+    yield from (flag_of(FinetuningSettings, name) for name in settings)
 
 
 def _uneven_tuning(options: argparse.Namespace) -> Iterator[str]:
@@ -289,6 +311,13 @@ def _add_terms(parser: argparse.ArgumentParser) -> None:
         "-seeds", type=int, default=5, metavar="N", help="how often labelled cases are drawn anew (default: 5)"
     )
     terms.add_argument(
+        "-first_seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number of the first draw; a higher one repeats a comparison with fresh draws (default: 0)",
+    )
+    terms.add_argument(
         "-patients",
         metavar="REGEX",
         help=r"regular expression that finds the patient in the name of a case, such as 'patient\d+'",
@@ -342,7 +371,9 @@ def _add_place_and_plans(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "-gpus", nargs="+", default=[], metavar="ID", help="GPUs on which runs take turns (default: the first)"
     )
-    where.add_argument("-jobs", type=int, default=1, metavar="N", help="how many runs train at once (default: 1)")
+    where.add_argument(
+        "-jobs", type=int, metavar="N", help="how many runs train at once (default: one on each of -gpus, otherwise 1)"
+    )
     where.add_argument(
         "-np", type=int, default=2, metavar="N", help="number of processes, if data are preprocessed (default: 2)"
     )

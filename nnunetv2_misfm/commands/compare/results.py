@@ -10,6 +10,7 @@ from typing import Any
 
 from nnunetv2_misfm.commands.compare import figures
 from nnunetv2_misfm.commands.compare.arms import MEANINGS, Arm, Run
+from nnunetv2_misfm.commands.compare.options import NNUNET
 from nnunetv2_misfm.commands.compare.page import CasePicture, Page, Section, write_page
 from nnunetv2_misfm.commands.compare.records import RunRecord, write_csv
 from nnunetv2_misfm.commands.compare.study import Study
@@ -83,10 +84,11 @@ def _terms(study: Study, records: Collection[RunRecord]) -> Iterator[tuple[str, 
         yield "validation", f"{len(split.validation)} {what}, for learning curves and learning rates"
         length = settings.num_epochs * settings.num_iterations_per_epoch
         yield "length", f"{length} iterations ({settings.num_epochs} epochs of {settings.num_iterations_per_epoch})"
+        but = f", but of {NNUNET}, which has nnU-Net's poly, SGD and 3e-05" if options.nnunet else ""
         yield (
             "schedule, optimiser",
             f"{'one of each arm' if study.own_schedules else settings.schedule}, {settings.optimizer}, weight decay "
-            f"{settings.weight_decay:g}",
+            f"{settings.weight_decay:g}{but}",
         )
     yield "prediction", f"nnU-Net's, {'with' if options.mirroring and not options.probe else 'without'} mirroring"
     devices = sorted({record.device for record in records})
@@ -135,5 +137,7 @@ def _pictures(study: Study, summary: Summary, chosen: Mapping[tuple[str, int], f
         for arm in (first.other, first.arm):
             run = Run(arm, first.labelled, seed, chosen[arm, first.labelled])
             shown[arm] = study.workspace.run_folder(run) / "predictions" / f"{case}{study.file_ending}"
+        if not all(path.is_file() for path in [Path(images[0]), *shown.values()]):
+            continue  # predictions that were removed since
         picture = figures.case_picture(Path(images[0]), list(shown.values()), reader)
         yield CasePicture(case, summary.cases[case].gain, tuple(shown), picture)

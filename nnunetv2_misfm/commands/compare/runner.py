@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -54,25 +54,23 @@ class Runner:
         self._running: set[subprocess.Popen[str]] = set()
         self._stopping = threading.Event()
 
-    def perform(
-        self, requests: Sequence[dict[str, Any]], what: str, epochs: Callable[[dict[str, Any]], int]
-    ) -> list[Failure]:
+    def perform(self, requests: Sequence[dict[str, Any]], what: str, epochs: int) -> list[Failure]:
         """Do the runs that are asked for; a run that fails does not keep the others from being done.
 
         Args:
             requests: of the runs, in the order to do them in.
             what: they are, for the progress bar, such as "runs".
-            epochs: how many epochs a run has; prediction counts as one more.
+            epochs: of each; prediction counts as one more.
         """
         failures: list[Failure] = []
-        total = sum(epochs(request) + 1 for request in requests)
+        total = (epochs + 1) * len(requests)
         title = what.capitalize() if total == len(requests) else f"Epochs of {len(requests)} {what}"
         with progress_bar(total, title, unit="epoch", disable=not requests) as bar, self._ended_by_signals():
 
             def do(request: dict[str, Any]) -> None:
                 place = self._places.get()
                 try:
-                    failure = None if self._stopping.is_set() else self._do(request, place, bar, epochs(request) + 1)
+                    failure = None if self._stopping.is_set() else self._do(request, place, bar, epochs + 1)
                 finally:
                     self._places.put(place)
                 if failure is not None:
@@ -116,7 +114,8 @@ class Runner:
                     bar.update()
             status = process.wait()
             self._running.discard(process)
-        bar.update(share - counted)
+        if not self._stopping.is_set():
+            bar.update(share - counted)
         return None if status == 0 else Failure(folder.name, log, " | ".join(last))
 
     def _environment(self, place: str | None) -> dict[str, str]:

@@ -14,6 +14,7 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+POWER = 0.8  # how often a number of seeds should show what is there
 MOST_SEEDS = 1000  # beyond which a difference that small is not worth looking for
 
 
@@ -66,21 +67,26 @@ def confidence_for(comparisons: int) -> float:
     return 1 - (1 - CONFIDENCE) / max(1, comparisons)
 
 
-def more_seeds_needed(values: Sequence[float], confidence: float = CONFIDENCE) -> int | None:
-    """How many more seeds would show a difference as large as this one, spread as it is.
+def seeds_needed(values: Sequence[float], confidence: float = CONFIDENCE) -> int | None:
+    """How many fresh seeds would show a difference as large as this one, spread as it is.
+
+    Fresh, because seeds that are added to those which the number is worked out from find differences that are not there
+    more often than the confidence says.
 
     Returns:
-        The smallest number of further seeds with which the interval would leave 0 out, 0 if it does already; None if
-        that cannot be told (one seed, no difference) or would take more than `MOST_SEEDS` in all.
+        The smallest number with which the interval would leave 0 out in `POWER` of all comparisons; None if that cannot
+        be told (one seed, no difference) or would take more than `MOST_SEEDS`.
     """
     mean, count = abs(float(np.mean(values))), len(values)
-    if count < 2 or mean == 0:
+    if count < 2 or not mean > 0:
         return None
     deviation = float(np.std(values, ddof=1))
-    for wanted in range(count, MOST_SEEDS + 1):
+    if deviation == 0:
+        return 2
+    for wanted in range(2, MOST_SEEDS + 1):
         quantile = float(stats.t.ppf((1 + confidence) / 2, wanted - 1))
-        if quantile * deviation / math.sqrt(wanted) < mean:
-            return wanted - count
+        if stats.nct.sf(quantile, wanted - 1, math.sqrt(wanted) * mean / deviation) >= POWER:
+            return wanted
     return None
 
 
@@ -117,8 +123,10 @@ def epochs_to_end(curve: Sequence[float], other: Sequence[float]) -> int | None:
 
     Returns:
         The first epoch, counted from 1, from which the averaged curve stays at or above the end; None if it is below at
-        the last.
+        the last, or if values are missing.
     """
+    if not np.isfinite([*curve, *other]).all():
+        return None
     tail = max(1, len(other) // 10)
     end = float(np.mean(other[-tail:]))
     averages = [float(np.mean(curve[max(0, epoch - tail) : epoch])) for epoch in range(1, len(curve) + 1)]

@@ -73,6 +73,7 @@ class Study:
             "validation": list(self.split.validation),
             "training": list(self.split.training),
             "cases": self.split.cases,
+            "labels": self.workspace.labels(),
             "label_files": self._checksum_of_labels(),
         }
         terms = json.loads(json.dumps(terms))
@@ -220,7 +221,9 @@ class Study:
         """Of these the runs that are not finished."""
         return [run for run in self.asked() if self.record(run) is None]
 
-    def _epochs(self, request: Mapping[str, Any]) -> int:
+    @property
+    def _epochs(self) -> int:
+        """Of a run, for the progress bar."""
         return 0 if self.options.probe else self.settings.num_epochs
 
     def _requests(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -361,7 +364,7 @@ class Study:
             "keep_weights": False,
         }
         try:
-            if failures := runner.perform([request], "timed run", lambda _: 0 if probe else _TIMED_EPOCHS):
+            if failures := runner.perform([request], "timed run", 0 if probe else _TIMED_EPOCHS):
                 raise UserError(f"A short run of {run.arm} failed: {failures[0].last}\nIts log: {failures[0].log}")
             record = read_record(folder / "record.json")
             assert record is not None

@@ -18,8 +18,8 @@ from nnunetv2_misfm.commands.compare.statistics import (
     confidence_for,
     epochs_to_end,
     equal_labels,
-    more_seeds_needed,
     paired_difference,
+    seeds_needed,
 )
 
 _SHOWN_CASES = 3  # that gained most, and that lost most
@@ -35,7 +35,8 @@ class Comparison:
         arm, other, labelled: what is compared.
         difference: of the Dice on the test cases, in points, with an interval at 95 %.
         together: the same with the interval at which all intervals of the page hold together.
-        more_seeds: that would show this difference, if it stays what it is; None if that cannot be told.
+        seeds: that both arms have.
+        seeds_needed: fresh ones that would show such a difference; see `statistics.seeds_needed`.
         same_labels: with how many labelled cases the other arm reaches this one's score; see `equal_labels`.
         iterations: after which this arm's mean learning curve stays at the end of the other's; see `epochs_to_end`.
         all_iterations: of a run.
@@ -47,7 +48,8 @@ class Comparison:
     labelled: int
     difference: Difference
     together: Difference
-    more_seeds: int | None
+    seeds: tuple[int, ...]
+    seeds_needed: int | None
     same_labels: float | None
     iterations: int | None
     all_iterations: int
@@ -116,12 +118,15 @@ class Summary:
 
     def as_json(self) -> dict[str, Any]:
         """For summary.json."""
-        return {
-            "verdict": self.verdict,
-            "scores": sorted(self.rows(), key=lambda row: (row["arm"], row["labelled"])),
-            "comparisons": [_comparison_as_json(comparison) for comparison in self.comparisons],
-            "mean_gain_by_case": {case: round(dice.gain, 3) for case, dice in self.cases.items()},
-        }
+        content: dict[str, Any] = _finite(
+            {
+                "verdict": self.verdict,
+                "scores": sorted(self.rows(), key=lambda row: (row["arm"], row["labelled"])),
+                "comparisons": [_comparison_as_json(comparison) for comparison in self.comparisons],
+                "mean_gain_by_case": {case: round(dice.gain, 3) for case, dice in self.cases.items()},
+            }
+        )
+        return content
 
 
 def summarise(arms: Sequence[Arm], records: Iterable[RunRecord]) -> Summary:
@@ -177,7 +182,8 @@ def _compare(runs: Runs, pair: tuple[str, str, bool], labelled: int, together: f
         labelled,
         difference,
         strict,
-        more_seeds_needed(difference.values, together),
+        tuple(sorted(mine)),
+        seeds_needed(difference.values, together),
         equal_labels(mean(scores(runs, arm, labelled).values()), baseline) if len(baseline) > 1 else None,
         None if reached is None else reached * length,
         curves.shape[1] * length if curves.size else 0,
@@ -256,9 +262,11 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
     if not shown:
         return _nothing_shown(first, sum(c.weights_alone == first.weights_alone for c in comparisons)) + together
     sentences = []
-    for arm, helped in dict.fromkeys((c.arm, c.difference.mean > 0) for c in shown):
-        found = [c for c in shown if (c.arm, c.difference.mean > 0) == (arm, helped)]
-        sentences.append(f"{arm} {'helped' if helped else 'did harm'}: {'; '.join(map(_shown, found))}.")
+    for arm, helped, alone in dict.fromkeys((c.arm, c.difference.mean > 0, c.weights_alone) for c in shown):
+        found = [c for c in shown if (c.arm, c.difference.mean > 0, c.weights_alone) == (arm, helped, alone)]
+        # Arms that differ in more than the weights are better or worse; weights help or do harm.
+        words = ("helped", "did harm") if alone else ("is better", "is worse")
+        sentences.append(f"{arm} {words[not helped]}: {'; '.join(map(_shown, found))}.")
     return " ".join(sentences) + together
 
 
@@ -285,12 +293,13 @@ def _nothing_shown(largest: Comparison, comparisons: int) -> str:
         )
     if seeds < 3:
         advice = "two seeds are too few to tell how many would show it: give -seeds 4 or more"
-    elif largest.more_seeds is None:
+    elif largest.seeds_needed is None:
         advice = "a difference that small would take more seeds than can be run"
     else:
+        first = 1 + max(largest.seeds)
         advice = (
-            f"if it stays what it is, {largest.more_seeds} more seed{'s' * (largest.more_seeds != 1)} would show it "
-            f"(-seeds {seeds + largest.more_seeds})"
+            f"if it is as large as it looks, {largest.seeds_needed} fresh seeds would show it four times out of five "
+            f"(-first_seed {first} -seeds {largest.seeds_needed})"
         )
     return (
         f"No difference could be shown with {seeds} seeds: {largest.arm} minus {largest.other}{of_all} is "
@@ -313,23 +322,29 @@ def points(value: float) -> str:
 
 def _comparison_as_json(comparison: Comparison) -> dict[str, Any]:
     difference = comparison.difference
-    finite = {
-        name: value if math.isfinite(value) else None for name, value in vars(difference).items() if name != "values"
-    }
     return {
         "arm": comparison.arm,
         "minus": comparison.other,
         "labelled": comparison.labelled,
         "seeds": len(difference.values),
         "difference": difference.mean,
-        "low": finite["low"],
-        "high": finite["high"],
+        "low": difference.low,
+        "high": difference.high,
         "p": difference.p,
         "shown_among_all": comparison.together.shown,
-        "more_seeds_needed": comparison.more_seeds,
+        "seeds_needed": comparison.seeds_needed,
         "labels_of_the_other_for_the_same_dice": comparison.same_labels
         if comparison.same_labels is None or math.isfinite(comparison.same_labels)
         else "more than were trained",
         "iterations_to_the_others_end": comparison.iterations,
         "iterations": comparison.all_iterations,
     }
+
+
+def _finite(value: Any) -> Any:
+    """Content for JSON, which has no numbers that are none or infinite: they become null."""
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -41,6 +41,30 @@ def test_everything_wrong_is_told_at_once(checkpoint: Path) -> None:
         assert part in message, part
 
 
+def test_options_without_effect_are_refused(checkpoint: Path) -> None:
+    words = ["-d", "4", "-pretrained_weights", str(checkpoint), "--from_scratch"]
+    with pytest.raises(PlanError, match="-initial_lr and --keep_weights and -num_epochs: --probe trains nothing"):
+        read_options([*words, "--probe", "-initial_lr", "1e-2", "--keep_weights", "-num_epochs", "5"])
+    assert read_options([*words, "-gpus", "0", "1"]).jobs == 2
+    with pytest.raises(PlanError, match="-jobs 1 leaves some of the 2 -gpus without a run"):
+        read_options([*words, "-gpus", "0", "1", "-jobs", "1"])
+    with pytest.raises(PlanError, match="draws from 1000 on choose learning rates"):
+        read_options([*words, "-first_seed", "998", "-seeds", "3"])
+
+
+def test_options_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        read_options(["-d", "4", "--from_scratch", "--nnunet", "-seed", "12345"])
+    assert "Did you mean -seeds by -seed?" in capsys.readouterr().err
+
+
+def test_a_path_may_hold_an_equals_sign(tmp_path: Path) -> None:
+    file = tmp_path / "lr=3" / "A.pth"
+    file.parent.mkdir()
+    file.touch()
+    assert read_options(["-d", "4", "-pretrained_weights", str(file), "--from_scratch"]).weights == {"A": str(file)}
+
+
 def test_one_arm_is_nothing_to_compare() -> None:
     with pytest.raises(PlanError, match="fewer than two arms.*--from_scratch"):
         read_options(["-d", "4", "--from_scratch"])

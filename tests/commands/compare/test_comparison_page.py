@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,6 +24,7 @@ from nnunetv2_misfm.commands.compare.arms import Arm, Run, choose_rates, test_ru
 from nnunetv2_misfm.commands.compare.figures import case_picture
 from nnunetv2_misfm.commands.compare.page import Page, write_page
 from nnunetv2_misfm.commands.compare.records import RunRecord, read_record, write_csv
+from nnunetv2_misfm.commands.compare.statistics import seeds_needed
 from nnunetv2_misfm.commands.compare.summary import summarise
 
 test_runs.__test__ = False  # type: ignore[attr-defined]
@@ -113,7 +116,25 @@ def test_where_nothing_was_shown_the_verdict_says_how_many_more_seeds_it_takes()
     records += [record("VF", seed, 0.5 + 0.01 * gain) for seed, gain in enumerate((1, 2, 3))]
     verdict = summarise(ARMS, records).verdict
     assert verdict.startswith("No difference could be shown with 3 seeds: VF minus scratch is +2.0 points")
-    assert "1 more seed would show it (-seeds 4)" in verdict
+    needed = seeds_needed([1.0, 2.0, 3.0])
+    assert f"{needed} fresh seeds would show it four times out of five (-first_seed 3 -seeds {needed})" in verdict
+
+
+def test_arms_that_differ_in_more_than_weights_are_better_or_worse() -> None:
+    arms = [ARMS[1], Arm("nnunet", "nnunet", (1e-2,))]
+    records = [record("scratch", seed, 0.5 + 0.01 * seed) for seed in range(3)]
+    records += [record("nnunet", seed, 0.7 + 0.011 * seed) for seed in range(3)]
+    assert summarise(arms, records).verdict.startswith("scratch is worse: -20.1 points of Dice against nnunet")
+
+
+def test_a_label_in_no_test_case_is_null_in_the_summary() -> None:
+    records = [record(arm.name, seed, 0.5) for arm in ARMS for seed in range(2)]
+    for one in records:
+        for labels in one.dice.values():
+            labels["left"] = None
+    content = summarise(ARMS, records).as_json()
+    assert content["scores"][0]["dice_by_label"]["left"] is None
+    json.dumps(content, allow_nan=False)
 
 
 def test_two_seeds_are_too_few_to_say_how_many_more_it_takes() -> None:
@@ -230,7 +251,10 @@ def test_every_arm_is_tuned_with_the_same_effort_and_gets_its_own_best_rate() ->
     best = {"VF": 1e-3, "scratch": 3e-3}
     chosen = choose_rates(arms, [5], {run: 60.0 if run.rate == best[run.arm] else 50.0 for run in runs})
     assert chosen == {("VF", 5): 1e-3, ("scratch", 5): 3e-3}
-    assert test_runs(arms, [5], 1, chosen) == [Run("VF", 5, 0, 1e-3), Run("scratch", 5, 0, 3e-3)]
+    # Validation cases without any of the labels say nothing, and choose nothing.
+    unknown = {run: math.nan if run.rate == 1e-3 else 60.0 for run in runs}
+    assert choose_rates(arms, [5], unknown) == {("VF", 5): 3e-3, ("scratch", 5): 3e-3}
+    assert test_runs(arms, [5], range(1), chosen) == [Run("VF", 5, 0, 1e-3), Run("scratch", 5, 0, 3e-3)]
 
 
 @pytest.mark.parametrize(("ending", "reader"), [(".nii.gz", SimpleITKIO), (".tif", Tiff3DIO)])

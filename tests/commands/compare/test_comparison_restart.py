@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from nnunetv2_misfm.commands.compare.runner import Failure, Runner
 from nnunetv2_misfm.commands.compare.study import Study
 from nnunetv2_misfm.commands.compare.workspace import Workspace
 from nnunetv2_misfm.errors import PlanError, UserError
+from nnunetv2_misfm.files import LockedError, locked
 from nnunetv2_misfm.plans.network_entry import NETWORKS
 from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint
 
@@ -37,7 +38,7 @@ class FakeRunner:
         self.stop_after = stop_after
         self.requests: list[dict[str, Any]] = []
 
-    def perform(self, requests: Sequence[dict[str, Any]], title: str, epochs: Callable[[Any], int]) -> list[Any]:
+    def perform(self, requests: Sequence[dict[str, Any]], title: str, epochs: int) -> list[Any]:
         for request in requests:
             if len(self.requests) == self.stop_after:
                 raise KeyboardInterrupt
@@ -112,6 +113,49 @@ def test_both_arms_of_a_seed_have_the_same_cases(tmp_path: Path, nnunet: Path, m
     own = next(request for request in runner.requests if request["trainer"] == "MisFMTrainer")
     plans = made.workspace.plans_of(own["plans"])
     assert plans["misfm"]["seed"] == own["about"]["seed"] and plans["misfm"]["schedule"] == "poly"
+
+
+def test_fresh_draws_are_compared_by_themselves(tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study(tmp_path, nnunet, monkeypatch, "-seeds", "2").perform(FakeRunner())  # type: ignore[arg-type]
+    fresh = study(tmp_path, nnunet, monkeypatch, "-first_seed", "2", "-seeds", "3")
+    runner = FakeRunner()
+    _, chosen = fresh.perform(runner)  # type: ignore[arg-type]
+    assert {request["about"]["seed"] for request in runner.requests} == {2, 3, 4}
+    written = write_results(fresh, chosen, [])
+    (compared, _) = json.loads((written.path.parent / "summary.json").read_text(encoding="utf-8"))["comparisons"]
+    assert compared["seeds"] == 3
+
+
+def test_a_page_does_without_predictions_that_were_removed(
+    tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = study(tmp_path, nnunet, monkeypatch)
+    _, chosen = made.perform(FakeRunner())  # type: ignore[arg-type]
+    assert write_results(made, chosen, []).path.is_file()
+
+
+def test_another_command_in_the_folder_changes_nothing(
+    tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = study(tmp_path, nnunet, monkeypatch)
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setenv(name, str(nnunet / name))
+    words = [*WORDS, "-o", str(made.workspace.folder), "-device", "cpu"]
+    (nnunet / "nnUNet_preprocessed" / NAME / "dataset.json").touch()
+    before = files_of(made.workspace.folder)
+    with locked(made.workspace.folder / ".lock", 0.0, ""), pytest.raises(LockedError, match="another misfm_compare"):
+        compare(read_options(words), words)
+    assert files_of(made.workspace.folder) == {**before, ".lock": (0, pytest.approx(0, abs=1e30))}
+
+
+def test_labels_of_other_names_are_other_terms(tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study(tmp_path, nnunet, monkeypatch).perform(FakeRunner())  # type: ignore[arg-type]
+    path = nnunet / "nnUNet_preprocessed" / NAME / "dataset.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["labels"] = {f"{name}2" if value else name: value for name, value in content["labels"].items()}
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(PlanError, match="labels was"):
+        study(tmp_path, nnunet, monkeypatch)
 
 
 def test_a_folder_keeps_its_terms(tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +288,7 @@ def test_no_rate_is_chosen_while_a_tuning_run_is_missing(
     tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class FailingRunner(FakeRunner):
-        def perform(self, requests: Sequence[dict[str, Any]], title: str, epochs: Callable[[Any], int]) -> list[Any]:
+        def perform(self, requests: Sequence[dict[str, Any]], title: str, epochs: int) -> list[Any]:
             super().perform(requests[1:], title, epochs)
             return [Failure("first", tmp_path / "log.txt", "out of memory")]
 
@@ -285,7 +329,9 @@ def test_runs_of_other_plans_or_cases_are_not_taken_over(
 def test_the_rates_of_nnunet_are_fixed_by_its_first_run(
     tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    study(tmp_path, nnunet, monkeypatch)  # writes terms, with nnU-Net's 1e-2
+    before = study(tmp_path, nnunet, monkeypatch)
+    # As a comparison without that arm has left them, with the default rate of nnU-Net's.
+    (before.workspace.folder / "terms.json").write_text(json.dumps(before._terms), encoding="utf-8")
     more = FakeRunner()
     study(tmp_path, nnunet, monkeypatch, "-nnunet_lr", "1e-3").perform(more)  # type: ignore[arg-type]
     assert {request["about"]["rate"] for request in more.requests if request["about"]["arm"] == "nnunet"} == {1e-3}
@@ -351,7 +397,7 @@ def test_workers_of_a_run_that_was_killed_end_with_it(tmp_path: Path, monkeypatc
     run.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(run))
     request = {"record": str(tmp_path / "run" / "record.json")}
-    (failure,) = Runner("cpu", (), 1).perform([request], "runs", lambda _: 1)
+    (failure,) = Runner("cpu", (), 1).perform([request], "runs", 1)
     assert failure.title == "run"
     status = Path("/proc", (tmp_path / "worker").read_text(encoding="utf-8").strip(), "status")
     assert not status.exists() or "State:\tZ" in status.read_text(encoding="utf-8")
