@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -35,7 +36,7 @@ def curve(
     *,
     log: bool = False,
 ) -> str:
-    """Lines by name, as SVG.
+    """Lines by name, as SVG; of more than can be told apart the mean, the extremes, and what lies between.
 
     Args:
         lines: values, nan where there is none.
@@ -44,15 +45,36 @@ def curve(
         log: whether the y axis is logarithmic.
     """
 
+    shown, between = (lines, None) if len(lines) <= len(COLOURS) else _extremes(lines)
+
     def draw(axis: Axes) -> None:
-        for (name, line), colour in zip(lines.items(), cycle(COLOURS)):
-            axis.plot(range(1, len(line) + 1) if x is None else x, line, color=colour, label=name)
+        if between is not None:
+            axis.fill_between(range(1, len(between[0]) + 1) if x is None else x, *between, color=COLOURS[0], alpha=0.2)
+        for (name, line), colour in zip(shown.items(), COLOURS, strict=False):
+            label = name.replace("$", r"\$")  # which would begin a formula
+            axis.plot(range(1, len(line) + 1) if x is None else x, line, color=colour, label=label)
         axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
         axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # no epoch 2.5
-        outside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(lines) > _MOST_INSIDE else {}
+        outside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(shown) > _MOST_INSIDE else {}
         axis.legend(frameon=False, **outside)
 
     return svg(draw, 7.2, 3.0)
+
+
+def _extremes(lines: Mapping[str, Sequence[float]]) -> tuple[dict[str, Sequence[float]], np.ndarray]:
+    """Of many lines the mean, and those that end highest and lowest; the lowest and highest of all (2, values)."""
+    values = np.array(list(lines.values()), float)
+    ends = dict(zip(lines, np.nan_to_num(values[:, -1]), strict=True))
+    highest, lowest = max(ends, key=lambda name: ends[name]), min(ends, key=lambda name: ends[name])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # where all are nan, so is what is drawn
+        mean, between = np.nanmean(values, 0), np.array([np.nanmin(values, 0), np.nanmax(values, 0)])
+    shown = {
+        f"mean of {len(lines)}": mean,
+        f"highest at the end: {highest}": lines[highest],
+        f"lowest at the end: {lowest}": lines[lowest],
+    }
+    return shown, between
 
 
 def svg(draw: Callable[[Axes], None], width: float, height: float) -> str:

@@ -6,6 +6,7 @@ so that HF_HUB_OFFLINE=1 and machines without a network work once a file was fet
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from contextlib import suppress
@@ -109,7 +110,7 @@ class _Repository:
             CheckpointError: if the repository cannot be reached, or the file is neither there nor in the cache.
         """
         from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
             return Path(hf_hub_download(self.name, file, revision=self.revision, endpoint=_endpoint()))
@@ -121,10 +122,12 @@ class _Repository:
             ) from None
         except EntryNotFoundError:
             return None
-        except (HfHubHTTPError, OSError, ValueError) as error:
+        except _hub_errors() as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
             raise CheckpointError(
-                f"hf:{self.name} cannot be downloaded ({first_line(error)}). Check the name, and log in with "
-                f"`hf auth login` if the repository is private."
+                f"hf:{self.name} cannot be downloaded ({first_line(error)}). Check the name and the connection, and "
+                f"log in with `hf auth login` if the repository is private."
             ) from None
 
     def checkpoint(self) -> tuple[str, Path]:
@@ -163,14 +166,13 @@ class _Repository:
     def checkpoints(self) -> list[str]:
         """The repository's files that may be checkpoints; those in the cache if it cannot be asked."""
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError
 
         folder = self._cache()
         files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()] if folder else []
         if self.is_reached:
             try:
                 files = HfApi(endpoint=_endpoint()).list_repo_files(self.name, revision=self.revision)
-            except (HfHubHTTPError, OSError, ValueError):
+            except _hub_errors():
                 self.is_reached = False
         return sorted(file for file in files if file.endswith(_ENDINGS))
 
@@ -186,6 +188,13 @@ class _Repository:
             return Path(snapshot_download(self.name, revision=self.revision, local_files_only=True))
         except (OSError, ValueError):
             return None
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """What its client raises; connections that break are `HTTPError` (httpx) or `OSError` (requests, before 1.0)."""
+    from huggingface_hub import errors
+
+    return errors.HfHubHTTPError, errors.HTTPError, OSError, ValueError  # type: ignore[attr-defined]
 
 
 def _endpoint() -> str | None:

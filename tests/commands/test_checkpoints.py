@@ -13,6 +13,7 @@ from threading import Thread
 
 import pytest
 import torch
+from huggingface_hub import errors as hub_errors
 from nnunet_dataset import NAME
 
 from nnunetv2_misfm.architectures import PCTNet
@@ -238,6 +239,18 @@ def test_addresses_of_files_are_taken_and_several_checkpoints_are_listed(
     assert source.hub_name == f"hf:group/weights@{COMMIT}:b.ckpt"
     with pytest.raises(CheckpointError, match="several checkpoints.*hf:group/weights:a.pth, hf:group/weights:b.ckpt"):
         read_source("hf:group/weights")
+
+
+def test_a_connection_that_breaks_is_no_traceback(
+    hub: ThreadingHTTPServer, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*_: object, **__: object) -> None:
+        raise hub_errors.HTTPError("the peer closed the connection")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", breaks)
+    with pytest.raises(SystemExit):
+        inspect_main(["hf:group/weights"])
+    assert "cannot be downloaded (the peer closed the connection). Check the name" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

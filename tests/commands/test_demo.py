@@ -11,6 +11,7 @@ import pytest
 
 from nnunetv2_misfm.commands.demo.cli import main
 from nnunetv2_misfm.commands.demo.phantoms import make_phantom
+from nnunetv2_misfm.files import locked
 
 
 @pytest.mark.end_to_end
@@ -51,3 +52,19 @@ def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path: Path) -> Non
     with pytest.raises(SystemExit):
         main(["-o", str(tmp_path)])
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_log_of_that_name_does_not_make_a_folder_a_demo(tmp_path: Path) -> None:
+    (tmp_path / "demo.log").write_text("of another program", encoding="utf-8")
+    scan = tmp_path / "volumes" / "scan.nii.gz"
+    scan.parent.mkdir()
+    scan.touch()
+    with pytest.raises(SystemExit):
+        main(["-o", str(tmp_path)])
+    assert scan.is_file() and (tmp_path / "demo.log").read_text(encoding="utf-8") == "of another program"
+
+
+def test_two_demos_do_not_work_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with locked(tmp_path / ".misfm_demo", 0.0, ""), pytest.raises(SystemExit):
+        main(["-o", str(tmp_path)])
+    assert "another misfm_demo works in this folder" in capsys.readouterr().err

@@ -236,3 +236,15 @@ def test_epochs_on_an_axis_are_whole_numbers() -> None:
     svg = curve({"loss": [1.0] * 20}, "epoch", "loss")
     ticks = re.findall(r">([^<>]+)</text>", svg.partition(">epoch</text>")[0])
     assert len(ticks) > 3 and all(tick.isdigit() for tick in ticks)
+
+
+def test_more_lines_than_can_be_told_apart_are_summed_up() -> None:
+    lines = {f"organ {number}": [0.1, number / 200] for number in range(117)}
+    drawn = curve(lines | {"empty": [float("nan")] * 2}, "epoch", "")
+    assert "mean of 118" in drawn and "highest at the end: organ 116" in drawn and "organ 50" not in drawn
+    few = curve({f"organ {number}": [0.1, 0.2] for number in range(8)}, "epoch", "")
+    assert "organ 7" in few and "mean of" not in few
+
+
+def test_a_label_may_hold_a_dollar_sign() -> None:
+    assert "a$x_{$" in curve({"a$x_{$": [0.1, 0.2]}, "epoch", "")

@@ -10,12 +10,13 @@ from time import perf_counter
 from nnunetv2_misfm.commands.parser import CommandParser
 from nnunetv2_misfm.cpu_threads import keep_cores_free, usable_cores
 from nnunetv2_misfm.errors import PlanError, exit_with_message
-from nnunetv2_misfm.files import format_duration
+from nnunetv2_misfm.files import format_duration, locked
 
 _NUM_UNLABELLED, _NUM_LABELLED = 48, 24
 _PATCH = ("24", "24", "24")
 _PRETRAINING = (12, 20)  # epochs, iterations of each
 _PRETEXT_OPTIONS = ("-batch_size", "4", "-optimizer", "adamw", "-initial_lr", "0.001", "-schedule", "poly")
+_MARK = ".misfm_demo"  # the lock of a folder that a demo has made, whose volumes and results a next one removes
 _COMPARISON = ("--probe", "-num_labelled", "5", "-seeds", "3", "-num_test", "6", "-num_validation", "2")
 
 
@@ -45,14 +46,21 @@ def demo(folder: Path, device: str | None, seed: int) -> None:
 
     Raises:
         PlanError: if the folder has something else in it.
+        LockedError: if another demo works there.
     """
-    started = perf_counter()
     if seed < 0:
         raise PlanError(f"-seed {seed} must be at least 0.")
     if folder.is_file():
         raise PlanError(f"{folder} is a file. Choose a folder with -o.")
-    if folder.exists() and any(folder.iterdir()) and not (folder / "demo.log").is_file():
+    if folder.exists() and any(folder.iterdir()) and not (folder / _MARK).is_file():
         raise PlanError(f"{folder} exists and is not an earlier demo. Choose an empty folder with -o.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / _MARK, 0.0, "another misfm_demo works in this folder"):
+        _demo(folder, device, seed)
+
+
+def _demo(folder: Path, device: str | None, seed: int) -> None:
+    started = perf_counter()
     _use_folders(folder)
     from nnunetv2_misfm.commands.demo.steps import Demo
 
@@ -70,7 +78,6 @@ def demo(folder: Path, device: str | None, seed: int) -> None:
 
 
 def _use_folders(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "demo.log").write_text("", encoding="utf-8")
     for name in ("volumes", "comparison"):
         shutil.rmtree(folder / name, ignore_errors=True)
