@@ -92,6 +92,7 @@ def run_and_report(
     from nnunetv2_misfm.commands.compare.results import write_results
     from nnunetv2_misfm.commands.compare.runner import Runner
     from nnunetv2_misfm.commands.compare.study import Study
+    from nnunetv2_misfm.commands.compare.timing import estimate_hours
 
     device = options.device or best_device()
     study = Study(replace(options, device=device), workspace)
@@ -99,7 +100,7 @@ def run_and_report(
     runner = Runner(device, options.gpus, options.jobs)
     left = study.left()
     if left and say_time:
-        hours = study.estimate_hours(runner)
+        hours = estimate_hours(study, runner)
         at_once = f", {options.jobs} at once" if options.jobs > 1 else ""
         finished = len(study.asked()) - len(left)
         beside = f", beside {finished} that are finished" if finished else ""

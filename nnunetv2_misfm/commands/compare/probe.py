@@ -21,6 +21,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
+from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import read_json
 from nnunetv2_misfm.plans.network_entry import with_own_network
 from nnunetv2_misfm.plans.run_settings import PRETRAIN_INFO, FinetuningSettings, run_settings
@@ -47,6 +48,8 @@ class ProbedNetwork(nn.Module):
         self.network = network
         self.classifier: nn.Linear | None = None
         self._maps: list[Tensor] = []
+        if not isinstance(getattr(network, "encoder", None), nn.Module):
+            raise PlanError(f"--probe reads the feature maps of an encoder, which a {type(network).__name__} has not.")
         network.get_submodule("encoder").register_forward_hook(self._keep)
         stages = [module for name, module in network.named_modules() if _DECODER_STAGE.fullmatch(name)]
         for module in stages:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from textwrap import shorten
@@ -24,11 +23,9 @@ from nnunetv2_misfm.commands.compare.workspace import Workspace, fold_key
 from nnunetv2_misfm.errors import PlanError, UserError
 from nnunetv2_misfm.files import read_json, write_json
 from nnunetv2_misfm.plans.checks import configuration_3d
-from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, FinetuningSettings
+from nnunetv2_misfm.plans.run_settings import PRETRAIN_INFO, FinetuningSettings
 from nnunetv2_misfm.plans.settings import read_settings
 
-_TIMED_EPOCHS, _TIMED_ITERATIONS = 2, 4  # the first epoch warms up, the second is timed
-_VALIDATION_COST = 1 / 3  # of a training iteration
 _TERMS_FILE = "terms.json"
 # What every run of one folder has in common; more arms, seeds and numbers of labelled cases may come later.
 _TERMS = ("configuration", "plans", "patients", "num_test", "num_validation", "rates", "nnunet_rates", "tuning_seeds")
@@ -243,7 +240,7 @@ class Study:
                     f"another learning rate. Remove that folder to do it again, give another folder with -o, or give "
                     f"a pretrained arm another name (-pretrained_weights NAME=FILE)."
                 )
-        folds = [self._fold(run) for run in waiting]
+        folds = [self.fold(run) for run in waiting]
         numbers = self.workspace.write_folds(folds)
         return [self.request(run, numbers[fold_key(fold)]) for run, fold in zip(waiting, folds, strict=True)]
 
@@ -256,7 +253,8 @@ class Study:
     def _plans_sha256(self, arm: Arm) -> str:
         return hashlib.sha256(self._without_names(arm).encode()).hexdigest()
 
-    def _fold(self, run: Run) -> dict[str, list[str]]:
+    def fold(self, run: Run) -> dict[str, list[str]]:
+        """The cases that a run trains with and those of its learning curve, as in nnU-Net's splits."""
         split = self.split
         return {"train": split.labelled(run.labelled, run.seed), "val": split.cases_of(split.validation)}
 
@@ -309,74 +307,6 @@ class Study:
                 "iterations_per_epoch": settings.num_iterations_per_epoch,
             },
         }
-
-    # ---------------------------------------------------------------- how long it takes
-
-    def estimate_hours(self, runner: Runner) -> float:
-        """How long the runs that are left will take, from finished runs or, without any, from short ones.
-
-        Raises:
-            UserError: if a short run fails; the message shows how its log ends.
-        """
-        seconds, left = {}, self.left()
-        for trainer in sorted({self.arm(run.arm).trainer for run in left}):
-            finished = [record.seconds for record in self._finished(trainer)]
-            first = next(run for run in left if self.arm(run.arm).trainer == trainer)
-            seconds[trainer] = sum(finished) / len(finished) if finished else self._time(first, runner)
-        total = sum(seconds[self.arm(run.arm).trainer] for run in left)
-        return total / self.options.jobs / 3600
-
-    def _finished(self, trainer: str) -> Iterator[RunRecord]:
-        for arm in self.arms:
-            if arm.trainer == trainer:
-                for folder in sorted((self.workspace.folder / "runs").glob(f"{arm.name}_n*")):
-                    if (record := read_record(folder / "record.json")) is not None and record.arm == arm.name:
-                        yield record
-
-    def _time(self, run: Run, runner: Runner) -> float:
-        """Seconds that a run takes, from a few of its iterations and the prediction of one of its cases."""
-        settings, probe = self.settings, self.options.probe
-        request = self.request(run, self.workspace.write_folds([self._fold(run)])[fold_key(self._fold(run))])
-        cases = len(request["cases"])
-        short = {
-            "num_epochs": _TIMED_EPOCHS,
-            "num_iterations_per_epoch": min(_TIMED_ITERATIONS, settings.num_iterations_per_epoch),
-            "num_val_iterations_per_epoch": 1,
-        }
-        folder = self.workspace.folder / "runs" / f".timing_{run.title}"
-        plans = read_json(Path(request["plans_file"]), "Start again.") | {"plans_name": f"timing_{run.title}"}
-        if BLOCK in plans:
-            plans[BLOCK] |= short
-        plans_file = self.workspace.preprocessed / f"timing_{run.title}.json"
-        write_json(plans, plans_file)
-        request |= {
-            "plans": plans_file.stem,
-            "plans_file": str(plans_file),
-            "results": str(
-                Path(request["results"]).with_name(
-                    f"{self.arm(run.arm).trainer}__{plans_file.stem}__{self.workspace.configuration}"
-                )
-            ),
-            "stock": request["stock"] | short,
-            "cases": dict(list(request["cases"].items())[:1]),
-            "predictions": str(folder / "predictions"),
-            "record": str(folder / "record.json"),
-            "keep_weights": False,
-        }
-        try:
-            if failures := runner.perform([request], "timed run", 0 if probe else _TIMED_EPOCHS):
-                raise UserError(f"A short run of {run.arm} failed: {failures[0].last}\nIts log: {failures[0].log}")
-            record = read_record(folder / "record.json")
-            assert record is not None
-        finally:
-            shutil.rmtree(request["results"], ignore_errors=True)
-            plans_file.unlink(missing_ok=True)
-        shutil.rmtree(folder)
-        start_up = record.seconds - record.training_seconds - record.prediction_seconds
-        steps = short["num_iterations_per_epoch"] + _VALIDATION_COST
-        of_epoch = settings.num_iterations_per_epoch + _VALIDATION_COST * settings.num_val_iterations_per_epoch
-        training = 0.0 if probe else record.last_epoch_seconds / steps * of_epoch * settings.num_epochs
-        return start_up + training + record.prediction_seconds * cases
 
 
 def _short(value: Any) -> str:

@@ -22,6 +22,7 @@ from nnunetv2_misfm.commands.compare.records import RunRecord
 from nnunetv2_misfm.commands.compare.results import write_results
 from nnunetv2_misfm.commands.compare.runner import Failure, Runner
 from nnunetv2_misfm.commands.compare.study import Study
+from nnunetv2_misfm.commands.compare.timing import estimate_hours
 from nnunetv2_misfm.commands.compare.workspace import Workspace
 from nnunetv2_misfm.errors import PlanError, UserError
 from nnunetv2_misfm.files import LockedError, locked
@@ -124,6 +125,16 @@ def test_fresh_draws_are_compared_by_themselves(tmp_path: Path, nnunet: Path, mo
     written = write_results(fresh, chosen, [])
     (compared, _) = json.loads((written.path.parent / "summary.json").read_text(encoding="utf-8"))["comparisons"]
     assert compared["seeds"] == 3
+
+
+def test_finished_runs_tell_how_long_the_others_take(
+    tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study(tmp_path, nnunet, monkeypatch, "-seeds", "1").perform(FakeRunner())  # type: ignore[arg-type]
+    more = study(tmp_path, nnunet, monkeypatch, "-seeds", "3", "-jobs", "2")
+    # Two arms, two numbers of labelled cases and two seeds at 3 seconds each; on one GPU they share it.
+    assert estimate_hours(more, Runner("cpu", (), 2)) == pytest.approx(8 * 3 / 2 / 3600)
+    assert estimate_hours(more, Runner("cuda", (), 2)) == pytest.approx(8 * 3 / 3600)
 
 
 def test_a_page_does_without_predictions_that_were_removed(

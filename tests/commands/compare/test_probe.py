@@ -14,6 +14,7 @@ from torch import nn
 from nnunetv2_misfm.architectures import FMUNet, PCTNet
 from nnunetv2_misfm.commands.compare import probe
 from nnunetv2_misfm.commands.compare.probe import ProbedNetwork, _voxels, logistic_regression
+from nnunetv2_misfm.errors import PlanError
 
 FEATURES = (4, 4, 8, 8, 16)
 
@@ -71,3 +72,8 @@ def test_patches_are_taken_around_every_label(monkeypatch: pytest.MonkeyPatch) -
     probed = ProbedNetwork(FMUNet(1, 3, features_per_stage=FEATURES)).eval()
     probe.fit_classifier(probed, Path(), ["a", "b", "c"], (16, 32, 32), 14, 0, with_statistics=False)
     assert set(looked_for) == set(range(1, 14))
+
+
+def test_a_network_without_an_encoder_is_named() -> None:
+    with pytest.raises(PlanError, match="--probe reads the feature maps of an encoder, which a Linear has not"):
+        ProbedNetwork(torch.nn.Linear(1, 1))

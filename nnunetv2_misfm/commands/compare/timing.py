@@ -1,0 +1,102 @@
+"""How long the runs of a comparison will take, from finished ones or from a few iterations of each kind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from nnunetv2_misfm.commands.compare.arms import Run
+from nnunetv2_misfm.commands.compare.records import RunRecord, read_record
+from nnunetv2_misfm.commands.compare.runner import Runner
+from nnunetv2_misfm.commands.compare.study import Study
+from nnunetv2_misfm.commands.compare.workspace import fold_key
+from nnunetv2_misfm.errors import UserError
+from nnunetv2_misfm.files import read_json, write_json
+from nnunetv2_misfm.plans.checks import configuration_3d
+from nnunetv2_misfm.plans.run_settings import BLOCK
+
+_TIMED_EPOCHS, _TIMED_ITERATIONS = 2, 4  # the first epoch warms up, the second is timed
+_VALIDATION_COST = 1 / 3  # of a training iteration
+
+
+def estimate_hours(study: Study, runner: Runner) -> float:
+    """How long the runs that are left will take, from finished runs or, without any, from short ones.
+
+    Raises:
+        UserError: if a short run fails; the message shows how its log ends.
+    """
+    seconds: dict[str, float] = {}
+    left = study.left()
+    for run in left:
+        kind = _kind(study, run.arm)
+        if kind not in seconds:
+            finished = [record.seconds for record in _finished(study, kind)]
+            seconds[kind] = sum(finished) / len(finished) if finished else _time(study, run, runner)
+    total = sum(seconds[_kind(study, run.arm)] for run in left)
+    # Runs that share a GPU gain little by it.
+    at_once = min(study.options.jobs, len(study.options.gpus) or 1) if runner.device == "cuda" else study.options.jobs
+    return total / at_once / 3600
+
+
+def _kind(study: Study, arm: str) -> str:
+    """Equal for arms whose runs take as long."""
+    entry = configuration_3d(study.workspace.plans_of(study.arm(arm).plans), study.workspace.configuration)
+    del entry["data_identifier"]
+    return study.arm(arm).trainer + json.dumps(entry, sort_keys=True)
+
+
+def _finished(study: Study, kind: str) -> Iterator[RunRecord]:
+    for arm in study.arms:
+        if _kind(study, arm.name) == kind:
+            for folder in sorted((study.workspace.folder / "runs").glob(f"{arm.name}_n*")):
+                if (record := read_record(folder / "record.json")) is not None and record.arm == arm.name:
+                    yield record
+
+
+def _time(study: Study, run: Run, runner: Runner) -> float:
+    """Seconds that a run takes, from a few of its iterations and the prediction of one of its cases."""
+    settings, probe = study.settings, study.options.probe
+    fold = study.fold(run)
+    request = study.request(run, study.workspace.write_folds([fold])[fold_key(fold)])
+    cases = len(request["cases"])
+    short = {
+        "num_epochs": _TIMED_EPOCHS,
+        "num_iterations_per_epoch": min(_TIMED_ITERATIONS, settings.num_iterations_per_epoch),
+        "num_val_iterations_per_epoch": 1,
+    }
+    folder = study.workspace.folder / "runs" / f".timing_{run.title}"
+    plans = read_json(Path(request["plans_file"]), "Start again.") | {"plans_name": f"timing_{run.title}"}
+    if BLOCK in plans:
+        plans[BLOCK] |= short
+    plans_file = study.workspace.preprocessed / f"timing_{run.title}.json"
+    write_json(plans, plans_file)
+    request |= {
+        "plans": plans_file.stem,
+        "plans_file": str(plans_file),
+        "results": str(
+            Path(request["results"]).with_name(
+                f"{study.arm(run.arm).trainer}__{plans_file.stem}__{study.workspace.configuration}"
+            )
+        ),
+        "stock": request["stock"] | short,
+        "cases": dict(list(request["cases"].items())[:1]),
+        "predictions": str(folder / "predictions"),
+        "record": str(folder / "record.json"),
+        "keep_weights": False,
+    }
+    try:
+        if failures := runner.perform([request], "timed run", 0 if probe else _TIMED_EPOCHS):
+            raise UserError(f"A short run of {run.arm} failed: {failures[0].last}\nIts log: {failures[0].log}")
+        record = read_record(folder / "record.json")
+        assert record is not None
+    finally:
+        shutil.rmtree(request["results"], ignore_errors=True)
+        plans_file.unlink(missing_ok=True)
+    shutil.rmtree(folder)
+    start_up = record.seconds - record.training_seconds - record.prediction_seconds
+    steps = short["num_iterations_per_epoch"] + _VALIDATION_COST
+    of_epoch = settings.num_iterations_per_epoch + _VALIDATION_COST * settings.num_val_iterations_per_epoch
+    training = 0.0 if probe else record.last_epoch_seconds / steps * of_epoch * settings.num_epochs
+    return start_up + training + record.prediction_seconds * cases
