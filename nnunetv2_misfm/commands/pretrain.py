@@ -38,7 +38,7 @@ def pretrain(arguments: list[str] | None = None) -> None:
     nnunet_folder("nnUNet_results")
     if not (options.only_prepare or options.dry_run):
         check_device(options.device, max(options.num_gpus, processes.on_this_machine))
-    planned = processes.first_does(lambda: plan_and_prepare(options))
+    planned = processes.first_does(lambda: plan_and_prepare(options, max(options.num_gpus, processes.count)))
     if planned is None:
         return
     task, dataset, plans = planned
@@ -65,8 +65,12 @@ def pretrain(arguments: list[str] | None = None) -> None:
         print(f"Whether -network pretrained fits that dataset better says: misfm_inspect {file} -d DATASET_ID")
 
 
-def plan_and_prepare(options: PretrainOptions) -> tuple[str, str, str] | None:
+def plan_and_prepare(options: PretrainOptions, num_processes: int) -> tuple[str, str, str] | None:
     """Plan the run and provide its data.
+
+    Args:
+        options: of the command.
+        num_processes: that will share each batch.
 
     Returns:
         The names of the task, of the dataset and of the plans to train, or None if there is nothing to train now.
@@ -92,7 +96,7 @@ def plan_and_prepare(options: PretrainOptions) -> tuple[str, str, str] | None:
         channels = len(entry["normalization_schemes"])
         checked_network(entry, channels, request.pretext.task().num_outputs(channels))
         if not prepares_only:
-            check_batch_size(entry["batch_size"], max(options.num_gpus, Processes().count))
+            check_batch_size(entry["batch_size"], num_processes)
     if options.continue_training:
         # Before anything is written, by the plans of the run; the trainer looks at its checkpoint too.
         run.check_same(plans, options.configuration)

@@ -176,7 +176,7 @@ class PreprocessedDataset:
         self.plans_name = options.plans_name or (self.base["plans_name"] if same else derived_plans_name(self.task))
         check_plans_name(self.plans_name)
         is_pool = read_dataset_json(self.folder).get("misfm_pool", False)
-        data = self.base["configurations"][options.configuration].get("data_identifier", "")
+        data = self.base["configurations"].get(options.configuration, {}).get("data_identifier", "")
         if is_pool and not pool_is_complete(self.folder, data):
             raise PlanError(
                 f"The pool {self.folder} is not complete: volumes are still to be prepared. Give their folders with -i "
