@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.files import read_json
+from nnunetv2_misfm.files import read_json, training_lock
 from nnunetv2_misfm.plans.compare import what_a_run_must_keep
 from nnunetv2_misfm.plans.files import FINAL, nnunet_folder
 from nnunetv2_misfm.plans.run_settings import BLOCK
@@ -43,8 +44,8 @@ class EarlierRun:
         state = "a finished" if finished else "an unfinished"
         remedy = "--c -num_epochs N to make it longer" if finished else "--c to continue it"
         raise PlanError(
-            f"{self.folder} holds {state} run. Use {remedy}, --overwrite to start anew (it is deleted when the new one "
-            f"is finished), or -overwrite_plans_name to train beside it (without -i, which would prepare the volumes "
+            f"{self.folder} holds {state} run. Use {remedy}, --overwrite to start anew (it comes back if the new one "
+            f"saves nothing), or -overwrite_plans_name to train beside it (without -i, which would prepare the volumes "
             f"once more)."
         )
 
@@ -71,7 +72,26 @@ class EarlierRun:
 
         return bool(read_checkpoint(final)["current_epoch"] >= plans[BLOCK]["num_epochs"])
 
-    def delete_put_aside(self) -> None:
-        """Remove the checkpoints of runs before the one that is finished now, which had put them aside."""
-        for path in self.folder.glob("earlier_*_checkpoint_*.pth"):
-            path.unlink()
+    def put_aside(self) -> None:
+        """Make room for a new run, see `settle`. Raises LockedError if another process trains there."""
+        if not self.folder.is_dir():
+            return
+        with training_lock(self.folder):
+            pass
+        if self.exists or not self._aside.is_dir():
+            shutil.rmtree(self._aside, ignore_errors=True)
+            self.folder.rename(self._aside)
+        else:  # a new run was killed before it had saved anything; what it was to replace is still aside
+            shutil.rmtree(self.folder)
+
+    def settle(self) -> None:
+        """When the new run has ended: delete what was put aside, or put it back if nothing was saved in its place."""
+        if self._aside.is_dir() and self.exists:
+            shutil.rmtree(self._aside)
+        elif self._aside.is_dir():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self._aside.rename(self.folder)
+
+    @property
+    def _aside(self) -> Path:
+        return self.folder.with_name(f".{self.folder.name}_before")

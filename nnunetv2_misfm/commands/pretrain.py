@@ -44,21 +44,24 @@ def pretrain(arguments: list[str] | None = None) -> None:
     task, dataset, plans = planned
     from nnunetv2_misfm.pretrain.tasks import task_class
 
-    with processes.training(options.device):
-        # nnU-Net finds the trainer by the name of its class; what follows is in trainers/pretraining_trainer.py.
-        launch(
-            task_class(task).trainer(),
-            dataset,
-            plans,
-            options.configuration,
-            options.device,
-            options.num_gpus,
-            options.continue_training,
-        )
+    run = EarlierRun(run_folder(task, dataset, plans, options.configuration))
+    try:
+        with processes.training(options.device):
+            # nnU-Net finds the trainer by the name of its class; what follows is in trainers/pretraining_trainer.py.
+            launch(
+                task_class(task).trainer(),
+                dataset,
+                plans,
+                options.configuration,
+                options.device,
+                options.num_gpus,
+                options.continue_training,
+            )
+    finally:
+        if processes.rank == 0:
+            run.settle()
     if processes.rank == 0:
-        if options.overwrite:
-            EarlierRun(run_folder(task, dataset, plans, options.configuration)).delete_put_aside()
-        weights = run_folder(task, dataset, plans, options.configuration) / FINAL
+        weights = run.folder / FINAL
         print(f"Pretrained weights: {weights}")
         file = quote(str(weights))
         print(f"Plan a fine-tuning with: misfm_plan -d DATASET_ID -c 3d_fullres -pretrained_weights {file}")
@@ -109,7 +112,9 @@ def plan_and_prepare(options: PretrainOptions, num_processes: int) -> tuple[str,
         print(f"Train with: {command}")
         return None
     print(describe_choices(options, prepared))
-    if options.continue_training and run.is_finished(prepared):
+    if options.overwrite:
+        run.put_aside()
+    elif options.continue_training and run.is_finished(prepared):
         print(f"{run.folder} is finished; give a larger -num_epochs to go on.")
         return None
     return source.task, source.dataset_name, source.plans_name

@@ -234,7 +234,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--dry_run", action="store_true", help="estimate from a sample what preparing will cost, and keep nothing")
     add("--c", dest="continue_training", action="store_true", help="continue the run from its latest checkpoint")
-    add("--overwrite", action="store_true", help="start anew; an earlier run is deleted when this one is finished")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="start anew; an earlier run is deleted when this one ends and has saved a checkpoint",
+    )
     add_setting_options(parser, "how volumes become a pool (with -i)", PoolSettings)
     add_setting_options(
         parser, f"the run (defaults of {DEFAULT_TASK}; other tasks have some of their own)", PretrainingSettings

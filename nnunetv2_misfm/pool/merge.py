@@ -269,9 +269,11 @@ def _free_duplicates(pool: PoolEntries, ledger: Ledger) -> None:
     """Let the next run prepare volumes that were left out for the voxels of one that has others now, or is gone."""
     contents = {entry.content for entry in pool.entries if entry.status == PREPARED}
     freed = [one for one in pool.entries if one.status == LEFT_OUT and one.content and one.content not in contents]
+    earlier = ledger.records_of_earlier_versions() if freed else {}
     for entry in freed:
         reason = "the volume with the same voxels is in the pool no more; the same command prepares this one"
-        record = dataclasses.replace(ledger.records(entry.bundle)[entry.case], status=FAILED, reason=reason)
+        records = {**earlier, **ledger.records(entry.bundle)}
+        record = dataclasses.replace(records[entry.case], status=FAILED, reason=reason)
         ledger.write_record(record)
         pool.entries.remove(entry)
         pool.add(record)

@@ -129,7 +129,16 @@ def test_a_run_that_cannot_start_deletes_nothing(
         assert "even with activation checkpointing" in refused(capsys, "-d", "4", "--overwrite")
     assert checkpoint.read_bytes() == before
     run("-d", "4", "--overwrite", "-seed", "1")
-    assert checkpoint.read_bytes() != before and not list(checkpoint.parent.glob("earlier_*"))
+    assert checkpoint.read_bytes() != before
+    assert [path.name for path in checkpoint.parents[1].iterdir() if path.is_dir()] == ["fold_all"]
+    # As a new run that was killed before it saved anything has left it: what it was to replace comes back.
+    saved, folder = checkpoint.read_bytes(), checkpoint.parent
+    folder.rename(folder.with_name(".fold_all_before"))
+    folder.mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr("nnunetv2_misfm.trainers.base.available_memory", lambda _: 2**20)
+        refused(capsys, "-d", "4", "--overwrite")
+    assert checkpoint.read_bytes() == saved
 
 
 def test_continuing_keeps_the_run_what_it_was(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
