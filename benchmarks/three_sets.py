@@ -8,9 +8,9 @@
 FOLDER of --data holds the sets in nnU-Net's raw format; results/three_sets.md says where they come from. nnU-Net plans
 and preprocesses them; tasks pretrain a small network on the images that misfm_compare neither tests nor validates on,
 without their labels: those of --common on all sets together, those of --own on each set alone, those of --own_long on
-it for four times as long. Then misfm_compare fits
-a linear classifier to the features (probe) or fine-tunes the network (compare). Goes on where it was stopped. What it
-finds is kept in results/three_sets, of which three_sets_table.py makes a table and a figure.
+it for four times as long. Then misfm_compare fits a linear classifier to the features (probe) or fine-tunes the network
+(compare). Goes on where it was stopped. What it finds is kept in results/three_sets, of which three_sets_table.py makes
+a table and a figure.
 """
 
 from __future__ import annotations

@@ -109,6 +109,11 @@ class LockedError(UserError, RuntimeError):
     """Another process is doing the same; the message says what and where."""
 
 
+def disk_is_full(error: BaseException) -> bool:
+    """Whether the system has no space left, or the user none of theirs."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 @contextmanager
 def locked(path: Path, timeout: float, message: str) -> Iterator[None]:
     """Keep other processes from doing the same; the system frees the lock of a process that was killed.

@@ -181,6 +181,22 @@ def _parser() -> argparse.ArgumentParser:
         "are for the task; otherwise it has its default. The log says which. Options of the pool must be given again "
         "whenever -i is.",
     )
+    _add_data(parser)
+    _add_network(parser)
+    _add_work(parser)
+    add_setting_options(parser, "how volumes become a pool (with -i)", PoolSettings)
+    add_setting_options(
+        parser, f"the run (defaults of {DEFAULT_TASK}; other tasks have some of their own)", PretrainingSettings
+    )
+    for kind in task_classes():
+        add_setting_options(parser, kind.title, kind.Settings)
+    add_setting_options(
+        parser, "augmentation of the crops; a range is given by its lowest and its highest value", AugmentSettings
+    )
+    return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("-d", required=True, metavar="ID", help="ID or name of the dataset; with -i, of the pool that is made")
     add("-i", action="append", metavar="FOLDER", help="folder of volumes; may be given several times")
@@ -194,6 +210,10 @@ def _parser() -> argparse.ArgumentParser:
     add("-p", metavar="PLANS", help=f"name of the plans to start from (default: {DEFAULT_PLANS_NAME})")
     add("-c", default="3d_fullres", metavar="CONFIG", help="name of the configuration (default: 3d_fullres)")
     add("-overwrite_plans_name", metavar="NAME", help="name to give the plans that are written")
+
+
+def _add_network(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "-pretext",
         choices=tuple(PRETEXT_TASKS),
@@ -219,6 +239,10 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="batch size (default: that of the plans, or 4 for a new pool; more if the patches are small)",
     )
+
+
+def _add_work(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="where to train (default: cuda)")
     add("-num_gpus", type=int, default=1, metavar="N", help="number of GPUs of this machine to train on (default: 1)")
     add("-np", type=int, default=2, metavar="N", help="number of processes that prepare volumes (default: 2)")
@@ -239,13 +263,3 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="start anew; an earlier run is deleted when this one ends and has saved a checkpoint",
     )
-    add_setting_options(parser, "how volumes become a pool (with -i)", PoolSettings)
-    add_setting_options(
-        parser, f"the run (defaults of {DEFAULT_TASK}; other tasks have some of their own)", PretrainingSettings
-    )
-    for kind in task_classes():
-        add_setting_options(parser, kind.title, kind.Settings)
-    add_setting_options(
-        parser, "augmentation of the crops; a range is given by its lowest and its highest value", AugmentSettings
-    )
-    return parser

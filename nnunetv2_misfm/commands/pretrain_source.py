@@ -18,7 +18,7 @@ from nnunetv2_misfm.plans.compare import run_changes
 from nnunetv2_misfm.plans.files import preprocessed_dataset, read_dataset_json, read_plans
 from nnunetv2_misfm.plans.network_entry import own_network_name, set_sizes
 from nnunetv2_misfm.plans.run_settings import BLOCK, pretext_task_of
-from nnunetv2_misfm.plans.settings import read_settings
+from nnunetv2_misfm.plans.settings import read_settings, write_settings
 from nnunetv2_misfm.pool.cost import estimate, sample_volumes
 from nnunetv2_misfm.pool.folder import PoolFolder, pool_is_complete
 from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection, find_volumes
@@ -78,7 +78,7 @@ class BareVolumes:
         else:
             folder = PoolFolder(*names, Share(options.num_parts, options.part_id))
             if self.earlier is not None:  # before the headers of an archive are read; the rest is compared after
-                folder.check_same_settings(settings_differences(self.earlier, settings))
+                folder.check_same_settings(settings_differences(self.earlier, write_settings(settings)))
             with folder.full_disk_explained():
                 whole = self._inspect(folder, settings)
         if whole is None:
@@ -232,7 +232,11 @@ def _pool_dataset_name(options: PretrainOptions) -> str:
 def _with_what_was_left_open(
     plans: dict[str, Any], earlier: Mapping[str, Any] | None, configuration: str, request: RunRequest
 ) -> dict[str, Any]:
-    """Plans with the network and sizes of earlier ones for the same data, as far as the request leaves them open."""
+    """Plans with the network and sizes of earlier ones for the same data, as far as the request leaves them open.
+
+    Raises:
+        PlanError: if its network cannot work with the sizes that a configuration then has.
+    """
     before = (earlier or {}).get("configurations", {}).get(configuration)
     now = plans["configurations"][configuration]
     if before is not None and all(before.get(name) == now.get(name) for name in ("spacing", "data_identifier")):

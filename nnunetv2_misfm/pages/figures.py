@@ -47,12 +47,15 @@ def curve(
 
     shown, between = (lines, None) if len(lines) <= len(COLOURS) else _extremes(lines)
 
+    def places(line: Sequence[float]) -> Sequence[float]:
+        return range(1, len(line) + 1) if x is None else x
+
     def draw(axis: Axes) -> None:
         if between is not None:
-            axis.fill_between(range(1, len(between[0]) + 1) if x is None else x, *between, color=COLOURS[0], alpha=0.2)
+            axis.fill_between(places(between[0]), *between, color=COLOURS[0], alpha=0.2)
         for (name, line), colour in zip(shown.items(), COLOURS, strict=False):
             label = name.replace("$", r"\$")  # which would begin a formula
-            axis.plot(range(1, len(line) + 1) if x is None else x, line, color=colour, label=label)
+            axis.plot(places(line), line, color=colour, label=label)
         axis.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
         axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # no epoch 2.5
         outside: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if len(shown) > _MOST_INSIDE else {}

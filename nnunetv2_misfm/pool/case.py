@@ -20,6 +20,7 @@ import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_misfm.files import disk_is_full
 from nnunetv2_misfm.pool.plan import (
     expected_shape,
     plans_for_case,
@@ -165,7 +166,7 @@ def prepare_case(task: CaseTask) -> CaseResult:
         reason = "out of memory; use fewer processes or a coarser spacing"
         record = CaseRecord.of(task.volume, FAILED, task.layout, reason=reason)
     except Exception as error:  # one volume never stops the rest, whichever library it upsets
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if disk_is_full(error):
             raise
         record = CaseRecord.of(task.volume, FAILED, task.layout, reason=f"{type(error).__name__}: {error}")
     if record.status != PREPARED:

@@ -91,14 +91,10 @@ def estimate(sample: Sample, plans: Mapping[str, Any], configuration: str, num_p
     volumes, target = sample.inspection.volumes, nnunet_folder("nnUNet_preprocessed")
     target.mkdir(parents=True, exist_ok=True)
     done = _prepared(volumes, plans, configuration)
-    usable, wrong_size = [], []
     with tempfile.TemporaryDirectory(dir=target) as folder:
-        for task in [CaseTask(one, plans, configuration, "", Path(folder)) for one in volumes if one.case not in done]:
-            try:
-                check_expected_size(task)
-                usable.append(task)
-            except VolumeProblem as problem:
-                wrong_size.append(f"{task.volume.source}: {problem}")
+        usable, wrong_size = _by_size(
+            [CaseTask(one, plans, configuration, "", Path(folder)) for one in volumes if one.case not in done]
+        )
         if done and not usable:
             return "All usable volumes that were looked at are in the pool already"
         if not usable:
@@ -124,6 +120,18 @@ def estimate(sample: Sample, plans: Mapping[str, Any], configuration: str, num_p
             f"The pool takes about {format_bytes(bytes_per_work * work)}; {free} are free in {target}",
         ]
     )
+
+
+def _by_size(tasks: Sequence[CaseTask]) -> tuple[list[CaseTask], list[str]]:
+    """The tasks whose volumes have a size that can be used by their headers, and what is wrong with the others."""
+    usable, wrong = [], []
+    for task in tasks:
+        try:
+            check_expected_size(task)
+            usable.append(task)
+        except VolumeProblem as problem:
+            wrong.append(f"{task.volume.source}: {problem}")
+    return usable, wrong
 
 
 def _prepared(volumes: Sequence[Volume], plans: Mapping[str, Any], configuration: str) -> set[str]:

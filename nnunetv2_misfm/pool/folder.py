@@ -10,7 +10,6 @@ DatasetXXX_NAME/
 from __future__ import annotations
 
 import csv
-import errno
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_misfm.files import locked, read_json, written_whole
+from nnunetv2_misfm.files import disk_is_full, locked, read_json, written_whole
 from nnunetv2_misfm.plans.files import nnunet_folder
 from nnunetv2_misfm.pool.case import CASE_ENDINGS, FAILED, LEFT_OUT, PREPARED, CaseRecord, temporary_files
 from nnunetv2_misfm.pool.inspection import PoolError
@@ -76,7 +75,7 @@ class PoolFolder:
         try:
             yield
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if not disk_is_full(error):
                 raise
             raise PoolError(f"the disk of {self.root} is full; make room and run this again to continue") from error
 

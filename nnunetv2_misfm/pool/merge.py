@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,11 +127,10 @@ def read_entries(ledger: Ledger, layout: str, there: Collection[str]) -> PoolEnt
         volumes, left_out = ledger.found(bundle)
         records = _of_arrays(ledger.records(bundle), there)
         wanted = [volume for volume in volumes if not joined.covers(volume)]
-        found_in.update({name: bundle for volume in wanted for name in (volume.case, volume.own_name)})
-        result.num_waiting += sum(
-            not any(name in records and records[name].is_of(volume, layout) for name in (volume.case, volume.own_name))
-            for volume in wanted
-        )
+        for volume in wanted:
+            names = volume.case, volume.own_name
+            found_in.update(dict.fromkeys(names, bundle))
+            result.num_waiting += not any(name in records and records[name].is_of(volume, layout) for name in names)
         result.sizes += [(volume.shape, volume.spacing) for volume in wanted if volume.series not in joined.series]
         result.sizes += [
             (records[case].original_shape, records[case].original_spacing) for case in records.keys() & joined.cases
@@ -248,35 +247,36 @@ def _drop_duplicates(pool: PoolEntries, ledger: Ledger, in_pool_before: set[str]
             first, *second = sorted([entry, *filter(None, [kept.get(entry.content)])], key=rank)
             kept[entry.content] = first
             dropped.update({one.case: one for one in second if one.case != first.case})
-    if not dropped:
-        return
-    pool.entries = [entry for entry in pool.entries if entry.status != PREPARED or entry.case not in dropped]
-    by_bundle: dict[int, list[Entry]] = defaultdict(list)
-    for entry in dropped.values():
-        by_bundle[entry.bundle].append(entry)
-    earlier = ledger.records_of_earlier_versions()
-    for bundle, entries in by_bundle.items():
-        records = {**earlier, **ledger.records(bundle)}
-        for entry in entries:
-            reason = f"duplicate: the same voxels as {kept[entry.content].source}"
-            record = dataclasses.replace(records[entry.case], status=LEFT_OUT, reason=reason)
-            ledger.write_record(record)
-            pool.add(record)
-            pool.gone.add(entry.case)
+    _change_records(
+        pool, ledger, dropped.values(), LEFT_OUT, lambda e: f"duplicate: the same voxels as {kept[e.content].source}"
+    )
+    pool.gone.update(dropped)
 
 
 def _free_duplicates(pool: PoolEntries, ledger: Ledger) -> None:
     """Let the next run prepare volumes that were left out for the voxels of one that has others now, or is gone."""
     contents = {entry.content for entry in pool.entries if entry.status == PREPARED}
     freed = [one for one in pool.entries if one.status == LEFT_OUT and one.content and one.content not in contents]
-    earlier = ledger.records_of_earlier_versions() if freed else {}
-    for entry in freed:
-        reason = "the volume with the same voxels is in the pool no more; the same command prepares this one"
-        records = {**earlier, **ledger.records(entry.bundle)}
-        record = dataclasses.replace(records[entry.case], status=FAILED, reason=reason)
-        ledger.write_record(record)
-        pool.entries.remove(entry)
-        pool.add(record)
+    reason = "the volume with the same voxels is in the pool no more; the same command prepares this one"
+    _change_records(pool, ledger, freed, FAILED, lambda _: reason)
+
+
+def _change_records(
+    pool: PoolEntries, ledger: Ledger, entries: Collection[Entry], status: str, reason: Callable[[Entry], str]
+) -> None:
+    """Write down that something else became of volumes, in their records and in place of their entries."""
+    changed = {(entry.case, entry.status) for entry in entries}
+    pool.entries = [entry for entry in pool.entries if (entry.case, entry.status) not in changed]
+    by_bundle: dict[int, list[Entry]] = defaultdict(list)
+    for entry in entries:
+        by_bundle[entry.bundle].append(entry)
+    earlier = ledger.records_of_earlier_versions() if entries else {}
+    for bundle, of_bundle in by_bundle.items():
+        records = {**earlier, **ledger.records(bundle)}
+        for entry in of_bundle:
+            record = dataclasses.replace(records[entry.case], status=status, reason=reason(entry))
+            ledger.write_record(record)
+            pool.add(record)
 
 
 def _fingerprint(prepared: Sequence[Entry]) -> dict[str, Any]:

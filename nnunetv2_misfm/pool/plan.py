@@ -311,9 +311,9 @@ def existing_plans(dataset_name: str, plans_name: str) -> dict[str, Any] | None:
     return plans
 
 
-def settings_differences(existing: Mapping[str, Any], settings: PoolSettings) -> list[str]:
-    """How the settings of a pool differ from others, one line each; for those that its plans were made with."""
-    there, now = pool_block(existing)["settings"], write_settings(settings)
+def settings_differences(existing: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """How the settings of a pool differ from others as plans hold them; one line each, for those that the pool has."""
+    there = pool_block(existing)["settings"]
     return [f"{name}: {there[name]} there, {now.get(name)} now" for name in there if there[name] != now.get(name)]
 
 
@@ -321,9 +321,10 @@ def layout_differences(existing: Mapping[str, Any], plans: Mapping[str, Any], co
     """How cases prepared by `plans` would differ from those a pool holds; one line each, empty if they would not."""
     if configuration not in existing["configurations"]:
         return [f"configuration: {', '.join(existing['configurations'])} there, {configuration} now"]
+    if settings := settings_differences(existing, pool_block(plans)["settings"]):
+        return settings
     old, new = (_data_layout(one, configuration) for one in (existing, plans))
-    settings = [name for name in old if name.startswith("pool.settings.") and old[name] != new.get(name)]
-    differing = settings or [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    differing = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
     return [f"{name.removeprefix('pool.settings.')}: {old.get(name)} there, {new.get(name)} now" for name in differing]
 
 

@@ -63,7 +63,8 @@ class MisFMTrainer(BaseTrainer):
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         settings = cast(FinetuningSettings, self.settings)
-        names = names_of(self.bare_network, self._rebuilt_network)
+        # Networks are built anew to find segmentation layers that are not declared; nothing else needs that here.
+        names = names_of(self.bare_network, self._rebuilt_network if settings.seg_layers_lr_factor != 1 else None)
         groups = parameter_groups(self.bare_network, settings.layer_decay, settings.seg_layers_lr_factor, names)
         there = {group["name"] for group in groups}
         if "encoder" not in there and (settings.layer_decay < 1 or settings.schedule in ("sawtooth", "decoder_only")):

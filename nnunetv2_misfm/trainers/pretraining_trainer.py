@@ -6,7 +6,7 @@ Image tensors are (B, C, X, Y, Z) in plans axis order.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain, repeat
 from pathlib import Path
@@ -193,11 +193,11 @@ class PretrainingTrainer(BaseTrainer):
             **self._loading(),
         )
         # None stands for an iteration that was done before the run was interrupted.
-        return TimedIterator(chain(repeat(None, done), batches)), self._validation_batches()
+        return TimedIterator(chain(repeat(None, done), batches)), self._validation_batches(validation)
 
-    def _validation_batches(self) -> Iterator[Any]:
+    def _validation_batches(self, identifiers: Sequence[str]) -> Iterator[Any]:
         return crop_loader(
-            validation_samples(identifiers=self.do_split()[1], **self._sample_options()),
+            validation_samples(identifiers=identifiers, **self._sample_options()),
             self.configuration_manager.batch_size,
             self.num_val_iterations_per_epoch,
             start_epoch=self.current_epoch,
@@ -385,7 +385,7 @@ class PretrainingTrainer(BaseTrainer):
         """
         if not self.was_initialized:
             self.initialize()
-        batches = self._validation_batches()
+        batches = self._validation_batches(self.do_split()[1])
         self._model.eval()
         with torch.no_grad():
             outputs = [self.validation_step(next(batches)) for _ in range(self.num_val_iterations_per_epoch)]

@@ -63,10 +63,11 @@ def _provide(
     wanted = json.loads(json.dumps(preprocessing_key(plans, configuration)))
     known = json_or_nothing(record)
     files = listing(folder)
-    if shared and files == listing(stock) and changed_labels(folder):
+    as_stock, corrected = shared and files == listing(stock), bool(changed_labels(folder))
+    if as_stock and corrected:
         shared = False  # nnU-Net's arrays are those that were made with the labels of before
     same = known.get("preprocessing") == wanted and known.get("files") == files
-    if same and (not shared or files == listing(stock)) and not changed_labels(folder):
+    if same and (as_stock or not shared) and not corrected:
         return f"{folder} is up to date."
     record.unlink(missing_ok=True)
     if shared:

@@ -6,7 +6,6 @@ so that HF_HUB_OFFLINE=1 and machines without a network work once a file was fet
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 from contextlib import suppress
@@ -15,6 +14,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from nnunetv2_misfm.errors import first_line
+from nnunetv2_misfm.files import disk_is_full
 from nnunetv2_misfm.plans.files import FINAL
 from nnunetv2_misfm.transfer.checkpoint import CheckpointError
 
@@ -123,7 +123,7 @@ class _Repository:
         except EntryNotFoundError:
             return None
         except _hub_errors() as error:
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if disk_is_full(error):
                 raise
             raise CheckpointError(
                 f"hf:{self.name} cannot be downloaded ({first_line(error)}). Check the name and the connection, and "

@@ -94,7 +94,7 @@ def transfer(
     facts, settings = facts or SourceFacts(), settings or FinetuningSettings()
     names = names_of(target, rebuilt)
     fit = _Fitting(source, target, names, facts, settings, channels)
-    entries = tuple(fit.take_parameters())
+    entries = fit.take_parameters()
     without_statistics = fit.take_statistics()
     expected = tuple(
         part
@@ -140,17 +140,19 @@ class _Fitting:
         self.input_layers = {f"{key}.weight" for key in names.in_proj}
         self.upsampling = {f"{n}.weight" for n, m in target.named_modules() if isinstance(m, nn.ConvTranspose3d)}
 
-    def take_parameters(self) -> Iterator[Entry]:
-        """Take every parameter that fits into the result, and say what became of each."""
+    def take_parameters(self) -> tuple[Entry, ...]:
+        """Take every parameter that fits into the result; what became of each."""
+        entries = []
         for name, parameter in self.target.named_parameters():
             name_in_source = self.find(name)
             value, status, reason = self.value_for(name, parameter, name_in_source)
             part = self.names.part_in_network(name)
-            yield Entry(name, part, status, reason, parameter.numel(), tuple(parameter.shape))
+            entries.append(Entry(name, part, status, reason, parameter.numel(), tuple(parameter.shape)))
             if value is not None and name_in_source is not None:
                 self._take(name_in_source, parameter, value)
             elif name_in_source is not None:
                 self.rejected[name_in_source] = reason
+        return tuple(entries)
 
     def take_statistics(self) -> list[str]:
         """Take the buffers (BatchNorm's statistics) around the weights taken; the names of those that are missing.

@@ -31,11 +31,10 @@ def is_alias(name: str) -> bool:
 
 def _first_name(name: str, weights: Collection[str]) -> str:
     """The first of the names under which nnU-Net's networks list a parameter; `weights` has all names."""
-    block, in_order, rest = name.removeprefix("decoder." if name.startswith(_ENCODER_OF_DECODER) else "").partition(
-        _IN_ORDER
-    )
+    first = name.removeprefix("decoder.") if name.startswith(_ENCODER_OF_DECODER) else name
+    block, in_order, rest = first.partition(_IN_ORDER)
     if not in_order:
-        return block
+        return first
     number, _, own = rest.partition(".")
     if number == "0":
         return f"{block}.conv.{own}"

@@ -55,8 +55,7 @@ def compare(options: CompareOptions, words: list[str]) -> None:
         split.numbers(options.labelled)  # there are that many
         print(split.describe())
         return
-    options = replace(options, device=options.device or best_device())
-    check_device(options.device or "", 1)
+    check_device(options.device or best_device(), 1)
     workspace.folder.mkdir(parents=True, exist_ok=True)
     with (
         locked(workspace.folder / ".lock", 0.0, "another misfm_compare works in this folder"),

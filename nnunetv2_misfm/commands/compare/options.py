@@ -299,6 +299,11 @@ def _add_arms(parser: argparse.ArgumentParser) -> None:
 
 def _add_terms(parser: argparse.ArgumentParser) -> None:
     terms = parser.add_argument_group("on which terms")
+    _add_cases(terms)
+    _add_rates(terms)
+
+
+def _add_cases(terms: argparse._ActionsContainer) -> None:
     terms.add_argument(
         "-num_labelled",
         nargs="+",
@@ -331,6 +336,9 @@ def _add_terms(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of cases (patients) for learning curves and the choice of learning rates (default: 15 %% of all)",
     )
+
+
+def _add_rates(terms: argparse._ActionsContainer) -> None:
     terms.add_argument(
         "-initial_lr",
         nargs="+",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from nnunetv2_misfm.commands.compare.arms import Run
+from nnunetv2_misfm.commands.compare.arms import Arm, Run
 from nnunetv2_misfm.commands.compare.records import RunRecord, read_record
 from nnunetv2_misfm.commands.compare.runner import Runner
 from nnunetv2_misfm.commands.compare.study import Study
@@ -27,32 +27,33 @@ def estimate_hours(study: Study, runner: Runner) -> float:
     Raises:
         UserError: if a short run fails; the message shows how its log ends.
     """
+    kinds = {arm.name: _kind(study, arm) for arm in study.arms}
     seconds: dict[str, float] = {}
     left = study.left()
     for run in left:
-        kind = _kind(study, run.arm)
+        kind = kinds[run.arm]
         if kind not in seconds:
-            finished = [record.seconds for record in _finished(study, kind)]
+            alike = [arm for arm in study.arms if kinds[arm.name] == kind]
+            finished = [record.seconds for record in _finished(study, alike)]
             seconds[kind] = sum(finished) / len(finished) if finished else _time(study, run, runner)
-    total = sum(seconds[_kind(study, run.arm)] for run in left)
+    total = sum(seconds[kinds[run.arm]] for run in left)
     # Runs that share a GPU gain little by it.
     at_once = min(study.options.jobs, len(study.options.gpus) or 1) if runner.device == "cuda" else study.options.jobs
     return total / at_once / 3600
 
 
-def _kind(study: Study, arm: str) -> str:
+def _kind(study: Study, arm: Arm) -> str:
     """Equal for arms whose runs take as long."""
-    entry = configuration_3d(study.workspace.plans_of(study.arm(arm).plans), study.workspace.configuration)
+    entry = configuration_3d(study.workspace.plans_of(arm.plans), study.workspace.configuration)
     del entry["data_identifier"]
-    return study.arm(arm).trainer + json.dumps(entry, sort_keys=True)
+    return arm.trainer + json.dumps(entry, sort_keys=True)
 
 
-def _finished(study: Study, kind: str) -> Iterator[RunRecord]:
-    for arm in study.arms:
-        if _kind(study, arm.name) == kind:
-            for folder in sorted((study.workspace.folder / "runs").glob(f"{arm.name}_n*")):
-                if (record := read_record(folder / "record.json")) is not None and record.arm == arm.name:
-                    yield record
+def _finished(study: Study, arms: Sequence[Arm]) -> Iterator[RunRecord]:
+    for arm in arms:
+        for folder in sorted((study.workspace.folder / "runs").glob(f"{arm.name}_n*")):
+            if (record := read_record(folder / "record.json")) is not None and record.arm == arm.name:
+                yield record
 
 
 def _time(study: Study, run: Run, runner: Runner) -> float:
