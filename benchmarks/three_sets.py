@@ -3,7 +3,7 @@
     python benchmarks/three_sets.py probe --data FOLDER --work FOLDER [--sets heart ...] [--common TASK ...]
         [--own TASK ...] [--own_long TASK ...]
     python benchmarks/three_sets.py compare --data FOLDER --work FOLDER [--network pctnet] [--labelled 5 10] [--seeds 5]
-        [--iterations 300] [--rates 3e-3 5e-3] [--own_schedules]
+        [--iterations 300] [--rates 3e-3 1e-2 --tuning_seeds 3] [--own_schedules]
 
 FOLDER of --data holds the sets in nnU-Net's raw format; results/three_sets.md says where they come from. nnU-Net plans
 and preprocesses them; tasks pretrain a small network on the images that misfm_compare neither tests nor validates on,
@@ -183,6 +183,7 @@ def main() -> None:
         "--iterations", type=int, default=1000, help=f"of fine-tuning, a multiple of {EPOCH} (default: %(default)s)"
     )
     parser.add_argument("--rates", nargs="+", default=["3e-3"], help="of all arms (default: %(default)s)")
+    parser.add_argument("--tuning_seeds", default="1", help="draws to choose of several with (default: %(default)s)")
     parser.add_argument("--own_schedules", action="store_true", help="as that of misfm_compare")
     parser.add_argument(
         "--nnunet", nargs="+", default=[], metavar="RATE", help="an arm with nnU-Net's own trainer, at such rates"
@@ -298,6 +299,8 @@ def compare(name: str, weights: Sequence[str], options: argparse.Namespace) -> N
         output = output.with_name(f"{output.name}_{options.iterations}_{'+'.join(options.labelled)}")
         epochs = ("-num_epochs", str(options.iterations // EPOCH), "-num_iterations_per_epoch", str(EPOCH))
         arms += ["-initial_lr", *options.rates, *epochs, "-num_val_iterations_per_epoch", str(EPOCH // 8)]
+        if len(options.rates) > 1:
+            arms += ["-tuning_seeds", options.tuning_seeds]
         if options.own_schedules:
             arms += ["--own_schedules"]
             output = output.with_name(f"{output.name}_{OWN_SCHEDULES}")

@@ -68,7 +68,7 @@ class Run:
     @property
     def title(self) -> str:
         """The name of its plans and of its folder."""
-        return f"{self.arm}_n{self.labelled}_seed{self.seed}" + (f"_lr{self.rate:g}" if self.tuning else "")
+        return f"{self.arm}_n{self.labelled}_seed{self.seed}_lr{self.rate:g}"
 
 
 def tuning_runs(arms: Sequence[Arm], labelled: Sequence[int], seeds: int) -> list[Run]:

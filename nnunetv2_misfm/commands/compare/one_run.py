@@ -94,7 +94,7 @@ def _train(request: dict[str, Any], device: Any) -> dict[str, Any]:
 
     results = Path(request["results"])
     # What a stopped run, or one whose record was removed, has left there is this run's only if it was made alike.
-    made_with = {name: request["about"][name] for name in ("rate", "weights_sha256", "plans_sha256")}
+    made_with = {name: request["about"][name] for name in ("weights_sha256", "plans_sha256")}
     if results.is_dir() and json_or_nothing(results / _MADE_WITH) != made_with:
         print(f"{results} is of other weights or plans, and is done again.")
         shutil.rmtree(results)

@@ -27,8 +27,8 @@ from nnunetv2_misfm.plans.run_settings import PRETRAIN_INFO, FinetuningSettings
 from nnunetv2_misfm.plans.settings import read_settings
 
 _TERMS_FILE = "terms.json"
-# What every run of one folder has in common; more arms, seeds and numbers of labelled cases may come later.
-_TERMS = ("configuration", "plans", "patients", "num_test", "num_validation", "rates", "nnunet_rates", "tuning_seeds")
+# What every run of one folder has in common; more arms, seeds, labelled cases and learning rates may come later.
+_TERMS = ("configuration", "plans", "patients", "num_test", "num_validation")
 
 
 class Study:
@@ -77,10 +77,6 @@ class Study:
         path = self.workspace.folder / _TERMS_FILE
         if path.is_file():
             before = read_json(path, f"Remove {self.workspace.folder} and start again.")
-            if not options.nnunet:
-                terms["nnunet_rates"] = before.get("nnunet_rates", terms["nnunet_rates"])
-            elif not any((self.workspace.folder / "runs").glob(f"{NNUNET}_n*")):
-                before.pop("nnunet_rates", None)  # that arm comes now
             both = [name for name in terms if name in before]  # folders of earlier versions have fewer
             changed = [
                 f"{name} was {_short(before[name])}, is {_short(terms[name])}"
@@ -187,15 +183,20 @@ class Study:
         write_json(self._terms, self.workspace.folder / _TERMS_FILE)  # not before: options that failed bind nobody
         tuning = self.tuning()
         failures = runner.perform(self._requests(tuning), "runs for learning rates", self._epochs)
-        scores = {run: record.score for run in tuning if (record := self.record(run)) is not None}
-        undecided = {(run.arm, run.labelled) for run in tuning if run not in scores}
-        chosen = choose_rates(self.arms, self.labelled, scores)
-        chosen = {of: rate for of, rate in chosen.items() if of not in undecided}
+        chosen = self._chosen()
         if tuning:
             for (arm, number), rate in chosen.items():
                 print(f"Learning rate of {arm} with {number} labelled: {rate:g}")
         failures += runner.perform(self._requests(self.tested(chosen)), "runs", self._epochs)
         return failures, chosen
+
+    def _chosen(self) -> dict[tuple[str, int], float]:
+        """The learning rate of each arm and number of labelled cases whose runs that choose it are all finished."""
+        tuning = self.tuning()
+        scores = {run: record.score for run in tuning if (record := self.record(run)) is not None}
+        undecided = {(run.arm, run.labelled) for run in tuning if run not in scores}
+        chosen = choose_rates(self.arms, self.labelled, scores)
+        return {of: rate for of, rate in chosen.items() if of not in undecided}
 
     def tuning(self) -> list[Run]:
         """The runs that choose learning rates; probes have none."""
@@ -210,9 +211,9 @@ class Study:
         return read_record(self.workspace.run_folder(run) / "record.json")
 
     def asked(self) -> list[Run]:
-        """All runs, those that are tested with any of the learning rates."""
+        """All runs; those whose learning rate is not chosen yet have any of them."""
         first = {(arm.name, number): arm.rates[0] for arm in self.arms for number in self.labelled}
-        return [*self.tuning(), *self.tested(first)]
+        return [*self.tuning(), *self.tested({**first, **self._chosen()})]
 
     def left(self) -> list[Run]:
         """Of these the runs that are not finished."""
@@ -234,11 +235,11 @@ class Study:
             record = self.record(run)
             if record is None:
                 waiting.append(run)
-            elif record.rate != run.rate or self._differs(record):
+            elif self._differs(record):
                 raise UserError(
-                    f"{self.workspace.run_folder(run)} was made with other weights, another network or plans, or "
-                    f"another learning rate. Remove that folder to do it again, give another folder with -o, or give "
-                    f"a pretrained arm another name (-pretrained_weights NAME=FILE)."
+                    f"{self.workspace.run_folder(run)} was made with other weights, another network or plans. Remove "
+                    f"that folder to do it again, give another folder with -o, or give a pretrained arm another name "
+                    f"(-pretrained_weights NAME=FILE)."
                 )
         folds = [self.fold(run) for run in waiting]
         numbers = self.workspace.write_folds(folds)

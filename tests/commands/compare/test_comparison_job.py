@@ -27,7 +27,7 @@ def test_a_comparison_ends_with_a_page_and_goes_on_with_more_seeds_and_another_a
     said = capsys.readouterr().out
     assert "2 runs on cpu: about" in said and "Nothing can be shown with one seed" in said
     folder = tmp_path / "comparison"
-    finished = folder / "runs" / "VF_n2_seed0" / "record.json"
+    finished = folder / "runs" / "VF_n2_seed0_lr0.001" / "record.json"
     before = finished.stat().st_mtime_ns
     assert len(json.loads(finished.read_text(encoding="utf-8"))["curve"]) == 2
     assert not list((folder / "nnUNet_results").rglob("*.pth"))  # weights of finished runs are not kept
@@ -50,6 +50,8 @@ def test_a_probe_scores_frozen_features(nnunet: Path, tmp_path: Path) -> None:
     weights = next(nnunet.glob("nnUNet_results/*/*/fold_all/checkpoint_final.pth"))
     words = [*WORDS, "-patch_size", "16", "16", "16", "-pretrained_weights", f"VF={weights}", "--probe", "-seeds", "1"]
     main([*words, "-o", str(tmp_path / "probe")])
-    record = json.loads((tmp_path / "probe" / "runs" / "VF_n2_seed0" / "record.json").read_text(encoding="utf-8"))
+    record = json.loads(
+        (tmp_path / "probe" / "runs" / "VF_n2_seed0_lr0.001" / "record.json").read_text(encoding="utf-8")
+    )
     # The ellipsoids differ in brightness, which even random features hold.
     assert all(dice["inner"] > 0.5 for dice in record["dice"].values())
