@@ -11,9 +11,10 @@ from typing import Any
 from nnunetv2_misfm.plans.checks import INTENSITIES
 from nnunetv2_misfm.plans.network_entry import UNET_ARGUMENTS, own_network_name
 from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS
-from nnunetv2_misfm.transfer.checkpoint import LEARNT, CheckpointError, write_safetensors
+from nnunetv2_misfm.transfer.checkpoint import LEARNT, CheckpointError, CheckpointInfo, write_safetensors
 from nnunetv2_misfm.transfer.hub import EXPORTED
 from nnunetv2_misfm.transfer.names import OTHER, PARTS, Names, names_in_class
+from nnunetv2_misfm.transfer.planning import is_complete_unet
 from nnunetv2_misfm.transfer.pretrained import Source, read_source
 from nnunetv2_misfm.transfer.report import LEARNING_PARTS
 from nnunetv2_misfm.transfer.shrunk_weights import shrunk_weights
@@ -164,7 +165,6 @@ def model_card(source: Source, licence: str | None) -> str:
     tags = ["medical", "segmentation", "nnunet", *task]
     of_misfm = source.info.task == "volume_fusion"
     method = "\nMethod: MIS-FM ([arXiv 2306.16925](https://arxiv.org/abs/2306.16925))." if of_misfm else ""
-    own = "" if own_network_name(source.info.network_class_name) is not None else " -network pretrained"
     details = "\n".join(line for line in describe(source).splitlines() if not line.startswith(("file", "on the Hub")))
     front = ["library_name: nnunetv2_misfm", f"tags: [{', '.join(tags)}]"]
     front += [f"license: {licence}"] if licence else []
@@ -177,7 +177,7 @@ def model_card(source: Source, licence: str | None) -> str:
 Weights for fine-tuning in [nnU-Net v2](https://github.com/MIC-DKFZ/nnUNet) with the plugin nnunetv2_misfm.{method}
 
 ```bash
-misfm_plan -d DATASET_ID -c 3d_fullres -pretrained_weights hf:OWNER/NAME{own}
+misfm_plan -d DATASET_ID -c 3d_fullres -pretrained_weights hf:OWNER/NAME{_network_options(source.info)}
 nnUNetv2_train DATASET_ID 3d_fullres 0 -tr MisFMTrainer -p nnUNetMisFMPlans
 ```
 
@@ -187,3 +187,12 @@ How they were made:
 {details}
 ```
 """
+
+
+def _network_options(info: CheckpointInfo) -> str:
+    """Of misfm_plan, for the network that the weights are of."""
+    if own_network_name(info.network_class_name) is not None:
+        return ""
+    if is_complete_unet(info):
+        return " -network pretrained"
+    return f" -p PLANS  # which name {info.network_class_name}"

@@ -34,6 +34,7 @@ from nnunetv2_misfm.plans.network_entry import (
 )
 from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, SEGMENTATION, FinetuningSettings, without_groups
 from nnunetv2_misfm.plans.settings import read_settings, write_settings
+from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo
 from nnunetv2_misfm.transfer.foreign import GENERIC_UNET_CLASS, RESIDUAL_UNET
 from nnunetv2_misfm.transfer.images import (
     about_channels,
@@ -279,10 +280,15 @@ def _architecture(
     return architecture_entry(network, degree, **{**taken_over, **request.arch_kwargs})
 
 
+def is_complete_unet(info: CheckpointInfo) -> bool:
+    """Whether a checkpoint describes a U-Net of nnU-Net's wholly, so that `-network pretrained` can plan it."""
+    return info.network_class_name in (*_PLANNERS, *_LIKE) and "strides" in info.arch_kwargs
+
+
 def _held_architecture(source: Source | None) -> dict[str, Any]:
     """The network of a checkpoint with one of nnU-Net's, as plans describe it."""
     info = None if source is None else source.info
-    if info is None or info.network_class_name not in (*_PLANNERS, *_LIKE) or "strides" not in info.arch_kwargs:
+    if info is None or not is_complete_unet(info):
         held = "There is no checkpoint" if source is None else f"{source.path} holds a {source.network_name}"
         raise PlanError(
             f"{held}, so -network pretrained has no complete U-Net of nnU-Net's to plan. Use -network plan, the "

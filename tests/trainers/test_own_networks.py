@@ -14,7 +14,7 @@ from dynamic_network_architectures.architectures.primus import Primus
 from nnunet_dataset import NAME
 from nnunetv2.run.run_training import get_trainer_from_args
 
-from nnunetv2_misfm.commands.checkpoints import inspect_main
+from nnunetv2_misfm.commands.checkpoints import export_main, inspect_main
 from nnunetv2_misfm.commands.plan import plan_main
 from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
 from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS
@@ -116,7 +116,7 @@ def pretrained(preprocessed: Path, *options: str) -> Path:
 
 @pytest.mark.parametrize("name", ["PrimusForPlans", "OwnNetwork"])
 def test_a_network_of_ones_own_is_pretrained_planned_transferred_and_trained(
-    preprocessed: Path, name: str, capsys: pytest.CaptureFixture[str]
+    preprocessed: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name_own(preprocessed, name)
     checkpoint = pretrained(preprocessed)
@@ -145,6 +145,9 @@ def test_a_network_of_ones_own_is_pretrained_planned_transferred_and_trained(
     assert kept and all(torch.equal(loaded["weights"][key], before[key]) for key in kept)
     inspect_main([str(checkpoint), "-d", "4", "-p", "ownPlans"])
     assert f"own_networks_for_plans.{name}" in capsys.readouterr().out
+    export_main(["-i", str(checkpoint), "-o", str(tmp_path / "card")])
+    card = (tmp_path / "card" / "README.md").read_text(encoding="utf-8")
+    assert f"-p PLANS  # which name own_networks_for_plans.{name}\n" in card and "-network pretrained" not in card
 
 
 def test_weights_of_nnssls_primus_fill_the_encoder_of_a_primus_in_plans(
