@@ -26,10 +26,19 @@ WHERE_FROM = (
     "cases called patient001_frame01, nominal spacing 10x1.5x1.5 mm.",
 )
 TICKS = (-20, -5, -2, 0, 2, 5, 20)  # of the figure
+# What the figure calls the pools, and their markers.
+POOLS = {
+    "": ("nothing", "x"),
+    "common": ("all sets", "o"),
+    "own": ("own set", "s"),
+    "own_long": ("own set, longer", "D"),
+}
 
 
 def main() -> None:
-    found = [result(path) for path in sorted(RESULTS.glob("compare_*.json"))]
+    found = sorted(
+        map(result, RESULTS.glob("compare_*.json")), key=lambda of: (of.set, of.iterations, of.own_schedules)
+    )
     changed = "; ".join(f"{task} {' '.join(words)}" for task, words in TASK_OPTIONS.items())
     tested = ", ".join(f"{name} {labelled.num_test}" for name, labelled in SETS.items())
     devices = sorted({one.content["terms"]["device"] for one in found})
@@ -148,38 +157,51 @@ def fine_tuned(found: Sequence[Result]) -> list[str]:
 
 def draw_differences(results: Sequence[Result], path: Path) -> None:
     """All differences to scratch with their intervals, on a scale that is linear up to 5 points."""
-    rows: dict[tuple, list[tuple[str, float, float, float]]] = {}
+    rows: dict[tuple, list[tuple[str, str, dict]]] = {}
     for of in results:
         for one in of.differences():
             if one["low"] is not None:
                 schedule = f", sawtooth{of.short_epochs}" if of.own_schedules else ""
                 row = (of.iterations, of.set, -one["labelled"], of.network, schedule)
-                rows.setdefault(row, []).append((one["arm"], one["difference"], one["low"], one["high"]))
-    arms = sorted({arm for found in rows.values() for arm, *_ in found})
-    figure, axis = plt.subplots(figsize=(8, 1.8 + 0.4 * len(rows)), layout="constrained")
+                rows.setdefault(row, []).append((*task_and_pool(one["arm"]), one))
+    tasks = sorted({task for found in rows.values() for task, _, _ in found})
+    lines = sum(map(len, rows.values()))
+    figure, axis = plt.subplots(figsize=(8, 2 + 0.16 * lines + 0.16 * len(rows)), layout="constrained")
     axis.axvline(0, color="black", linewidth=1)
-    for place, (_, found) in enumerate(sorted(rows.items())):
-        for number, (arm, difference, low, high) in enumerate(sorted(found)):
-            y = place + 0.7 * ((number + 0.5) / len(found) - 0.5)
-            colour = f"C{arms.index(arm)}"
-            axis.plot((low, high), (y, y), color=colour, linewidth=2, alpha=0.6)
-            axis.plot(difference, y, "o", color=colour, markersize=5)
-    for number, arm in enumerate(arms):
-        label = arm.replace("_common", ", all sets").replace("_own", ", own set").replace("_long", ", longer")
-        axis.plot([], [], "o-", color=f"C{number}", label=label)
+    middles, y = [], 0
+    for _, found in sorted(rows.items()):
+        middles.append(y + (len(found) - 1) / 2)
+        for task, pool, one in sorted(found, key=lambda each: each[:2]):
+            colour = f"C{tasks.index(task)}"
+            axis.plot((one["low"], one["high"]), (y, y), color=colour, linewidth=2, alpha=0.6)
+            axis.plot(one["difference"], y, POOLS[pool][1], color=colour, markersize=5)
+            y += 1
+        y += 1  # a gap
+    for number, task in enumerate(tasks):
+        axis.plot([], [], "-", color=f"C{number}", linewidth=3, label=task)
+    for pool in sorted({pool for found in rows.values() for _, pool, _ in found}):
+        axis.plot([], [], POOLS[pool][1], color="grey", label=POOLS[pool][0])
     labels = [
         f"{name}, {-n} labelled, {its:,} iterations\n{NETWORKS[net].short}{schedule}"
         for its, name, n, net, schedule in sorted(rows)
     ]
-    axis.set_yticks(range(len(rows)), labels, fontsize="small")
+    axis.set_yticks(middles, labels, fontsize="small")
     axis.set_xscale("symlog", linthresh=5)
     axis.set_xticks(TICKS, [f"{tick:+d}" if tick else "0" for tick in TICKS])
     axis.set_xlabel("points of Dice more than scratch, 95 % interval")
     axis.invert_yaxis()
     axis.grid(axis="x", alpha=0.3)
-    figure.legend(fontsize="small", loc="outside lower center", ncols=3)
+    figure.legend(fontsize="small", loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def task_and_pool(arm: str) -> tuple[str, str]:
+    """What an arm was pretrained with, and the name of its pool; nnU-Net's own arm has none."""
+    for pool in ("own_long", "own", "common"):
+        if arm.endswith(f"_{pool}"):
+            return arm.removesuffix(f"_{pool}").replace("_", " "), pool
+    return "nnU-Net, not pretrained", ""
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -30,6 +30,7 @@ END_WITH_PARENT = "--end_with_parent"
 _CURVE, _STARTS, _ENDS = "mean_fg_dice", "epoch_start_timestamps", "epoch_end_timestamps"
 _MOST_EPOCHS_LOST = 20  # when a run of nnU-Net's own trainer is stopped
 _MADE_WITH = "made_with.json"
+_LARGEST_WITHOUT_ONEDNN = 20480  # values of a map of a single patch, in a plane for every channel
 
 
 def main() -> None:
@@ -71,6 +72,8 @@ def perform(request: dict[str, Any]) -> None:
         else:
             training = _train(request, device)
             predictor = _predictor(request, device)
+        if device.type == "cpu":
+            _use_onednn(predictor)
         trained = time.time()
         dice = _predict_and_evaluate(request, predictor, device)
     record = {
@@ -175,6 +178,21 @@ def _predictor(request: dict[str, Any], device: Any) -> Any:
     )
     predictor.initialize_from_trained_model_folder(request["results"], (request["fold"],))
     return predictor
+
+
+def _use_onednn(predictor: Any) -> None:
+    """Let a small network predict each patch twice at once, which takes half to a quarter of the time on a CPU.
+
+    PyTorch computes 3D convolutions with oneDNN if it gets several patches, but those of a single one only if its maps
+    are large (`use_mkldnn` in ATen's Convolution.cpp); nnU-Net's predictor gives it one at a time.
+    """
+    from torch import nn
+
+    first = next(m for m in predictor.network.modules() if isinstance(m, nn.Conv3d))
+    depth, height, _ = predictor.configuration_manager.patch_size
+    if first.out_channels * depth * height <= _LARGEST_WITHOUT_ONEDNN:
+        predictor.network.register_forward_pre_hook(lambda _, inputs: (inputs[0].expand(2, -1, -1, -1, -1),))
+        predictor.network.register_forward_hook(lambda _, inputs, output: output[:1])
 
 
 def _predict_and_evaluate(request: dict[str, Any], predictor: Any, device: Any) -> dict[str, dict[str, float | None]]:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from nnunetv2_misfm.architectures.pct_net import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
 from nnunetv2_misfm.commands.compare import one_run
 from nnunetv2_misfm.commands.compare.cli import compare
-from nnunetv2_misfm.commands.compare.one_run import _is_whole
+from nnunetv2_misfm.commands.compare.one_run import _is_whole, _use_onednn
 from nnunetv2_misfm.commands.compare.options import read_options
 from nnunetv2_misfm.commands.compare.records import RunRecord
 from nnunetv2_misfm.commands.compare.results import write_results
@@ -417,6 +418,19 @@ def test_what_a_run_of_other_weights_has_left_is_not_taken_over(
     Path(request["results"], "made_with.json").unlink()
     one_run._train({**request, "about": {**about, "weights_sha256": "b"}}, device)
     assert trained == ["a", "b", "b"]
+
+
+@pytest.mark.parametrize(("patch_size", "at_once"), [([16, 16, 8], 2), ([80, 80, 8], 1)])
+def test_small_networks_predict_a_patch_twice_at_once_and_the_same(patch_size: list[int], at_once: int) -> None:
+    network = torch.nn.Sequential(torch.nn.Conv3d(1, 4, 3, padding=1), torch.nn.Conv3d(4, 2, 1)).eval()
+    image = torch.randn(1, 1, *patch_size)
+    with torch.inference_mode():
+        expected = network(image)
+        _use_onednn(SimpleNamespace(network=network, configuration_manager=SimpleNamespace(patch_size=patch_size)))
+        seen: list[int] = []
+        network[0].register_forward_hook(lambda _, inputs, output: seen.append(len(output)))
+        torch.testing.assert_close(network(image), expected)
+    assert seen == [at_once]
 
 
 def test_workers_of_a_run_that_was_killed_end_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
