@@ -188,9 +188,9 @@ def _use_onednn(predictor: Any) -> None:
     """
     from torch import nn
 
-    first = next(m for m in predictor.network.modules() if isinstance(m, nn.Conv3d))
+    first = next((m for m in predictor.network.modules() if isinstance(m, nn.Conv3d)), None)
     depth, height, _ = predictor.configuration_manager.patch_size
-    if first.out_channels * depth * height <= _LARGEST_WITHOUT_ONEDNN:
+    if first is not None and first.out_channels * depth * height <= _LARGEST_WITHOUT_ONEDNN:
         predictor.network.register_forward_pre_hook(lambda _, inputs: (inputs[0].expand(2, -1, -1, -1, -1),))
         predictor.network.register_forward_hook(lambda _, inputs, output: output[:1])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import stdev
 from typing import Any
@@ -23,6 +23,8 @@ from nnunetv2_misfm.commands.compare.statistics import (
 )
 
 _SHOWN_CASES = 3  # that gained most, and that lost most
+_FEW_ARMS = 3  # from here on the verdict does not name those that are all better than nnU-Net's own
+_HARDLY = 0.25  # of the best arm's Dice
 
 Runs = dict[tuple[str, int], dict[int, RunRecord]]  # (arm, labelled) -> seed -> run
 
@@ -152,7 +154,8 @@ def summarise(arms: Sequence[Arm], records: Iterable[RunRecord]) -> Summary:
     ]
     first = _by_importance(comparisons)[0] if comparisons else None
     cases = _case_dice(runs, first) if first is not None else {}
-    return Summary(tuple(arms), dict(runs), tuple(comparisons), verdict(comparisons), cases)
+    said = [verdict(comparisons), *_hardly_learnt(runs)]
+    return Summary(tuple(arms), dict(runs), tuple(comparisons), " ".join(said), cases)
 
 
 def _pairs(arms: Sequence[Arm]) -> list[tuple[str, str, bool]]:
@@ -251,28 +254,43 @@ def _case_dice(runs: Runs, comparison: Comparison) -> dict[str, CaseDice]:
 
 
 def verdict(comparisons: Sequence[Comparison]) -> str:
-    """What was shown, in a sentence: at 95 % for all comparisons of the page together."""
+    """What was shown, at 95 % for all comparisons of the page together; first what the weights alone have done."""
     if not comparisons:
         return "There are no two arms with a finished run of the same seed yet."
     ordered = _by_importance(comparisons)
-    shown = [comparison for comparison in ordered if comparison.together.shown]
-    first, together = ordered[0], ""
-    if len(comparisons) > 1 and len(first.difference.values) > 1:  # its interval is wider than that of one difference
-        together = f" At 95 % for all {len(comparisons)} differences together."
-    if not shown:
-        return _nothing_shown(first, sum(c.weights_alone == first.weights_alone for c in comparisons)) + together
-    sentences = []
-    for arm, helped, alone in dict.fromkeys((c.arm, c.difference.mean > 0, c.weights_alone) for c in shown):
-        found = [c for c in shown if (c.arm, c.difference.mean > 0, c.weights_alone) == (arm, helped, alone)]
-        # Arms that differ in more than the weights are better or worse; weights help or do harm.
-        words = ("helped", "did harm") if alone else ("is better", "is worse")
-        sentences.append(f"{arm} {words[not helped]}: {'; '.join(map(_shown, found))}.")
-    return " ".join(sentences) + together
+    of_weights = [comparison for comparison in ordered if comparison.weights_alone]
+    of_more = [comparison for comparison in ordered if not comparison.weights_alone]
+    asked = of_weights or of_more
+    sentences = _all_shown(asked) or [_nothing_shown(asked[0], len(asked))]
+    if of_weights:
+        sentences += _all_shown(of_more)
+    if len(comparisons) > 1 and len(ordered[0].difference.values) > 1:  # wider than the interval of one difference
+        sentences.append(f"At 95 % for all {len(comparisons)} differences together.")
+    return " ".join(sentences)
 
 
 def _by_importance(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """What was shown first, of that what the weights alone have done, then by the size of the difference."""
-    return sorted(comparisons, key=lambda c: (not c.together.shown, not c.weights_alone, -abs(c.difference.mean)))
+    """What the weights alone have done first, of that what was shown, then by the size of the difference."""
+    return sorted(comparisons, key=lambda c: (not c.weights_alone, not c.together.shown, -abs(c.difference.mean)))
+
+
+def _all_shown(comparisons: Sequence[Comparison]) -> list[str]:
+    """A sentence for each arm, or for all arms that are better, or worse, than the same other one."""
+    shown = [comparison for comparison in comparisons if comparison.together.shown]
+    sentences = []
+    for other, better, alone in dict.fromkeys((c.other, c.difference.mean > 0, c.weights_alone) for c in shown):
+        found = [c for c in shown if (c.other, c.difference.mean > 0) == (other, better)]
+        arms = list(dict.fromkeys(c.arm for c in found))
+        # Arms that differ in more than the weights are better or worse; weights help or do harm.
+        words = ("helped", "did harm") if alone else ("is better", "is worse")
+        if alone or len(arms) < _FEW_ARMS:
+            of_arms = ((arm, "; ".join(_shown(c) for c in found if c.arm == arm)) for arm in arms)
+            sentences += [f"{arm} {words[not better]}: {differences}." for arm, differences in of_arms]
+        else:
+            least, most = (points(pick((c.difference.mean for c in found), key=abs)) for pick in (min, max))
+            than = f"{'better' if better else 'worse'} than {other}"
+            sentences.append(f"{len(arms)} arms are {than}: {least} to {most} points of Dice.")
+    return sentences
 
 
 def _shown(comparison: Comparison) -> str:
@@ -306,6 +324,17 @@ def _nothing_shown(largest: Comparison, comparisons: int) -> str:
         f"{points(largest.difference.mean)} points of Dice with {largest.labelled} labelled "
         f"{interval(largest.together)}; {advice}."
     )
+
+
+def _hardly_learnt(runs: Runs) -> Iterator[str]:
+    """A sentence for each arm whose differences from others say that it is not done, and little else."""
+    dice = {of: mean(run.score for run in by_seed.values()) for of, by_seed in runs.items()}
+    for (arm, labelled), reached in dice.items():
+        if reached < _HARDLY * max(value for (_, number), value in dice.items() if number == labelled):
+            yield (
+                f"{arm} has hardly learnt with {labelled} labelled, {reached:.1f} points of Dice: more iterations or "
+                f"another learning rate may change that."
+            )
 
 
 def interval(difference: Difference) -> str:

@@ -156,6 +156,30 @@ def test_the_verdict_counts_the_differences_that_it_calls_smaller() -> None:
     assert "VF minus scratch is +0.5 points of Dice with 5 labelled" in summary.verdict
 
 
+def test_what_nnunets_own_trainer_has_not_learnt_does_not_hide_what_weights_do() -> None:
+    """The question comes first; arms that are all better than one that has hardly begun are told in one sentence."""
+    arms = [Arm(name, "pretrained", (1e-3,), "w", "scratch") for name in ("VF", "MAE")]
+    arms += [Arm("scratch", "scratch", (1e-3,)), Arm("nnunet", "nnunet", (1e-2,))]
+    dice = {
+        "VF": (0.52, 0.53, 0.53),
+        "MAE": (0.51, 0.5, 0.53),
+        "scratch": (0.5, 0.51, 0.52),
+        "nnunet": (0.0, 0.01, 0.0),
+    }
+    records = [record(arm, seed, value) for arm, values in dice.items() for seed, value in enumerate(values)]
+    summary = summarise(arms, records)
+    assert summary.verdict.startswith(
+        "No difference could be shown with 3 seeds: VF minus scratch, the largest of 2 differences, is +1.7 points"
+    )
+    assert (
+        " 3 arms are better than nnunet: +50.7 to +52.3 points of Dice. At 95 % for all 5 differences"
+        in summary.verdict
+    )
+    assert "nnunet has hardly learnt with 5 labelled, 2.8 points of Dice: more iterations" in summary.verdict
+    assert summary.verdict.count("hardly learnt") == 1
+    assert summary.first is not None and (summary.first.arm, summary.first.other) == ("VF", "scratch")
+
+
 def test_one_seed_shows_nothing() -> None:
     verdict = summarise(ARMS, [record("scratch", 0, 0.1), record("VF", 0, 0.9)]).verdict
     assert verdict.startswith("Nothing can be shown with one seed")
