@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import stdev
@@ -36,7 +36,8 @@ class Comparison:
     Attributes:
         arm, other, labelled: what is compared.
         difference: of the Dice on the test cases, in points, with an interval at 95 %.
-        together: the same with the interval at which all intervals of the page hold together.
+        together: the same with the interval at which all that ask the same, what weights alone do or how arms do beside
+            nnU-Net's own, hold together.
         seeds: that both arms have.
         seeds_needed: fresh ones that would show such a difference; see `statistics.seeds_needed`.
         same_labels: with how many labelled cases the other arm reaches this one's score; see `equal_labels`.
@@ -145,12 +146,13 @@ def summarise(arms: Sequence[Arm], records: Iterable[RunRecord]) -> Summary:
             runs[record.arm, record.labelled][record.seed] = record
     pairs = _pairs(arms)
     numbers = sorted({number for _, number in runs})
-    together = confidence_for(len(pairs) * len(numbers))
+    asking = Counter(weights_alone for *_, weights_alone in pairs)
+    together = {question: confidence_for(count * len(numbers)) for question, count in asking.items()}
     comparisons = [
         comparison
-        for arm, other, weights_alone in pairs
+        for pair in pairs
         for number in numbers
-        if (comparison := _compare(dict(runs), (arm, other, weights_alone), number, together)) is not None
+        if (comparison := _compare(dict(runs), pair, number, together[pair[2]])) is not None
     ]
     first = _by_importance(comparisons)[0] if comparisons else None
     cases = _case_dice(runs, first) if first is not None else {}
@@ -254,18 +256,16 @@ def _case_dice(runs: Runs, comparison: Comparison) -> dict[str, CaseDice]:
 
 
 def verdict(comparisons: Sequence[Comparison]) -> str:
-    """What was shown, at 95 % for all comparisons of the page together; first what the weights alone have done."""
+    """What was shown; first what the weights alone have done, then how arms do beside nnU-Net's own."""
     if not comparisons:
         return "There are no two arms with a finished run of the same seed yet."
     ordered = _by_importance(comparisons)
     of_weights = [comparison for comparison in ordered if comparison.weights_alone]
     of_more = [comparison for comparison in ordered if not comparison.weights_alone]
     asked = of_weights or of_more
-    sentences = _all_shown(asked) or [_nothing_shown(asked[0], len(asked))]
+    sentences = _all_shown(asked) or [_nothing_shown(asked[0], len(asked)), *_for_all(asked)]
     if of_weights:
         sentences += _all_shown(of_more)
-    if len(comparisons) > 1 and len(ordered[0].difference.values) > 1:  # wider than the interval of one difference
-        sentences.append(f"At 95 % for all {len(comparisons)} differences together.")
     return " ".join(sentences)
 
 
@@ -275,7 +275,7 @@ def _by_importance(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def _all_shown(comparisons: Sequence[Comparison]) -> list[str]:
-    """A sentence for each arm, or for all arms that are better, or worse, than the same other one."""
+    """A sentence for each arm, or for all arms that are better, or worse, than the same other one; none for nothing."""
     shown = [comparison for comparison in comparisons if comparison.together.shown]
     sentences = []
     for other, better, alone in dict.fromkeys((c.other, c.difference.mean > 0, c.weights_alone) for c in shown):
@@ -290,7 +290,14 @@ def _all_shown(comparisons: Sequence[Comparison]) -> list[str]:
             least, most = (points(pick((c.difference.mean for c in found), key=abs)) for pick in (min, max))
             than = f"{'better' if better else 'worse'} than {other}"
             sentences.append(f"{len(arms)} arms are {than}: {least} to {most} points of Dice.")
-    return sentences
+    return [*sentences, *_for_all(comparisons)] if sentences else []
+
+
+def _for_all(comparisons: Sequence[Comparison]) -> list[str]:
+    """That intervals are wider than that of one difference, where they are."""
+    if len(comparisons) == 1 or len(comparisons[0].difference.values) == 1:
+        return []
+    return [f"At 95 % for all {len(comparisons)} differences together."]
 
 
 def _shown(comparison: Comparison) -> str:
