@@ -270,8 +270,13 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
 
 
 def _by_importance(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """What the weights alone have done first, of that what was shown, then by the size of the difference."""
-    return sorted(comparisons, key=lambda c: (not c.weights_alone, not c.together.shown, -abs(c.difference.mean)))
+    """What the weights alone have done first; of that what was shown, the largest first, then what is nearest to it."""
+
+    def importance(comparison: Comparison) -> tuple[bool, bool, float, float]:
+        shown, difference = comparison.together.shown, comparison.difference
+        return not comparison.weights_alone, not shown, 0.0 if shown else difference.p, -abs(difference.mean)
+
+    return sorted(comparisons, key=importance)
 
 
 def _all_shown(comparisons: Sequence[Comparison]) -> list[str]:
@@ -307,29 +312,29 @@ def _shown(comparison: Comparison) -> str:
     )
 
 
-def _nothing_shown(largest: Comparison, comparisons: int) -> str:
-    seeds = len(largest.difference.values)
-    of_all = "" if comparisons == 1 else f", the largest of {comparisons} differences,"
+def _nothing_shown(nearest: Comparison, comparisons: int) -> str:
+    seeds = len(nearest.difference.values)
+    of_all = "" if comparisons == 1 else f", the clearest of {comparisons} differences,"
     if seeds < 2:
         return (
-            f"Nothing can be shown with one seed: {largest.arm} minus {largest.other} is "
-            f"{points(largest.difference.mean)} points of Dice with {largest.labelled} labelled. Give "
+            f"Nothing can be shown with one seed: {nearest.arm} minus {nearest.other} is "
+            f"{points(nearest.difference.mean)} points of Dice with {nearest.labelled} labelled. Give "
             f"-seeds 3 or more."
         )
     if seeds < 3:
         advice = "two seeds are too few to tell how many would show it: give -seeds 4 or more"
-    elif largest.seeds_needed is None:
+    elif nearest.seeds_needed is None:
         advice = "a difference that small would take more seeds than can be run"
     else:
-        first = 1 + max(largest.seeds)
+        first = 1 + max(nearest.seeds)
         advice = (
-            f"if it is as large as it looks, {largest.seeds_needed} fresh seeds would show it four times out of five "
-            f"(-first_seed {first} -seeds {largest.seeds_needed})"
+            f"if it is as large as it looks, {nearest.seeds_needed} fresh seeds would show it four times out of five "
+            f"(-first_seed {first} -seeds {nearest.seeds_needed})"
         )
     return (
-        f"No difference could be shown with {seeds} seeds: {largest.arm} minus {largest.other}{of_all} is "
-        f"{points(largest.difference.mean)} points of Dice with {largest.labelled} labelled "
-        f"{interval(largest.together)}; {advice}."
+        f"No difference could be shown with {seeds} seeds: {nearest.arm} minus {nearest.other}{of_all} is "
+        f"{points(nearest.difference.mean)} points of Dice with {nearest.labelled} labelled "
+        f"{interval(nearest.together)}; {advice}."
     )
 
 

@@ -151,7 +151,7 @@ def test_the_verdict_counts_the_differences_that_it_calls_smaller() -> None:
     records += [record("VF", seed, 0.5 + 0.01 * seed) for seed in range(2)]
     records += [record("nnU-Net", seed, 0.9 - 0.5 * seed) for seed in range(2)]
     summary = summarise(arms, records)
-    assert len(summary.comparisons) == 3 and "the largest of" not in summary.verdict
+    assert len(summary.comparisons) == 3 and "the clearest of" not in summary.verdict
     # One difference asks what the weights do, so that its interval is the table's; two are with nnU-Net's own.
     of_weights, *of_more = summary.comparisons
     assert of_weights.together == of_weights.difference and all(c.together.low < c.difference.low for c in of_more)
@@ -172,13 +172,22 @@ def test_what_nnunets_own_trainer_has_not_learnt_does_not_hide_what_weights_do()
     records = [record(arm, seed, value) for arm, values in dice.items() for seed, value in enumerate(values)]
     summary = summarise(arms, records)
     assert summary.verdict.startswith(
-        "No difference could be shown with 3 seeds: VF minus scratch, the largest of 2 differences, is +1.7 points"
+        "No difference could be shown with 3 seeds: VF minus scratch, the clearest of 2 differences, is +1.7 points"
     )
     assert "At 95 % for all 2 differences together. 3 arms are better than nnunet: +50.7 to +52.3" in summary.verdict
     assert "points of Dice. At 95 % for all 3 differences together. nnunet has hardly learnt" in summary.verdict
     assert "nnunet has hardly learnt with 5 labelled, 2.8 points of Dice: more iterations" in summary.verdict
     assert summary.verdict.count("hardly learnt") == 1
     assert summary.first is not None and (summary.first.arm, summary.first.other) == ("VF", "scratch")
+
+
+def test_where_nothing_was_shown_the_clearest_difference_is_told_not_the_largest() -> None:
+    arms = [Arm(name, "pretrained", (1e-3,), "w", "scratch") for name in ("VF", "MAE")] + [ARMS[1]]
+    dice = {"VF": (0.52, 0.53, 0.53), "MAE": (0.7, 0.45, 0.53), "scratch": (0.5, 0.51, 0.52)}
+    records = [record(arm, seed, value) for arm, values in dice.items() for seed, value in enumerate(values)]
+    assert "VF minus scratch, the clearest of 2 differences, is +1.7 points" in summarise(arms, records).verdict
+    one = summarise(arms, [record for record in records if record.seed == 0]).verdict
+    assert one.startswith("Nothing can be shown with one seed: MAE minus scratch is +20.0 points")
 
 
 def test_one_seed_shows_nothing() -> None:
