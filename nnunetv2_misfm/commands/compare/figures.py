@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 _LABELS = ("#ef4444", "#22c55e", "#3b82f6", "#eab308", "#a855f7", "#14b8a6", "#f97316", "#ec4899")
 
 
-def differences(summary: Summary) -> str:
+def differences(summary: Summary, shown: Sequence[Comparison]) -> str:
     """Paired differences: a dot for each seed, the mean and its interval, as SVG."""
-    shown = list(summary.comparisons)
 
     def draw(axis: Axes) -> None:
         for row, comparison in enumerate(reversed(shown)):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from nnunetv2_misfm.commands.compare import figures
 from nnunetv2_misfm.commands.compare.statistics import CONFIDENCE
-from nnunetv2_misfm.commands.compare.summary import Comparison, Summary, interval, points
+from nnunetv2_misfm.commands.compare.summary import Comparison, Summary, by_question, interval, points
 from nnunetv2_misfm.pages import html
 
 
@@ -63,7 +63,8 @@ def write_page(page: Page, path: Path) -> None:
         "page": page,
         "summary": summary,
         "confidence": round(100 * CONFIDENCE),
-        "differences": figures.differences(summary) if summary.comparisons else None,
+        # Those with nnU-Net's own may be ten times as large, and have a figure of their own.
+        "differences": [figures.differences(summary, of) for of in by_question(summary.comparisons) if of],
         "curves": [(number, svg) for number in summary.labelled if (svg := figures.learning_curves(summary, number))],
         "several": len(summary.labelled) > 1,  # numbers of labelled cases
         "by_labelled": figures.dice_by_labelled(summary),

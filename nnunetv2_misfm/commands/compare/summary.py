@@ -259,14 +259,18 @@ def verdict(comparisons: Sequence[Comparison]) -> str:
     """What was shown; first what the weights alone have done, then how arms do beside nnU-Net's own."""
     if not comparisons:
         return "There are no two arms with a finished run of the same seed yet."
-    ordered = _by_importance(comparisons)
-    of_weights = [comparison for comparison in ordered if comparison.weights_alone]
-    of_more = [comparison for comparison in ordered if not comparison.weights_alone]
+    of_weights, of_more = by_question(_by_importance(comparisons))
     asked = of_weights or of_more
     sentences = _all_shown(asked) or [_nothing_shown(asked[0], len(asked)), *_for_all(asked)]
     if of_weights:
         sentences += _all_shown(of_more)
     return " ".join(sentences)
+
+
+def by_question(comparisons: Sequence[Comparison]) -> tuple[list[Comparison], list[Comparison]]:
+    """Those that ask what the weights alone do, and those that ask how arms do beside nnU-Net's own."""
+    of_weights = [comparison for comparison in comparisons if comparison.weights_alone]
+    return of_weights, [comparison for comparison in comparisons if not comparison.weights_alone]
 
 
 def _by_importance(comparisons: Sequence[Comparison]) -> list[Comparison]:

@@ -159,7 +159,7 @@ def test_the_verdict_counts_the_differences_that_it_calls_smaller() -> None:
     assert "differences together" not in summary.verdict
 
 
-def test_what_nnunets_own_trainer_has_not_learnt_does_not_hide_what_weights_do() -> None:
+def test_what_nnunets_own_trainer_has_not_learnt_does_not_hide_what_weights_do(tmp_path: Path) -> None:
     """The question comes first; arms that are all better than one that has hardly begun are told in one sentence."""
     arms = [Arm(name, "pretrained", (1e-3,), "w", "scratch") for name in ("VF", "MAE")]
     arms += [Arm("scratch", "scratch", (1e-3,)), Arm("nnunet", "nnunet", (1e-2,))]
@@ -179,6 +179,9 @@ def test_what_nnunets_own_trainer_has_not_learnt_does_not_hide_what_weights_do()
     assert "nnunet has hardly learnt with 5 labelled, 2.8 points of Dice: more iterations" in summary.verdict
     assert summary.verdict.count("hardly learnt") == 1
     assert summary.first is not None and (summary.first.arm, summary.first.other) == ("VF", "scratch")
+    write_page(Page("Page", summary, [], []), tmp_path / "report.html")
+    # Two figures of differences, of which the second has another scale, and one of learning curves.
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").count("<svg") == 3
 
 
 def test_where_nothing_was_shown_the_clearest_difference_is_told_not_the_largest() -> None:
