@@ -298,9 +298,8 @@ def compare(name: str, weights: Sequence[str], options: argparse.Namespace) -> N
     else:
         output = output.with_name(f"{output.name}_{options.iterations}_{'+'.join(options.labelled)}")
         epochs = ("-num_epochs", str(options.iterations // EPOCH), "-num_iterations_per_epoch", str(EPOCH))
-        arms += ["-initial_lr", *options.rates, *epochs, "-num_val_iterations_per_epoch", str(EPOCH // 8)]
-        if len(options.rates) > 1:
-            arms += ["-tuning_seeds", options.tuning_seeds]
+        arms += ["-initial_lr", *options.rates, "-tuning_seeds", options.tuning_seeds]
+        arms += [*epochs, "-num_val_iterations_per_epoch", str(EPOCH // 8)]
         if options.own_schedules:
             arms += ["--own_schedules"]
             output = output.with_name(f"{output.name}_{OWN_SCHEDULES}")

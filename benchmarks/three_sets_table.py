@@ -27,12 +27,7 @@ WHERE_FROM = (
 )
 TICKS = (-20, -5, -2, 0, 2, 5, 20)  # of the figure
 # What the figure calls the pools, and their markers.
-POOLS = {
-    "": ("nothing", "x"),
-    "common": ("all sets", "o"),
-    "own": ("own set", "s"),
-    "own_long": ("own set, longer", "D"),
-}
+POOLS = {"common": ("all sets", "o"), "own": ("own set", "s"), "own_long": ("own set, longer", "D")}
 
 
 def main() -> None:
@@ -157,33 +152,26 @@ def fine_tuned(found: Sequence[Result]) -> list[str]:
 
 def draw_differences(results: Sequence[Result], path: Path) -> None:
     """All differences to scratch with their intervals, on a scale that is linear up to 5 points."""
-    rows: dict[tuple, list[tuple[str, str, dict]]] = {}
-    for of in results:
-        for one in of.differences():
-            if one["low"] is not None:
-                schedule = f", sawtooth{of.short_epochs}" if of.own_schedules else ""
-                row = (of.iterations, of.set, -one["labelled"], of.network, schedule)
-                rows.setdefault(row, []).append((*task_and_pool(one["arm"]), one))
-    tasks = sorted({task for found in rows.values() for task, _, _ in found})
-    lines = sum(map(len, rows.values()))
-    figure, axis = plt.subplots(figsize=(8, 2 + 0.16 * lines + 0.16 * len(rows)), layout="constrained")
+    rows = sorted(rows_of_differences(results).items())
+    shown = [arm for _, arms in rows for arm in arms]
+    colours = {task: f"C{number}" for number, task in enumerate(sorted({task for task, _, _ in shown}))}
+    figure, axis = plt.subplots(figsize=(8, 2 + 0.16 * len(shown) + 0.16 * len(rows)), layout="constrained")
     axis.axvline(0, color="black", linewidth=1)
     middles, y = [], 0
-    for _, found in sorted(rows.items()):
-        middles.append(y + (len(found) - 1) / 2)
-        for task, pool, one in sorted(found, key=lambda each: each[:2]):
-            colour = f"C{tasks.index(task)}"
-            axis.plot((one["low"], one["high"]), (y, y), color=colour, linewidth=2, alpha=0.6)
-            axis.plot(one["difference"], y, POOLS[pool][1], color=colour, markersize=5)
+    for _, arms in rows:
+        middles.append(y + (len(arms) - 1) / 2)
+        for task, pool, one in arms:
+            axis.plot((one["low"], one["high"]), (y, y), color=colours[task], linewidth=2, alpha=0.6)
+            axis.plot(one["difference"], y, POOLS[pool][1], color=colours[task], markersize=5)
             y += 1
         y += 1  # a gap
-    for number, task in enumerate(tasks):
-        axis.plot([], [], "-", color=f"C{number}", linewidth=3, label=task)
-    for pool in sorted({pool for found in rows.values() for _, pool, _ in found}):
+    for task, colour in colours.items():
+        axis.plot([], [], "-", color=colour, linewidth=3, label=task)
+    for pool in sorted({pool for _, pool, _ in shown}):
         axis.plot([], [], POOLS[pool][1], color="grey", label=POOLS[pool][0])
     labels = [
         f"{name}, {-n} labelled, {its:,} iterations\n{NETWORKS[net].short}{schedule}"
-        for its, name, n, net, schedule in sorted(rows)
+        for (its, name, n, net, schedule), _ in rows
     ]
     axis.set_yticks(middles, labels, fontsize="small")
     axis.set_xscale("symlog", linthresh=5)
@@ -196,12 +184,18 @@ def draw_differences(results: Sequence[Result], path: Path) -> None:
     plt.close(figure)
 
 
-def task_and_pool(arm: str) -> tuple[str, str]:
-    """What an arm was pretrained with, and the name of its pool; nnU-Net's own arm has none."""
-    for pool in ("own_long", "own", "common"):
-        if arm.endswith(f"_{pool}"):
-            return arm.removesuffix(f"_{pool}").replace("_", " "), pool
-    return "nnU-Net, not pretrained", ""
+def rows_of_differences(results: Sequence[Result]) -> dict[tuple, list[tuple[str, str, dict]]]:
+    """Task, pool and difference of each arm that has an interval, by what all arms of a row have in common."""
+    rows: dict[tuple, list[tuple[str, str, dict]]] = {}
+    for of in results:
+        schedule = f", sawtooth{of.short_epochs}" if of.own_schedules else ""
+        for one in of.differences():
+            if one["low"] is not None:
+                row = (of.iterations, of.set, -one["labelled"], of.network, schedule)
+                pool = next(pool for pool in POOLS if one["arm"].endswith(f"_{pool}"))
+                task = one["arm"].removesuffix(f"_{pool}").replace("_", " ")
+                rows.setdefault(row, []).append((task, pool, one))
+    return {row: sorted(arms, key=lambda arm: arm[:2]) for row, arms in rows.items()}
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -284,22 +284,28 @@ def _by_importance(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def _all_shown(comparisons: Sequence[Comparison]) -> list[str]:
-    """A sentence for each arm, or for all arms that are better, or worse, than the same other one; none for nothing."""
-    shown = [comparison for comparison in comparisons if comparison.together.shown]
-    sentences = []
-    for other, better, alone in dict.fromkeys((c.other, c.difference.mean > 0, c.weights_alone) for c in shown):
-        found = [c for c in shown if (c.other, c.difference.mean > 0) == (other, better)]
-        arms = list(dict.fromkeys(c.arm for c in found))
-        # Arms that differ in more than the weights are better or worse; weights help or do harm.
-        words = ("helped", "did harm") if alone else ("is better", "is worse")
-        if alone or len(arms) < _FEW_ARMS:
-            of_arms = ((arm, "; ".join(_shown(c) for c in found if c.arm == arm)) for arm in arms)
-            sentences += [f"{arm} {words[not better]}: {differences}." for arm, differences in of_arms]
-        else:
-            least, most = (points(pick((c.difference.mean for c in found), key=abs)) for pick in (min, max))
-            than = f"{'better' if better else 'worse'} than {other}"
-            sentences.append(f"{len(arms)} arms are {than}: {least} to {most} points of Dice.")
+    """What was shown of comparisons that ask the same; no sentence for nothing."""
+    groups: dict[tuple[str, bool], list[Comparison]] = defaultdict(list)
+    for comparison in comparisons:
+        if comparison.together.shown:
+            groups[comparison.other, comparison.difference.mean > 0].append(comparison)
+    sentences = [sentence for (other, better), found in groups.items() for sentence in _told(found, other, better)]
     return [*sentences, *_for_all(comparisons)] if sentences else []
+
+
+def _told(found: Sequence[Comparison], other: str, better: bool) -> list[str]:
+    """A sentence for each arm, or one for several that are all better, or worse, than nnU-Net's own."""
+    alone = found[0].weights_alone
+    by_arm: dict[str, list[str]] = defaultdict(list)
+    for comparison in found:
+        by_arm[comparison.arm].append(_shown(comparison))
+    if not alone and len(by_arm) >= _FEW_ARMS:
+        means = sorted((comparison.difference.mean for comparison in found), key=abs)
+        than = f"{'better' if better else 'worse'} than {other}"
+        return [f"{len(by_arm)} arms are {than}: {points(means[0])} to {points(means[-1])} points of Dice."]
+    # Arms that differ in more than the weights are better or worse; weights help or do harm.
+    words = ("helped", "did harm") if alone else ("is better", "is worse")
+    return [f"{arm} {words[not better]}: {'; '.join(differences)}." for arm, differences in by_arm.items()]
 
 
 def _for_all(comparisons: Sequence[Comparison]) -> list[str]:
@@ -344,7 +350,7 @@ def _nothing_shown(nearest: Comparison, comparisons: int) -> str:
 
 def _hardly_learnt(runs: Runs) -> Iterator[str]:
     """A sentence for each arm whose differences from others say that it is not done, and little else."""
-    dice = {of: mean(run.score for run in by_seed.values()) for of, by_seed in runs.items()}
+    dice = {of: mean(scores(runs, *of).values()) for of in runs}
     for (arm, labelled), reached in dice.items():
         if reached < _HARDLY * max(value for (_, number), value in dice.items() if number == labelled):
             yield (
