@@ -12,7 +12,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from nnunetv2_misfm.commands.compare.summary import Comparison, Summary
+from nnunetv2_misfm.commands.compare.comparison import Comparison
+from nnunetv2_misfm.commands.compare.summary import Summary
 from nnunetv2_misfm.pages.figures import COLOURS, TEXT, png_uri, svg
 
 if TYPE_CHECKING:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nnunetv2_misfm.commands.compare import figures
+from nnunetv2_misfm.commands.compare.comparison import Comparison, by_question
 from nnunetv2_misfm.commands.compare.statistics import CONFIDENCE
-from nnunetv2_misfm.commands.compare.summary import Comparison, Summary, by_question, interval, points
+from nnunetv2_misfm.commands.compare.summary import Summary
+from nnunetv2_misfm.commands.compare.verdict import interval, points
 from nnunetv2_misfm.pages import html
 
 
