@@ -326,6 +326,7 @@ def test_regions_may_have_any_numbers(folder: Path) -> None:
     labels = {"background": 0, "whole": [1, 2, 4], "core": [4]}
     edit(folder / "dataset.json", lambda content: content.update(labels=labels, regions_class_order=[1, 4]))
     misfm_plan(["-d", "4", "--no_pp"])
+    assert trainer("4").label_manager.foreground_regions == [(1, 2, 4), (4,)]
 
 
 def test_a_pool_is_not_taken_for_a_labelled_dataset(
