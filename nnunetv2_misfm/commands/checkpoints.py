@@ -79,11 +79,11 @@ def export_checkpoint(options: argparse.Namespace) -> None:
     from nnunetv2_misfm.transfer.inspection import export
 
     folder = _new_path(options.o)
-    export(options.i, folder, options.license)
+    network_options = export(options.i, folder, options.license)
     upload = f"hf upload OWNER/NAME {shlex.quote(str(folder))}"
     print(f"{folder} holds model.safetensors and README.md. Upload it with: {upload}")
     weights = shlex.quote(str(folder / "model.safetensors"))
-    print(f"Use it with: misfm_plan -d DATASET_ID -c 3d_fullres -pretrained_weights {weights}")
+    print(f"Use it with: misfm_plan -d DATASET_ID -c 3d_fullres -pretrained_weights {weights}{network_options}")
 
 
 def inspect_main(arguments: list[str] | None = None) -> None:

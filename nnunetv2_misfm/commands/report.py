@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from nnunetv2_misfm.commands.parser import CommandParser
@@ -38,7 +39,8 @@ def report(run: Path) -> None:
     problems = []
     for fold in folds:
         try:
-            print(f"Page: {write_run_page(fold.resolve())}")
+            # Folders may be links to another disk, and only their own names tell trainer, plans and configuration.
+            print(f"Page: {write_run_page(Path(os.path.abspath(fold)))}")
         except PlanError as error:
             problems.append(str(error))
     if len(problems) == len(folds):

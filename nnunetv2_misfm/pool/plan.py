@@ -24,6 +24,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_t
 from nnunetv2_misfm.files import read_json
 from nnunetv2_misfm.plans.checks import INTENSITIES, check_complete, configuration_3d
 from nnunetv2_misfm.plans.files import nnunet_folder
+from nnunetv2_misfm.plans.normalisation import SCHEMES, intensity_properties
 from nnunetv2_misfm.plans.run_settings import BLOCK
 from nnunetv2_misfm.plans.settings import SettingsError, read_settings, write_settings
 from nnunetv2_misfm.pool.geometry import PoolGeometry, medians
@@ -31,7 +32,6 @@ from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection
 from nnunetv2_misfm.pool.settings import PoolSettings
 from nnunetv2_misfm.pool.volumes import Volume
 
-SCHEMES = {"ct": "CTNormalization", "mr": "ZScoreNormalization"}
 CHANNEL_NAMES = {
     "CTNormalization": "CT",
     "ZScoreNormalization": "MR",
@@ -157,7 +157,7 @@ def plan_pool(
         "configurations": {configuration: plan},
         "experiment_planner_used": "ExperimentPlanner",
         "label_manager": "LabelManager",
-        INTENSITIES: _intensity_properties(modality, settings, num_channels),
+        INTENSITIES: _intensities(modality, settings, num_channels),
         BLOCK: {
             **copy.deepcopy(dict(misfm)),
             "pool": {
@@ -237,7 +237,7 @@ def plans_for_case(plans: Mapping[str, Any], configuration: str, modality: str |
     if modality is not None:
         channels = pool_block(plans)["num_channels"]
         own["configurations"][configuration]["normalization_schemes"] = [SCHEMES[modality]] * channels
-        own[INTENSITIES] = _intensity_properties(modality, pool_settings(plans), channels)
+        own[INTENSITIES] = _intensities(modality, pool_settings(plans), channels)
     return own
 
 
@@ -359,23 +359,9 @@ def _modality_of_tags(inspection: PoolInspection) -> str:
     return "ct" if 2 * ct >= len(inspection.volumes) else "mr"
 
 
-def _intensity_properties(modality: str, settings: PoolSettings, num_channels: int) -> dict[str, dict[str, float]]:
-    """nnU-Net's intensity properties per channel. For CT those that make its normalisation map the window to [-1, 1].
-
-    For MR, where z-scores do not use them, a standard distribution until the volumes have been measured.
-    """
-    low, high = (float(value) for value in settings.ct_window) if modality == "ct" else (-1.0, 1.0)
-    middle = (low + high) / 2
-    properties = {
-        "mean": middle,
-        "median": middle,
-        "std": (high - low) / 2,
-        "min": low,
-        "max": high,
-        "percentile_00_5": low,
-        "percentile_99_5": high,
-    }
-    return {str(channel): dict(properties) for channel in range(num_channels)}
+def _intensities(modality: str, settings: PoolSettings, num_channels: int) -> dict[str, dict[str, float]]:
+    """The intensity properties of all channels, as plans hold them."""
+    return {str(channel): intensity_properties(modality, settings.ct_window) for channel in range(num_channels)}
 
 
 def _data_layout(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:

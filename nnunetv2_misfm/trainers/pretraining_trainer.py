@@ -44,7 +44,7 @@ from nnunetv2_misfm.trainers.run_page import PICTURES, STOPPED, update_run_page
 from nnunetv2_misfm.trainers.step_guard import StepGuard
 from nnunetv2_misfm.trainers.stop_request import BY_SIGNAL, StopRequest
 from nnunetv2_misfm.transfer.adaptation_plan import nnssl_adaptation_plan
-from nnunetv2_misfm.transfer.checkpoint import LEARNT, TRAINED_PARTS
+from nnunetv2_misfm.transfer.checkpoint import ADAPTATION, LEARNT, TRAINED_PARTS
 from nnunetv2_misfm.transfer.shrunk_weights import shrunk_alarm
 
 _MOST_EPOCHS_LOST = 5  # by a crash
@@ -284,7 +284,7 @@ class PretrainingTrainer(BaseTrainer):
         if self._interrupted is not None:
             more["interrupted_epoch"] = asdict(self._interrupted)
         plan = nnssl_adaptation_plan(self.bare_network, self.plans_manager.plans, self.configuration_name)
-        return more if plan is None else {**more, "nnssl_adaptation_plan": plan}
+        return more if plan is None else {**more, ADAPTATION: plan}
 
     def _more_to_say(self) -> dict[str, Any]:
         return {} if self._scores is None else {"score": self._scores.main, LEARNT: self._scores.text}

@@ -39,8 +39,11 @@ PUBLISHED_WEIGHTS = "model_state_dict"
 LEARNT = "learnt"
 """In the description of the training: how well the network did its pretext task when it was saved, in words."""
 TRAINED_PARTS = "trained_parts"
-CHANNEL_NAMES = "misfm_channel_names"
 """Beside the weights: the parts of the network that learnt in pretraining; all of them where it is missing."""
+CHANNEL_NAMES = "misfm_channel_names"
+"""Beside exported weights: the names of the image channels, which nnU-Net's checkpoints keep in `init_args`."""
+ADAPTATION = "nnssl_adaptation_plan"
+"""Beside the weights, in nnssl's checkpoints and ours: what nnssl tells of network and images."""
 _CHECKPOINT_ENDINGS = (".pth", ".pt", ".model", ".ckpt")
 _CONFIGURATIONS = ("3d_fullres", "3d_cascade_fullres", "3d_lowres", "2d")  # of nnU-Net, the most useful first
 _PATHS = (pathlib.PosixPath, pathlib.PurePosixPath, pathlib.PureWindowsPath)

@@ -14,7 +14,7 @@ from torch import Tensor
 from nnunetv2_misfm.plans.checks import INTENSITIES, WINDOW, with_present_names
 from nnunetv2_misfm.plans.network_entry import UNET_ARGUMENTS
 from nnunetv2_misfm.plans.settings import is_number
-from nnunetv2_misfm.transfer.checkpoint import CHANNEL_NAMES, CheckpointInfo, plain, preprocessing_of
+from nnunetv2_misfm.transfer.checkpoint import ADAPTATION, CHANNEL_NAMES, CheckpointInfo, plain, preprocessing_of
 from nnunetv2_misfm.transfer.foreign import RESIDUAL_UNET
 from nnunetv2_misfm.transfer.unet_weights import unet_description
 
@@ -44,10 +44,13 @@ def describe_unet(
     nnunet, nnssl = _nnunet(checkpoint), _nnssl(checkpoint, beside)
     planned, preprocessing = nnunet or nnssl or ({}, {})
     lengths = {"strides": arguments["n_stages"], "n_conv_per_stage_decoder": arguments["n_stages"] - 1}
+    # Trainers may build another kind of U-Net than their plans name.
+    of_the_other_kind = {"n_conv_per_stage", "n_blocks_per_stage"} - set(arguments)
     planned = {
         name: value
         for name, value in planned.items()
-        if not isinstance(value, (list, tuple)) or len(value) == lengths.get(name, len(value))
+        if name not in of_the_other_kind
+        and (not isinstance(value, (list, tuple)) or len(value) == lengths.get(name, len(value)))
     }
     usual_convolutions = 1 if class_name == RESIDUAL_UNET else 2
     usual = {**UNET_ARGUMENTS, "n_conv_per_stage_decoder": [usual_convolutions] * (arguments["n_stages"] - 1)}
@@ -126,7 +129,7 @@ def _nnunet(checkpoint: Mapping[str, Any]) -> _Described | None:
 
 def _nnssl(checkpoint: Mapping[str, Any], beside: Mapping[str, Any]) -> _Described | None:
     """The same from nnssl's adaptation plan (adaptation_planning/adaptation_plan.py), in the file or beside it."""
-    adaptation = checkpoint.get("nnssl_adaptation_plan") or beside
+    adaptation = checkpoint.get(ADAPTATION) or beside
     try:
         architecture, plans = adaptation["architecture_plans"], adaptation["pretrain_plan"]
         configuration = next(iter(plans["configurations"].values()))
@@ -160,6 +163,7 @@ _IS_WELL_FORMED: dict[str, Callable[[Any], bool]] = {
     "spacing": lambda value: _is_list(value, lambda mm: is_number(mm) and mm > 0),
     "patch_size": lambda value: _is_list(value, is_number),
     "normalization_schemes": lambda value: _is_list(value, lambda scheme: isinstance(scheme, str)),
+    "use_mask_for_norm": lambda value: _is_list(value, lambda one: isinstance(one, bool)),
     "transpose_forward": lambda value: _is_list(value, is_number) and sorted(value) == list(range(len(value))),
     INTENSITIES: lambda value: False,  # looked at one by one
 }

@@ -9,6 +9,7 @@ from typing import Any
 from nnunetv2_misfm.architectures.resolution import total_strides
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.checks import INTENSITIES, WINDOW
+from nnunetv2_misfm.plans.normalisation import SCHEMES, intensity_properties
 from nnunetv2_misfm.transfer.pretrained import Source
 from nnunetv2_misfm.transfer.transfer import channel_order
 
@@ -93,18 +94,48 @@ def keep_normalisation(
     for configuration in plans["configurations"].values():
         for channel, scheme in enumerate(configuration["normalization_schemes"]):
             in_source = order[channel] if channel < len(order) else 0
-            theirs = before[in_source]
-            if scheme != theirs:
+            theirs = _ways_to_normalise(source, in_source)
+            if scheme not in theirs:
                 yield (
-                    f"channel {channel} is normalised by {scheme}, but pretraining used {theirs}: the features may fit "
-                    f"less well. Pretrain on volumes of the same kind if you can."
+                    f"channel {channel} is normalised by {scheme}, but pretraining used {' and '.join(theirs)}: the "
+                    f"features may fit less well. Pretrain on volumes of the same kind if you can."
                 )
-            elif scheme == "CTNormalization":
-                window = pretrained.get(INTENSITIES, {}).get(str(in_source))
+            elif scheme == SCHEMES["ct"]:
+                window = theirs[scheme]
                 if window is None:
                     yield f"{source.path} does not say how CT was clipped and scaled; it is as the dataset's plans say."
                 elif remark := take_window(plans[INTENSITIES][str(channel)], window, ct_intensities):
                     yield remark
+            elif scheme == SCHEMES["mr"]:
+                yield from _about_mask(channel, configuration, pretrained.get("use_mask_for_norm"), in_source)
+
+
+def _about_mask(
+    channel: int, configuration: Mapping[str, Any], in_pretraining: Sequence[bool] | None, in_source: int
+) -> Iterator[str]:
+    """That z-scores are those of the body alone, with zeros around it, in one of the two."""
+    ours = configuration["use_mask_for_norm"][channel]
+    if in_pretraining is None or in_source >= len(in_pretraining) or in_pretraining[in_source] == ours:
+        return
+    within, whole = ("here", "in pretraining") if ours else ("in pretraining", "here")
+    yield (
+        f"channel {channel} has z-scores of the voxels other than 0 {within} (use_mask_for_norm), of the whole image "
+        f"{whole}: its background and scale differ."
+    )
+
+
+def _ways_to_normalise(source: Source, channel: int) -> dict[str, Mapping[str, float] | None]:
+    """The schemes that a channel of pretraining was normalised by, each with its intensities as far as they are known.
+
+    Plans tell one. In a pool of CT and MR, whose plans have the scheme of the majority, each volume had that of its own
+    modality.
+    """
+    told = source.preprocessing
+    ways = {told["normalization_schemes"][channel]: told.get(INTENSITIES, {}).get(str(channel))}
+    pool = source.info.training.get("pool", {}) if source.by_this_package and source.info is not None else {}
+    for modality in pool.get("modalities", ()):
+        ways.setdefault(SCHEMES[modality], intensity_properties(modality, pool["settings"]["ct_window"]))
+    return ways
 
 
 def take_window(own: dict[str, float], pretrained: Mapping[str, float], ct_intensities: str) -> str:

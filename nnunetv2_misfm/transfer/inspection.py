@@ -106,17 +106,13 @@ def _channels(source: Source) -> str:
 
 def _preprocessing(preprocessing: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [(name, _short(preprocessing[name])) for name in _OF_PREPROCESSING if name in preprocessing]
-    if "CTNormalization" in preprocessing.get("normalization_schemes", ()) and "0" in preprocessing.get(
-        INTENSITIES, {}
-    ):
-        window = preprocessing[INTENSITIES]["0"]
-        rows.append(
-            (
-                "CT window",
-                f"{window['percentile_00_5']:g} to {window['percentile_99_5']:g} HU, mean {window['mean']:g}, standard "
-                f"deviation {window['std']:g}",
-            )
-        )
+    schemes, windows = preprocessing.get("normalization_schemes", ()), preprocessing.get(INTENSITIES, {})
+    for channel, scheme in enumerate(schemes):
+        window = windows.get(str(channel))
+        if scheme == "CTNormalization" and window is not None:
+            of_channel = f" of channel {channel}" if len(schemes) > 1 else ""
+            told = f"{window['percentile_00_5']:g} to {window['percentile_99_5']:g} HU, mean {window['mean']:g}"
+            rows.append((f"CT window{of_channel}", f"{told}, standard deviation {window['std']:g}"))
     return rows
 
 
@@ -128,8 +124,10 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def export(checkpoint: str, folder: Path, licence: str | None) -> None:
+def export(checkpoint: str, folder: Path, licence: str | None) -> str:
     """Write model.safetensors and README.md into a new folder, which appears when both are complete.
+
+    Returns the options of misfm_plan for the network that the weights are of, each with a space before it.
 
     Args:
         checkpoint: of a network that is known here.
@@ -155,6 +153,7 @@ def export(checkpoint: str, folder: Path, licence: str | None) -> None:
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return _network_options(source.info)
 
 
 def model_card(source: Source, licence: str | None) -> str:

@@ -124,7 +124,7 @@ def names_of(network: nn.Module, rebuilt: Callable[[int, int], nn.Module] | None
     decodes = [key for key in _OF_UNETS["decoder_stages"] if isinstance(_module(network, key), nn.ModuleList)]
     is_unet = len(decodes) == len(_OF_UNETS["decoder_stages"]) and hasattr(_module(network, "encoder"), "strides")
     return Names(
-        encoder=encoder.partition(".")[0],
+        encoder=encoder.removesuffix(".stages"),
         stem=stem,
         in_proj=tuple(in_proj),
         seg_layers=tuple(seg_layers),
@@ -162,12 +162,26 @@ def matching_names(
             target_strides = strides[:1] + [[2, 2, 2]] * (len(target_strides) - 1)
         stages = _stages_of_equal_resolution(strides, target_strides)
         return lambda name: _in_source_stage(name, names, stages, num_stages)
-    prefix = _prefix(source, [name for name, _ in target.named_parameters()])
-    return lambda name: prefix + name
+    around, before = _prefixes(source, [name for name, _ in target.named_parameters()])
+    return lambda name: before + name.removeprefix(around) if name.startswith(around) else None
+
+
+def _prefixes(source: Collection[str], own: Sequence[str]) -> tuple[str, str]:
+    """What stands before the names that a network and a file share, in each of them; mostly nothing.
+
+    In the network that is the name under which a class around another holds it, in the file wrappers (`module.`).
+    """
+    found = []
+    for around in dict.fromkeys(["", *(f"{name.partition('.')[0]}." for name in own if "." in name)]):
+        bare = [name.removeprefix(around) for name in own if name.startswith(around)]
+        before = _prefix(source, bare)
+        found.append((sum(before + name in source for name in bare), around, before))
+    _, around, before = max(found, key=lambda one: one[0])
+    return around, before
 
 
 def _prefix(source: Collection[str], own: Sequence[str]) -> str:
-    """What stands before the names of a network in a file: wrappers such as `module.`; empty if they are bare."""
+    """What stands before the names of a network in a file."""
     found = [name.removesuffix(own[0]) for name in source if name == own[0] or name.endswith(f".{own[0]}")]
     return max(found, key=lambda prefix: sum(prefix + name in source for name in own), default="")
 

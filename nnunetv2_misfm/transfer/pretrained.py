@@ -15,8 +15,10 @@ from nnunetv2_misfm.files import json_or_nothing
 from nnunetv2_misfm.plans.network_entry import DECODER, NETWORKS, own_class
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings
 from nnunetv2_misfm.transfer.checkpoint import (
+    ADAPTATION,
     LEARNT,
     TRAINED_PARTS,
+    WEIGHTS,
     CheckpointError,
     CheckpointInfo,
     checkpoint_info,
@@ -135,9 +137,13 @@ def read_source(given: str | os.PathLike[str]) -> Source:
         file = download(str(given))
         path, name, beside = file.path, file.name, file.adaptation_plan
     content = read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
-    own, plan = checkpoint_info(content, path), {} if beside is None else json_or_nothing(beside)
-    found = find_weights(content, path)
+    own, plan = checkpoint_info(content, path), _plan_beside(content, beside)
+    # Only the classes known here have names that are known; those of another may hold such networks as parts.
+    of_other_class = own is not None and names_in_class(own.network_class_name) is None
+    found = find_weights(content, path, as_they_are=of_other_class)
     weights, info, notes = found.weights, own, [*_of_archive(path), *found.notes]
+    if plan and own is None:
+        notes.append(f"Its images are described by {beside}, which lies beside it.")
     if own is None and found.kind in (PUBLISHED_PCTNET, PUBLISHED_FMUNET):
         weights, info = read_published(found.weights, path)
     elif own is None:
@@ -196,11 +202,13 @@ def resolve_checkpoint(checkpoint_path: str) -> Path:
 
 def portable_path(path: Path) -> str:
     """The path relative to nnUNet_results where the file lies in it, so that plans survive moving that folder."""
-    results = os.environ.get("nnUNet_results")
-    resolved = path.resolve()
-    if results is not None and resolved.is_relative_to(Path(results).resolve()):
-        return str(resolved.relative_to(Path(results).resolve()))
-    return str(resolved)
+    # A link is not followed: what it leads to may have another ending, and not the files that belong to it beside it.
+    absolute, results = Path(os.path.abspath(path)), os.environ.get("nnUNet_results")
+    if results is not None and os.path.isdir(results):
+        for folder in absolute.parents:
+            if folder.samefile(results):
+                return str(absolute.relative_to(folder))
+    return str(absolute)
 
 
 def file_sha256(path: Path) -> str:
@@ -237,6 +245,13 @@ def load_network(path: str | os.PathLike[str], deep_supervision: bool = False) -
     except (TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"The weights in {path} do not fit the network it describes: {error}") from None
     return network.eval()
+
+
+def _plan_beside(content: Mapping[str, Any], beside: Path | None) -> dict[str, Any]:
+    """nnssl's adaptation plan, for a checkpoint as nnssl saves it that does not hold it; empty if there is none."""
+    if beside is None or WEIGHTS not in content or ADAPTATION in content:
+        return {}
+    return json_or_nothing(beside)
 
 
 def _untrained(

@@ -29,13 +29,7 @@ from nnunetv2_misfm.transfer.checkpoint import (
 from nnunetv2_misfm.transfer.foreign import PUBLISHED_FMUNET, PUBLISHED_PCTNET
 from nnunetv2_misfm.transfer.state_dicts import find_weights
 
-# The authors' CT recipe: clip to [-1000, 1000] HU, scale to [-1, 1], 64 x 128 x 128 patches.
-PUBLISHED_PREPROCESSING = {
-    "patch_size": [64, 128, 128],
-    "normalization_schemes": ["CTNormalization"],
-    "transpose_forward": [0, 1, 2],
-    INTENSITIES: {"0": {"percentile_00_5": -1000.0, "percentile_99_5": 1000.0, "mean": 0.0, "std": 1000.0}},
-}
+_PUBLISHED_WINDOW = {"percentile_00_5": -1000.0, "percentile_99_5": 1000.0, "mean": 0.0, "std": 1000.0}
 
 # (pattern in the reference, our name). `{m}` is a degree of anisotropy, `{i}` an index within a Sequential.
 _STAGES = {"e2": "encoder.stage2", "e3": "encoder.stage3", "e4": "encoder.stage4"} | {
@@ -225,10 +219,20 @@ def read_published(
         arch_kwargs=entry["arch_kwargs"],
         input_channels=input_channels,
         num_classes=num_classes,
-        preprocessing=PUBLISHED_PREPROCESSING,
+        preprocessing=_published_preprocessing(input_channels),
         training={"published": "openmedlab/MIS-FM"},
     )
     return weights, info
+
+
+def _published_preprocessing(input_channels: int) -> dict[str, Any]:
+    """The authors' CT recipe: clip to [-1000, 1000] HU, scale to [-1, 1], 64 x 128 x 128 patches; as in plans."""
+    return {
+        "patch_size": [64, 128, 128],
+        "normalization_schemes": ["CTNormalization"] * input_channels,
+        "transpose_forward": [0, 1, 2],
+        INTENSITIES: {str(channel): dict(_PUBLISHED_WINDOW) for channel in range(input_channels)},
+    }
 
 
 def _check_complete(

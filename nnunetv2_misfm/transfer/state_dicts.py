@@ -47,8 +47,13 @@ class Found:
     notes: tuple[str, ...] = ()
 
 
-def find_weights(content: Mapping[Any, Any], path: str | os.PathLike[str]) -> Found:
+def find_weights(content: Mapping[Any, Any], path: str | os.PathLike[str], as_they_are: bool = False) -> Found:
     """The weights in a file's content.
+
+    Args:
+        content: of the file.
+        path: of the file, for errors.
+        as_they_are: do not look for networks that are known: all weights belong to one that is not.
 
     Raises:
         CheckpointError: if there are none.
@@ -56,7 +61,7 @@ def find_weights(content: Mapping[Any, Any], path: str | os.PathLike[str]) -> Fo
     candidates = [
         replace(found, notes=(*found.notes, *_stored_as(found.weights)))
         for place, state_dict in _state_dicts(content)
-        for found in _networks(place, state_dict)
+        for found in _networks(place, state_dict, as_they_are)
     ]
     if not candidates:
         keys = [str(key) for key in content]
@@ -100,13 +105,13 @@ def _is_array_of_numbers(value: object) -> bool:
     return isinstance(value, np.ndarray) and value.dtype.kind in "fiub"
 
 
-def _networks(place: str, state_dict: Mapping[str, Tensor]) -> Iterator[Found]:
+def _networks(place: str, state_dict: Mapping[str, Tensor], as_they_are: bool) -> Iterator[Found]:
     """The networks in one state dict."""
     names = {_without(name, _INNER_WRAPPERS): name for name in state_dict}
     bare = {_without(name, (*_INNER_WRAPPERS, "module")): name for name in state_dict}
-    known = recognised(bare)
+    known = None if as_they_are else recognised(bare)
     if known is None:
-        yield Found({name: state_dict[given] for name, given in names.items()}, None, place, {})
+        yield Found(_each_stored_once({name: state_dict[given] for name, given in names.items()}), None, place, {})
         return
     kind, prefixes = known
     for prefix in prefixes:
@@ -118,6 +123,14 @@ def _networks(place: str, state_dict: Mapping[str, Tensor]) -> Iterator[Found]:
         unused = {given: f"outside of {prefix}" for name, given in bare.items() if not name.startswith(prefix)}
         where = ".".join(filter(None, (place, prefix.removesuffix("."))))
         yield Found(weights, kind, where, unused)
+
+
+def _each_stored_once(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights without those that share their numbers with an earlier one: second names of the same parameter."""
+    first: dict[tuple[int, torch.Size], str] = {}
+    for name, value in weights.items():
+        first.setdefault((value.data_ptr(), value.shape), name)
+    return {name: weights[name] for name in first.values()}
 
 
 def _rank(found: Found) -> tuple[bool, bool, bool, int, int]:

@@ -224,11 +224,14 @@ class _Fitting:
             fitted = fit_input_channels(fitted[:, order], images, parameter.shape[1])
             taken = ", ".join(self.facts.channels[i] for i in order)
             steps = [*steps, f"input channels {taken} of {', '.join(self.facts.channels)}"]
-        elif fitted is not None and (value.shape[1], have) != (parameter.shape[1], images):
+        elif fitted is not None and {value.shape[1], have, images} != {parameter.shape[1]}:  # else all are images
             if have not in (1, images) and not self.settings.mix_input_channels:
                 return None, FRESH, f"{have} input channels in the source; {MIX_CHANNELS} would mix them"
-            fitted = fit_input_channels(fitted[:, :have], images, parameter.shape[1])
-            steps = [*steps, f"input channels {value.shape[1]} to {parameter.shape[1]}"]
+            before, fitted = fitted, fit_input_channels(fitted[:, :have], images, parameter.shape[1])
+            if value.shape[1] != parameter.shape[1]:
+                steps = [*steps, f"input channels {value.shape[1]} to {parameter.shape[1]}"]
+            elif not before.equal(fitted):
+                steps = [*steps, "labels of a cascade start at zero"]
         if fitted is None or fitted.shape != parameter.shape:
             return None, FRESH, f"shape {list(value.shape)} in the source"
         return (fitted, ADAPTED, ", ".join(steps)) if steps else (fitted, TRANSFERRED, "")

@@ -26,6 +26,7 @@ from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "own_networks.md"
 OWN = '''
 import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
 
 
@@ -53,6 +54,25 @@ class OwnNetwork(nn.Module):
         return self.decoder(fine, self.shrink(fine))
 
 
+class Around(nn.Module):
+    """One of nnU-Net's U-Nets, and beside it a layer of its own."""
+
+    def __init__(self, input_channels, num_classes, strides, deep_supervision, activation):
+        super().__init__()
+        self.net = PlainConvUNet(
+            input_channels, len(strides), [4, 8, 8][: len(strides)], nn.Conv3d, 3, strides, 1, num_classes, 1,
+            conv_bias=True, norm_op=nn.InstanceNorm3d, nonlin=activation, deep_supervision=deep_supervision,
+        )
+        self.scale = nn.Conv3d(input_channels, input_channels, 1)
+
+    @property
+    def decoder(self):
+        return self.net.decoder
+
+    def forward(self, x):
+        return self.net(self.scale(x))
+
+
 class NoSwitch(OwnNetwork):
     def __init__(self, **arguments):
         super().__init__(**arguments)
@@ -76,7 +96,7 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "PrimusForPlans": {"strides": [[1, 1, 1], [8, 8, 8]], **PRIMUS},
     "OwnNetwork": {"strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]], "activation": "torch.nn.ReLU"},
 }
-ENTRIES |= dict.fromkeys(("NoSwitch", "KeepsOutputs", "LooksAtValues"), ENTRIES["OwnNetwork"])
+ENTRIES |= dict.fromkeys(("Around", "NoSwitch", "KeepsOutputs", "LooksAtValues"), ENTRIES["OwnNetwork"])
 
 
 @pytest.fixture
@@ -114,7 +134,7 @@ def pretrained(preprocessed: Path, *options: str) -> Path:
     return next(results.glob("*Trainer__pre__3d_fullres")) / "fold_all" / "checkpoint_final.pth"
 
 
-@pytest.mark.parametrize("name", ["PrimusForPlans", "OwnNetwork"])
+@pytest.mark.parametrize("name", ["PrimusForPlans", "OwnNetwork", "Around"])
 def test_a_network_of_ones_own_is_pretrained_planned_transferred_and_trained(
     preprocessed: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,7 +156,7 @@ def test_a_network_of_ones_own_is_pretrained_planned_transferred_and_trained(
     run.run_training()
     report = json.loads((Path(run.output_folder) / "transfer_report.json").read_text(encoding="utf-8"))
     fresh = {entry["name"] for entry in report["parameters"] if entry["status"] == "fresh"}
-    heads = {"OwnNetwork": "decoder.", "PrimusForPlans": "up_projection.decode."}
+    heads = {"OwnNetwork": "decoder.", "PrimusForPlans": "up_projection.decode.", "Around": "net.decoder.seg_layers."}
     assert fresh and all(key.startswith(heads[name]) for key in fresh)
     assert {entry["part"] for entry in report["parameters"] if entry["name"] in fresh} == {"segmentation layers"}
     assert not any(entry["status"] == "adapted" for entry in report["parameters"])

@@ -148,6 +148,15 @@ def test_a_run_that_was_copied_to_a_folder_of_another_name_is_refused(
     assert "has not the name that nnU-Net gave it" in capsys.readouterr().err
 
 
+def test_results_folders_may_be_links_to_another_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_run(tmp_path, {"task": "volume_fusion"}, 1)
+    folder.parent.rename(tmp_path / "scratch")
+    folder.parent.symlink_to(tmp_path / "scratch", target_is_directory=True)
+    for given in (folder, folder.parent):
+        misfm_report([str(given)])
+        assert f"Page: {folder / 'run.html'}" in capsys.readouterr().out
+
+
 def test_a_run_that_was_asked_to_stop_says_so_until_it_goes_on(tmp_path: Path) -> None:
     folder = make_run(tmp_path, {"task": "volume_fusion", "num_epochs": 4}, 2)
     log = folder / "training_log_1.txt"

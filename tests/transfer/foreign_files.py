@@ -11,6 +11,8 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import Tensor, nn
 
+from nnunetv2_misfm.architectures import FMUNet
+
 STRIDES = [[1, 1, 1], [2, 2, 2], [1, 2, 2]]
 
 
@@ -99,6 +101,29 @@ def as_generic_unet(network: PlainConvUNet) -> dict[str, Tensor]:
             renamed[f"conv_blocks_context.{stage}.{in_groups if int(stage) == deepest else inner}"] = value
         else:
             renamed[f"conv_blocks_localization.{stage}.{in_groups}"] = value
+    return renamed
+
+
+def as_published_fmunet(network: FMUNet) -> dict[str, Tensor]:
+    """The names that the published code gives the weights of an FMUNet; its decoder counts from fine to coarse."""
+    names = (
+        (r"encoder\.stem\.", "project."),
+        (r"encoder\.stages\.(\d)\.convs\.", r"encoder.en_conv\1.conv_list."),
+        (r"encoder\.downs\.(\d)\.", r"encoder.down\1.down."),
+        (r"decoder\.bottleneck\.convs\.", "decoder.de_conv4.conv_list."),
+        (r"decoder\.stages\.(\d)\.convs\.", "decoder.de_conv{}.conv_list."),
+        (r"decoder\.merges\.(\d)\.reduce\.", "decoder.upcat{}.up."),
+        (r"decoder\.merges\.(\d)\.merge\.", "decoder.upcat{}.conv."),
+        (r"decoder\.seg_layers\.(\d)\.", "out_layers.{}.2."),
+        (r"decoder\.pre_seg\.(\d)\.", "out_layers.{}."),
+    )
+    renamed = {}
+    for name, value in network.state_dict().items():
+        pattern, theirs = next(pair for pair in names if re.match(pair[0], name))
+        stage = re.match(pattern, name)
+        assert stage is not None
+        mirrored = theirs.format(3 - int(stage[1])) if "{}" in theirs else theirs
+        renamed[re.sub(pattern, mirrored, name)] = value
     return renamed
 
 

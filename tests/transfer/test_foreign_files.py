@@ -13,16 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from foreign_files import STRIDES, as_generic_unet, plans, unet
+from foreign_files import STRIDES, as_generic_unet, as_published_fmunet, plans, unet
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
+from nnunetv2_misfm.architectures import FMUNet
+from nnunetv2_misfm.plans.network_entry import architecture_entry
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings
 from nnunetv2_misfm.transfer.checkpoint import CheckpointError, CheckpointInfo, read_checkpoint, write_checkpoint
 from nnunetv2_misfm.transfer.foreign import KINDS, recognised
 from nnunetv2_misfm.transfer.images import about_channels
 from nnunetv2_misfm.transfer.inspection import export
-from nnunetv2_misfm.transfer.pretrained import Source, read_source, transfer_source
+from nnunetv2_misfm.transfer.pretrained import Source, load_source, portable_path, read_source, transfer_source
 from nnunetv2_misfm.transfer.report import TransferReport
 from nnunetv2_misfm.transfer.transfer import TransferError
 
@@ -178,6 +180,51 @@ def test_the_plan_of_nnssl_is_read_from_the_file_or_beside_it(tmp_path: Path) ->
     for source in (inside, put(tmp_path / "d.pth", weights)):
         assert source.info is not None and source.info.preprocessing["spacing"] == [1, 1, 1]
         assert source.num_images == 1
+    assert inside.notes == () and "adaptation_plan.json, which lies beside it" in source.notes[0]
+
+
+def test_the_plan_of_nnssl_says_nothing_of_another_projects_file_in_the_same_folder(tmp_path: Path) -> None:
+    configuration = {"spacing": [1, 1, 1], "normalization_schemes": ["ZScoreNormalization"]}
+    plan = {
+        "architecture_plans": {"arch_class_name": "ResEncL"},
+        "pretrain_plan": {"configurations": {"onemmiso": configuration}},
+    }
+    (tmp_path / "adaptation_plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    for content in (WEIGHTS, {"state_dict": WEIGHTS}):
+        source = put(tmp_path / "c.pth", content)
+        assert source.preprocessing == {} and source.num_images is None
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_a_trainer_may_have_built_another_kind_of_unet_than_its_plans_name(tmp_path: Path, residual: bool) -> None:
+    told = plans()
+    told["plans"]["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"] |= {
+        "n_blocks_per_stage": [1, 1, 1],
+        "n_conv_per_stage": [1, 1, 1],
+    }
+    source = put(tmp_path / "c.pth", {"network_weights": unet(residual=residual).state_dict(), "init_args": told})
+    assert source.info is not None
+    assert ("n_blocks_per_stage" in source.info.arch_kwargs) is residual
+    assert ("n_conv_per_stage" in source.info.arch_kwargs) is not residual
+
+
+def test_a_checkpoint_behind_a_link_is_read_by_the_links_name_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As the cache of the Hugging Face Hub and DVC keep files: under names that say nothing.
+    source = put(tmp_path / "c.pth", {"network_weights": WEIGHTS, "init_args": plans()})
+    export(str(source.path), tmp_path / "exported", None)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "exported" / "model.safetensors").rename(tmp_path / "blobs" / "f00d")
+    (tmp_path / "exported" / "model.safetensors").symlink_to(tmp_path / "blobs" / "f00d")
+    linked = read_source(tmp_path / "exported" / "model.safetensors")
+    named = {"checkpoint_path": portable_path(linked.path), "sha256": linked.sha256}
+    assert load_source(named).preprocessing == linked.preprocessing
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))  # which is a link itself, and is moved later
+    (tmp_path / "results").symlink_to(tmp_path / "exported", target_is_directory=True)
+    for path in (linked.path, tmp_path / "results" / "model.safetensors"):
+        assert portable_path(path) == "model.safetensors"
+    assert load_source({"checkpoint_path": "model.safetensors"}).sha256 == linked.sha256
 
 
 @pytest.mark.parametrize(
@@ -189,6 +236,19 @@ def test_a_malformed_description_is_not_known(tmp_path: Path, init_args: object)
         tmp_path / "c.pth", {"network_weights": WEIGHTS, "init_args": init_args, "logging": {"mean_fg_dice": "x"}}
     )
     assert source.info is not None and source.info.preprocessing == {} and source.learnt == ""
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_all_channels_of_a_published_network_are_images(tmp_path: Path, channels: int) -> None:
+    entry = architecture_entry("fmunet", 0, features_per_stage=[4, 4, 4, 8, 8])
+    network, target = (
+        FMUNet(channels, 2, deep_supervision=True, **entry["arch_kwargs"]) for _ in ("published", "for a dataset")
+    )
+    source = put(tmp_path / "c.pt", {"model_state_dict": as_published_fmunet(network)})
+    assert source.num_images == channels
+    weights, report = fill(source, target, ("CT", "PET")[:channels])
+    assert torch.equal(weights["encoder.stem.weight"], network.state_dict()["encoder.stem.weight"])
+    assert not any(entry.status == "adapted" for entry in report.entries)
 
 
 def test_channels_are_matched_by_name(tmp_path: Path) -> None:
@@ -450,3 +510,54 @@ def test_a_network_of_the_users_own_is_transferred_to_itself(tmp_path: Path) -> 
     )
     assert report.coverage(report.expected) == 1
     assert {e.name for e in report.entries if e.part == "segmentation layers"} == {"out.weight", "out.bias"}
+
+
+class Around(nn.Module):
+    """A network of the user's own around another, and beside it a layer of its own."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.net = network
+        self.scale = nn.Conv3d(1, 1, 1)
+
+
+@pytest.mark.parametrize("inner", [lambda classes: unet(0, classes=classes), lambda classes: OwnNetwork(1, classes)])
+def test_weights_of_a_network_fill_it_within_a_class_of_the_users_own(
+    tmp_path: Path, inner: Callable[[int], nn.Module]
+) -> None:
+    source, target = inner(3), Around(inner(3))
+    first = next(iter(source.state_dict()))
+    for parameter in target.parameters():
+        nn.init.normal_(parameter)
+    for prefix in ("", "module.", "net.", "module.net."):
+        read = put(tmp_path / "c.pth", {"state_dict": prefixed(prefix, source.state_dict())})
+        weights, report = transfer_source(
+            read,
+            target,
+            {"channel_names": {"0": "CT"}},
+            FinetuningSettings(min_coverage=0.9),
+            lambda _, classes: Around(inner(3 + classes)),
+        )
+        assert torch.equal(weights[f"net.{first}"], source.state_dict()[first])
+        fresh = {entry.name for entry in report.entries if entry.status == "fresh"}
+        assert {name for name in fresh if "seg_layers" not in name and ".out." not in name} == {
+            "scale.weight",
+            "scale.bias",
+        }
+
+
+def test_a_class_around_a_network_may_name_its_encoder(tmp_path: Path) -> None:
+    source, target = unet(0), Around(unet(1))
+    target.key_to_encoder = "net.encoder"  # type: ignore[assignment]
+    read = put(tmp_path / "c.pth", {"state_dict": source.state_dict()})
+    weights, report = transfer_source(
+        read,
+        target,
+        {"channel_names": {"0": "CT"}},
+        FinetuningSettings(encoder_only=True),
+        lambda channels, classes: Around(unet(1, channels=1 + channels, classes=3 + classes)),
+    )
+    for name, value in source.encoder.state_dict().items():
+        assert torch.equal(weights[f"net.encoder.{name}"], value)
+    fresh = {entry.name.split(".")[1] for entry in report.entries if entry.status == "fresh"}
+    assert fresh == {"decoder", "weight", "bias"}

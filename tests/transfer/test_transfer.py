@@ -274,6 +274,18 @@ def test_label_channels_start_at_zero_even_where_the_numbers_of_channels_agree()
     assert all(entry.status != "adapted" for entry in report.entries)
 
 
+def test_what_a_network_learnt_about_the_labels_of_a_cascade_never_acts_on_those_of_another() -> None:
+    source, target = network(0, input_channels=3), network(1, input_channels=3)
+    name = "encoder.stems.1.project.weight"
+    for channels in (("CT",), ("ct",)):  # by name or in order
+        facts = SourceFacts(num_images=1, channels=("CT",))
+        weights, report = transfer(source.state_dict(), "a cascade", target, facts, channels=channels)
+        assert torch.equal(weights[name][:, 0], source.state_dict()[name][:, 0])
+        assert not weights[name][:, 1:].any()
+        entry = next(entry for entry in report.entries if entry.name == name)
+        assert (entry.status, entry.reason) == ("adapted", "labels of a cascade start at zero")
+
+
 def test_statistics_arrive_under_all_names_a_unet_lists_them_by() -> None:
     network_ = PlainConvUNet(
         1, 2, [4, 8], nn.Conv3d, 3, [[1, 1, 1], [2, 2, 2]], 1, 3, 1, norm_op=nn.BatchNorm3d, nonlin=nn.LeakyReLU

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -133,7 +134,7 @@ def _named_weights(given_weights: list[str]) -> tuple[dict[str, str], list[str]]
         if not equals or is_hub_name(word) or Path(word).expanduser().is_file():
             name, path = _name_of(word), word
         if not is_hub_name(path):
-            path = str(Path(path).expanduser().resolve())
+            path = os.path.abspath(Path(path).expanduser())
             if not Path(path).is_file():
                 problems.append(f"-pretrained_weights {word}: there is no file {path}; give a checkpoint")
         if not _NAME.fullmatch(name) or name in (SCRATCH, NNUNET):
@@ -153,7 +154,7 @@ def _name_of(path: str) -> str:
 
     if is_hub_name(path):
         return repository_name(path)
-    file = Path(path).expanduser().resolve()
+    file = Path(os.path.abspath(Path(path).expanduser()))
     if file.name.startswith("checkpoint_") and file.parent.name.startswith("fold_") and len(file.parts) > 4:
         return file.parts[-4].partition("_")[2] or file.parts[-4]
     return file.name.partition(".")[0]
