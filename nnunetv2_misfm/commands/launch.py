@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import dropwhile
+
 from nnunetv2_misfm.errors import PlanError, UserError
 from nnunetv2_misfm.start_up import add_plugin_folder
 
@@ -72,6 +74,11 @@ def launch(
             continue_training=continue_training,
             device=torch.device(device),
         )
+    except KeyboardInterrupt:
+        # A terminal interrupts all processes at once; those that train save first, and their folder must stay.
+        for process in torch.multiprocessing.active_children():
+            process.join()
+        raise
     except ProcessExitedException as error:
         if error.exit_code > BY_SIGNAL:
             raise SystemExit(error.exit_code) from None  # asked to stop; the process has saved and said so
@@ -80,5 +87,12 @@ def launch(
             f"signal SIGKILL mostly means that the machine ran out of memory. Continue with --c."
         ) from None
     except ProcessException as error:
-        last = str(error.msg).strip().splitlines()[-1]
-        raise UserError(f"Process {error.error_index} of {num_gpus} failed: {last}") from error
+        raise UserError(f"Process {error.error_index} of {num_gpus} failed: {_message(str(error.msg))}") from error
+
+
+def _message(traceback: str) -> str:
+    """What the last error of a printed traceback says, which may be several lines; of ours without its class."""
+    lines = traceback.rpartition("Traceback (most recent call last):\n")[2].strip("\n").splitlines()
+    text = "\n".join(dropwhile(lambda line: line.startswith(" "), lines))
+    kind, _, message = text.partition(": ")
+    return message if kind.startswith("nnunetv2_misfm.") else text

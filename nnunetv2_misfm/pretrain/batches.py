@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from nnunetv2_misfm.pretrain.augment import CropAugmentation, Size3, apply_augmentation
-from nnunetv2_misfm.pretrain.crops import CropSamples, Index, Sample, too_many_bad
+from nnunetv2_misfm.pretrain.crops import CropReadError, CropSamples, Index, Sample, too_many_bad
 
 MAX_SHARE_OF_BAD_CASES = 0.05
 # Fewer cases than this say too little about the share of bad ones, unless they are all there are.
@@ -182,11 +182,19 @@ def _collate(patch_size: Size3, samples: Sequence[Sample]) -> CropBatch:
     )
 
 
+def _with_their_own_words(batches: Iterator[CropBatch]) -> Iterator[CropBatch]:
+    """The batches; what PyTorch puts around the message of an error in another process is taken off again."""
+    try:
+        yield from batches
+    except (CropReadError, MemoryError) as error:
+        raise type(error)(str(error).rpartition(f"{type(error).__name__}: ")[2].rstrip()) from None
+
+
 def _watch(batches: Iterator[CropBatch], samples: CropSamples, report: Callable[[str], None]) -> Iterator[CropBatch]:
     """Pass batches on, report each bad case once, and give up when there are too many."""
     tried: set[int] = set()
     bad: dict[int, str] = {}
-    for batch in batches:
+    for batch in _with_their_own_words(batches):
         tried.update(batch.cases)
         for case, reason in batch.bad_cases:
             tried.add(case)

@@ -95,7 +95,8 @@ def read_crop(
     augmentation = _fit_to_volume(augmentation, shape, patch_size)
     size = np.array(augmentation.read_size)
     room = shape - size
-    origin, step, fewest, most = _places(room, size, augmentation, beside, overlap)
+    share = np.array(overlap) / patch_size
+    origin, step, fewest, most = _places(room, size, augmentation, beside, share)
     tries = []
     for _ in range(MAX_READS_PER_CROP if (room > 0).any() else 1):
         start = origin + step * generator.integers(fewest, most, endpoint=True)
@@ -126,7 +127,7 @@ def _padded(crop: np.ndarray, size: np.ndarray, offset: np.ndarray) -> np.ndarra
 
 
 def _places(
-    room: np.ndarray, size: np.ndarray, augmentation: CropAugmentation, beside: Crop | None, overlap: Sequence[int]
+    room: np.ndarray, size: np.ndarray, augmentation: CropAugmentation, beside: Crop | None, share: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Where a crop may start: an origin and a step in voxels, and the fewest and most steps from the origin."""
     lowest, highest = np.minimum(room, 0), np.maximum(room, 0)
@@ -134,7 +135,7 @@ def _places(
         return lowest, np.ones(3, int), np.zeros(3, int), highest - lowest
     origin, step = np.array(beside.start), np.array((augmentation.slices_averaged, 1, 1))
     size_beside = np.array(beside.augmentation.read_size)
-    shared = np.minimum(np.array(overlap) * step, np.minimum(size, size_beside))
+    shared = np.ceil(share * np.minimum(size, size_beside) / step - 1e-9).astype(int) * step
     fewest = -((origin - np.maximum(lowest, origin - size + shared)) // step)
     most = (np.minimum(highest, origin + size_beside - shared) - origin) // step
     return origin, step, fewest, np.maximum(most, fewest)

@@ -149,6 +149,7 @@ class SampleReader:
         augment: how crops are augmented.
         num_channels: C of every crop.
         anisotropy: the degree of anisotropy that crops are read for.
+        fixed: whether the sample is one of those that are the same in every epoch.
         used, bad: positions of the cases read, and of those that could not be used with the reason.
     """
 
@@ -159,6 +160,7 @@ class SampleReader:
         self.augment = samples.augment
         self.num_channels = samples.num_channels
         self.anisotropy = anisotropy
+        self.fixed = samples.fixed
         self.used: list[int] = []
         self.bad: dict[int, str] = {}
 

@@ -27,7 +27,7 @@ from nnunetv2_misfm.plans.network_entry import (
     own_network_name,
     set_sizes,
 )
-from nnunetv2_misfm.plans.run_settings import BLOCK, pretext_task_of
+from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, pretext_task_of
 from nnunetv2_misfm.pretrain.tasks import PretextSettings
 
 # Patch and batch of the paper.
@@ -124,6 +124,7 @@ def run_plans(
     plans = deepcopy(dict(base))
     pool = plans.get(BLOCK, {}).get("pool")
     plans.update(plans_name=plans_name, dataset_name=dataset_name, configurations={configuration: entry})
+    plans.pop(PRETRAIN_INFO, None)  # of plans for fine-tuning, whose weights are not loaded here
     plans[BLOCK] = request.pretext.block() | ({"pool": pool} if pool is not None else {})
     return plans
 

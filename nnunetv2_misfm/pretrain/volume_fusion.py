@@ -244,6 +244,9 @@ class VolumeFusion(PretextTask[FusionSettings]):
         """Foreground and background, and the cuboids."""
         fusion = sample_fusion(reader.patch_size, self.settings, reader.generator)
         first, second = reader.augmentation(), reader.augmentation()
+        if reader.fixed and not self.settings.two_volumes:
+            # Nothing is augmented there: two crops of a volume no larger than the patch would be the same.
+            second = dataclasses.replace(second, flips=(False, False, True))
         pair = [first, dataclasses.replace(second, invert=first.invert)]  # both are inverted, or neither
         if self.settings.two_volumes:
             return [reader.read([augmentation])[0] for augmentation in pair], fusion

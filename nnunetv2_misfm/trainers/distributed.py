@@ -48,11 +48,15 @@ def wrap(network: nn.Module, device: torch.device, *, some_unused: bool) -> DDP:
 
 
 def check_batch_size(batch_size: int, num_processes: int) -> None:
-    """Raise a PlanError if there are more processes than samples in a batch."""
-    if batch_size < num_processes:
+    """Raise a PlanError unless each process gets as many samples of a batch.
+
+    Gradients are averaged over processes, and nnU-Net's Dice over a batch gathers as many values from each.
+    """
+    if batch_size % num_processes:
+        fitting = num_processes * max(1, round(batch_size / num_processes))
         raise PlanError(
-            f"A batch of {batch_size} samples cannot be shared by {num_processes} processes. Plan a larger "
-            f"-batch_size, or use fewer processes."
+            f"A batch of {batch_size} samples cannot be shared by {num_processes} processes, of which each needs as "
+            f"many. Plan with -batch_size {fitting}, or use another number of processes."
         )
 
 

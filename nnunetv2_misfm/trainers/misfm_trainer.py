@@ -14,7 +14,7 @@ from nnunetv2_misfm.plans.checks import check_labels, without_memory
 from nnunetv2_misfm.plans.files import check_dataset_of_plans, plans_with_weights
 from nnunetv2_misfm.plans.run_settings import DEFAULT_FINETUNING_PLANS, PRETRAIN_INFO, FinetuningSettings
 from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
-from nnunetv2_misfm.trainers.run_page import TRANSFER_REPORT
+from nnunetv2_misfm.trainers.run_page import TRANSFER_REPORT, update_run_page
 from nnunetv2_misfm.trainers.schedules import parameter_groups
 from nnunetv2_misfm.transfer.arrays import check_labels_unchanged
 from nnunetv2_misfm.transfer.names import names_of
@@ -122,6 +122,12 @@ class MisFMTrainer(BaseTrainer):
             save_json(report.as_json(), join(self.output_folder, TRANSFER_REPORT))
         if self.is_ddp:
             dist.barrier()
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """As in nnU-Net; then the run's page has its mean Dice."""
+        super().perform_actual_validation(save_probabilities)
+        if self.local_rank == 0:
+            update_run_page(Path(self.output_folder), self.print_to_log_file)
 
     def _rebuilt_network(self, more_channels: int, more_classes: int) -> torch.nn.Module:
         """The same network for other numbers of channels and classes, without memory for its weights."""

@@ -15,7 +15,7 @@ from nnunetv2_misfm.plans.run_settings import PretrainingSettings, block_for, pr
 from nnunetv2_misfm.pretrain.task import PretextTask
 
 _HELD_OUT_SHARE = 0.05
-_MOST_HELD_OUT = 50
+_FEWEST_HELD_OUT, _MOST_HELD_OUT = 2, 50  # Volume Fusion mixes two
 _FEWEST_TO_HOLD_OUT_FROM = 10
 
 
@@ -97,5 +97,5 @@ def hold_out(identifiers: Sequence[str]) -> tuple[list[str], list[str]]:
     by_hash = sorted(identifiers, key=lambda name: hashlib.sha256(name.encode()).digest())
     if len(by_hash) < _FEWEST_TO_HOLD_OUT_FROM:
         return sorted(by_hash), sorted(by_hash)
-    count = min(_MOST_HELD_OUT, max(1, round(_HELD_OUT_SHARE * len(by_hash))))
+    count = min(_MOST_HELD_OUT, max(_FEWEST_HELD_OUT, round(_HELD_OUT_SHARE * len(by_hash))))
     return sorted(by_hash[count:]), sorted(by_hash[:count])

@@ -25,7 +25,7 @@ from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.checks import configuration_3d
 from nnunetv2_misfm.plans.files import LATEST, check_dataset_of_plans
 from nnunetv2_misfm.plans.run_settings import PretrainingSettings, RunSettings, block_of
-from nnunetv2_misfm.pretrain.batches import crop_loader
+from nnunetv2_misfm.pretrain.batches import CropBatch, crop_loader
 from nnunetv2_misfm.pretrain.crops import CropSamples, validation_samples
 from nnunetv2_misfm.pretrain.task import PretextNetwork, Scores
 from nnunetv2_misfm.pretrain.tasks import PretextSettings, default_settings
@@ -133,8 +133,7 @@ class PretrainingTrainer(BaseTrainer):
     @property
     def bare_model(self) -> PretextNetwork:
         """The network and what is trained beside it, without the wrapper of DDP."""
-        model = self._model.module if isinstance(self._model, DDP) else self._model
-        return cast(PretextNetwork, model)
+        return cast(PretextNetwork, self._model.module if isinstance(self._model, DDP) else self._model)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """As in nnU-Net, which takes the network of several processes to be wrapped."""
@@ -163,7 +162,7 @@ class PretrainingTrainer(BaseTrainer):
     # ---------------------------------------------------------------- data
 
     def do_split(self) -> tuple[list[str], list[str]]:
-        """Training and validation volumes: a stable hold-out of 5 % (at most 50), none in pools under 10 volumes."""
+        """Training and validation volumes: a stable hold-out of 5 % (2 to 50), none in pools under 10 volumes."""
         return hold_out(self.dataset_class.get_identifiers(self.preprocessed_dataset_folder))
 
     def _sample_options(self) -> dict[str, Any]:
@@ -215,10 +214,6 @@ class PretrainingTrainer(BaseTrainer):
             **({"anisotropy": self._degrees} if self._degrees else {}),
         }
 
-    @torch.no_grad()
-    def _made(self, batch: Any) -> tuple[Tensor, Any]:
-        return self.task.make(batch, self.device)
-
     # ---------------------------------------------------------------- loss and steps
 
     def _build_loss(self) -> Any:
@@ -242,13 +237,20 @@ class PretrainingTrainer(BaseTrainer):
             self._save_and_stop()
         return result
 
-    def _optimise(self, batch: Any) -> dict:
+    def _forward(self, batch: CropBatch) -> tuple[Any, Any, Tensor]:
+        """Outputs, target and loss of this process' share of a batch."""
         self._use_stem(batch.anisotropy)
-        data, target = self._made(batch)
+        with torch.no_grad():
+            data, target = self.task.make(batch, self.device)
+        with autocast(self.device.type, enabled=True) if self.device.type == "cuda" else dummy_context():
+            outputs = self._model(data, target)
+            loss = self.loss(outputs, target)
+        return outputs, target, loss
+
+    def _optimise(self, batch: Any) -> dict:
         self._guard.before_step()
         self.optimizer.zero_grad(set_to_none=True)
-        with autocast(self.device.type, enabled=True) if self.device.type == "cuda" else dummy_context():
-            loss = self.loss(self._model(data, target), target)
+        _, _, loss = self._forward(batch)
         if self.grad_scaler is not None:
             self.grad_scaler.scale(loss).backward()
             self.grad_scaler.unscale_(self.optimizer)
@@ -303,12 +305,10 @@ class PretrainingTrainer(BaseTrainer):
         self._model.eval()
 
     def validation_step(self, batch: Any) -> dict:
-        """Loss, and the task's counts."""
-        self._use_stem(batch.anisotropy)
-        data, target = self._made(batch)
-        with autocast(self.device.type, enabled=True) if self.device.type == "cuda" else dummy_context():
-            outputs = self._model(data, target)
-            loss = self.loss(outputs, target)
+        """Loss, and the task's counts; then the end of the run if that was asked for."""
+        outputs, target, loss = self._forward(batch)
+        if any_process(self._stop.signal is not None, self.device):
+            self._save_and_stop()
         return {"loss": loss.detach().cpu().numpy(), "counts": self.task.count(outputs, target)}
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
@@ -370,7 +370,7 @@ class PretrainingTrainer(BaseTrainer):
         degrees = self._degrees[:1] or (0,)
         batch = next(crop_loader(samples, min(4, self.configuration_manager.batch_size), 1, anisotropy=degrees))
         self._use_stem(batch.anisotropy)
-        data, target = self._made(batch)
+        data, target = self.task.make(batch, self.device)
         # Without the DDP wrapper, whose forward pass waits for the other processes.
         model = self.bare_model.eval()
         newest = Path(self.output_folder) / PICTURES / f"epoch_{self.current_epoch:04d}.png"

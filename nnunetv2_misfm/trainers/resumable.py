@@ -231,7 +231,8 @@ class ResumableTrainer(nnUNetTrainer):
         self.my_init_kwargs = checkpoint["init_args"]
         self.current_epoch = checkpoint["current_epoch"]
         self.logger.load_checkpoint(checkpoint["logging"])
-        self._best_ema = checkpoint["_best_ema"]
+        # nnU-Net notes the best score of an epoch after it has saved the latest checkpoint.
+        self._best_ema = max(self.logger.get_value("ema_fg_dice", step=None), default=checkpoint["_best_ema"])
         self.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
         try:
             self.bare_network.load_state_dict(network_weights(checkpoint, name))

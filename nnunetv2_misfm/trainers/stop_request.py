@@ -35,7 +35,7 @@ class StopRequest:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._before, self.signal = {}, None  # what came too late to stop the training stops nothing else
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.signal = number

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import csv
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import pytest
 from nnunet_dataset import NAME
+from torch.multiprocessing.spawn import ProcessRaisedException
 
+from nnunetv2_misfm.commands.launch import launch
 from nnunetv2_misfm.commands.processes import Processes
-from nnunetv2_misfm.errors import UserError
+from nnunetv2_misfm.errors import PlanError, UserError
+from nnunetv2_misfm.trainers.distributed import check_batch_size
 
 # PlainConvUNet: it has no BatchNorm, which processes on CPUs cannot share, and no dropout.
 TASK = ["-d", "4", "-device", "cpu", "-network", "plan", "-batch_size", "2", "-num_epochs", "3"]
@@ -63,6 +68,52 @@ def test_two_processes_train_as_one_does(nnunet: Path) -> None:
         done = run(command(plans, torchrun))
         assert done.returncode == 0, done.stderr[-2000:]
     assert_same_training("Two", "One")
+
+
+@pytest.mark.parametrize(("batch_size", "processes", "fitting"), [(3, 2, 4), (4, 8, 8), (7, 3, 6)])
+def test_a_batch_that_is_not_shared_evenly_is_refused(batch_size: int, processes: int, fitting: int) -> None:
+    with pytest.raises(PlanError, match=f"{batch_size} samples cannot be shared .* -batch_size {fitting},"):
+        check_batch_size(batch_size, processes)
+    check_batch_size(fitting, processes)
+
+
+def saves_when_it_has_finished_its_step(path: Path) -> None:
+    time.sleep(1)
+    path.touch()
+
+
+def test_ctrl_c_waits_for_processes_that_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows looks at what they have saved, and may put an earlier run back in its place."""
+
+    def interrupted(*arguments: object, **options: object) -> None:
+        multiprocessing.Process(target=saves_when_it_has_finished_its_step, args=(tmp_path / "saved",)).start()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nnunetv2.run.run_training.run_training", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        launch("VolumeFusionTrainer", NAME, "Plans", "3d_fullres", "cpu", 2, False)
+    assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("two files:\n  - a.b2nd\n  - b.b2nd\nPrepare: again."), ValueError("a: b")]
+)
+def test_all_that_a_process_says_of_its_end_is_told(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*arguments: object, **options: object) -> None:
+        try:
+            raise KeyError("before it")
+        except KeyError:
+            try:
+                raise error
+            except Exception:
+                said = f"\n\n-- Process 1 terminated with the following error:\n{traceback.format_exc()}\n"
+                raise ProcessRaisedException(said, 1, 1234) from None
+
+    monkeypatch.setattr("nnunetv2.run.run_training.run_training", failing)
+    with pytest.raises(UserError) as told:
+        launch("VolumeFusionTrainer", NAME, "Plans", "3d_fullres", "cpu", 2, False)
+    what = str(error) if isinstance(error, UserError) else "ValueError: a: b"
+    assert str(told.value) == f"Process 1 of 2 failed: {what}"
 
 
 @pytest.mark.slow

@@ -101,6 +101,20 @@ def test_crops_beside_each_other_share_what_is_asked_for(averaged: int) -> None:
     assert {y for _, y, _ in seen} == set(range(-5, 6)) and {z for _, _, z in seen} == {0}
 
 
+@pytest.mark.parametrize("scale", [0.5, 1.0, 1.5])
+def test_crops_that_are_resized_share_as_large_a_part_of_the_patch(scale: float) -> None:
+    patch, overlap = (8, 12, 16), (6, 6, 16)
+    size = tuple(round(n * scale) for n in patch)
+    augmentation = CropAugmentation((size[0], size[1], size[2]))
+    volume, smallest = coordinates((40, 40, 40)), np.full(3, np.inf)
+    for seed in range(200):
+        generator = np.random.default_rng(seed)
+        first = read_crop(volume, augmentation, patch, generator)
+        second = read_crop(volume, augmentation, patch, generator, beside=first, overlap=overlap)
+        smallest = np.minimum(smallest, 1 - np.abs(np.subtract(second.start, first.start)) / size)
+    assert smallest.tolist() == [0.75, 0.5, 1.0]
+
+
 def test_crops_beside_each_other_in_a_volume_without_room() -> None:
     generator = np.random.default_rng(0)
     volume = coordinates((6, 10, 12))

@@ -281,8 +281,21 @@ def test_too_many_bad_files_are_an_error_that_names_them(tmp_path):
 
 def test_a_wrong_folder_is_an_error_that_names_files_from_a_worker_too(tmp_path):
     pairs = make_pairs(tmp_path / "nowhere", ["a", "b"])
-    with pytest.raises(CropReadError, match=r"nowhere.*a\.b2nd"):
-        next(crop_loader(pairs, 2, 1, num_workers=1))
+    messages = []
+    for num_workers in (0, 1):
+        with pytest.raises(CropReadError, match=r"nowhere.*a\.b2nd") as error:
+            next(crop_loader(pairs, 2, 1, num_workers=num_workers))
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("geometry", ["boxes", "blocks"])
+def test_what_is_to_be_told_in_validation_can_be_told_in_volumes_no_larger_than_the_patch(tmp_path, geometry):
+    names = make_pool(tmp_path, shape=(1, *PATCH))
+    task = VolumeFusion(FusionSettings(geometry=geometry))
+    for batch in islice(crop_loader(validation_samples(tmp_path, names, PATCH, task, 3, 1), 2, 4), 4):
+        first, second = batch.patches("cpu")
+        assert all(not torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
 def test_only_the_images_are_opened(tmp_path):

@@ -57,6 +57,8 @@ def test_batch_size_of_another_plan_grows_for_small_patches_and_that_of_a_run_st
         return int(made["configurations"]["3d_fullres"]["batch_size"])
 
     assert size(planned(plans)) == 8
+    of_fine_tuning = {**plans, "pretrain_info": {"checkpoint_path": "w.pth"}}
+    assert "pretrain_info" not in planned(of_fine_tuning)  # whose weights are not loaded
     assert size(planned(plans, patch_size=(64, 64, 64))) == 2
     small = planned(plans, batch_size=3)
     assert size(small) == 3 and size(planned(small)) == 3  # continued with what it was begun with

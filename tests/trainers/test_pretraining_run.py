@@ -25,6 +25,8 @@ from nnunetv2_misfm.files import LockedError
 from nnunetv2_misfm.pretrain.task import Scores
 from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings, VolumeFusion
 from nnunetv2_misfm.start_up import add_plugin_folder
+from nnunetv2_misfm.trainers.epoch_clock import EpochClock
+from nnunetv2_misfm.trainers.pretext_data import hold_out
 from nnunetv2_misfm.trainers.step_guard import MOST_IN_A_ROW, StepGuard, TrainingDivergedError
 from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
 from nnunetv2_misfm.transfer.shrunk_weights import shrunk_alarm
@@ -112,17 +114,17 @@ def test_steps_without_finite_gradients_change_nothing_and_are_counted(
     run.on_train_start()
     run.on_train_epoch_start()
     before = {key: value.clone() for key, value in run.bare_network.state_dict().items()}
-    made = run._made
+    make = run.task.make
 
-    def overflowing(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        data, labels = made(batch)
+    def overflowing(batch: Any, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        data, labels = make(batch, device)
         return torch.full_like(data, torch.inf), labels
 
-    monkeypatch.setattr(run, "_made", overflowing)
+    monkeypatch.setattr(run.task, "make", overflowing)
     outputs = [run.train_step(next(run.dataloader_train))]
     after = run.bare_network.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before if "num_batches_tracked" not in k)
-    monkeypatch.setattr(run, "_made", made)
+    monkeypatch.setattr(run.task, "make", make)
     outputs.append(run.train_step(next(run.dataloader_train)))
     run.on_train_epoch_end(outputs)
     assert run._guard.skipped == 1
@@ -225,6 +227,59 @@ def test_a_run_stopped_in_the_last_iteration_of_an_epoch_goes_on(nnunet: Path, m
     assert whole["logging"]["val_losses"] == continued["logging"]["val_losses"]
     for key, value in whole["network_weights"].items():
         assert torch.equal(value, continued["network_weights"][key]), key
+
+
+@pytest.mark.slow
+def test_a_run_stopped_in_its_validation_goes_on(nnunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("-num_val_iterations_per_epoch", "3")
+    whole = read_checkpoint(pretrain("Whole", *options))
+    validated = []
+    with monkeypatch.context() as patch:
+        count = VolumeFusion.count
+
+        def stopping(self: VolumeFusion, outputs: Any, target: Any) -> dict[str, Any]:
+            validated.append(None)
+            if len(validated) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return count(self, outputs, target)
+
+        patch.setattr(VolumeFusion, "count", stopping)
+        with pytest.raises(SystemExit) as stopped:
+            pretrain("Stopped", *options)
+    assert stopped.value.code == 128 + signal.SIGTERM and len(validated) <= 3
+    saved = read_checkpoint(run_folder("Stopped") / "checkpoint_latest.pth")
+    assert saved["current_epoch"] == 0 and len(saved["interrupted_epoch"]["losses"]) == 3
+    continued = read_checkpoint(pretrain("Stopped", "--c", *options))
+    assert whole["logging"]["val_losses"] == continued["logging"]["val_losses"]
+    for key, value in whole["network_weights"].items():
+        assert torch.equal(value, continued["network_weights"][key]), key
+
+
+def test_an_epoch_of_which_nothing_is_left_has_no_speed() -> None:
+    speed = EpochClock(torch.device("cpu")).speed(0, 0.0)
+    assert speed.iterations_per_s is None and "left" not in speed.text(1000)
+    assert "about" in EpochClock(torch.device("cpu")).speed(1, 0.0).text(1000)
+
+
+def test_a_crash_between_two_checkpoints_does_not_let_a_worse_one_be_the_best(nnunet: Path) -> None:
+    """nnU-Net saves the latest checkpoint of an epoch before it has looked whether the epoch is the best."""
+    pretrain("Crashed", "--only_prepare")
+    run = made_trainer("Crashed")
+    run.initialize()
+    for epoch, score in enumerate((0.1, 0.9)):
+        run.logger.log("mean_fg_dice", score, epoch)
+    run.current_epoch, run._best_ema = 1, 0.1
+    latest = Path(run.output_folder) / "checkpoint_latest.pth"
+    run.save_checkpoint(str(latest))
+    resumed = made_trainer("Crashed")
+    resumed.load_checkpoint(str(latest))
+    assert resumed._best_ema == pytest.approx(0.9 * 0.1 + 0.1 * 0.9)
+
+
+@pytest.mark.parametrize(("volumes", "held_out"), [(10, 2), (29, 2), (60, 3), (10_000, 50)])
+def test_two_volumes_at_least_are_held_out(volumes: int, held_out: int) -> None:
+    training, validation = hold_out([f"case_{i}" for i in range(volumes)])
+    assert len(validation) == held_out and len(training) == volumes - held_out and not {*training} & {*validation}
 
 
 @pytest.mark.slow

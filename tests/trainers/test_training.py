@@ -94,6 +94,9 @@ def test_pretrain_plan_finetune_and_predict(nnunet: Path, tmp_path: Path) -> Non
     checkpoint.rename(tmp_path / "moved.pth")
     trained = trainer("MisFMTrainer", "nnUNetMisFMPlans", continue_training=True)
     trained.run_training()
+    trained.perform_actual_validation()
+    page = (Path(run.output_folder) / "run.html").read_text(encoding="utf-8")
+    assert "nnU-Net&#39;s validation" in page or "nnU-Net's validation" in page
     predictor = nnUNetPredictor(device=CPU, allow_tqdm=False, perform_everything_on_device=False)
     predictor.initialize_from_trained_model_folder(str(run_folder("MisFMTrainer", "nnUNetMisFMPlans")), (0,))
     (tmp_path / "out").mkdir()
