@@ -3,7 +3,7 @@
     python benchmarks/three_sets.py probe --data FOLDER --work FOLDER [--sets heart ...] [--common TASK ...]
         [--own TASK ...] [--own_long TASK ...]
     python benchmarks/three_sets.py compare --data FOLDER --work FOLDER [--network pctnet] [--labelled 5 10] [--seeds 5]
-        [--iterations 300] [--rates 3e-3 1e-2 --tuning_seeds 3] [--own_schedules]
+        [--first_seed 5] [--iterations 300] [--rates 3e-3 1e-2 --tuning_seeds 3] [--own_schedules]
 
 FOLDER of --data holds the sets in nnU-Net's raw format; results/three_sets.md says where they come from. nnU-Net plans
 and preprocesses them; tasks pretrain a small network on the images that misfm_compare neither tests nor validates on,
@@ -179,6 +179,7 @@ def main() -> None:
     parser.add_argument("--network", choices=NETWORKS, default="unet", help="(default: %(default)s)")
     parser.add_argument("--labelled", nargs="+", default=["10"], help="patients (default: %(default)s)")
     parser.add_argument("--seeds", default="5", help="draws of them (default: %(default)s)")
+    parser.add_argument("--first_seed", default="0", help="to repeat with fresh draws (default: %(default)s)")
     parser.add_argument(
         "--iterations", type=int, default=1000, help=f"of fine-tuning, a multiple of {EPOCH} (default: %(default)s)"
     )
@@ -290,7 +291,7 @@ def compare(name: str, weights: Sequence[str], options: argparse.Namespace) -> N
     work = options.work.resolve()
     output = work / f"{options.what}_{name}_{options.network}"
     arms = ["misfm_compare", "-d", labelled.id, "-p", labelled.plans, "-pretrained_weights", *weights, "--from_scratch"]
-    cases = ("-num_labelled", *options.labelled, "-seeds", options.seeds, "-num_test", str(labelled.num_test))
+    cases = ("-num_labelled", *options.labelled, "-num_test", str(labelled.num_test))
     where = ("-device", options.device, "-jobs", options.jobs, "--disable_tta")
     patients = ("-patients", labelled.patients) if labelled.patients else ()
     if options.what == "probe":
@@ -304,7 +305,10 @@ def compare(name: str, weights: Sequence[str], options: argparse.Namespace) -> N
             arms += ["--own_schedules"]
             output = output.with_name(f"{output.name}_{OWN_SCHEDULES}")
         arms += ["--nnunet", "-nnunet_lr", *options.nnunet] if options.nnunet else []
-    command(*arms, *cases, *patients, *where, "-o", str(output))
+    if options.first_seed != "0":
+        output = output.with_name(f"{output.name}_from{options.first_seed}")
+    draws = ("-seeds", options.seeds, "-first_seed", options.first_seed)
+    command(*arms, *cases, *draws, *patients, *where, "-o", str(output))
     RESULTS.mkdir(exist_ok=True)
     summary = (output / "summary.json").read_text(encoding="utf-8").replace(str(work), "WORK")
     (RESULTS / f"{output.name}.json").write_text(summary, encoding="utf-8")

@@ -80,6 +80,12 @@ class Result:
         length = self.content["terms"]["length"]
         return "" if f"epochs of {EPOCH})" in length else f", epochs {length.partition('epochs ')[2].rstrip(')')}"
 
+    @property
+    def fresh(self) -> str:
+        """Which draws they are, for a repetition with others than the first."""
+        first = min(int(seed) for score in self.content["scores"] for seed in score["dice_by_seed"])
+        return f", from draw {first}" if first else ""
+
     def differences(self) -> Iterator[dict]:
         """To scratch."""
         return (one for one in self.content["comparisons"] if one["minus"] == SCRATCH)
@@ -87,7 +93,7 @@ class Result:
 
 def result(path: Path) -> Result:
     _, name, network, iterations, _, *own = path.stem.split("_")
-    return Result(name, network, int(iterations), own == [OWN_SCHEDULES], read(path))
+    return Result(name, network, int(iterations), OWN_SCHEDULES in own, read(path))
 
 
 def lengths(network: Network) -> str:
@@ -119,10 +125,10 @@ def fine_tuned(found: Sequence[Result]) -> list[str]:
     for of in found:
         differences = {(one["arm"], one["labelled"]): one for one in of.differences()}
         for score in of.content["scores"]:
-            arm, labelled, by_seed = score["arm"], score["labelled"], list(score["dice_by_seed"].values())
+            arm, labelled, by_seed = score["arm"], score["labelled"], score["dice_by_seed"]
             rate = ", ".join(f"{rate:g}" for rate in score["learning_rates"])
             terms = [of.set, labelled, of.iterations, arm, of.schedule(arm), rate]
-            cells = [*terms, len(by_seed), mean_and_deviation(by_seed)]
+            cells = [*terms, f"{len(by_seed)}{of.fresh}", mean_and_deviation(list(by_seed.values()))]
             row = [*map(str, cells), *difference_cells(differences.get((arm, labelled)))]
             rows.setdefault(of.network, []).append(row)
     if not rows:
@@ -188,7 +194,7 @@ def rows_of_differences(results: Sequence[Result]) -> dict[tuple, list[tuple[str
     """Task, pool and difference of each arm that has an interval, by what all arms of a row have in common."""
     rows: dict[tuple, list[tuple[str, str, dict]]] = {}
     for of in results:
-        schedule = f", sawtooth{of.short_epochs}" if of.own_schedules else ""
+        schedule = (f", sawtooth{of.short_epochs}" if of.own_schedules else "") + of.fresh
         for one in of.differences():
             if one["low"] is not None:
                 row = (of.iterations, of.set, -one["labelled"], of.network, schedule)
