@@ -25,6 +25,13 @@ WHERE_FROM = (
     "- Dataset006_ACDC: 140 frames of 70 patients of the ACDC challenge, as the repository HiLab-git/WSL4MIS has them, "
     "cases called patient001_frame01, nominal spacing 10x1.5x1.5 mm.",
 )
+TITLES = {
+    "hippocampus": "Hippocampus",
+    "atrium": "Left atrium",
+    "heart": "ACDC",
+    "atrium-2.5mm": "Left atrium at 2.5 mm",
+    "heart-3mm": "ACDC at 3 mm",
+}
 TICKS = (-20, -5, -2, 0, 2, 5, 20)  # of the figure
 # What the figure calls the pools, and their markers.
 POOLS = {"common": ("all sets", "o"), "own": ("own set", "s"), "own_long": ("own set, longer", "D")}
@@ -176,13 +183,13 @@ def draw_differences(results: Sequence[Result], path: Path) -> None:
     for pool in sorted({pool for _, pool, _ in shown}):
         axis.plot([], [], POOLS[pool][1], color="grey", label=POOLS[pool][0])
     labels = [
-        f"{name}, {-n} labelled, {its:,} iterations\n{NETWORKS[net].short}{schedule}"
-        for (its, name, n, net, schedule), _ in rows
+        f"{name}, {labelled} labelled, {iterations:,} iterations\n{NETWORKS[network].short}{schedule}"
+        for (name, network, labelled, iterations, schedule), _ in rows
     ]
     axis.set_yticks(middles, labels, fontsize="small")
     axis.set_xscale("symlog", linthresh=5)
     axis.set_xticks(TICKS, [f"{tick:+d}" if tick else "0" for tick in TICKS])
-    axis.set_xlabel("points of Dice more than scratch, 95 % interval")
+    axis.set_xlabel("Dice minus scratch, 95 % interval, in points (compressed beyond 5)")
     axis.invert_yaxis()
     axis.grid(axis="x", alpha=0.3)
     figure.legend(fontsize="small", loc="outside lower center", ncols=4)
@@ -197,7 +204,7 @@ def rows_of_differences(results: Sequence[Result]) -> dict[tuple, list[tuple[str
         schedule = (f", sawtooth{of.short_epochs}" if of.own_schedules else "") + of.fresh
         for one in of.differences():
             if one["low"] is not None:
-                row = (of.iterations, of.set, -one["labelled"], of.network, schedule)
+                row = (TITLES[of.set], of.network, one["labelled"], of.iterations, schedule)
                 pool = next(pool for pool in POOLS if one["arm"].endswith(f"_{pool}"))
                 task = one["arm"].removesuffix(f"_{pool}").replace("_", " ")
                 rows.setdefault(row, []).append((task, pool, one))

@@ -257,10 +257,10 @@ def _planning_options(options: argparse.Namespace) -> tuple[str, ...]:
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="misfm_compare",
-        description="Find out whether pretraining helps on a dataset. Each arm is trained with the same plans, "
-        "batches, iterations and labelled cases and tested on the same test cases; a page with the answer is "
-        "written. If it was stopped, the same command continues it. More arms, seeds and numbers of labelled cases "
-        "may be added later.",
+        description="Find out whether pretraining helps on a dataset. Each arm is trained with the same plans "
+        "(nnU-Net's arm keeps its own), batches, iterations and labelled cases and tested on the same test cases; a "
+        "page with the answer is written. If it was stopped, the same command continues it. More arms, seeds and "
+        "numbers of labelled cases may be added later.",
     )
     add = parser.add_argument
     add("-d", required=True, metavar="ID", help="ID or name of a dataset that nnU-Net has planned and preprocessed")
