@@ -56,6 +56,8 @@ def test_planning_again_keeps_what_an_earlier_version_planned_and_preprocessed(
     before = configuration_of(folder / "nnUNetMisFMPlans.json")
     run = ["-num_epochs", "2", "-num_iterations_per_epoch", "2", "-num_val_iterations_per_epoch", "1"]
     weights = str(earlier / PRETRAINED / "checkpoint_final.pth")
+    # Its pool is of CT and MR, of which that version took no window over.
+    run += ["-ct_intensities", "dataset"]
     misfm_plan(["-d", "5", "-pretrained_weights", weights, "-optimizer", "sgd", *run])
     assert configuration_of(folder / "nnUNetMisFMPlans.json") == before
     assert "nnUNetMisFMPlans_3d_fullres is up to date." in capsys.readouterr().out
