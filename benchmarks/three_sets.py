@@ -291,7 +291,8 @@ def compare(name: str, weights: Sequence[str], options: argparse.Namespace) -> N
     work = options.work.resolve()
     output = work / f"{options.what}_{name}_{options.network}"
     arms = ["misfm_compare", "-d", labelled.id, "-p", labelled.plans, "-pretrained_weights", *weights, "--from_scratch"]
-    cases = ("-num_labelled", *options.labelled, "-num_test", str(labelled.num_test))
+    draws = ("-seeds", options.seeds, "-first_seed", options.first_seed)
+    cases = ("-num_labelled", *options.labelled, *draws, "-num_test", str(labelled.num_test))
     where = ("-device", options.device, "-jobs", options.jobs, "--disable_tta")
     patients = ("-patients", labelled.patients) if labelled.patients else ()
     if options.what == "probe":
@@ -307,8 +308,7 @@ def compare(name: str, weights: Sequence[str], options: argparse.Namespace) -> N
         arms += ["--nnunet", "-nnunet_lr", *options.nnunet] if options.nnunet else []
     if options.first_seed != "0":
         output = output.with_name(f"{output.name}_from{options.first_seed}")
-    draws = ("-seeds", options.seeds, "-first_seed", options.first_seed)
-    command(*arms, *cases, *draws, *patients, *where, "-o", str(output))
+    command(*arms, *cases, *patients, *where, "-o", str(output))
     RESULTS.mkdir(exist_ok=True)
     summary = (output / "summary.json").read_text(encoding="utf-8").replace(str(work), "WORK")
     (RESULTS / f"{output.name}.json").write_text(summary, encoding="utf-8")

@@ -75,9 +75,11 @@ def launch(
             device=torch.device(device),
         )
     except KeyboardInterrupt:
-        # A terminal interrupts all processes at once; those that train save first, and their folder must stay.
+        # A terminal interrupts all processes at once; those that train save first, and their folder must stay. Daemons
+        # are workers of this process, which end with it.
         for process in torch.multiprocessing.active_children():
-            process.join()
+            if not process.daemon:
+                process.join()
         raise
     except ProcessExitedException as error:
         if error.exit_code > BY_SIGNAL:

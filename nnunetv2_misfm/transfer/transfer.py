@@ -197,44 +197,55 @@ class _Fitting:
             steps.append(f"from degree of anisotropy {name_in_source.split('.')[2]}")
         if name in self.input_layers and value.ndim == parameter.ndim > 2:
             return self._input_layer(parameter, value, steps)
-        if value.shape == parameter.shape:
-            return (value, ADAPTED, steps[0]) if steps else (value, TRANSFERRED, "")
         fitted: Tensor | None = value
-        if name.endswith("relative_position_bias_table") and value.ndim == 2:
+        if name.endswith("relative_position_bias_table") and value.ndim == 2 and value.shape != parameter.shape:
             fitted = fit_bias_table(value, parameter.shape[0])
             steps.append(f"interpolated from {value.shape[0]} to {parameter.shape[0]} relative positions")
         elif value.ndim == parameter.ndim == 5 and value.shape[2:] != parameter.shape[2:]:
             fit = fit_upsampling_kernel if name in self.upsampling else fit_kernel
             fitted = fit(value, parameter.shape[2:])
             steps.append(f"kernel {list(value.shape[2:])} to {list(parameter.shape[2:])}")
-        if fitted is None or fitted.shape != parameter.shape:
-            return None, FRESH, f"shape {list(value.shape)} in the source"
-        return fitted, ADAPTED, ", ".join(steps)
+        return _outcome(parameter, value, fitted, steps)
 
     def _input_layer(self, parameter: Tensor, value: Tensor, steps: list[str]) -> tuple[Tensor | None, str, str]:
         """As `value_for`, for a first convolution, which sees images and, in a cascade, labels after them."""
-        have = min(self.facts.num_images or value.shape[1], value.shape[1])
-        images = len(self.channels) or parameter.shape[1]
         fitted: Tensor | None = value
         if value.shape[2:] != parameter.shape[2:]:
             fitted = fit_kernel(value, parameter.shape[2:])
-            steps = [*steps, f"kernel {list(value.shape[2:])} to {list(parameter.shape[2:])}"]
+            steps.append(f"kernel {list(value.shape[2:])} to {list(parameter.shape[2:])}")
+        if fitted is not None:
+            fitted, said = self._fit_channels(fitted, parameter.shape[1])
+            if fitted is None:
+                return None, FRESH, said
+            steps += [said] if said else []
+        return _outcome(parameter, value, fitted, steps)
+
+    def _fit_channels(self, value: Tensor, inputs: int) -> tuple[Tensor | None, str]:
+        """A first convolution's weight for other input channels, and what was done, if anything; or None, and why."""
+        have = min(self.facts.num_images or value.shape[1], value.shape[1])
+        images = len(self.channels) or inputs
         order = channel_order(self.facts.channels[:have], self.channels)
-        if fitted is not None and order is not None and order != list(range(have)):
-            fitted = fit_input_channels(fitted[:, order], images, parameter.shape[1])
+        if order is not None and order != list(range(have)):
             taken = ", ".join(self.facts.channels[i] for i in order)
-            steps = [*steps, f"input channels {taken} of {', '.join(self.facts.channels)}"]
-        elif fitted is not None and {value.shape[1], have, images} != {parameter.shape[1]}:  # else all are images
-            if have not in (1, images) and not self.settings.mix_input_channels:
-                return None, FRESH, f"{have} input channels in the source; {MIX_CHANNELS} would mix them"
-            before, fitted = fitted, fit_input_channels(fitted[:, :have], images, parameter.shape[1])
-            if value.shape[1] != parameter.shape[1]:
-                steps = [*steps, f"input channels {value.shape[1]} to {parameter.shape[1]}"]
-            elif not before.equal(fitted):
-                steps = [*steps, "labels of a cascade start at zero"]
-        if fitted is None or fitted.shape != parameter.shape:
-            return None, FRESH, f"shape {list(value.shape)} in the source"
-        return (fitted, ADAPTED, ", ".join(steps)) if steps else (fitted, TRANSFERRED, "")
+            said = f"input channels {taken} of {', '.join(self.facts.channels)}"
+            return fit_input_channels(value[:, order], images, inputs), said
+        if value.shape[1] == have == images == inputs:
+            return value, ""
+        if have not in (1, images) and not self.settings.mix_input_channels:
+            return None, f"{have} input channels in the source; {MIX_CHANNELS} would mix them"
+        fitted = fit_input_channels(value[:, :have], images, inputs)
+        if value.shape[1] != inputs:
+            return fitted, f"input channels {value.shape[1]} to {inputs}"
+        return fitted, "" if fitted.equal(value) else "labels of a cascade start at zero"
+
+
+def _outcome(
+    parameter: Tensor, value: Tensor, fitted: Tensor | None, steps: Sequence[str]
+) -> tuple[Tensor | None, str, str]:
+    """What `value_for` returns for a value of the source, after the steps that were to make it fit the parameter."""
+    if fitted is None or fitted.shape != parameter.shape:
+        return None, FRESH, f"shape {list(value.shape)} in the source"
+    return (fitted, ADAPTED, ", ".join(steps)) if steps else (fitted, TRANSFERRED, "")
 
 
 def channel_order(source: Sequence[str], target: Sequence[str]) -> list[int] | None:

@@ -87,12 +87,15 @@ def test_ctrl_c_waits_for_processes_that_save(tmp_path: Path, monkeypatch: pytes
 
     def interrupted(*arguments: object, **options: object) -> None:
         multiprocessing.Process(target=saves_when_it_has_finished_its_step, args=(tmp_path / "saved",)).start()
+        multiprocessing.Process(target=time.sleep, args=(600,), daemon=True).start()  # a data worker, which never ends
         raise KeyboardInterrupt
 
     monkeypatch.setattr("nnunetv2.run.run_training.run_training", interrupted)
     with pytest.raises(KeyboardInterrupt):
         launch("VolumeFusionTrainer", NAME, "Plans", "3d_fullres", "cpu", 2, False)
     assert (tmp_path / "saved").exists()
+    for worker in multiprocessing.active_children():
+        worker.terminate()
 
 
 @pytest.mark.parametrize(
