@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.files import read_json, training_lock
+from nnunetv2_misfm.files import is_training, read_json, training_lock
 from nnunetv2_misfm.plans.compare import what_a_run_must_keep
 from nnunetv2_misfm.plans.files import FINAL, nnunet_folder
 from nnunetv2_misfm.plans.run_settings import BLOCK
@@ -36,9 +36,16 @@ class EarlierRun:
         """Whether there is anything to continue or lose."""
         return any(self.folder.glob("checkpoint_*.pth"))
 
-    def check_absent(self) -> None:
-        """Raise a PlanError if there is a run."""
-        if not self.exists:
+    def check_ready(self, may_exist: bool) -> None:
+        """Before a run starts or goes on; what one that was killed had put aside, without saving anything, comes back.
+
+        Raises:
+            LockedError: if another process trains there.
+            PlanError: if there is a run, unless that may be.
+        """
+        self.check_free()
+        self.settle()
+        if may_exist or not self.exists:
             return
         finished = (self.folder / FINAL).is_file()
         state = "a finished" if finished else "an unfinished"
@@ -72,23 +79,28 @@ class EarlierRun:
 
         return bool(read_checkpoint(final)["current_epoch"] >= plans[BLOCK]["num_epochs"])
 
+    def check_free(self) -> None:
+        """Raise a LockedError if another process trains there."""
+        if self.folder.is_dir():
+            with training_lock(self.folder):
+                pass
+
     def put_aside(self) -> None:
         """Make room for a new run, see `settle`. Raises LockedError if another process trains there."""
-        if not self.folder.is_dir():
-            return
-        with training_lock(self.folder):
-            pass
-        if self.exists or not self._aside.is_dir():
-            shutil.rmtree(self._aside, ignore_errors=True)
+        self.check_free()
+        if self.folder.is_dir():
             self.folder.rename(self._aside)
-        else:  # a new run was killed before it had saved anything; what it was to replace is still aside
-            shutil.rmtree(self.folder)
 
     def settle(self) -> None:
-        """When the new run has ended: delete what was put aside, or put it back if nothing was saved in its place."""
-        if self._aside.is_dir() and self.exists:
+        """When the new run has ended: delete what was put aside, or put it back if nothing was saved in its place.
+
+        Nothing happens while another process trains there.
+        """
+        if not self._aside.is_dir() or is_training(self.folder):
+            return
+        if self.exists:
             shutil.rmtree(self._aside)
-        elif self._aside.is_dir():
+        else:
             shutil.rmtree(self.folder, ignore_errors=True)
             self._aside.rename(self.folder)
 

@@ -88,8 +88,8 @@ def plan_and_prepare(options: PretrainOptions, num_processes: int) -> tuple[str,
     source = source_of(options)
     run = EarlierRun(run_folder(source.task, source.dataset_name, source.plans_name, options.configuration))
     prepares_only = options.only_prepare or options.dry_run
-    if not (options.continue_training or prepares_only or options.overwrite):
-        run.check_absent()
+    if not prepares_only:
+        run.check_ready(may_exist=options.continue_training or options.overwrite)
     request = run_request(options, source.task, source.earlier)
     plans = source.plan(request)
     if plans is None:  # other parts have still to look at their volumes

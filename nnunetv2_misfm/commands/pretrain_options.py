@@ -122,6 +122,8 @@ def read_options(arguments: list[str] | None, under_torchrun: bool) -> PretrainO
 
 def _problems_of_data(options: argparse.Namespace) -> Iterator[str]:
     of_volumes = [flag_of(PoolSettings, name) for name in given(options, PoolSettings)]
+    if options.i is not None and "" in options.i:
+        yield "-i is empty; give a folder (if it is a variable of the shell, it is not set)"
     if not options.i:
         if named := [*of_volumes, *(["-n"] if options.n else [])]:
             yield f"{', '.join(named)}: these describe volumes; they need -i"

@@ -21,14 +21,9 @@ from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnU
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_misfm.files import disk_is_full
-from nnunetv2_misfm.pool.plan import (
-    expected_shape,
-    plans_for_case,
-    pool_block,
-    pool_dataset_json,
-    pool_settings,
-)
+from nnunetv2_misfm.pool.plan import expected_shape, plans_for_case, pool_dataset_json
 from nnunetv2_misfm.pool.reading import read_volume
+from nnunetv2_misfm.pool.settings import pool_block, pool_settings
 from nnunetv2_misfm.pool.volume_files import DETACHED_ENDINGS, VolumeProblem
 from nnunetv2_misfm.pool.volumes import Volume
 from nnunetv2_misfm.pool.voxels import (
@@ -254,8 +249,6 @@ def _modality(task: CaseTask, voxels: np.ndarray) -> tuple[str | None, str]:
     tag = task.volume.dicom_modality
     if settings.modality == "auto":
         return guess_modality(voxels, tag)
-    if settings.modality == "ct" and tag not in (None, "CT"):
-        raise VolumeProblem(f"DICOM modality {tag} in a pool of CT (-modality auto takes other modalities too)")
     return settings.modality, "settings"
 
 

@@ -21,6 +21,7 @@ from nnunetv2_misfm.pool.plan import expected_shape, layout_hash
 from nnunetv2_misfm.pool.share import BUNDLES
 from nnunetv2_misfm.pool.volume_files import VolumeProblem
 from nnunetv2_misfm.pool.volumes import Volume
+from nnunetv2_misfm.pool.wanted import Wanted
 
 MEASURED_FIRST = 3
 """Volumes prepared before time and disk are estimated; they stay in the temporary folder until the rest will fit."""
@@ -86,19 +87,20 @@ def estimate(sample: Sample, plans: Mapping[str, Any], configuration: str, num_p
     """Prepare a few volumes of the sample in a folder that is removed, and tell what the archive will take.
 
     Raises:
-        PoolError: if every volume of the sample is too small or too large.
+        PoolError: if no volume of the sample can be used.
     """
     volumes, target = sample.inspection.volumes, nnunet_folder("nnUNet_preprocessed")
     target.mkdir(parents=True, exist_ok=True)
     done = _prepared(volumes, plans, configuration)
     with tempfile.TemporaryDirectory(dir=target) as folder:
-        usable, wrong_size = _by_size(
-            [CaseTask(one, plans, configuration, "", Path(folder)) for one in volumes if one.case not in done]
-        )
+        wanted = Wanted.by_plans(plans, configuration)
+        unwanted = [f"{one.source}: {problem}" for one in volumes if (problem := wanted.problem_of(one))]
+        new = [one for one in volumes if one.case not in done and not wanted.problem_of(one)]
+        usable, wrong_size = _by_size([CaseTask(one, plans, configuration, "", Path(folder)) for one in new])
         if done and not usable:
             return "All usable volumes that were looked at are in the pool already"
         if not usable:
-            raise PoolError(f"no usable volume in the given folders; the first is {wrong_size[0]}")
+            raise PoolError(f"no usable volume in the given folders; the first is {[*wrong_size, *unwanted][0]}")
         tasks = typical_first(usable)
         measured = [prepare_case(task) for task in tasks[:MEASURED_FIRST]]
     seconds_per_work, bytes_per_work = _per_work(measured, tasks)
@@ -107,6 +109,8 @@ def estimate(sample: Sample, plans: Mapping[str, Any], configuration: str, num_p
     free = format_bytes(shutil.disk_usage(target).free)
     read = format_bytes(sum(volume.num_bytes for volume in volumes) / sample.share)
     left_out = [f"{one.record.source}: {one.record.reason}" for one in measured if one.record.status != PREPARED]
+    if unwanted:
+        left_out.append(f"about {round(len(unwanted) / sample.share):,} by their headers, such as {unwanted[0]}")
     if wrong_size:
         left_out.append(f"about {round(len(wrong_size) / sample.share):,} for their size, such as {wrong_size[0]}")
     return "\n".join(
@@ -153,10 +157,8 @@ def _work(task: CaseTask) -> int:
 
 
 def _per_work(measured: Sequence[CaseResult], tasks: Sequence[CaseTask]) -> tuple[float, float]:
-    """Seconds and bytes for a unit of work."""
-    work = {task.volume.source: _work(task) for task in tasks}
-    written = [result for result in measured if result.written]
-    work_written = sum(work[result.record.source] for result in written)
-    bytes_per_work = sum(result.written for result in written) / work_written if written else BYTES_PER_VOXEL
-    seconds = sum(result.seconds for result in measured)
-    return seconds / sum(work[result.record.source] for result in measured), bytes_per_work
+    """Seconds and bytes for a unit of work, also of those volumes that are left out when their voxels are seen."""
+    work_of = {task.volume.source: _work(task) for task in tasks}
+    work = sum(work_of[result.record.source] for result in measured)
+    written = sum(result.written for result in measured)
+    return sum(result.seconds for result in measured) / work, written / work if written else BYTES_PER_VOXEL

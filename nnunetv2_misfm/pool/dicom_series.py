@@ -23,7 +23,8 @@ from nnunetv2_misfm.pool.headers import Header
 from nnunetv2_misfm.pool.volume_files import VolumeProblem
 
 SLICE_GAP_TOLERANCE = 0.1
-"""How far the distance of two neighbouring slices may be from the median distance, relative to it."""
+"""How far the distances of neighbouring slices may be from their median, or else slices from even positions, relative
+to the distance."""
 SAME_POSITION = 1e-3
 """Slices closer than this, in mm, lie at the same place."""
 
@@ -60,7 +61,8 @@ def sort_series(headers: Sequence[Header]) -> tuple[list[Series], list[tuple[str
     """Group DICOM files by SeriesInstanceUID and order their slices.
 
     Files belong together that lie in one folder. Where archives keep one series in several folders, they are put
-    together if their identifiers leave no doubt and they make one regular grid.
+    together if their identifiers leave no doubt and they make one regular grid, each slice once. Folders that hold the
+    whole series each, as copies do, are volumes of their own, and what holds a part of it besides is left out.
 
     Returns:
         The series that make up a volume, and those that do not: source, reason and the first file.
@@ -68,11 +70,19 @@ def sort_series(headers: Sequence[Header]) -> tuple[list[Series], list[tuple[str
     series, left_out = [], []
     for groups in _groups(headers):
         whole = [header for group in groups for header in group]
-        together, problem = _try(whole, len(groups)) if len(groups) > 1 and _is_one_series(whole) else (None, "")
+        together, problem, pieces = None, "", []
+        if len(groups) > 1 and _is_one_series(slices := _without_copies(whole)):
+            complete = [group for group in groups if len(_without_copies(group)) == len(slices)]
+            if complete:
+                pieces = [group for group in groups if group not in complete]
+                reason = f"a part of a DICOM series that is whole in {_source(complete[0], 1)}"
+                left_out += [(_source(group, 1), reason, group[0]) for group in pieces]
+            else:
+                together, problem = _try(whole, len(groups))
         if together is not None:
             series.append(together)
             continue
-        for group in groups:
+        for group in (group for group in groups if group not in pieces):
             alone, problem_alone = _try(group, 1)
             if alone is not None:
                 series.append(alone)
@@ -137,7 +147,10 @@ def stack_frames(headers: Sequence[DicomHeader]) -> Stack:
     if np.any(gaps < SAME_POSITION):
         raise VolumeProblem("4D: several DICOM images at the same slice position; split them into one series each")
     gap = float(gaps.mean())
-    if np.any(np.abs(gaps - np.median(gaps)) > SLICE_GAP_TOLERANCE * np.median(gaps)):
+    # Positions that were rounded are near those of even gaps, though some gaps are not.
+    off_line = np.abs(along[order] - along[order[0]] - gap * np.arange(len(order)))
+    uneven = np.abs(gaps - np.median(gaps)) > SLICE_GAP_TOLERANCE * np.median(gaps)
+    if uneven.any() and off_line.max() > SLICE_GAP_TOLERANCE * gap:
         raise VolumeProblem(
             f"DICOM slices missing or unevenly spaced: distances from {gaps.min():.4g} to {gaps.max():.4g} mm"
         )
@@ -225,7 +238,7 @@ def _try(group: Sequence[Header], num_folders: int) -> tuple[Series | None, str]
 
 
 def _without_copies(group: Sequence[Header]) -> list[Header]:
-    """Without files of which the folder has another copy: the same SOPInstanceUID.
+    """Without files of which there is another copy: the same SOPInstanceUID.
 
     Anonymisers that give all files one UID, or none, make no copies of them: then files of one UID differ in position.
     """

@@ -22,7 +22,7 @@ from nnunetv2_misfm.files import disk_is_full, locked, read_json, written_whole
 from nnunetv2_misfm.plans.files import nnunet_folder
 from nnunetv2_misfm.pool.case import CASE_ENDINGS, FAILED, LEFT_OUT, PREPARED, CaseRecord, temporary_files
 from nnunetv2_misfm.pool.inspection import PoolError
-from nnunetv2_misfm.pool.ledger import Ledger
+from nnunetv2_misfm.pool.ledger import PREPARED_ALL, Ledger
 from nnunetv2_misfm.pool.plan import WRITE_ANEW, existing_plans
 from nnunetv2_misfm.pool.share import WHOLE, Share
 from nnunetv2_misfm.pool.volume_files import LeftOut
@@ -101,9 +101,17 @@ class PoolFolder:
         shutil.rmtree(self.temporary, ignore_errors=True)
         self.temporary.mkdir(parents=True)
 
-    def remove_temporary(self) -> None:
-        """Remove the temporary folders of all parts; for when every volume has its record."""
-        shutil.rmtree(self._all_temporary, ignore_errors=True)
+    def finish(self, token: str) -> bool:
+        """After a merge: whether all parts are still done; then the pool is complete, and their work folders go.
+
+        A part that has begun anew meanwhile needs its folder, and brings the pool together itself.
+        """
+        with self.lock_start():
+            done = self.ledger.all_have(PREPARED_ALL, token)
+            if done:
+                shutil.rmtree(self._all_temporary, ignore_errors=True)
+                self.incomplete.unlink(missing_ok=True)
+        return done
 
     @contextmanager
     def lock_part(self) -> Iterator[None]:
@@ -120,6 +128,7 @@ class PoolFolder:
                         lock.unlink(missing_ok=True)
                 own = self._preparation / f"{self.share}.lock"
                 held.enter_context(locked(own, 0.0, "another process is preparing this part"))
+                self.ledger.forget_steps()
             yield
 
     def lock_start(self) -> AbstractContextManager[None]:

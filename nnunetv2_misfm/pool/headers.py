@@ -14,7 +14,7 @@ from nnunetv2_misfm.pool.nifti import open_nifti
 from nnunetv2_misfm.pool.stored_image import StoredImage
 from nnunetv2_misfm.pool.text_headers import open_metaimage, open_nrrd
 from nnunetv2_misfm.pool.volume_files import VolumeFile, VolumeProblem, unreadable
-from nnunetv2_misfm.pool.workers import worker_processes
+from nnunetv2_misfm.pool.workers import WorkerProcesses
 
 HEADERS_WORTH_A_PROCESS = 2000
 NEVER = -1
@@ -42,7 +42,7 @@ def header_reader(num_files: int, num_processes: int) -> Iterator[HeaderReader]:
     if num_processes == 1 or num_files < HEADERS_WORTH_A_PROCESS:
         yield lambda files: map(read_header, files)
         return
-    with worker_processes(num_processes) as executor:
+    with WorkerProcesses(num_processes) as executor:
         yield lambda files: executor.map(read_header, files, chunksize=1 + min(200, len(files) // num_processes))
 
 

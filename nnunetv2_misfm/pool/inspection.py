@@ -40,14 +40,9 @@ class PoolInspection:
 
     @property
     def num_channels(self) -> int:
-        """Of most volumes; the others cannot go into the same pool."""
+        """Of most volumes; the others cannot go into the same pool. Label maps beside images have the fewer."""
         counts = Counter(volume.num_channels for volume in self.volumes)
-        return min(counts, key=lambda channels: (-counts[channels], channels)) if counts else 0
-
-    @property
-    def median_spacing(self) -> tuple[float, ...]:
-        """mm along (z, y, x)."""
-        return tuple(float(mm) for mm in np.median([volume.spacing for volume in self.volumes], axis=0))
+        return min(counts, key=lambda channels: (-counts[channels], -channels)) if counts else 0
 
     def summary(self) -> str:
         """Counts, sizes, spacings and reasons, as several lines of text."""

@@ -71,8 +71,7 @@ class Ledger:
 
     def keep_found(self, inspection: PoolInspection) -> None:
         """Write down what an inspection found in the bundles of this part, which is to be prepared from now on."""
-        for step in self._progress.glob(f"{self.share}.*"):
-            step.unlink(missing_ok=True)
+        self.forget_steps()
         found: dict[int, dict[str, list[Any]]] = defaultdict(lambda: {"volumes": [], "left_out": []})
         for volume in inspection.volumes:
             found[volume.bundle]["volumes"].append(volume_as_json(volume))
@@ -111,6 +110,11 @@ class Ledger:
     def _found_in(self, bundle: int) -> dict[str, Any]:
         path = self._found / f"{bundle:04d}.json"
         return read_json(path, MADE_ANEW) if path.exists() else {"volumes": [], "left_out": []}
+
+    def forget_steps(self) -> None:
+        """This part begins anew."""
+        for step in self._progress.glob(f"{self.share}.*"):
+            step.unlink(missing_ok=True)
 
     def mark(self, step: str, token: str) -> None:
         """Note that this part has done a step for the archive with that token."""

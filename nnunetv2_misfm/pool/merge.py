@@ -21,9 +21,11 @@ from nnunetv2_misfm.plans.checks import INTENSITIES
 from nnunetv2_misfm.pool.case import FAILED, LEFT_OUT, PREPARED, CaseRecord
 from nnunetv2_misfm.pool.folder import PoolFolder, report_row, write_report
 from nnunetv2_misfm.pool.ledger import MADE_ANEW, JoinedSeries, Ledger
-from nnunetv2_misfm.pool.plan import layout_hash, measured_plans, pool_block, pool_dataset_json, with_medians
+from nnunetv2_misfm.pool.plan import layout_hash, measured_plans, pool_dataset_json, with_medians
+from nnunetv2_misfm.pool.settings import pool_block
 from nnunetv2_misfm.pool.share import WHOLE
 from nnunetv2_misfm.pool.volume_files import LeftOut
+from nnunetv2_misfm.pool.wanted import Wanted
 
 
 class Entry(NamedTuple):
@@ -113,10 +115,11 @@ class PoolEntries:
         )
 
 
-def read_entries(ledger: Ledger, layout: str, there: Collection[str]) -> PoolEntries:
+def read_entries(ledger: Ledger, layout: str, there: Collection[str], counts: Wanted) -> PoolEntries:
     """Read what the parts wrote down, each file once.
 
     Args:
+        counts: what the pool takes; the sizes of other volumes are not those of the pool.
         there: cases whose arrays are in the pool; a record of another one counts for nothing.
     """
     result, joined = PoolEntries(), ledger.joined()
@@ -127,11 +130,12 @@ def read_entries(ledger: Ledger, layout: str, there: Collection[str]) -> PoolEnt
         volumes, left_out = ledger.found(bundle)
         records = _of_arrays(ledger.records(bundle), there)
         wanted = [volume for volume in volumes if not joined.covers(volume)]
+        ours = [volume for volume in wanted if not counts.problem_of(volume)]
         for volume in wanted:
             names = volume.case, volume.own_name
             found_in.update(dict.fromkeys(names, bundle))
             result.num_waiting += not any(name in records and records[name].is_of(volume, layout) for name in names)
-        result.sizes += [(volume.shape, volume.spacing) for volume in wanted if volume.series not in joined.series]
+        result.sizes += [(volume.shape, volume.spacing) for volume in ours if volume.series not in joined.series]
         result.sizes += [
             (records[case].original_shape, records[case].original_spacing) for case in records.keys() & joined.cases
         ]
@@ -200,15 +204,18 @@ class PoolReport:
 
 
 def merge_pool(folder: PoolFolder, plans: Mapping[str, Any], configuration: str) -> PoolReport:
-    """Once every volume has its record: drop duplicates and write fingerprint, plans and report."""
-    pool = read_entries(folder.ledger, layout_hash(plans, configuration), folder.cases())
+    """Once every volume has its record: drop duplicates and write fingerprint, plans and report.
+
+    The caller marks the pool as complete (`PoolFolder.finish`).
+    """
+    wanted, layout = Wanted.by_plans(plans, configuration), layout_hash(plans, configuration)
+    pool = read_entries(folder.ledger, layout, folder.cases(), wanted)
     if pool.num_waiting:
         return PoolReport(folder.root, dict(plans), pool.tally(), complete=False)
     _drop_duplicates(pool, folder.ledger, _cases_of(folder.fingerprint))
     _free_duplicates(pool, folder.ledger)
     for case in pool.gone:
         folder.remove_case(case)
-    folder.remove_temporary()
     prepared = sorted({e.case: e for e in pool.entries if e.status == PREPARED}.values(), key=lambda entry: entry.case)
     if prepared:
         fingerprint = _fingerprint(prepared)
@@ -221,7 +228,6 @@ def merge_pool(folder: PoolFolder, plans: Mapping[str, Any], configuration: str)
         write_json(plans, folder.plans)
         write_json(fingerprint, folder.fingerprint)
     write_report(folder.root, (entry.row.split("\0") for entry in pool.entries))
-    folder.incomplete.unlink(missing_ok=True)
     return PoolReport(folder.root, dict(plans), pool.tally(), complete=True)
 
 

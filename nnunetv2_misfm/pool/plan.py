@@ -26,11 +26,12 @@ from nnunetv2_misfm.plans.checks import INTENSITIES, check_complete, configurati
 from nnunetv2_misfm.plans.files import nnunet_folder
 from nnunetv2_misfm.plans.normalisation import SCHEMES, intensity_properties
 from nnunetv2_misfm.plans.run_settings import BLOCK
-from nnunetv2_misfm.plans.settings import SettingsError, read_settings, write_settings
+from nnunetv2_misfm.plans.settings import SettingsError, write_settings
 from nnunetv2_misfm.pool.geometry import PoolGeometry, medians
 from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection
-from nnunetv2_misfm.pool.settings import PoolSettings
+from nnunetv2_misfm.pool.settings import PoolSettings, pool_block, pool_settings
 from nnunetv2_misfm.pool.volumes import Volume
+from nnunetv2_misfm.pool.wanted import Wanted
 
 CHANNEL_NAMES = {
     "CTNormalization": "CT",
@@ -51,16 +52,12 @@ SAME_SPACING = 1e-3
 NOT_USED_WITH_PLANS_FROM = ("modality", "ct_window", "spacing", "body_crop")
 
 
-def pool_block(plans: Mapping[str, Any]) -> dict[str, Any]:
-    """What the plans of a pool say about it."""
-    block: dict[str, Any] = plans[BLOCK]["pool"]
-    return block
-
-
 def find_geometry(
     inspection: PoolInspection, settings: PoolSettings, dataset_name: str, plans_name: str, configuration: str
 ) -> PoolGeometry:
     """Axis order and spacing for these volumes, or those of the pool if it exists already with the same settings.
+
+    Volumes that will be left out by what their headers say do not count.
 
     So volumes that are added later do not change the median that the earlier ones were resampled to. As in nnU-Net's
     planner, the axis of the largest spacing comes first.
@@ -69,7 +66,9 @@ def find_geometry(
         PoolError: if the names cannot be used.
     """
     check_names(dataset_name, plans_name, configuration)
-    median_spacing = np.array(inspection.median_spacing)
+    wanted = Wanted.by_settings(inspection.num_channels, settings)
+    volumes = [one for one in inspection.volumes if not wanted.problem_of(one)] or inspection.volumes
+    median_spacing = np.median([volume.spacing for volume in volumes], axis=0)
     target = median_spacing if isinstance(settings.spacing, str) else np.array(settings.spacing, dtype=float)
     first = 0 if target.max() <= target[0] * (1 + SAME_SPACING) else int(np.argmax(target))
     transpose = [first, *(axis for axis in range(3) if axis != first)]
@@ -79,7 +78,7 @@ def find_geometry(
     if existing and configuration in existing["configurations"] and pool.get("settings") == write_settings(settings):
         transpose = existing["transpose_forward"]
         spacing = np.array(existing["configurations"][configuration]["spacing"])
-    sizes = [(volume.shape, volume.spacing) for volume in inspection.volumes]
+    sizes = [(volume.shape, volume.spacing) for volume in volumes]
     middle, original, resampled = medians(sizes, transpose, None if settings.spacing == "none" else spacing)
     return PoolGeometry(
         transpose_forward=tuple(transpose),
@@ -224,11 +223,6 @@ def adopt_plans(
         "configurations": {configuration: plan},
         BLOCK: {**copy.deepcopy(dict(misfm)), "pool": pool},
     }
-
-
-def pool_settings(plans: Mapping[str, Any]) -> PoolSettings:
-    """The settings a pool's plans were made with."""
-    return read_settings(PoolSettings, pool_block(plans)["settings"], f"the pool in {plans['plans_name']}.json")
 
 
 def plans_for_case(plans: Mapping[str, Any], configuration: str, modality: str | None) -> dict[str, Any]:

@@ -42,13 +42,14 @@ from nnunetv2_misfm.pool.plan import (
     keep_measured,
     layout_differences,
     layout_hash,
-    pool_block,
     pool_dataset_json,
 )
+from nnunetv2_misfm.pool.settings import pool_block
 from nnunetv2_misfm.pool.share import BUNDLES, Share
 from nnunetv2_misfm.pool.shared_listing import forget_all, forget_share
 from nnunetv2_misfm.pool.volume_files import LeftOut
 from nnunetv2_misfm.pool.volumes import Volume, joined_series, with_own_names
+from nnunetv2_misfm.pool.wanted import Wanted
 from nnunetv2_misfm.pool.workers import Killed, run_jobs
 from nnunetv2_misfm.progress import progress_bar
 
@@ -76,8 +77,8 @@ def start_pool(
     folder = _folder(plans, configuration, num_parts, part_id)
     with folder.full_disk_explained():
         folder.create()
-        folder.ledger.keep_found(inspection)
         _start_or_continue(folder, plans, configuration, len(inspection.volumes))
+        folder.ledger.keep_found(inspection)
 
 
 def prepare_pool(
@@ -112,8 +113,9 @@ def prepare_pool(
     with folder.full_disk_explained():
         folder.create()
         with folder.lock_part():
-            folder.ledger.keep_found(inspection)
             plans = _start_or_continue(folder, plans, configuration, len(inspection.volumes))
+            folder.incomplete.touch()
+            folder.ledger.keep_found(inspection)
             own = [volume for volume in inspection.volumes if volume.bundle in folder.share.bundles]
             tally = _prepare_pending(folder, own, plans, configuration, num_processes)
             for one in inspection.left_out:
@@ -147,6 +149,7 @@ def _merge_if_last(
                 merged = merge_pool(folder, plans, configuration)
                 if merged.complete:
                     forget_all(folder.listing)
+                    merged = replace(merged, complete=folder.finish(token))
                 return merged
         except LockedError:
             print("Another part is bringing the pool together")
@@ -179,7 +182,6 @@ def _start_or_continue(
     Parts of a job array use the plans that are there as they are: each would plan from what it has seen.
     """
     with folder.lock_start():
-        folder.incomplete.touch()
         folder.ledger.gather_records_of_earlier_versions()
         existing = existing_plans(plans["dataset_name"], plans["plans_name"])
         wanted = copy.deepcopy(dict(plans))
@@ -211,8 +213,8 @@ def _prepare_pending(
 def _pending(
     folder: PoolFolder, volumes: Sequence[Volume], plans: Mapping[str, Any], configuration: str, tally: Tally
 ) -> list[CaseTask]:
-    """What is left to do; the rest is tallied. Volumes with the wrong channels get their record at once."""
-    channels, layout = pool_block(plans)["num_channels"], layout_hash(plans, configuration)
+    """What is left to do; the rest is tallied. Volumes that their headers rule out get their record at once."""
+    wanted, layout = Wanted.by_plans(plans, configuration), layout_hash(plans, configuration)
     joined, earlier = folder.ledger.joined(), folder.ledger.records_of_earlier_versions()
     tasks = []
     for bundle, of_bundle in groupby(sorted(volumes, key=lambda volume: volume.bundle), lambda volume: volume.bundle):
@@ -231,8 +233,7 @@ def _pending(
                 record = record.with_files_of(volume)
                 if record != records.get(record.case):
                     folder.ledger.write_record(record)
-            elif volume.num_channels != channels:
-                reason = f"{volume.num_channels} channels, but the pool's volumes have {channels}"
+            elif reason := wanted.problem_of(volume):
                 tally.add(LEFT_OUT, reason)
                 folder.ledger.write_record(CaseRecord.of(volume, LEFT_OUT, layout, reason=reason))
             else:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import field_validator
 
-from nnunetv2_misfm.plans.settings import Settings, setting
+from nnunetv2_misfm.plans.run_settings import BLOCK
+from nnunetv2_misfm.plans.settings import Settings, is_number, read_settings, setting
 
 
 class PoolSettings(Settings):
@@ -47,9 +49,28 @@ class PoolSettings(Settings):
         off="take files ending in _0000, _0001, ... for a volume each; otherwise they are the channels of one",
     )
 
+    @field_validator("spacing", mode="before")
+    @classmethod
+    def _is_a_spacing(cls, spacing: Any) -> Any:
+        is_three_numbers = isinstance(spacing, tuple) and len(spacing) == 3 and all(map(is_number, spacing))
+        if spacing not in ("median", "none") and not is_three_numbers:
+            raise ValueError("must be median, none, or three numbers in mm")
+        return spacing
+
     @field_validator("ct_window")
     @classmethod
     def _holds_something(cls, window: tuple[float, float]) -> tuple[float, float]:
         if window[0] == window[1]:
             raise ValueError("must be two numbers, the lower one first")
         return window
+
+
+def pool_block(plans: Mapping[str, Any]) -> dict[str, Any]:
+    """What the plans of a pool say about it."""
+    block: dict[str, Any] = plans[BLOCK]["pool"]
+    return block
+
+
+def pool_settings(plans: Mapping[str, Any]) -> PoolSettings:
+    """The settings a pool's plans were made with."""
+    return read_settings(PoolSettings, pool_block(plans)["settings"], f"the pool in {plans['plans_name']}.json")

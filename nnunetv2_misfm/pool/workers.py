@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
-from threading import Thread
+from multiprocessing import active_children, get_context, parent_process
+from threading import Thread, current_thread, main_thread
 from typing import Generic, TypeVar
 
 from nnunetv2_misfm.errors import UserError
@@ -56,10 +58,10 @@ def _run_until_killed(
     function: Callable[[Job], Result], waiting: deque[Job], num_processes: int, at_once: int, suspects: deque[Job]
 ) -> Generator[Result | Killed[Job], None, None]:
     """Run jobs until all are done or a worker is killed; then a lone job is to blame, several become suspects."""
-    executor = _start(min(num_processes, len(waiting)))
     running: dict[Future[Result], Job] = {}
     interrupted: list[Job] = []
-    try:
+    with _start(min(num_processes, len(waiting))) as executor, suppress(BrokenProcessPool):
+        # It breaks between two submissions, too; the jobs handed out so far are then still in `running`.
         while (waiting or running) and not interrupted:
             while waiting and len(running) < at_once:
                 running[executor.submit(function, waiting[0])] = waiting[0]
@@ -71,10 +73,6 @@ def _run_until_killed(
                     interrupted.append(job)
                 else:
                     yield future.result()
-    except BrokenProcessPool:
-        pass  # between two submissions; the jobs handed out so far are still in `running`
-    finally:
-        executor.shutdown(wait=True, cancel_futures=True)
     interrupted += running.values()
     if at_once == 1 and interrupted:
         yield Killed(interrupted[0])
@@ -82,9 +80,35 @@ def _run_until_killed(
         suspects.extend(interrupted)
 
 
-def worker_processes(num_processes: int) -> ProcessPoolExecutor:
-    """Processes that end with this one even if it is killed: the next run must not find them at work in its folders."""
-    return ProcessPoolExecutor(num_processes, mp_context=get_context("spawn"), initializer=_end_with_parent)
+class WorkerProcesses(ProcessPoolExecutor):
+    """Processes that have been started, and end with this one even if it is killed.
+
+    The next run must not find them at work in its folders. Ctrl-C, which reaches all processes of a terminal, is for
+    this one alone, which ends them then, as it does when nobody wants the results any more.
+    """
+
+    def __init__(self, num_processes: int):
+        super().__init__(num_processes, mp_context=get_context("spawn"), initializer=_end_with_parent)
+        with _interrupts_ignored():  # the processes inherit that, so that Ctrl-C does not stop their imports either
+            self.started = [self.submit(int) for _ in range(num_processes)]
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, (KeyboardInterrupt, GeneratorExit)):
+            for worker in active_children():
+                worker.terminate()
+        self.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    if current_thread() is not main_thread():  # which may not say so, and gets no interrupts
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _end_with_parent() -> None:
@@ -98,12 +122,12 @@ def _end_with_parent() -> None:
     Thread(target=wait_for_its_end, daemon=True).start()
 
 
-def _start(num_processes: int) -> ProcessPoolExecutor:
+def _start(num_processes: int) -> WorkerProcesses:
     """Worker processes of which the first has answered, so that a later end is the fault of a job."""
     for _ in range(STARTS):
-        executor = worker_processes(num_processes)
+        executor = WorkerProcesses(num_processes)
         try:
-            executor.submit(int).result()
+            executor.started[0].result()
             return executor
         except BrokenProcessPool:
             executor.shutdown()

@@ -67,7 +67,8 @@ def new_pool_entry(
     """Network entry, patch size and batch size for a pool that has no plans yet.
 
     The patch size is the requested one as it is. Without a request it is the published one, along each axis no larger
-    than the median shape rounded up to a multiple of the total stride at this spacing, whatever the network.
+    than the median shape rounded up to a multiple of the total stride at this spacing, and for the network of nnU-Net's
+    plans to what that divides.
 
     Args:
         spacing: mm, plans axis order.
@@ -80,6 +81,8 @@ def new_pool_entry(
     given = request.batch_size
     check_sizes(patch, PUBLISHED_BATCH_SIZE if given is None else given)
     if request.network == "plan":
+        if request.patch_size is None:  # nnU-Net's network may halve it more often
+            patch = tuple(get_pool_and_conv_props(spacing, patch, _UNET_SMALLEST_MAP, 999999)[3])
         entry = plain_unet_entry(spacing, patch)
         _check_arguments(request, entry)
     else:

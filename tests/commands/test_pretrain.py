@@ -12,6 +12,7 @@ from phantoms import ct, labels, mr, write
 
 from nnunetv2_misfm.commands.pretrain import describe_choices, main
 from nnunetv2_misfm.commands.pretrain_options import read_options
+from nnunetv2_misfm.files import training_lock
 from nnunetv2_misfm.plans.network_entry import architecture_entry
 from nnunetv2_misfm.start_up import add_plugin_folder
 from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
@@ -139,6 +140,26 @@ def test_a_run_that_cannot_start_deletes_nothing(
         patched.setattr("nnunetv2_misfm.trainers.base.available_memory", lambda _: 2**20)
         refused(capsys, "-d", "4", "--overwrite")
     assert checkpoint.read_bytes() == saved
+    # Without --overwrite too: it must not be deleted once another run has saved something.
+    folder.rename(folder.with_name(".fold_all_before"))
+    folder.mkdir()
+    assert "holds a finished run" in refused(capsys, "-d", "4")
+    assert checkpoint.read_bytes() == saved
+
+
+def test_a_second_command_leaves_the_folder_of_a_running_training_alone(
+    nnunet: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("-d", "4")
+    folder = run_folder(nnunet, "Dataset004_Small", "nnUNetMisFMPretrainPlans")
+    folder.rename(folder.with_name(".fold_all_before"))  # as --overwrite does
+    folder.mkdir()
+    (folder / "training_log.txt").touch()
+    with training_lock(folder):
+        for options in ([], ["--overwrite"], ["--c"]):
+            assert "another process trains in this results folder" in refused(capsys, "-d", "4", *options)
+        assert sorted(path.name for path in folder.iterdir()) == [".training.lock", "training_log.txt"]
+    assert folder.with_name(".fold_all_before").is_dir()
 
 
 def test_continuing_keeps_the_run_what_it_was(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:

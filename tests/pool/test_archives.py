@@ -12,6 +12,7 @@ import sys
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from nnunet_dataset import use_folders
 
 from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
 from nnunetv2_misfm.pool import headers
+from nnunetv2_misfm.pool import prepare as prepare_module
 from nnunetv2_misfm.pool.bundle_files import BundleFiles
+from nnunetv2_misfm.pool.folder import PoolFolder, pool_is_complete
 from nnunetv2_misfm.pool.header_index import HeaderIndex
 from nnunetv2_misfm.pool.inspection import find_volumes
 from nnunetv2_misfm.pool.listing import ArchiveLister, list_archive
@@ -240,6 +243,63 @@ def test_a_series_in_folders_of_different_parts_is_one_volume(nnunet: Path, scan
     assert pool(nnunet) == one and len(list((preparation(nnunet) / "records").glob("*.jsonl"))) == before
 
 
+def test_a_copy_of_an_archive_does_not_cut_the_series_of_the_first(nnunet: Path, tmp_path: Path) -> None:
+    first, copy = tmp_path / "a" / "scans", tmp_path / "b" / "scans"
+    dicom_files.series(first, HU, name=lambda n: f"half{n // 6}/image{n}.dcm", modality="MR")
+    prepare(first)
+    one = pool(nnunet)
+    shutil.copytree(first, copy)
+    prepare(copy)
+    (case,) = (name for name in pool(nnunet) if name.endswith(".b2nd") and not name.endswith("_seg.b2nd"))
+    assert pool(nnunet)[case] == one[case]
+    shutil.rmtree(first)
+    prepare(copy)
+    assert pool(nnunet)[case] == one[case] and "left_out" not in pool(nnunet)["report.csv"]
+
+
+def test_a_part_that_begins_while_another_merges_loses_nothing(
+    nnunet: Path, scans: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As when a job array is submitted again, whose last parts start late: all have marked that they are done."""
+    write_scans(scans, range(6))
+    prepare_parts(scans, 2)
+    one = pool(nnunet)
+    for file in (nnunet / "nnUNet_preprocessed" / POOL / "nnUNetPlans_3d_fullres").glob("*.b2nd"):
+        file.unlink()  # all volumes are to be prepared again
+    share, merge = Share(2, 1), prepare_module.merge_pool
+    other = PoolFolder(POOL, "nnUNetPlans", "3d_fullres", share)
+
+    def merge_beside_another(*arguments: Any) -> Any:
+        with other.lock_part():
+            other.clear_temporary()
+            (other.temporary / "half_written").touch()
+            return merge(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "merge_pool", merge_beside_another)
+        prepare(scans, "-num_parts", "2", "-part_id", "0")
+    assert (other.temporary / "half_written").exists() and other.incomplete.exists()
+    assert "Not complete yet" in capsys.readouterr().out
+    prepare(scans, "-num_parts", "2", "-part_id", "1")
+    assert pool(nnunet) == one and not other.incomplete.exists() and not other.temporary.exists()
+
+
+def test_a_pool_stays_complete_when_nothing_is_to_be_prepared(
+    nnunet: Path, scans: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_scans(scans, range(2))
+    prepare(scans)
+    for name in ("a_0000", "a_0001"):
+        phantoms.write(tmp_path / "two_channels" / f"{name}.nii.gz", phantoms.mr())
+    with pytest.raises(SystemExit):
+        prepare(tmp_path / "two_channels")
+    assert "number of channels: 1 there, 2 now" in capsys.readouterr().err
+    for folder in (scans, tmp_path / "two_channels"):
+        with pytest.raises(SystemExit) if folder != scans else nullcontext():
+            prepare(folder, "--only_inspect")
+        assert pool_is_complete(nnunet / "nnUNet_preprocessed" / POOL, "nnUNetPlans_3d_fullres")
+
+
 def test_merging_again_changes_nothing(nnunet: Path, scans: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_scans(scans, range(3))
     phantoms.write(scans / "copy.nii.gz", phantoms.mr(0))
@@ -399,6 +459,12 @@ def test_what_an_archive_will_cost_is_said_and_nothing_is_written(
     phantoms.write(scans / "grey.nii.gz", np.clip(phantoms.ct(), 0, 255))
     prepare(scans, "-modality", "ct", "--dry_run")
     assert "Would be left out" in (said := capsys.readouterr().out) and "-modality mr" in said
+    for number in range(2):
+        phantoms.write(scans / "two" / f"b_{number:04d}.nii.gz", phantoms.mr(number))
+    prepare(scans, "--dry_run")
+    said = capsys.readouterr().out
+    assert "about 1 by their headers, such as" in said and "2 channels, but the pool's volumes have 1" in said
+    shutil.rmtree(scans / "two")
     phantoms.write(scans / "grey.nii.gz", phantoms.ct()[:3])  # too few slices
     prepare(scans, "-modality", "ct", "--dry_run")
     said = capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,37 @@ def test_a_series_in_several_folders_is_one_volume(tmp_path: Path, folder_of: st
     voxels, _, _ = only_volume(tmp_path)
     np.testing.assert_array_equal(voxels, upright(HU))
     assert "12 files in" in find_volumes([tmp_path]).volumes[0].source
+
+
+@pytest.mark.parametrize("folder_of", ["half{1}", "turn{2}"])
+def test_a_copy_of_a_series_in_several_folders_does_not_cut_it(tmp_path: Path, folder_of: str) -> None:
+    """Every second slice would make a volume too, with the wrong spacing."""
+    dicom_files.series(tmp_path / "archive", HU, name=lambda n: f"{folder_of.format(n, n // 6, n % 2)}/{n}.dcm")
+    shutil.copytree(tmp_path / "archive", tmp_path / "copy")
+    voxels, spacing, _ = only_volume(tmp_path)
+    np.testing.assert_array_equal(voxels, upright(HU))
+    assert spacing == (2.5, 0.8, 0.8)
+
+
+def test_parts_of_a_series_that_is_whole_elsewhere_are_left_out(tmp_path: Path) -> None:
+    dicom_files.series(tmp_path / "whole", HU)
+    for number, file in enumerate(sorted((tmp_path / "whole").iterdir())):
+        part = tmp_path / "parts" / f"turn{number % 2}"
+        part.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, part)
+    voxels, spacing, _ = only_volume(tmp_path)
+    np.testing.assert_array_equal(voxels, upright(HU))
+    assert spacing == (2.5, 0.8, 0.8)
+    reasons = [one.reason for one in find_volumes([tmp_path]).left_out]
+    assert len(reasons) == 2 and all("a part of a DICOM series that is whole in" in reason for reason in reasons)
+
+
+def test_rounded_positions_are_even(tmp_path: Path) -> None:
+    """0.625 mm with one digit: distances of 0.6 and 0.7 mm."""
+    dicom_files.series(tmp_path, HU, lambda n: {"ImagePositionPatient": [0, 0, round(0.625 * n + 1e-9, 1)]})
+    voxels, spacing, _ = only_volume(tmp_path)
+    np.testing.assert_array_equal(voxels, upright(HU))
+    assert spacing[0] == pytest.approx(0.625, abs=0.01)
 
 
 def test_patients_with_one_series_uid_are_not_mixed(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ from nnunetv2_misfm.pool.inspection import PoolError, find_volumes
 from nnunetv2_misfm.pool.merge import PoolReport
 from nnunetv2_misfm.pool.plan import adopt_plans, find_geometry, plan_pool
 from nnunetv2_misfm.pool.prepare import check_usable, prepare_pool
-from nnunetv2_misfm.pool.settings import PoolSettings
+from nnunetv2_misfm.pool.settings import PoolSettings, pool_block
 
 DATASET, PLANS, CONFIGURATION = "Dataset100_Pool", "MisFMPlans", "3d_fullres"
 ARCHITECTURE = {
@@ -535,6 +535,31 @@ def test_other_modalities_are_left_out_of_a_pool_of_ct(images: Path) -> None:
     (left_out,) = [row for row in every_row(report) if row["status"] == "left out"]
     assert "DICOM modality PT in a pool of CT (-modality auto" in left_out["reason"]
     assert report.num_prepared == 1
+
+
+def test_volumes_that_headers_rule_out_do_not_count_in_the_spacing(images: Path) -> None:
+    """Scans of PET-CT: the coarse PET volumes are as many, and no part of a pool of CT."""
+    for number in range(2):
+        dicom_files.series(images / f"{number}" / "ct", phantoms.ct(number)[:12], Modality="CT")
+        dicom_files.series(images / f"{number}" / "pet", phantoms.mr()[:12], Modality="PT", PixelSpacing=[4, 4])
+    plans = make_pool([images], modality="ct").plans
+    assert plans["configurations"][CONFIGURATION]["spacing"] == [2.5, 0.8, 0.8]
+    assert plans["original_median_spacing_after_transp"] == [2.5, 0.8, 0.8]
+
+
+def test_labels_beside_images_of_several_channels_do_not_decide(images: Path) -> None:
+    for name in ("a", "b"):
+        for channel in range(2):
+            phantoms.write(images / "imagesTr" / f"{name}_{channel:04d}.nii.gz", phantoms.mr(channel) + ord(name))
+        phantoms.write(images / "labelsTr" / f"{name}.nii.gz", phantoms.labels())
+    report = make_pool([images / "imagesTr", images / "labelsTr"])
+    assert report.num_prepared == 2 and pool_block(report.plans)["num_channels"] == 2
+
+
+@pytest.mark.parametrize("spacing", ["1.5", (1, 1), (1.5,), (1, 1, "x")])
+def test_what_a_spacing_can_be_is_said(spacing: Any) -> None:
+    with pytest.raises(SettingsError, match="must be median, none, or three numbers in mm"):
+        read_settings(PoolSettings, {"spacing": spacing}, "The pool's settings")
 
 
 def test_a_channel_that_is_empty_within_the_body_is_named(images: Path) -> None:

@@ -69,6 +69,28 @@ def note_and_wait(folder: str) -> None:
     time.sleep(60)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("at_work", [0, 2])
+def test_ctrl_c_ends_all_processes_without_a_word(tmp_path: Path, at_work: int) -> None:
+    """Also while workers are still importing."""
+    program, folder = tmp_path / "program.py", tmp_path / "jobs"
+    folder.mkdir()
+    program.write_text(KILLED.format(paths=[str(Path(__file__).parent), *sys.path], folder=str(folder)))
+    command = [sys.executable, str(program)]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while len(list(folder.iterdir())) < at_work or len(_children(run.pid)) < 2:
+        assert run.poll() is None
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGINT)
+    assert run.communicate(timeout=30)[1].count("Traceback") == 1  # of the program itself
+    assert len(list(folder.iterdir())) <= 2
+
+
+def _children(pid: int) -> list[str]:
+    """Of which the first is the one that keeps track of shared memory."""
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="utf-8").split()[1:]
+
+
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 def test_workers_end_with_a_run_that_is_killed(tmp_path: Path) -> None:
     program, folder = tmp_path / "program.py", tmp_path / "jobs"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from phantoms import ct, write
 
@@ -36,6 +37,14 @@ def test_small_patches_come_in_larger_batches() -> None:
 def test_instance_norm_needs_no_larger_batch() -> None:
     assert batch_size(patch_size=(32, 32, 32), network="fmunet") == 4
     assert batch_size(patch_size=(32, 32, 32), network="plan") == 4
+
+
+@pytest.mark.parametrize("slices", [33, 36, 41, 44, 60])
+def test_the_patch_is_one_that_the_network_of_nnunets_plans_divides(slices: int) -> None:
+    """Which halves thick slices once more than PCT-Net does."""
+    entry, patch, _ = new_pool_entry((5.0, 1.0, 1.0), (slices, 300, 300), request(network="plan"))
+    strides = np.prod(entry["arch_kwargs"]["strides"], axis=0)
+    assert not np.any(np.array(patch) % strides) and slices <= patch[0] < slices + strides[0]
 
 
 def test_batch_size_of_another_plan_grows_for_small_patches_and_that_of_a_run_stays() -> None:
