@@ -15,7 +15,7 @@ import numpy as np
 from provenance import provenance
 from three_sets import EPOCH, ITERATIONS, NETWORKS, OWN_SCHEDULES, PRETRAINING, RESULTS, SETS, TASK_OPTIONS, Network
 
-from nnunetv2_misfm.commands.compare.options import NNUNET, SCRATCH
+from nnunetv2_misfm.commands.compare.arms import NNUNET, SCRATCH
 
 WHERE_FROM = (
     "- Dataset004_Hippocampus: 200 of the training cases of Task04 of the Medical Segmentation Decathlon "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from itertools import dropwhile
 
 from nnunetv2_misfm.errors import PlanError, UserError
@@ -26,9 +28,24 @@ def check_device(device: str, num_gpus: int) -> None:
 
     if device == "cuda":
         if (there := usable_gpus()) < num_gpus:
-            raise PlanError(f"-device cuda with -num_gpus {num_gpus}: there are {there} usable GPUs. Use -device cpu.")
+            asked = f" with -num_gpus {num_gpus}" if num_gpus > 1 else ""
+            raise PlanError(f"-device cuda{asked}: there are {there} usable GPUs. Use -device cpu.")
     if device == "mps" and not torch.backends.mps.is_available():
         raise PlanError("-device mps: PyTorch has no MPS device here. Use -device cpu.")
+
+
+def check_gpus(numbers: Sequence[str]) -> None:
+    """Raise a PlanError unless all are numbers of usable GPUs, counted from 0."""
+    there = usable_gpus() if numbers else 0
+    wrong = [number for number in numbers if not number.isdecimal() or int(number) >= there]
+    if wrong:
+        raise PlanError(f"-gpus {' '.join(wrong)}: there are {there} usable GPUs here, which are counted from 0.")
+
+
+def name_of_gpu(number: str) -> str:
+    """How CUDA_VISIBLE_DEVICES names a GPU of these numbers: a cluster may let this process see some of them only."""
+    seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    return seen[int(number)] if seen else number
 
 
 def launch(

@@ -67,6 +67,8 @@ def plan(options: argparse.Namespace) -> None:
     write_json(plans, target.path)
     for remark in remarks:
         print(f"Note: {remark}")
+    for hint in _hints(options, request):
+        print(f"Hint: {hint}")
     print(f"Plans {'written' if target.replaced is None else 'replaced'}: {target.path}")
     if not options.no_pp:
         target.provide_data(plans, options.np)
@@ -198,7 +200,7 @@ def _check_frozen(request: PlanRequest, name: str, report: TransferReport | None
 
 
 def _about_the_weights(options: argparse.Namespace, request: PlanRequest, source: Source | None) -> Iterator[str]:
-    """Remarks on what the weights can be expected to do in a run of this length."""
+    """Remarks on what the weights can be expected to do."""
     from nnunetv2_misfm.transfer.shrunk_weights import shrunk_weights
 
     if source is None or request.from_scratch:
@@ -206,6 +208,12 @@ def _about_the_weights(options: argparse.Namespace, request: PlanRequest, source
     yield from source.notes
     if (shrunk := shrunk_weights(source.weights)) is not None:
         yield f"{source.path} starts from zero in {shrunk}: weight decay has shrunk its weights to nothing."
+
+
+def _hints(options: argparse.Namespace, request: PlanRequest) -> Iterator[str]:
+    """What options could do better for a run of this length."""
+    if request.from_scratch:
+        return
     iterations = request.settings.num_epochs * request.settings.num_iterations_per_epoch
     if iterations <= _FEW_ITERATIONS and options.initial_lr is None:
         usual = FinetuningSettings().num_epochs * FinetuningSettings().num_iterations_per_epoch

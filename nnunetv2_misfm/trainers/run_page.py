@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.errors import PlanError, first_line
-from nnunetv2_misfm.files import format_duration, is_training, read_json
+from nnunetv2_misfm.files import format_duration, is_training, json_or_nothing, read_json
 from nnunetv2_misfm.pages import figures
 from nnunetv2_misfm.pages.html import write_page
 from nnunetv2_misfm.plans.checks import configuration_3d
@@ -91,6 +91,7 @@ def write_run_page(folder: Path) -> Path:
     Raises:
         PlanError: if it is not the results folder of a run of this package that has finished an epoch.
     """
+    started = json_or_nothing(folder / "debug.json")  # what nnU-Net writes down when a training starts
     rows, named = read_rows(folder / METRICS), folder.parent.name.split("__")
     if not rows or not (folder.parent / "plans.json").is_file() or len(named) != 3:
         raise PlanError(
@@ -100,10 +101,11 @@ def write_run_page(folder: Path) -> Path:
         )
     plans = read_json(folder.parent / "plans.json", "It is written anew when the run goes on.")
     trainer, _, configuration = named
-    block = plans.get(BLOCK) or {"task": SEGMENTATION}
+    block = {"task": SEGMENTATION, **(plans.get(BLOCK) or {})}
     settings = list(_settings(block, has_weights=weights_of(plans) is not None))
     done = int(rows[-1]["epoch"]) + 1
-    num_epochs = next(value for name, value, _ in settings if name == "num_epochs")
+    planned = next(value for name, value, _ in settings if name == "num_epochs")
+    num_epochs = int(started.get("num_epochs", planned))  # a trainer of one's own may have its own number
     paths = sorted(folder.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime)
     logs = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
     columns = {name: [_number(row.get(name)) for row in rows] for name in rows[-1]}
@@ -125,7 +127,7 @@ def write_run_page(folder: Path) -> Path:
         "transfer": _transfer(folder),
         "settings": sorted(settings, key=lambda row: row[1] == row[2]),
         "command": f"nnUNetv2_train {plans['dataset_name']} {configuration} {folder.name.removeprefix('fold_')} "
-        f"-tr {trainer} -p {plans['plans_name']}{_device_option(folder)} --c",
+        f"-tr {trainer} -p {plans['plans_name']}{_device_option(started)} --c",
         "written": f"{datetime.now():%Y-%m-%d %H:%M}",
     }
     write_page(folder / PAGE, "trainers/run_page.html.j2", values)
@@ -140,10 +142,9 @@ def _where_runs_are(folder: Path) -> str:
     return "Give a folder like nnUNet_results/DATASET/TRAINER__PLANS__CONFIGURATION/fold_0."
 
 
-def _device_option(folder: Path) -> str:
-    """The option that the run was started with, by what nnU-Net writes down when a training starts."""
-    debug = folder / "debug.json"
-    device = str(read_json(debug, "").get("device", "cuda")) if debug.is_file() else "cuda"
+def _device_option(started: Mapping[str, Any]) -> str:
+    """The option that the run was started with."""
+    device = str(started.get("device", "cuda"))
     return "" if device.startswith("cuda") else f" -device {device}"
 
 

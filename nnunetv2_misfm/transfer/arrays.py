@@ -1,4 +1,6 @@
-"""The preprocessed data behind a fine-tuning plan: linked from nnU-Net's where the arrays are the same, else made anew.
+"""The preprocessed data behind a fine-tuning plan: linked from where the arrays are the same, else made anew.
+
+They are the same in nnU-Net's own folder, or in that of other plans of ours, such as those of the baseline.
 
 A record beside each data folder says which preprocessing its arrays come from, which files they are, and with which
 labels they were made (nnU-Net copies the label files that it preprocesses to `gt_segmentations`). It is written last,
@@ -27,6 +29,8 @@ from nnunetv2_misfm.files import json_or_nothing, locked, write_json
 from nnunetv2_misfm.plans.checks import configuration_3d
 from nnunetv2_misfm.plans.compare import preprocessing_key
 from nnunetv2_misfm.plans.files import nnunet_folder, read_dataset_json
+
+_RECORD = ".preprocessing.json"
 
 
 def provide_data(
@@ -70,17 +74,39 @@ def _provide(
     if same and (as_stock or not shared) and not corrected:
         return f"{folder} is up to date."
     record.unlink(missing_ok=True)
-    if shared:
-        _link_cases(stock, folder)
-        done = f"{folder} shares the arrays of {stock.name} (hard links, no further disk space)."
+    raw = nnunet_folder("nnUNet_raw") / dataset_folder.name
+    source = _with_the_same_arrays(folder, wanted, stock, raw, shared) or (stock if shared else None)
+    if source is not None:
+        linked = _link_cases(source, folder)
+        how = "hard links, no further disk space" if linked else "copied: another disk, or one without hard links"
+        done = f"{folder} shares the arrays of {source.name} ({how})."
     else:
-        raw = nnunet_folder("nnUNet_raw") / dataset_folder.name
         if not (raw / "dataset.json").is_file():
             raise PlanError(f"{folder} has to be preprocessed, but {raw} is not there. Put the raw dataset back.")
         _preprocess(folder, plans, configuration, num_processes)
         done = f"{folder} was preprocessed."
     write_json({"preprocessing": wanted, "files": listing(folder), "labels": label_files(dataset_folder)}, record)
     return done
+
+
+def _with_the_same_arrays(
+    folder: Path, wanted: Mapping[str, Any], stock: Path, raw: Path, as_stock: bool
+) -> Path | None:
+    """Another data folder of ours beside this one with the arrays that are wanted, or None.
+
+    If nnU-Net's own are to be shared, it holds those. Otherwise it was made after everything in the raw dataset and
+    in nnU-Net's own folder: images that were replaced leave no other trace.
+    """
+    made_from = [] if as_stock else [*(raw / "imagesTr").glob("*"), *(raw / "labelsTr").glob("*"), *stock.glob("*")]
+    newest = max((path.stat().st_mtime for path in made_from), default=0.0)
+    for record in sorted(folder.parent.glob(f"*{_RECORD}")):
+        other = record.with_name(record.name.removesuffix(_RECORD))
+        known, files = json_or_nothing(record), listing(other)
+        if other == folder or known.get("preprocessing") != wanted or known.get("files") != files:
+            continue
+        if files == listing(stock) if as_stock else record.stat().st_mtime > newest and not changed_labels(other):
+            return other
+    return None
 
 
 def _looks_complete(folder: Path, dataset_folder: Path) -> bool:
@@ -105,13 +131,17 @@ def _preprocess(folder: Path, plans: Mapping[str, Any], configuration: str, num_
             plans_file.unlink()
 
 
-def _link_cases(source: Path, target: Path) -> None:
+def _link_cases(source: Path, target: Path) -> bool:
+    """Whether all files could be linked; others were copied."""
+    linked = True
     with _made_whole(target) as temporary:
         for path in sorted(source.iterdir()):
             try:
                 os.link(path, temporary / path.name)
             except OSError:  # another file system, or one without hard links
                 shutil.copy2(path, temporary / path.name)
+                linked = False
+    return linked
 
 
 @contextmanager
@@ -145,7 +175,7 @@ def same_preprocessing(plans: Mapping[str, Any], base: Mapping[str, Any], config
 
 def record_of(folder: Path) -> Path:
     """The record of a data folder."""
-    return folder.with_name(f"{folder.name}.preprocessing.json")
+    return folder.with_name(f"{folder.name}{_RECORD}")
 
 
 def listing(folder: Path) -> dict[str, list[int]]:

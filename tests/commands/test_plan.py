@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
+import time
 from pathlib import Path
 
 import blosc2
@@ -390,6 +392,40 @@ def test_the_spacing_can_be_the_checkpoints_or_any(nnunet: Path, tmp_path: Path)
     plan_main(["-d", "4", "-spacing", "8", "1", "1", "-overwrite_plans_name", "Thick", "--no_pp"])
     anisotropic = plans(nnunet, "Thick")["configurations"]["3d_fullres"]
     assert anisotropic["architecture"]["arch_kwargs"]["strides"] == strides_of(2)
+
+
+def test_plans_with_the_same_preprocessing_share_its_arrays(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Such as those of the baseline; images that came later are in no arrays yet."""
+    words = ["-d", "4", "-spacing", "2", "2", "2", "-np", "1"]
+    plan_main([*words, "-overwrite_plans_name", "First"])
+    assert "First_3d_fullres was preprocessed" in capsys.readouterr().out
+    plan_main([*words, "-overwrite_plans_name", "Second", "-patch_size", "16", "16", "16"])
+    assert "Second_3d_fullres shares the arrays of First_3d_fullres (hard links" in capsys.readouterr().out
+    image = next((nnunet / "nnUNet_raw" / DATASET / "imagesTr").iterdir())
+    os.utime(image, (time.time() + 60, time.time() + 60))
+    plan_main([*words, "-overwrite_plans_name", "Third"])
+    assert "Third_3d_fullres was preprocessed" in capsys.readouterr().out
+    plan_main([*words[:2], "-spacing", "3", "3", "3", "-np", "1", "-overwrite_plans_name", "Other"])
+    assert "Other_3d_fullres was preprocessed" in capsys.readouterr().out
+
+
+def test_arrays_that_cannot_be_linked_are_called_copies(
+    nnunet: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second plans link those of the first, which are on their disk."""
+    link, plans_folder = os.link, nnunet / "nnUNet_preprocessed" / DATASET
+
+    def within_a_disk(source: Path, target: Path) -> None:
+        if Path(source).parent.name == "nnUNetPlans_3d_fullres":
+            raise OSError("another disk")
+        link(source, target)
+
+    monkeypatch.setattr("os.link", within_a_disk)
+    plan_main(["-d", "4", "-overwrite_plans_name", "First"])
+    assert "shares the arrays of nnUNetPlans_3d_fullres (copied: another disk" in capsys.readouterr().out
+    plan_main(["-d", "4", "-overwrite_plans_name", "Second"])
+    assert "shares the arrays of First_3d_fullres (hard links" in capsys.readouterr().out
+    assert next((plans_folder / "Second_3d_fullres").glob("*.b2nd")).stat().st_nlink == 2
 
 
 def test_changed_spacing_is_preprocessed_anew(nnunet: Path) -> None:

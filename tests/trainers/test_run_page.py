@@ -64,6 +64,12 @@ def test_a_finished_run_says_so(tmp_path: Path) -> None:
     assert "--c" not in text and "No process" not in text  # there is nothing to continue
 
 
+def test_a_trainer_of_ones_own_may_have_its_own_number_of_epochs(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, {"num_epochs": 1000}, 5)  # the task is that of fine-tuning if none is named
+    (folder / "debug.json").write_text(json.dumps({"num_epochs": "5"}), encoding="utf-8")
+    assert "Finished: all 5 epochs are done." in text_of(write_run_page(folder))
+
+
 def test_a_run_that_was_killed_does_not_look_alive(tmp_path: Path) -> None:
     folder = make_run(tmp_path, {"task": "volume_fusion", "num_epochs": 4}, 2)
     with training_lock(folder):

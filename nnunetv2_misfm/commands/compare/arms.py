@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
+SCRATCH, NNUNET = "scratch", "nnunet"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(_[A-Za-z0-9.-]+)*")
 Kind = Literal["pretrained", "scratch", "nnunet"]
 FIRST_TUNING_SEED = 1000  # so that learning rates are chosen with other labelled cases than are tested
 MEANINGS: dict[Kind, str] = {
@@ -69,6 +74,43 @@ class Run:
     def title(self) -> str:
         """The name of its plans and of its folder."""
         return f"{self.arm}_n{self.labelled}_seed{self.seed}_lr{self.rate:g}"
+
+
+def named_weights(given_weights: list[str]) -> tuple[dict[str, str], list[str]]:
+    """The checkpoint of each arm by the arm's name, from words like NAME=FILE, and what is wrong with them."""
+    from nnunetv2_misfm.transfer.hub import is_hub_name  # loads torch, which takes seconds
+
+    named: dict[str, str] = {}
+    problems = []
+    for word in given_weights:
+        name, equals, path = word.partition("=")
+        if not equals or is_hub_name(word) or Path(word).expanduser().is_file():
+            name, path = _name_of(word), word
+        if not is_hub_name(path):
+            path = os.path.abspath(Path(path).expanduser())
+            if not Path(path).is_file():
+                problems.append(f"-pretrained_weights {word}: there is no file {path}; give a checkpoint")
+        if not _NAME.fullmatch(name) or name == NNUNET or f"{name}_".startswith(f"{SCRATCH}_"):
+            problems.append(
+                f"-pretrained_weights {word}: {name!r} cannot name an arm; give NAME={path} with letters, digits, - "
+                f"and single _, other than {NNUNET} and {SCRATCH} (also with an _ after it)"
+            )
+        elif name in named:
+            problems.append(f"-pretrained_weights: two arms would be called {name!r}; give NAME=FILE for each")
+        named[name] = path
+    return named, problems
+
+
+def _name_of(path: str) -> str:
+    """The repository's or the file's name; for a checkpoint in a results folder of nnU-Net that of its dataset."""
+    from nnunetv2_misfm.transfer.hub import is_hub_name, repository_name
+
+    if is_hub_name(path):
+        return repository_name(path)
+    file = Path(os.path.abspath(Path(path).expanduser()))
+    if file.name.startswith("checkpoint_") and file.parent.name.startswith("fold_") and len(file.parts) > 4:
+        return file.parts[-4].partition("_")[2] or file.parts[-4]
+    return file.name.partition(".")[0]
 
 
 def tuning_runs(arms: Sequence[Arm], labelled: Sequence[int], seeds: int) -> list[Run]:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 from nnunetv2_misfm.commands.compare.options import CompareOptions, read_options
-from nnunetv2_misfm.commands.launch import best_device, check_device
+from nnunetv2_misfm.commands.launch import best_device, check_device, check_gpus
 from nnunetv2_misfm.cpu_threads import keep_cores_free
-from nnunetv2_misfm.errors import UserError, exit_with_message
+from nnunetv2_misfm.errors import PlanError, UserError, exit_with_message
 from nnunetv2_misfm.files import format_duration, locked
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def compare(options: CompareOptions, words: list[str]) -> None:
     keep_cores_free()
     os.environ.setdefault("MPLBACKEND", "Agg")
     workspace = Workspace(options.folder, options.dataset, options.configuration, options.plans)
-    cases = list(workspace.cases())
+    cases = list(workspace.cases)
     alike = scans_of_one_patient(cases) if options.patients is None else None
     if alike is not None:
         print(
@@ -56,6 +56,9 @@ def compare(options: CompareOptions, words: list[str]) -> None:
         print(split.describe())
         return
     check_device(options.device or best_device(), 1)
+    check_gpus(options.gpus)
+    if workspace.folder.is_file():
+        raise PlanError(f"-o {workspace.folder} is a file. Give a folder.")
     workspace.folder.mkdir(parents=True, exist_ok=True)
     with (
         locked(workspace.folder / ".lock", 0.0, "another misfm_compare works in this folder"),

@@ -101,17 +101,22 @@ def _colour(summary: Summary, arm: str) -> str:
     return COLOURS[[known.name for known in summary.arms].index(arm) % len(COLOURS)]
 
 
-def case_picture(image: Path, segmentations: Sequence[Path], reader: BaseReaderWriter) -> str:
+def case_picture(
+    image: Path, segmentations: Sequence[Path], reader: BaseReaderWriter, ignored: int | None = None
+) -> str:
     """The slice of a case with most of its truth, once for each segmentation, as the data URI of a PNG.
 
     Args:
         image: first channel of the case.
         segmentations: the truth first.
         reader: nnU-Net's of the dataset.
+        ignored: the label of voxels that nobody has annotated.
     """
     images, properties = reader.read_images([str(image)])
     voxels, (_, height, width) = images[0], properties["spacing"]
     labels = [reader.read_seg(str(path))[0][0] for path in segmentations]
+    for segmentation in labels:
+        segmentation[segmentation == ignored] = 0
     middle = int(np.argmax((labels[0] > 0).sum((1, 2))))
     low, high = np.percentile(voxels, (1, 99))
     figure = Figure(figsize=(2.6 * len(labels), 2.6), layout="constrained")

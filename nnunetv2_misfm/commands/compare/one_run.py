@@ -28,6 +28,7 @@ from nnunetv2_misfm.plans.files import FINAL, LATEST
 
 END_WITH_PARENT = "--end_with_parent"
 _CURVE, _STARTS, _ENDS = "mean_fg_dice", "epoch_start_timestamps", "epoch_end_timestamps"
+_MOST_SEEDS = 10_000  # of runs
 _MOST_EPOCHS_LOST = 20  # when a run of nnU-Net's own trainer is stopped
 _MADE_WITH = "made_with.json"
 _LARGEST_WITHOUT_ONEDNN = 20480  # values of a map of a single patch, in a plane for every channel
@@ -58,6 +59,8 @@ def perform(request: dict[str, Any]) -> None:
     """
     import torch
 
+    from nnunetv2_misfm.transfer.checkpoint import installed_versions
+
     began = time.time()
     device = torch.device(request["device"])
     # nnU-Net's pools of processes cost more on a CPU, where the network is the slow part, than they give.
@@ -85,6 +88,7 @@ def perform(request: dict[str, Any]) -> None:
         "seconds": round(max(trained - began, training["training_seconds"]) + time.time() - trained, 1),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "date": time.strftime("%Y-%m-%d"),
+        "versions": ", ".join(f"{name} {version}" for name, version in installed_versions().items()),
     }
     write_json(record, request["record"])
     if not request["keep_weights"] and not request["probe"]:
@@ -153,11 +157,12 @@ def _trainer(request: dict[str, Any], device: Any, continues: bool) -> Any:
         for name, value in request["stock"].items():
             setattr(trainer, name, value)
         trainer.save_every = min(_MOST_EPOCHS_LOST, max(1, trainer.num_epochs // 20))
-        seed = request["about"]["seed"]
+    maybe_load_checkpoint(trainer, continues, validation_only=False)
+    if request["trainer"] == "nnUNetTrainer":  # a run that goes on does not draw what its first epochs drew
+        seed = request["about"]["seed"] + _MOST_SEEDS * trainer.current_epoch
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
-    maybe_load_checkpoint(trainer, continues, validation_only=False)
     if not request["keep_weights"]:
         # Drawing progress.png takes a second or two of each epoch, and the results folder does not stay.
         trainer.logger.plot_progress_png = lambda folder: None

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_misfm.commands.compare.arms import FIRST_TUNING_SEED
+from nnunetv2_misfm.commands.compare.arms import FIRST_TUNING_SEED, named_weights
 from nnunetv2_misfm.commands.parser import CommandParser
 from nnunetv2_misfm.commands.plan import add_planning_options
 from nnunetv2_misfm.commands.setting_options import add_setting_options, flag_of, given
@@ -20,10 +19,9 @@ from nnunetv2_misfm.plans.run_settings import FinetuningSettings
 from nnunetv2_misfm.plans.settings import SettingsError, read_settings
 
 ALL = "all"
-SCRATCH, NNUNET = "scratch", "nnunet"
 NNUNET_LR = 1e-2  # nnUNetTrainer's
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(_[A-Za-z0-9.-]+)*")
 _OWN_OPTION = ("initial_lr", "seed")
+_OF_THE_TRANSFER = ("min_coverage", "encoder_only", "mix_input_channels")  # which decide on frozen features too
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def read_options(arguments: list[str] | None) -> CompareOptions:
         PlanError: with a line for each thing that is wrong.
     """
     options = _parser().parse_args(arguments)
-    weights, problems = _named_weights(options.pretrained_weights)
+    weights, problems = named_weights(options.pretrained_weights)
     problems += _contradictions(options, len(weights) + options.from_scratch + options.nnunet)
     problems += _problems(options)
     asked = {name: value for name, value in given(options, FinetuningSettings).items() if name not in _OWN_OPTION}
@@ -113,7 +111,7 @@ def read_options(arguments: list[str] | None) -> CompareOptions:
         settings=settings,
         planning=_planning_options(options),
         probe=options.probe,
-        device=options.device,
+        device="cuda" if options.gpus else options.device,
         gpus=tuple(options.gpus),
         jobs=options.jobs or max(1, len(options.gpus)),
         mirroring=not options.disable_tta,
@@ -121,43 +119,6 @@ def read_options(arguments: list[str] | None) -> CompareOptions:
         num_processes=options.np,
         dry_run=options.dry_run,
     )
-
-
-def _named_weights(given_weights: list[str]) -> tuple[dict[str, str], list[str]]:
-    """The checkpoint of each arm by the arm's name, and what is wrong with them."""
-    from nnunetv2_misfm.transfer.hub import is_hub_name  # loads torch, which takes seconds
-
-    named: dict[str, str] = {}
-    problems = []
-    for word in given_weights:
-        name, equals, path = word.partition("=")
-        if not equals or is_hub_name(word) or Path(word).expanduser().is_file():
-            name, path = _name_of(word), word
-        if not is_hub_name(path):
-            path = os.path.abspath(Path(path).expanduser())
-            if not Path(path).is_file():
-                problems.append(f"-pretrained_weights {word}: there is no file {path}; give a checkpoint")
-        if not _NAME.fullmatch(name) or name in (SCRATCH, NNUNET):
-            problems.append(
-                f"-pretrained_weights {word}: {name!r} cannot name an arm; give NAME={path} with letters, digits, - "
-                f"and single _, other than {SCRATCH} and {NNUNET}"
-            )
-        elif name in named:
-            problems.append(f"-pretrained_weights: two arms would be called {name!r}; give NAME=FILE for each")
-        named[name] = path
-    return named, problems
-
-
-def _name_of(path: str) -> str:
-    """The repository's or the file's name; for a checkpoint in a results folder of nnU-Net that of its dataset."""
-    from nnunetv2_misfm.transfer.hub import is_hub_name, repository_name
-
-    if is_hub_name(path):
-        return repository_name(path)
-    file = Path(os.path.abspath(Path(path).expanduser()))
-    if file.name.startswith("checkpoint_") and file.parent.name.startswith("fold_") and len(file.parts) > 4:
-        return file.parts[-4].partition("_")[2] or file.parts[-4]
-    return file.name.partition(".")[0]
 
 
 def _problems(options: argparse.Namespace) -> list[str]:
@@ -198,6 +159,8 @@ def _contradictions(options: argparse.Namespace, num_arms: int) -> Iterator[str]
     yield from _uneven_tuning(options)
     if options.own_schedules and options.schedule is not None:
         yield f"-schedule {options.schedule} is one for all arms, --own_schedules is not; leave one of them out"
+    if options.schedule == "decoder_only" and options.from_scratch:
+        yield "-schedule decoder_only keeps the encoder of --from_scratch random; leave one of them out"
     if options.probe and options.nnunet:
         yield "--probe scores pretrained features, which --nnunet has none of; leave one of them out"
     if options.probe and (in_vain := list(_without_effect_on_a_probe(options))):
@@ -215,7 +178,7 @@ def _without_effect_on_a_probe(options: argparse.Namespace) -> Iterator[str]:
     for name in ("initial_lr", "own_schedules", "keep_weights"):
         if getattr(options, name):
             yield f"{'-' if name == 'initial_lr' else '--'}{name}"
-    settings = (name for name in given(options, FinetuningSettings) if name not in _OWN_OPTION)
+    settings = (name for name in given(options, FinetuningSettings) if name not in (*_OWN_OPTION, *_OF_THE_TRANSFER))
     yield from (flag_of(FinetuningSettings, name) for name in settings)
 
 
@@ -378,7 +341,11 @@ def _add_place_and_plans(parser: argparse.ArgumentParser) -> None:
         help="where to train (default: cuda if there is a usable GPU, otherwise cpu)",
     )
     where.add_argument(
-        "-gpus", nargs="+", default=[], metavar="ID", help="GPUs on which runs take turns (default: the first)"
+        "-gpus",
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="GPUs that runs take turns on, counted from 0 (default: the first)",
     )
     where.add_argument(
         "-jobs", type=int, metavar="N", help="how many runs train at once (default: one on each of -gpus, otherwise 1)"

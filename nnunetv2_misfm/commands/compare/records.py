@@ -25,7 +25,7 @@ class RunRecord(BaseModel):
         last_epoch_seconds: for one epoch, when caches are warm.
         weights_sha256: of a pretrained arm's checkpoint.
         plans_sha256: of the arm's plans, but for their names and weights.
-        device, date: where and when.
+        device, date, versions: where, when, and of which packages; earlier records lack the last.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -46,6 +46,7 @@ class RunRecord(BaseModel):
     plans_sha256: str | None = None
     device: str = ""
     date: str = ""
+    versions: str = ""
 
     @property
     def label_dice(self) -> dict[str, float]:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.commands.compare import figures
-from nnunetv2_misfm.commands.compare.arms import MEANINGS, Arm, Run
-from nnunetv2_misfm.commands.compare.options import NNUNET
+from nnunetv2_misfm.commands.compare.arms import MEANINGS, NNUNET, Arm, Run
 from nnunetv2_misfm.commands.compare.page import CasePicture, Page, Section, write_page
 from nnunetv2_misfm.commands.compare.records import RunRecord, write_csv
 from nnunetv2_misfm.commands.compare.study import Study
 from nnunetv2_misfm.commands.compare.summary import Summary, summarise
 from nnunetv2_misfm.files import write_json
+from nnunetv2_misfm.plans.checks import INTENSITIES
+from nnunetv2_misfm.plans.normalisation import SCHEMES
 from nnunetv2_misfm.plans.run_settings import BLOCK
 from nnunetv2_misfm.transfer.checkpoint import installed_versions
 
@@ -76,7 +77,8 @@ def _terms(study: Study, records: Collection[RunRecord]) -> Iterator[tuple[str, 
     )
     yield (
         "test",
-        f"{len(split.test)} {what}, the same in every seed; they were in nnU-Net's fingerprint, without labels",
+        f"{len(split.test)} {what}, the same in every seed; they were in nnU-Net's fingerprint, which takes "
+        "intensities within their labels",
     )
     if options.probe:
         yield "score", "a linear classifier of voxels on frozen features; nothing is fine-tuned"
@@ -93,7 +95,8 @@ def _terms(study: Study, records: Collection[RunRecord]) -> Iterator[tuple[str, 
     yield "prediction", f"nnU-Net's, {'with' if options.mirroring and not options.probe else 'without'} mirroring"
     devices = sorted({record.device for record in records})
     yield "device", ", ".join(devices) or "none yet"
-    yield "versions", ", ".join(f"{name} {version}" for name, version in installed_versions().items())
+    now = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
+    yield "versions", "; ".join(sorted({record.versions or now for record in records} or {now}))
 
 
 def _differing(study: Study) -> Iterator[str]:
@@ -104,9 +107,20 @@ def _differing(study: Study) -> Iterator[str]:
         network = entry["architecture"]["network_class_name"].rpartition(".")[2]
         weights = f" ({arm.weights})" if arm.weights else ""
         yield (
-            f"{arm.name}: {MEANINGS[arm.kind]}{weights}; {network}, patch {entry['patch_size']}"
+            f"{arm.name}: {MEANINGS[arm.kind]}{weights}; {network}, patch {entry['patch_size']}, spacing "
+            f"{' x '.join(f'{mm:.3g}' for mm in entry['spacing'])} mm{_window(plans, entry)}"
             f"{_trained_with(study, arm, plans)}."
         )
+        for note in study.notes.get(arm.plans, ()):
+            yield f"{arm.name}: {note}"
+
+
+def _window(plans: Mapping[str, Any], entry: Mapping[str, Any]) -> str:
+    """The intensities that CT is clipped to; nothing for other normalisations."""
+    if entry["normalization_schemes"][0] != SCHEMES["ct"]:
+        return ""
+    first = plans[INTENSITIES]["0"]
+    return f", CT from {first['percentile_00_5']:g} to {first['percentile_99_5']:g} HU"
 
 
 def _trained_with(study: Study, arm: Arm, plans: Mapping[str, Any]) -> str:
@@ -139,5 +153,5 @@ def _pictures(study: Study, summary: Summary, chosen: Mapping[tuple[str, int], f
             shown[arm] = study.workspace.run_folder(run) / "predictions" / f"{case}{study.file_ending}"
         if not all(path.is_file() for path in [Path(images[0]), *shown.values()]):
             continue  # predictions that were removed since
-        picture = figures.case_picture(Path(images[0]), list(shown.values()), reader)
+        picture = figures.case_picture(Path(images[0]), list(shown.values()), reader, study.ignored)
         yield CasePicture(case, summary.cases[case].gain, tuple(shown), picture)

@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nnunetv2_misfm.commands.compare.one_run import END_WITH_PARENT
+from nnunetv2_misfm.commands.launch import name_of_gpu
 from nnunetv2_misfm.cpu_threads import usable_cores
 from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.progress import progress_bar
@@ -41,7 +42,7 @@ class Runner:
 
     Args:
         device: "cuda", "cpu" or "mps".
-        gpus: IDs that the runs take turns on; none for what the environment shows.
+        gpus: numbers of those that the runs take turns on; none for what the environment shows.
         jobs: how many runs at once.
     """
 
@@ -122,7 +123,7 @@ class Runner:
         """What the processes of runs get: this one's, with a fair share of a CPU's cores and one GPU."""
         environment = {**os.environ, "MPLBACKEND": "Agg", "PYTHONUNBUFFERED": "1"}
         if place is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = place
+            environment["CUDA_VISIBLE_DEVICES"] = name_of_gpu(place)
         if self.device == "cpu":
             environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // self.jobs)))
             # In the run's own process its seed reaches nnU-Net's augmentation, and nothing waits for workers.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +16,8 @@ from zlib import crc32
 
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunetv2_misfm.commands.compare.arms import Arm, Run, choose_rates, test_runs, tuning_runs
-from nnunetv2_misfm.commands.compare.options import NNUNET, SCRATCH, CompareOptions
+from nnunetv2_misfm.commands.compare.arms import NNUNET, SCRATCH, Arm, Run, choose_rates, test_runs, tuning_runs
+from nnunetv2_misfm.commands.compare.options import CompareOptions
 from nnunetv2_misfm.commands.compare.records import RunRecord, read_record
 from nnunetv2_misfm.commands.compare.runner import Failure, Runner
 from nnunetv2_misfm.commands.compare.splits import Split, split_cases
@@ -47,15 +49,19 @@ class Study:
         self.options = options
         self.workspace = workspace
         self.settings = read_settings(FinetuningSettings, options.settings, "The settings of the runs")
-        self.cases = workspace.cases()
+        self.cases = workspace.cases
         self.split: Split = split_cases(list(self.cases), options.patients, options.num_test, options.num_validation)
         dataset_json = read_json(workspace.raw / "dataset.json", "Put the raw dataset back.")
         self.file_ending = dataset_json["file_ending"]
-        if options.probe and LabelManager(dataset_json["labels"], dataset_json.get("regions_class_order")).has_regions:
+        labels = LabelManager(dataset_json["labels"], dataset_json.get("regions_class_order"))
+        self.ignored: int | None = labels.ignore_label
+        if options.probe and labels.has_regions:
             raise PlanError(f"{workspace.dataset} has regions, which --probe cannot score. Leave --probe out.")
         self.labelled = self.split.numbers(options.labelled)
         self._terms = self._checked_terms()
         self.arms: list[Arm] = []
+        self.notes: dict[str, list[str]] = {}
+        """What misfm_plan noted about the plans of each arm, by their name."""
 
     def _checked_terms(self) -> dict[str, Any]:
         """What all runs of the folder have in common; those that are there already must have it too."""
@@ -92,10 +98,24 @@ class Study:
         return terms
 
     def _checksum_of_labels(self) -> str:
-        """Of all label files: runs that were tested with other labels are not to be compared."""
-        checksum = 0
+        """Of all label files: runs that were tested with other labels are not to be compared.
+
+        Raises:
+            PlanError: if they are not those that nnU-Net has preprocessed, with which the runs would train.
+        """
+        checksum, corrected = 0, []
         for _, label in self.cases.values():
-            checksum = crc32(Path(label).read_bytes(), checksum)
+            content, trained_with = Path(label).read_bytes(), self.workspace.trained_with(label)
+            checksum = crc32(content, checksum)
+            if trained_with.is_file() and trained_with.read_bytes() != content:
+                corrected.append(label)
+        if corrected:
+            more = f" and {len(corrected) - 1} more" if len(corrected) > 1 else ""
+            raise PlanError(
+                f"{corrected[0]}{more}: nnU-Net has preprocessed other labels, which the runs would train with. "
+                f"Preprocess the dataset again: nnUNetv2_preprocess -d {self.workspace.dataset} -plans_name "
+                f"{self.options.plans} -c {self.options.configuration}"
+            )
         return f"{checksum:08x}"
 
     # ---------------------------------------------------------------- plans
@@ -107,6 +127,9 @@ class Study:
             UserError: for what misfm_plan refuses.
         """
         options = self.options
+        stock = [Arm(NNUNET, "nnunet", options.nnunet_rates)] if options.nnunet else []
+        for arm in stock:
+            self._stock_plans(arm)
         arms: list[Arm] = []
         baselines: dict[str, Arm] = {}
         for name, weights in options.weights.items():
@@ -125,9 +148,6 @@ class Study:
         if options.scratch and not scratch:
             scratch = [Arm(SCRATCH, "scratch", options.rates)]
             self._misfm_plan(scratch[0].plans, "--from_scratch")
-        stock = [Arm(NNUNET, "nnunet", options.nnunet_rates)] if options.nnunet else []
-        for arm in stock:
-            self._stock_plans(arm)
         self.arms = [*arms, *scratch, *stock]
 
     def _without_names(self, arm: Arm) -> str:
@@ -139,24 +159,34 @@ class Study:
         return json.dumps(plans, sort_keys=True)
 
     def _misfm_plan(self, plans_name: str, *words: str) -> None:
-        """misfm_plan, whose remarks go to a log: what it says of training commands is not for these runs."""
+        """misfm_plan, whose notes go to the page, and all it says to a log: its commands are not for these runs."""
         from nnunetv2_misfm.commands.plan import plan_main
 
         settings = [word for name, value in self.options.settings.items() for word in _as_option(name, value)]
-        with (
-            open(self.workspace.folder / "planning.log", "a", encoding="utf-8") as log,
-            contextlib.redirect_stdout(log),
-        ):
-            plan_main(
-                ["-d", self.workspace.dataset, "-c", self.workspace.configuration, "-p", self.options.plans]
-                + ["-overwrite_plans_name", plans_name, "-np", str(self.options.num_processes), *words]
-                + [*settings, *self.options.planning]
-            )
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(said):
+                plan_main(
+                    ["-d", self.workspace.dataset, "-c", self.workspace.configuration, "-p", self.options.plans]
+                    + ["-overwrite_plans_name", plans_name, "-np", str(self.options.num_processes), *words]
+                    + [*settings, *self.options.planning]
+                )
+        finally:
+            with open(self.workspace.folder / "planning.log", "a", encoding="utf-8") as log:
+                log.write(said.getvalue())
+        lines = said.getvalue().splitlines()
+        self.notes[plans_name] = [line.removeprefix("Note: ") for line in lines if line.startswith("Note: ")]
 
     def _stock_plans(self, arm: Arm) -> None:
         """nnU-Net's plans, with the batch size of the other arms if it was given."""
         base, name, words = self.workspace.base, self.workspace.configuration, self.options.planning
         entry = configuration_3d(base, name)
+        arrays = self.workspace.users_preprocessed / entry["data_identifier"]
+        if not arrays.is_dir():
+            raise PlanError(
+                f"{arrays}, which --{NNUNET} trains with, is not there. Preprocess the dataset: nnUNetv2_preprocess -d "
+                f"{self.workspace.dataset} -plans_name {self.options.plans} -c {name}"
+            )
         if "-batch_size" in words:
             entry["batch_size"] = int(words[words.index("-batch_size") + 1])
         plans = base | {"plans_name": arm.plans, "configurations": {**base["configurations"], name: entry}}
@@ -235,11 +265,15 @@ class Study:
             record = self.record(run)
             if record is None:
                 waiting.append(run)
-            elif self._differs(record):
+                continue
+            if not (self.options.keep_weights or self.options.probe):  # of a run that was killed when it had done all
+                shutil.rmtree(self.workspace.results(self.arm(run.arm), run), ignore_errors=True)
+            if self._differs(record):
                 raise UserError(
                     f"{self.workspace.run_folder(run)} was made with other weights, another network or plans. Remove "
                     f"that folder to do it again, give another folder with -o, or give a pretrained arm another name "
-                    f"(-pretrained_weights NAME=FILE)."
+                    f"(-pretrained_weights NAME=FILE). If it is the baseline of other weights now ({SCRATCH} "
+                    f"is that of the first), give the checkpoints that are new last."
                 )
         folds = [self.fold(run) for run in waiting]
         numbers = self.workspace.write_folds(folds)

@@ -111,11 +111,12 @@ def _row(arm: str, labelled: int, by_seed: Mapping[int, RunRecord]) -> dict[str,
     """What an arm reached and took with one number of labelled cases: Dice in points, and hours of all seeds."""
     runs = list(by_seed.values())
     dice = {seed: run.score for seed, run in sorted(by_seed.items())}
+    there = [value for value in dice.values() if not math.isnan(value)]
     return {
         "arm": arm,
         "labelled": labelled,
         "dice": mean(dice.values()),
-        "spread": stdev(dice.values()) if len(dice) > 1 else None,
+        "spread": stdev(there) if len(there) > 1 else None,
         "dice_by_seed": dice,
         "dice_by_label": {label: mean(run.label_dice[label] for run in runs) for label in runs[0].label_dice},
         "learning_rates": sorted({run.rate for run in runs}),

@@ -102,7 +102,7 @@ def _nothing_shown(nearest: Comparison, comparisons: int) -> str:
 
 def _hardly_learnt(runs: Runs) -> Iterator[str]:
     """A sentence for each arm whose differences from others say that it is not done, and little else."""
-    dice = {of: mean(scores(runs, *of).values()) for of in runs}
+    dice = {of: value for of in runs if not math.isnan(value := mean(scores(runs, *of).values()))}
     for (arm, labelled), reached in dice.items():
         if reached < _HARDLY * max(value for (_, number), value in dice.items() if number == labelled):
             yield (

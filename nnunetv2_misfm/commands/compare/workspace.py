@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from nnunetv2_misfm.plans.checks import configuration_3d
 from nnunetv2_misfm.plans.files import foreground_labels, nnunet_folder, preprocessed_dataset, read_plans
 from nnunetv2_misfm.plans.run_settings import BLOCK
 
+_NAMED = 5  # of files that are missing
 _VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 
 
@@ -40,7 +42,8 @@ class Workspace:
         self.dataset = self.users_preprocessed.name
         self.users_raw = nnunet_folder("nnUNet_raw") / self.dataset
         self.configuration = configuration
-        self.base = read_plans(self.users_preprocessed, plans, [configuration])
+        # A copy of a plans file may still have the name of the first in it.
+        self.base = read_plans(self.users_preprocessed, plans, [configuration]) | {"plans_name": plans}
         if configuration_3d(self.base, configuration).get("previous_stage") is not None:
             raise PlanError(f"-c {configuration} needs predictions of another stage. Compare 3d_fullres or 3d_lowres.")
         if not (self.users_raw / "dataset.json").is_file():
@@ -70,12 +73,24 @@ class Workspace:
             shutil.copyfile(self.users_preprocessed / name, self.preprocessed / name)
         write_json(self.base, self.preprocessed / f"{self.base['plans_name']}.json")
 
+    @cached_property
     def cases(self) -> dict[str, tuple[list[str], str]]:
-        """The image files and the label file of each case."""
+        """The image files and the label file of each case. Raises PlanError if some are not there."""
         from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
         found = get_filenames_of_train_images_and_targets(str(self.users_raw))
-        return {case: (list(files["images"]), str(files["label"])) for case, files in found.items()}
+        cases = {case: (list(files["images"]), str(files["label"])) for case, files in found.items()}
+        missing = [file for images, label in cases.values() for file in (*images, label) if not Path(file).is_file()]
+        if missing:
+            raise PlanError(
+                f"{len(missing)} files of {self.users_raw} are not there: {', '.join(missing[:_NAMED])}"
+                f"{' ...' if len(missing) > _NAMED else ''}. Put them back, or take their cases out of the dataset."
+            )
+        return cases
+
+    def trained_with(self, label: str) -> Path:
+        """The copy of a label file that nnU-Net has preprocessed."""
+        return self.users_preprocessed / "gt_segmentations" / Path(label).name
 
     def labels(self) -> dict[str, int | list[int]]:
         """The foreground labels or regions by name, in the order of nnU-Net's scores."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nnunetv2_misfm.commands.compare.options import read_options
+from nnunetv2_misfm.commands.launch import check_gpus, name_of_gpu
 from nnunetv2_misfm.errors import PlanError
 
 
@@ -50,6 +51,36 @@ def test_options_without_effect_are_refused(checkpoint: Path) -> None:
         read_options([*words, "-gpus", "0", "1", "-jobs", "1"])
     with pytest.raises(PlanError, match="draws from 1000 on choose learning rates"):
         read_options([*words, "-first_seed", "998", "-seeds", "3"])
+
+
+def test_a_probe_takes_what_decides_which_weights_are_loaded(checkpoint: Path) -> None:
+    words = ["-d", "4", "-pretrained_weights", str(checkpoint), "--from_scratch", "--probe"]
+    options = read_options([*words, "-min_coverage", "0.5", "--encoder_only"])
+    assert options.settings == {"schedule": "poly", "min_coverage": 0.5, "encoder_only": True}
+
+
+@pytest.mark.parametrize("name", ["scratch", "scratch_b", "nnunet"])
+def test_an_arm_is_not_called_like_a_baseline(checkpoint: Path, name: str) -> None:
+    with pytest.raises(PlanError, match=f"'{name}' cannot name an arm"):
+        read_options(["-d", "4", "-pretrained_weights", f"{name}={checkpoint}", "--from_scratch"])
+
+
+def test_an_encoder_that_never_trains_needs_weights(checkpoint: Path) -> None:
+    with pytest.raises(PlanError, match="-schedule decoder_only keeps the encoder of --from_scratch random"):
+        words = ["-d", "4", "-pretrained_weights", str(checkpoint), "--from_scratch"]
+        read_options([*words, "-schedule", "decoder_only"])
+
+
+def test_gpus_are_counted_among_those_that_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nnunetv2_misfm.commands.launch.usable_gpus", lambda: 2)
+    check_gpus(["0", "1"])
+    with pytest.raises(PlanError, match="-gpus 7 GPU-1: there are 2 usable GPUs here, which are counted from 0"):
+        check_gpus(["0", "7", "GPU-1"])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert name_of_gpu("1") == "1"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    assert name_of_gpu("1") == "5"
+    assert read_options(["-d", "4", "--from_scratch", "--nnunet", "-gpus", "0"]).device == "cuda"
 
 
 def test_options_are_not_abbreviated(capsys: pytest.CaptureFixture[str]) -> None:

@@ -209,7 +209,7 @@ def test_a_dry_run_says_that_names_look_like_scans_of_one_patient(
     nnunet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     names = [f"patient{number}_{frame}" for number in range(1, 7) for frame in ("end", "start")]
-    monkeypatch.setattr(Workspace, "cases", lambda _: dict.fromkeys(names))
+    monkeypatch.setattr(Workspace, "cases", dict.fromkeys(names))
     words = ["-d", "4", "-o", str(tmp_path / "dry"), "--dry_run"]
     compare(read_options(words), words)
     assert "patient1_end and patient1_start look like scans of one patient" in capsys.readouterr().out
@@ -376,8 +376,74 @@ def test_runs_that_were_tested_with_other_labels_are_not_taken_over(
     label.touch()
     assert study(tmp_path, nnunet, monkeypatch).left() == []
     label.write_bytes(label.read_bytes() + b" ")
+    preprocessed = nnunet / "nnUNet_preprocessed" / NAME / "gt_segmentations" / label.name
+    with pytest.raises(PlanError, match=f"{label.name}: nnU-Net has preprocessed other labels.*nnUNetv2_preprocess -d"):
+        study(tmp_path, nnunet, monkeypatch)
+    preprocessed.write_bytes(label.read_bytes())  # as nnU-Net does then
     with pytest.raises(PlanError, match="label_files was .*a dataset with other cases or labels needs one"):
         study(tmp_path, nnunet, monkeypatch)
+
+
+def test_the_page_says_in_what_arms_differ_and_what_misfm_plan_noted(
+    tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = study(tmp_path, nnunet, monkeypatch, "-seeds", "1", "-spacing", "2", "2", "2")
+    _, chosen = made.perform(FakeRunner())  # type: ignore[arg-type]
+    monkeypatch.setattr("nnunetv2_misfm.commands.compare.results._pictures", lambda *_: ())  # nothing was predicted
+    page = write_results(made, chosen, []).path.read_text(encoding="utf-8")
+    assert "spacing 2 x 2 x 2 mm" in page and "scratch: 3d_fullres: spacing [" in page
+    assert "nnunet: nnU-Net&#39;s own trainer" in page and "spacing 1 x 1 x 1 mm" in page
+    assert "which takes intensities within their labels" in page and "iterations are few" not in page
+
+
+def test_a_run_that_found_none_of_the_labels_does_not_keep_the_page_from_being_written(
+    tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = study(tmp_path, nnunet, monkeypatch, "-seeds", "3")
+    _, chosen = made.perform(FakeRunner())  # type: ignore[arg-type]
+    path = made.workspace.run_folder(made.tested(chosen)[0]) / "record.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    record["dice"] = {case: {"inner": None} for case in record["dice"]}
+    path.write_text(json.dumps(record), encoding="utf-8")
+    monkeypatch.setattr("nnunetv2_misfm.commands.compare.results._pictures", lambda *_: ())  # nothing was predicted
+    assert write_results(made, chosen, []).path.is_file()
+
+
+def test_what_is_missing_is_told_before_anything_is_made(
+    tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preprocessed = nnunet / "nnUNet_preprocessed" / NAME
+    arrays = preprocessed / "nnUNetPlans_3d_fullres"
+    arrays.rename(preprocessed / "elsewhere")
+    with pytest.raises(PlanError, match=r"which --nnunet trains with, is not there.*nnUNetv2_preprocess -d"):
+        study(tmp_path, nnunet, monkeypatch)
+    (preprocessed / "elsewhere").rename(arrays)
+    for label in (nnunet / "nnUNet_raw" / NAME / "labelsTr").iterdir():
+        label.rename(label.with_name(f"_{label.name}"))
+    with pytest.raises(PlanError, match=r"\d files of .* are not there: .*labelsTr"):
+        study(tmp_path, nnunet, monkeypatch)
+
+
+def test_a_copy_of_a_plans_file_goes_by_the_name_of_the_file(
+    tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = nnunet / "nnUNet_preprocessed" / NAME
+    (folder / "MyPlans.json").write_bytes((folder / "nnUNetPlans.json").read_bytes())
+    assert study(tmp_path, nnunet, monkeypatch, "-p", "MyPlans").left()
+
+
+def test_the_weights_of_a_run_that_was_killed_when_it_was_done_are_deleted(
+    tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = study(tmp_path, nnunet, monkeypatch, "-seeds", "1")
+    _, chosen = made.perform(FakeRunner())  # type: ignore[arg-type]
+    run = made.tested(chosen)[0]
+    results = made.workspace.results(made.arm(run.arm), run)
+    results.mkdir(parents=True)
+    study(tmp_path, nnunet, monkeypatch, "-seeds", "1", "--keep_weights").perform(FakeRunner())  # type: ignore[arg-type]
+    assert results.is_dir()
+    study(tmp_path, nnunet, monkeypatch, "-seeds", "1").perform(FakeRunner())  # type: ignore[arg-type]
+    assert not results.exists()
 
 
 @pytest.mark.parametrize("size", [0, 100])
