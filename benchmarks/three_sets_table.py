@@ -32,9 +32,8 @@ TITLES = {
     "atrium-2.5mm": "Left atrium at 2.5 mm",
     "heart-3mm": "ACDC at 3 mm",
 }
-TICKS = (-20, -5, -2, 0, 2, 5, 20)  # of the figure
-# What the figure calls the pools, and their markers.
-POOLS = {"common": ("all sets", "o"), "own": ("own set", "s"), "own_long": ("own set, longer", "D")}
+# What the figure calls the pools.
+POOLS = {"common": "images of all sets", "own": "own images", "own_long": "own images, longer"}
 
 
 def main() -> None:
@@ -164,51 +163,53 @@ def fine_tuned(found: Sequence[Result]) -> list[str]:
 
 
 def draw_differences(results: Sequence[Result], path: Path) -> None:
-    """All differences to scratch with their intervals, on a scale that is linear up to 5 points."""
-    rows = sorted(rows_of_differences(results).items())
-    shown = [arm for _, arms in rows for arm in arms]
-    colours = {task: f"C{number}" for number, task in enumerate(sorted({task for task, _, _ in shown}))}
-    figure, axis = plt.subplots(figsize=(8, 2 + 0.16 * len(shown) + 0.16 * len(rows)), layout="constrained")
-    axis.axvline(0, color="black", linewidth=1)
-    middles, y = [], 0
-    for _, arms in rows:
-        middles.append(y + (len(arms) - 1) / 2)
-        for task, pool, one in arms:
-            axis.plot((one["low"], one["high"]), (y, y), color=colours[task], linewidth=2, alpha=0.6)
-            axis.plot(one["difference"], y, POOLS[pool][1], color=colours[task], markersize=5)
-            y += 1
-        y += 1  # a gap
-    for task, colour in colours.items():
-        axis.plot([], [], "-", color=colour, linewidth=3, label=task)
-    for pool in sorted({pool for _, pool, _ in shown}):
-        axis.plot([], [], POOLS[pool][1], color="grey", label=POOLS[pool][0])
-    labels = [
-        f"{name}, {labelled} labelled, {iterations:,} iterations\n{NETWORKS[network].short}{schedule}"
-        for (name, network, labelled, iterations, schedule), _ in rows
-    ]
-    axis.set_yticks(middles, labels, fontsize="small")
-    axis.set_xscale("symlog", linthresh=5)
-    axis.set_xticks(TICKS, [f"{tick:+d}" if tick else "0" for tick in TICKS])
-    axis.set_xlabel("Dice minus scratch, 95 % interval, in points (compressed beyond 5)")
-    axis.invert_yaxis()
-    axis.grid(axis="x", alpha=0.3)
-    figure.legend(fontsize="small", loc="outside lower center", ncols=4)
+    """Differences to scratch with their intervals: a panel for each set, a row for each task and pool.
+
+    Of runs with the schedules of misfm_plan and the first network alone; the table has all.
+    """
+    shown = [of for of in results if of.own_schedules and of.network == next(iter(NETWORKS)) and not of.short_epochs]
+    sets = sorted({of.set for of in shown}, key=lambda name: TITLES[name])
+    rows = list(dict.fromkeys(arm for of in shown for arm in map(task_and_pool, of.differences())))
+    rows.sort(key=lambda arm: (arm[0], list(POOLS).index(arm[1])))
+    figure, axes = plt.subplots(
+        1,
+        len(sets),
+        figsize=(4 + 2.6 * len(sets), 1.8 + 0.45 * len(rows)),
+        sharex=True,
+        sharey=True,
+        layout="constrained",
+    )
+    for axis, name in zip(np.atleast_1d(axes), sets, strict=True):
+        of_set = [
+            (of, labelled)
+            for of in sorted((of for of in shown if of.set == name), key=lambda of: (of.iterations, of.fresh))
+            for labelled in sorted({one["labelled"] for one in of.differences()})
+        ]
+        axis.axvline(0, color="black", linewidth=1)
+        for number, (of, labelled) in enumerate(of_set):
+            colour = plt.get_cmap("viridis_r")((number + 1) / len(of_set))
+            # Lines of one row lie below each other, as in the legend.
+            below = 0.7 * ((number + 0.5) / len(of_set) - 0.5)
+            title = f"{of.iterations:,} iterations, {labelled} labelled{', fresh draws' if of.fresh else ''}"
+            for one in of.differences():
+                if one["labelled"] == labelled and one["low"] is not None:
+                    y = rows.index(task_and_pool(one)) + below
+                    axis.plot((one["low"], one["high"]), (y, y), color=colour, linewidth=2, alpha=0.6)
+                    axis.plot(one["difference"], y, "o", color=colour, markersize=5)
+            axis.plot([], [], "o-", color=colour, label=title)
+        axis.set_title(TITLES[name], fontsize="medium")
+        axis.set_xlabel("points of Dice more than from scratch")
+        axis.set_yticks(range(len(rows)), [f"{task}, {POOLS[pool]}" for task, pool in rows])
+        axis.grid(axis="x", alpha=0.3)
+        axis.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
+    axes[0].invert_yaxis()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def rows_of_differences(results: Sequence[Result]) -> dict[tuple, list[tuple[str, str, dict]]]:
-    """Task, pool and difference of each arm that has an interval, by what all arms of a row have in common."""
-    rows: dict[tuple, list[tuple[str, str, dict]]] = {}
-    for of in results:
-        schedule = (f", sawtooth{of.short_epochs}" if of.own_schedules else "") + of.fresh
-        for one in of.differences():
-            if one["low"] is not None:
-                row = (TITLES[of.set], of.network, one["labelled"], of.iterations, schedule)
-                pool = next(pool for pool in POOLS if one["arm"].endswith(f"_{pool}"))
-                task = one["arm"].removesuffix(f"_{pool}").replace("_", " ")
-                rows.setdefault(row, []).append((task, pool, one))
-    return {row: sorted(arms, key=lambda arm: arm[:2]) for row, arms in rows.items()}
+def task_and_pool(difference: dict) -> tuple[str, str]:
+    pool = next(pool for pool in POOLS if difference["arm"].endswith(f"_{pool}"))
+    return difference["arm"].removesuffix(f"_{pool}").replace("_", " "), pool
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
