@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.files import is_training, read_json, training_lock
+from nnunetv2_misfm.files import is_training, locked, read_json, training_lock
 from nnunetv2_misfm.plans.compare import what_a_run_must_keep
 from nnunetv2_misfm.plans.files import FINAL, nnunet_folder
 from nnunetv2_misfm.plans.run_settings import BLOCK
@@ -44,7 +45,9 @@ class EarlierRun:
             PlanError: if there is a run, unless that may be.
         """
         self.check_free()
-        self.settle()
+        if self._aside.is_dir():
+            with self._claimed():
+                self._settle()
         if may_exist or not self.exists:
             return
         finished = (self.folder / FINAL).is_file()
@@ -85,17 +88,29 @@ class EarlierRun:
             with training_lock(self.folder):
                 pass
 
-    def put_aside(self) -> None:
-        """Make room for a new run, see `settle`. Raises LockedError if another process trains there."""
-        self.check_free()
-        if self.folder.is_dir():
-            self.folder.rename(self._aside)
+    @contextmanager
+    def put_aside(self) -> Iterator[None]:
+        """Make room for a new run, until it ends: then what was here is deleted, or comes back if nothing was saved.
 
-    def settle(self) -> None:
-        """When the new run has ended: delete what was put aside, or put it back if nothing was saved in its place.
-
-        Nothing happens while another process trains there.
+        Raises:
+            LockedError: if another process trains there, or makes room for a run.
         """
+        self.check_free()
+        if not self.folder.is_dir():
+            yield
+            return
+        with self._claimed():
+            self._settle()  # another command may have been killed since `check_ready`
+            self.folder.rename(self._aside)
+            try:
+                yield
+            finally:
+                self._settle()
+
+    def _claimed(self) -> AbstractContextManager[None]:
+        return locked(self.folder.with_name(f".{self.folder.name}.lock"), 0.0, "another process replaces this run")
+
+    def _settle(self) -> None:
         if not self._aside.is_dir() or is_training(self.folder):
             return
         if self.exists:

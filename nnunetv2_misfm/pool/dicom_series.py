@@ -73,11 +73,12 @@ def sort_series(headers: Sequence[Header]) -> tuple[list[Series], list[tuple[str
         together, problem, pieces = None, "", []
         if len(groups) > 1 and _is_one_series(slices := _without_copies(whole)):
             complete = [group for group in groups if len(_without_copies(group)) == len(slices)]
-            if complete:
+            usable = [group for group in complete if _try(group, 1)[0] is not None]
+            if usable:
                 pieces = [group for group in groups if group not in complete]
-                reason = f"a part of a DICOM series that is whole in {_source(complete[0], 1)}"
+                reason = f"a part of a DICOM series that is whole in {_source(usable[0], 1)}"
                 left_out += [(_source(group, 1), reason, group[0]) for group in pieces]
-            else:
+            elif not complete:
                 together, problem = _try(whole, len(groups))
         if together is not None:
             series.append(together)

@@ -22,7 +22,7 @@ from nnunetv2_misfm.files import disk_is_full, locked, read_json, written_whole
 from nnunetv2_misfm.plans.files import nnunet_folder
 from nnunetv2_misfm.pool.case import CASE_ENDINGS, FAILED, LEFT_OUT, PREPARED, CaseRecord, temporary_files
 from nnunetv2_misfm.pool.inspection import PoolError
-from nnunetv2_misfm.pool.ledger import PREPARED_ALL, Ledger
+from nnunetv2_misfm.pool.ledger import Ledger
 from nnunetv2_misfm.pool.plan import WRITE_ANEW, existing_plans
 from nnunetv2_misfm.pool.share import WHOLE, Share
 from nnunetv2_misfm.pool.volume_files import LeftOut
@@ -101,26 +101,23 @@ class PoolFolder:
         shutil.rmtree(self.temporary, ignore_errors=True)
         self.temporary.mkdir(parents=True)
 
-    def finish(self, token: str) -> bool:
-        """After a merge: whether all parts are still done; then the pool is complete, and their work folders go.
-
-        A part that has begun anew meanwhile needs its folder, and brings the pool together itself.
-        """
-        with self.lock_start():
-            done = self.ledger.all_have(PREPARED_ALL, token)
-            if done:
-                shutil.rmtree(self._all_temporary, ignore_errors=True)
-                self.incomplete.unlink(missing_ok=True)
-        return done
+    def finish(self) -> None:
+        """After a merge: the pool is complete, and the work folders of all parts go."""
+        shutil.rmtree(self._all_temporary, ignore_errors=True)
+        self.incomplete.unlink(missing_ok=True)
 
     @contextmanager
     def lock_part(self) -> Iterator[None]:
         """Keep others from preparing the same volumes: a second run of this part, and parts of other numbers of parts.
 
-        The system frees the lock of a run that was killed.
+        A part does not begin while another brings the pool together, which would do without what this one makes. The
+        system frees the lock of a run that was killed.
         """
         with ExitStack() as held:
-            with self.lock_start():  # one at a time, or parts that start together would take each other for at work
+            with (
+                self.lock_merge(),
+                self.lock_start(),
+            ):  # one at a time, or parts that start together would take each other for at work
                 for lock in self._preparation.glob("part_*_of_*.lock"):
                     if Share.of(lock.stem).num_parts != self.share.num_parts:
                         with locked(lock, 0.0, f"{lock.stem.replace('_', ' ')} is being prepared"):
@@ -136,8 +133,8 @@ class PoolFolder:
         return locked(self._preparation / "start.lock", -1.0, "another process is starting")
 
     def lock_merge(self) -> AbstractContextManager[None]:
-        """Let one part bring the results together. Raises LockedError if another is doing so."""
-        return locked(self._preparation / "merge.lock", 0.0, "another process is merging the parts")
+        """Let one part bring the results together, while none begins."""
+        return locked(self._preparation / "merge.lock", -1.0, "another process is merging the parts")
 
     def is_whole(self, case: str) -> bool:
         return (self.data / f"{case}.b2nd").exists()

@@ -20,7 +20,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-from nnunetv2_misfm.files import LockedError, write_json
+from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.plans.files import nnunet_folder
 from nnunetv2_misfm.pool.case import (
     FAILED,
@@ -141,19 +141,16 @@ def _folder(plans: Mapping[str, Any], configuration: str, num_parts: int, part_i
 def _merge_if_last(
     folder: PoolFolder, token: str, plans: Mapping[str, Any], configuration: str, num_processes: int
 ) -> PoolReport | None:
-    """Bring the parts together if all are done and no other part is doing so."""
-    if folder.ledger.all_have(PREPARED_ALL, token):
-        try:
-            with folder.lock_merge():
-                _prepare_joined(folder, plans, configuration, num_processes)
-                merged = merge_pool(folder, plans, configuration)
-                if merged.complete:
-                    forget_all(folder.listing)
-                    merged = replace(merged, complete=folder.finish(token))
-                return merged
-        except LockedError:
-            print("Another part is bringing the pool together")
-    return None
+    """Bring the parts together if all are done; one that has begun anew is not."""
+    with folder.lock_merge():
+        if not folder.ledger.all_have(PREPARED_ALL, token):
+            return None
+        _prepare_joined(folder, plans, configuration, num_processes)
+        merged = merge_pool(folder, plans, configuration)
+        if merged.complete:
+            forget_all(folder.listing)
+            folder.finish()
+        return merged
 
 
 def _prepare_joined(folder: PoolFolder, plans: Mapping[str, Any], configuration: str, num_processes: int) -> None:

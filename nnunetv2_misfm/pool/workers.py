@@ -10,8 +10,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from multiprocessing import active_children, get_context, parent_process
-from threading import Thread, current_thread, main_thread
+from multiprocessing import get_context, parent_process
+from threading import Thread
 from typing import Generic, TypeVar
 
 from nnunetv2_misfm.errors import UserError
@@ -89,26 +89,27 @@ class WorkerProcesses(ProcessPoolExecutor):
 
     def __init__(self, num_processes: int):
         super().__init__(num_processes, mp_context=get_context("spawn"), initializer=_end_with_parent)
-        with _interrupts_ignored():  # the processes inherit that, so that Ctrl-C does not stop their imports either
+        with _interrupts_held_back():  # which the processes inherit, so that Ctrl-C does not stop their imports either
             self.started = [self.submit(int) for _ in range(num_processes)]
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None and issubclass(kind, (KeyboardInterrupt, GeneratorExit)):
-            for worker in active_children():
+            for worker in list((self._processes or {}).values()):
                 worker.terminate()
         self.shutdown(wait=True, cancel_futures=True)
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    if current_thread() is not main_thread():  # which may not say so, and gets no interrupts
+def _interrupts_held_back() -> Iterator[None]:
+    """Until the block ends, for this thread; Windows has no such thing."""
+    if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _end_with_parent() -> None:

@@ -85,7 +85,10 @@ def _provide(
             raise PlanError(f"{folder} has to be preprocessed, but {raw} is not there. Put the raw dataset back.")
         _preprocess(folder, plans, configuration, num_processes)
         done = f"{folder} was preprocessed."
-    write_json({"preprocessing": wanted, "files": listing(folder), "labels": label_files(dataset_folder)}, record)
+    # Of nnU-Net's own arrays it is not known from which files they were made.
+    made_from = raw_files(raw) if not shared else {}
+    made = {"preprocessing": wanted, "files": listing(folder), "labels": label_files(dataset_folder), "raw": made_from}
+    write_json(made, record)
     return done
 
 
@@ -94,17 +97,15 @@ def _with_the_same_arrays(
 ) -> Path | None:
     """Another data folder of ours beside this one with the arrays that are wanted, or None.
 
-    If nnU-Net's own are to be shared, it holds those. Otherwise it was made after everything in the raw dataset and
-    in nnU-Net's own folder: images that were replaced leave no other trace.
+    If nnU-Net's own are to be shared, it holds those; otherwise it was made from the raw files that are there now.
     """
-    made_from = [] if as_stock else [*(raw / "imagesTr").glob("*"), *(raw / "labelsTr").glob("*"), *stock.glob("*")]
-    newest = max((path.stat().st_mtime for path in made_from), default=0.0)
+    made_from = raw_files(raw)
     for record in sorted(folder.parent.glob(f"*{_RECORD}")):
         other = record.with_name(record.name.removesuffix(_RECORD))
         known, files = json_or_nothing(record), listing(other)
         if other == folder or known.get("preprocessing") != wanted or known.get("files") != files:
             continue
-        if files == listing(stock) if as_stock else record.stat().st_mtime > newest and not changed_labels(other):
+        if files == listing(stock) if as_stock else made_from and known.get("raw") == made_from:
             return other
     return None
 
@@ -190,6 +191,15 @@ def label_files(dataset_folder: Path) -> dict[str, list[int]]:
     folder = dataset_folder / "gt_segmentations"
     files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
     return {path.name: [*_size_and_time(path), crc32(path.read_bytes())] for path in files}
+
+
+def raw_files(raw: Path) -> dict[str, list[int]]:
+    """Size and time of last change of each image and label file of a raw dataset; empty if they lie elsewhere."""
+    description = json_or_nothing(raw / "dataset.json")
+    if "dataset" in description:  # which names the files of each case
+        return {}
+    files = [path for name in ("imagesTr", "labelsTr") for path in (raw / name).glob("*") if path.is_file()]
+    return {f"{path.parent.name}/{path.name}": _size_and_time(path) for path in sorted(files)}
 
 
 def changed_labels(folder: Path) -> list[str]:

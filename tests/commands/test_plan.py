@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
-import time
 from pathlib import Path
 
 import blosc2
@@ -401,10 +401,13 @@ def test_plans_with_the_same_preprocessing_share_its_arrays(nnunet: Path, capsys
     assert "First_3d_fullres was preprocessed" in capsys.readouterr().out
     plan_main([*words, "-overwrite_plans_name", "Second", "-patch_size", "16", "16", "16"])
     assert "Second_3d_fullres shares the arrays of First_3d_fullres (hard links" in capsys.readouterr().out
-    image = next((nnunet / "nnUNet_raw" / DATASET / "imagesTr").iterdir())
-    os.utime(image, (time.time() + 60, time.time() + 60))
+    image, other = sorted((nnunet / "nnUNet_raw" / DATASET / "imagesTr").iterdir())[:2]
+    os.utime(other, (1e9, 1e9))
+    shutil.copy2(other, image)  # with its old date
     plan_main([*words, "-overwrite_plans_name", "Third"])
     assert "Third_3d_fullres was preprocessed" in capsys.readouterr().out
+    plan_main([*words, "-overwrite_plans_name", "Fourth"])
+    assert "Fourth_3d_fullres shares the arrays of Third_3d_fullres" in capsys.readouterr().out
     plan_main([*words[:2], "-spacing", "3", "3", "3", "-np", "1", "-overwrite_plans_name", "Other"])
     assert "Other_3d_fullres was preprocessed" in capsys.readouterr().out
 

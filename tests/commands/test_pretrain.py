@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import blosc2
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from phantoms import ct, labels, mr, write
 
+from nnunetv2_misfm.commands.earlier_run import EarlierRun
 from nnunetv2_misfm.commands.pretrain import describe_choices, main
 from nnunetv2_misfm.commands.pretrain_options import read_options
 from nnunetv2_misfm.files import training_lock
@@ -160,6 +162,25 @@ def test_a_second_command_leaves_the_folder_of_a_running_training_alone(
             assert "another process trains in this results folder" in refused(capsys, "-d", "4", *options)
         assert sorted(path.name for path in folder.iterdir()) == [".training.lock", "training_log.txt"]
     assert folder.with_name(".fold_all_before").is_dir()
+
+
+def test_a_second_command_does_not_bring_back_a_run_that_is_being_replaced(
+    nnunet: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the training has its lock: PyTorch is still being loaded, say."""
+    run("-d", "4")
+    folder = run_folder(nnunet, "Dataset004_Small", "nnUNetMisFMPretrainPlans")
+    before = (folder / "checkpoint_final.pth").read_bytes()
+    with EarlierRun(folder).put_aside():
+        for options in ([], ["--overwrite"], ["--c"]):
+            assert "another process replaces this run" in refused(capsys, "-d", "4", *options)
+        assert not folder.exists()
+    assert (folder / "checkpoint_final.pth").read_bytes() == before
+    # A command that was killed since this one looked has left a run aside.
+    shutil.copytree(folder, folder.with_name(".fold_all_before"))
+    with EarlierRun(folder).put_aside():
+        assert not folder.exists()
+    assert (folder / "checkpoint_final.pth").read_bytes() == before
 
 
 def test_continuing_keeps_the_run_what_it_was(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:

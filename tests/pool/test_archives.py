@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -264,22 +265,32 @@ def test_a_part_that_begins_while_another_merges_loses_nothing(
     write_scans(scans, range(6))
     prepare_parts(scans, 2)
     one = pool(nnunet)
-    for file in (nnunet / "nnUNet_preprocessed" / POOL / "nnUNetPlans_3d_fullres").glob("*.b2nd"):
-        file.unlink()  # all volumes are to be prepared again
     share, merge = Share(2, 1), prepare_module.merge_pool
     other = PoolFolder(POOL, "nnUNetPlans", "3d_fullres", share)
 
-    def merge_beside_another(*arguments: Any) -> Any:
-        with other.lock_part():
-            other.clear_temporary()
-            (other.temporary / "half_written").touch()
-            return merge(*arguments)
+    has_begun, has_merged = threading.Event(), threading.Event()
 
+    def begin() -> None:
+        with other.lock_part():
+            assert has_merged.is_set()
+            has_begun.set()
+
+    def merge_beside_another(*arguments: Any) -> Any:
+        part.start()
+        assert not has_begun.wait(0.3)
+        merged = merge(*arguments)
+        has_merged.set()
+        return merged
+
+    part = threading.Thread(target=begin, daemon=True)
     with monkeypatch.context() as patch:
         patch.setattr(prepare_module, "merge_pool", merge_beside_another)
         prepare(scans, "-num_parts", "2", "-part_id", "0")
-    assert (other.temporary / "half_written").exists() and other.incomplete.exists()
-    assert "Not complete yet" in capsys.readouterr().out
+    assert has_begun.wait(30) and pool(nnunet) == one and not other.incomplete.exists()
+    # It has not marked that it is done since, so it is waited for.
+    capsys.readouterr()
+    prepare(scans, "-num_parts", "2", "-part_id", "0")
+    assert "Not complete yet" in capsys.readouterr().out and other.incomplete.exists()
     prepare(scans, "-num_parts", "2", "-part_id", "1")
     assert pool(nnunet) == one and not other.incomplete.exists() and not other.temporary.exists()
 

@@ -300,6 +300,21 @@ def test_parts_of_a_series_that_is_whole_elsewhere_are_left_out(tmp_path: Path) 
     assert len(reasons) == 2 and all("a part of a DICOM series that is whole in" in reason for reason in reasons)
 
 
+def test_parts_of_a_series_that_is_whole_but_no_volume_are_taken(tmp_path: Path) -> None:
+    """Such as time points in a folder each, which were copied from a folder that holds all of them."""
+    dicom_files.series(
+        tmp_path / "all", np.concatenate([HU, HU + 1]), lambda n: {"ImagePositionPatient": [0, 0, 2.5 * (n % 12)]}
+    )
+    for number, file in enumerate(sorted((tmp_path / "all").iterdir())):
+        phase = tmp_path / f"phase{number // 12}"
+        phase.mkdir(exist_ok=True)
+        shutil.copy(file, phase)
+    found = find_volumes([tmp_path])
+    read = sorted(float(read_volume(volume)[0].mean()) for volume in found.volumes)
+    assert read == pytest.approx([HU.mean(), HU.mean() + 1], abs=1e-3)
+    assert [one.reason.partition(":")[0] for one in found.left_out] == ["4D"]
+
+
 def test_rounded_positions_are_even(tmp_path: Path) -> None:
     """0.625 mm with one digit: distances of 0.6 and 0.7 mm."""
     dicom_files.series(tmp_path, HU, lambda n: {"ImagePositionPatient": [0, 0, round(0.625 * n + 1e-9, 1)]})

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,6 +70,34 @@ if __name__ == "__main__":
 def note_and_wait(folder: str) -> None:
     Path(folder, f"{os.getpid()}_{time.time_ns()}").touch()
     time.sleep(60)
+
+
+def test_when_nobody_wants_the_results_any_more_workers_end_and_other_processes_do_not() -> None:
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    mine = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    mine.start()
+    results = run_jobs(time.sleep, [0.0, 60.0], 2)
+    next(results)
+    began = time.monotonic()
+    results.close()
+    assert time.monotonic() - began < 30  # the job of a minute was ended
+    assert mine.is_alive() and other.poll() is None
+    mine.terminate()
+    other.terminate()
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="needs signal masks")
+def test_an_interrupt_while_workers_start_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    submit = ProcessPoolExecutor.submit
+
+    def interrupted(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGINT)
+        return submit(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ProcessPoolExecutor, "submit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(run_jobs(square_or_die, [1, 2], 2))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import io
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from textwrap import shorten
 from typing import Any
 from zlib import crc32
 
+import numpy as np
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
 from nnunetv2_misfm.commands.compare.arms import NNUNET, SCRATCH, Arm, Run, choose_rates, test_runs, tuning_runs
@@ -104,19 +104,29 @@ class Study:
             PlanError: if they are not those that nnU-Net has preprocessed, with which the runs would train.
         """
         checksum, corrected = 0, []
-        for _, label in self.cases.values():
-            content, trained_with = Path(label).read_bytes(), self.workspace.trained_with(label)
+        for case, (_, label) in self.cases.items():
+            content = Path(label).read_bytes()
             checksum = crc32(content, checksum)
-            if trained_with.is_file() and trained_with.read_bytes() != content:
+            preprocessed = self.workspace.users_preprocessed / "gt_segmentations" / f"{case}{self.file_ending}"
+            if preprocessed.is_file() and preprocessed.read_bytes() != content and self._differ(label, preprocessed):
                 corrected.append(label)
         if corrected:
             more = f" and {len(corrected) - 1} more" if len(corrected) > 1 else ""
+            copies = self.workspace.users_preprocessed / "gt_segmentations"
             raise PlanError(
                 f"{corrected[0]}{more}: nnU-Net has preprocessed other labels, which the runs would train with. "
                 f"Preprocess the dataset again: nnUNetv2_preprocess -d {self.workspace.dataset} -plans_name "
-                f"{self.options.plans} -c {self.options.configuration}"
+                f"{self.options.plans} -c {self.options.configuration} (if the labels have older dates than those in "
+                f"{copies}, remove these first: nnU-Net would keep them)"
             )
         return f"{checksum:08x}"
+
+    def _differ(self, label: str, other: Path) -> bool:
+        """Whether two label files hold other labels, not only another compression or header."""
+        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+        reader = PlansManager(self.workspace.base).image_reader_writer_class()
+        return not np.array_equal(reader.read_seg(label)[0], reader.read_seg(str(other))[0])
 
     # ---------------------------------------------------------------- plans
 
@@ -265,10 +275,7 @@ class Study:
             record = self.record(run)
             if record is None:
                 waiting.append(run)
-                continue
-            if not (self.options.keep_weights or self.options.probe):  # of a run that was killed when it had done all
-                shutil.rmtree(self.workspace.results(self.arm(run.arm), run), ignore_errors=True)
-            if self._differs(record):
+            elif self._differs(record):
                 raise UserError(
                     f"{self.workspace.run_folder(run)} was made with other weights, another network or plans. Remove "
                     f"that folder to do it again, give another folder with -o, or give a pretrained arm another name "

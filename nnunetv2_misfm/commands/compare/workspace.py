@@ -88,10 +88,6 @@ class Workspace:
             )
         return cases
 
-    def trained_with(self, label: str) -> Path:
-        """The copy of a label file that nnU-Net has preprocessed."""
-        return self.users_preprocessed / "gt_segmentations" / Path(label).name
-
     def labels(self) -> dict[str, int | list[int]]:
         """The foreground labels or regions by name, in the order of nnU-Net's scores."""
         return foreground_labels(read_json(self.preprocessed / "dataset.json", "Plan the dataset again."))
