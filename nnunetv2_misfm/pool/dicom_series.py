@@ -68,22 +68,15 @@ def sort_series(headers: Sequence[Header]) -> tuple[list[Series], list[tuple[str
         The series that make up a volume, and those that do not: source, reason and the first file.
     """
     series, left_out = [], []
-    for groups in _groups(headers):
+    for in_folders in _groups(headers):
+        groups, parts = _without_parts(in_folders)
+        left_out += parts
         whole = [header for group in groups for header in group]
-        together, problem, pieces = None, "", []
-        if len(groups) > 1 and _is_one_series(slices := _without_copies(whole)):
-            complete = [group for group in groups if len(_without_copies(group)) == len(slices)]
-            usable = [group for group in complete if _try(group, 1)[0] is not None]
-            if usable:
-                pieces = [group for group in groups if group not in complete]
-                reason = f"a part of a DICOM series that is whole in {_source(usable[0], 1)}"
-                left_out += [(_source(group, 1), reason, group[0]) for group in pieces]
-            elif not complete:
-                together, problem = _try(whole, len(groups))
+        together, problem = _try(whole, len(groups)) if _is_split(groups) else (None, "")
         if together is not None:
             series.append(together)
             continue
-        for group in (group for group in groups if group not in pieces):
+        for group in groups:
             alone, problem_alone = _try(group, 1)
             if alone is not None:
                 series.append(alone)
@@ -222,8 +215,26 @@ def _groups(headers: Sequence[Header]) -> list[list[list[Header]]]:
     return [list(folders.values()) for folders in series.values()]
 
 
+def _without_parts(groups: list[list[Header]]) -> tuple[list[list[Header]], list[tuple[str, str, Header]]]:
+    """Without folders that hold a part of a series of which another folder makes the whole volume, and these."""
+    slices = _without_copies([header for group in groups for header in group])
+    parts = [group for group in groups if len(_without_copies(group)) < len(slices)]
+    complete = [group for group in groups if group not in parts]
+    whole = next((group for group in complete if parts and _try(group, 1)[0] is not None), None)
+    if whole is None or not _is_one_series(slices):
+        return groups, []
+    reason = f"a part of a DICOM series that is whole in {_source(whole, 1)}"
+    return complete, [(_source(part, 1), reason, part[0]) for part in parts]
+
+
+def _is_split(groups: Sequence[Sequence[Header]]) -> bool:
+    """Whether identifiers leave no doubt that files of several folders are one series, which is whole in none."""
+    slices = _without_copies([header for group in groups for header in group])
+    return all(len(_without_copies(group)) < len(slices) for group in groups) and _is_one_series(slices)
+
+
 def _is_one_series(group: Sequence[Header]) -> bool:
-    """Whether identifiers leave no doubt that files of several folders are one series: all given, none twice."""
+    """Whether these are slices of one series: all identifiers are given, none twice."""
     instances = [_dicom(header).instance for header in group]
     return bool(_dicom(group[0]).series) and all(instances) and len(set(instances)) == len(instances)
 
