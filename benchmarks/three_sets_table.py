@@ -12,6 +12,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from provenance import provenance
 from three_sets import EPOCH, ITERATIONS, NETWORKS, OWN_SCHEDULES, PRETRAINING, RESULTS, SETS, TASK_OPTIONS, Network
 
@@ -171,40 +172,41 @@ def draw_differences(results: Sequence[Result], path: Path) -> None:
     sets = sorted({of.set for of in shown}, key=lambda name: TITLES[name])
     rows = list(dict.fromkeys(arm for of in shown for arm in map(task_and_pool, of.differences())))
     rows.sort(key=lambda arm: (arm[0], list(POOLS).index(arm[1])))
+    size = 4 + 2.6 * len(sets), 1.8 + 0.45 * len(rows)
     figure, axes = plt.subplots(
-        1,
-        len(sets),
-        figsize=(4 + 2.6 * len(sets), 1.8 + 0.45 * len(rows)),
-        sharex=True,
-        sharey=True,
-        layout="constrained",
+        1, len(sets), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
-    for axis, name in zip(np.atleast_1d(axes), sets, strict=True):
-        of_set = [
-            (of, labelled)
-            for of in sorted((of for of in shown if of.set == name), key=lambda of: (of.iterations, of.fresh))
-            for labelled in sorted({one["labelled"] for one in of.differences()})
-        ]
-        axis.axvline(0, color="black", linewidth=1)
-        for number, (of, labelled) in enumerate(of_set):
-            colour = plt.get_cmap("viridis_r")((number + 1) / len(of_set))
-            # Lines of one row lie below each other, as in the legend.
-            below = 0.7 * ((number + 0.5) / len(of_set) - 0.5)
-            title = f"{of.iterations:,} iterations, {labelled} labelled{', fresh draws' if of.fresh else ''}"
-            for one in of.differences():
-                if one["labelled"] == labelled and one["low"] is not None:
-                    y = rows.index(task_and_pool(one)) + below
-                    axis.plot((one["low"], one["high"]), (y, y), color=colour, linewidth=2, alpha=0.6)
-                    axis.plot(one["difference"], y, "o", color=colour, markersize=5)
-            axis.plot([], [], "o-", color=colour, label=title)
+    for axis, name in zip(axes[0], sets, strict=True):
+        draw_set(axis, [of for of in shown if of.set == name], rows)
         axis.set_title(TITLES[name], fontsize="medium")
         axis.set_xlabel("points of Dice more than from scratch")
         axis.set_yticks(range(len(rows)), [f"{task}, {POOLS[pool]}" for task, pool in rows])
         axis.grid(axis="x", alpha=0.3)
         axis.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
-    axes[0].invert_yaxis()
+    axes[0, 0].invert_yaxis()
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def draw_set(axis: Axes, results: Sequence[Result], rows: Sequence[tuple[str, str]]) -> None:
+    """The differences of one set, in a colour for each length and number of labelled patients."""
+    lines = [
+        (of, labelled)
+        for of in sorted(results, key=lambda of: (of.iterations, of.fresh))
+        for labelled in sorted({one["labelled"] for one in of.differences()})
+    ]
+    axis.axvline(0, color="black", linewidth=1)
+    for number, (of, labelled) in enumerate(lines):
+        colour = plt.get_cmap("viridis_r")((number + 1) / len(lines))
+        # Lines of one row lie below each other, as in the legend.
+        below = 0.7 * ((number + 0.5) / len(lines) - 0.5)
+        title = f"{of.iterations:,} iterations, {labelled} labelled{', fresh draws' if of.fresh else ''}"
+        for one in of.differences():
+            if one["labelled"] == labelled and one["low"] is not None:
+                y = rows.index(task_and_pool(one)) + below
+                axis.plot((one["low"], one["high"]), (y, y), color=colour, linewidth=2, alpha=0.6)
+                axis.plot(one["difference"], y, "o", color=colour, markersize=5)
+        axis.plot([], [], "o-", color=colour, label=title)
 
 
 def task_and_pool(difference: dict) -> tuple[str, str]:

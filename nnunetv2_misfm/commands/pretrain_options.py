@@ -121,23 +121,29 @@ def read_options(arguments: list[str] | None, under_torchrun: bool) -> PretrainO
 
 
 def _problems_of_data(options: argparse.Namespace) -> Iterator[str]:
-    of_volumes = [flag_of(PoolSettings, name) for name in given(options, PoolSettings)]
-    if options.i is not None and "" in options.i:
-        yield "-i is empty; give a folder (if it is a variable of the shell, it is not set)"
-    if not options.i:
-        if named := [*of_volumes, *(["-n"] if options.n else [])]:
-            yield f"{', '.join(named)}: these describe volumes; they need -i"
-        if options.plans_from:
-            yield "-plans_from needs volumes (-i)"
-    elif options.d.startswith("Dataset"):
-        if options.n:
-            yield f"-d {options.d} is the whole name of the dataset; leave -n {options.n} out, or give its number only"
-    elif options.n is None and not options.continue_training:
-        yield "-i needs -n NAME, the name of the pool's dataset"
+    yield from _problems_of_volumes(options) if options.i else _in_vain_without_volumes(options)
     if options.plans_from and (options.modality or options.spacing):
         yield "-plans_from takes modality and spacing from those plans; leave -modality and -spacing out"
     if options.np < 1:
         yield f"-np {options.np} must be at least 1"
+
+
+def _in_vain_without_volumes(options: argparse.Namespace) -> Iterator[str]:
+    of_volumes = [flag_of(PoolSettings, name) for name in given(options, PoolSettings)]
+    if named := [*of_volumes, *(["-n"] if options.n else [])]:
+        yield f"{', '.join(named)}: these describe volumes; they need -i"
+    if options.plans_from:
+        yield "-plans_from needs volumes (-i)"
+
+
+def _problems_of_volumes(options: argparse.Namespace) -> Iterator[str]:
+    if "" in options.i:
+        yield "-i is empty; give a folder (if it is a variable of the shell, it is not set)"
+    if options.d.startswith("Dataset"):
+        if options.n:
+            yield f"-d {options.d} is the whole name of the dataset; leave -n {options.n} out, or give its number only"
+    elif options.n is None and not options.continue_training:
+        yield "-i needs -n NAME, the name of the pool's dataset"
 
 
 def _problems_of_parts(options: argparse.Namespace) -> Iterator[str]:

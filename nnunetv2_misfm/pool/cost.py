@@ -94,8 +94,9 @@ def estimate(sample: Sample, plans: Mapping[str, Any], configuration: str, num_p
     done = _prepared(volumes, plans, configuration)
     with tempfile.TemporaryDirectory(dir=target) as folder:
         wanted = Wanted.by_plans(plans, configuration)
-        unwanted = [f"{one.source}: {problem}" for one in volumes if (problem := wanted.problem_of(one))]
-        new = [one for one in volumes if one.case not in done and not wanted.problem_of(one)]
+        problems = [(one, wanted.problem_of(one)) for one in volumes]
+        unwanted = [f"{one.source}: {problem}" for one, problem in problems if problem]
+        new = [one for one, problem in problems if not problem and one.case not in done]
         usable, wrong_size = _by_size([CaseTask(one, plans, configuration, "", Path(folder)) for one in new])
         if done and not usable:
             return "All usable volumes that were looked at are in the pool already"

@@ -137,17 +137,7 @@ def stack_frames(headers: Sequence[DicomHeader]) -> Stack:
     positions = np.array([frame.position for _, frame in frames])
     along = positions @ normal
     order = np.argsort(along, kind="stable")
-    gaps = np.diff(along[order])
-    if np.any(gaps < SAME_POSITION):
-        raise VolumeProblem("4D: several DICOM images at the same slice position; split them into one series each")
-    gap = float(gaps.mean())
-    # Positions that were rounded are near those of even gaps, though some gaps are not.
-    off_line = np.abs(along[order] - along[order[0]] - gap * np.arange(len(order)))
-    uneven = np.abs(gaps - np.median(gaps)) > SLICE_GAP_TOLERANCE * np.median(gaps)
-    if uneven.any() and off_line.max() > SLICE_GAP_TOLERANCE * gap:
-        raise VolumeProblem(
-            f"DICOM slices missing or unevenly spaced: distances from {gaps.min():.4g} to {gaps.max():.4g} mm"
-        )
+    gap = _even_gap(along[order])
     step = normal * gap + _drift(positions[order], along[order], normal, min(first.spacing)) * gap
     length = float(np.linalg.norm(step))
     is_straight = np.allclose(step, normal * gap)
@@ -158,6 +148,26 @@ def stack_frames(headers: Sequence[DicomHeader]) -> Stack:
         origin=positions[order[0]],
     )
     return Stack(tuple((frames[i][0], frames[i][1].number) for i in order), grid, _mended(headers, frames, order))
+
+
+def _even_gap(along: np.ndarray) -> float:
+    """The distance of slices whose positions (mm, ascending) these are.
+
+    Raises:
+        VolumeProblem: if they are not evenly spaced.
+    """
+    gaps = np.diff(along)
+    if np.any(gaps < SAME_POSITION):
+        raise VolumeProblem("4D: several DICOM images at the same slice position; split them into one series each")
+    gap = float(gaps.mean())
+    # Positions that were rounded are near those of even gaps, though some gaps are not.
+    off_line = np.abs(along - along[0] - gap * np.arange(len(along)))
+    uneven = np.abs(gaps - np.median(gaps)) > SLICE_GAP_TOLERANCE * np.median(gaps)
+    if uneven.any() and off_line.max() > SLICE_GAP_TOLERANCE * gap:
+        raise VolumeProblem(
+            f"DICOM slices missing or unevenly spaced: distances from {gaps.min():.4g} to {gaps.max():.4g} mm"
+        )
+    return gap
 
 
 def _drift(positions: np.ndarray, along: np.ndarray, normal: np.ndarray, pixel: float) -> np.ndarray:
@@ -217,9 +227,12 @@ def _groups(headers: Sequence[Header]) -> list[list[list[Header]]]:
 
 def _without_parts(groups: list[list[Header]]) -> tuple[list[list[Header]], list[tuple[str, str, Header]]]:
     """Without folders that hold a part of a series of which another folder makes the whole volume, and these."""
+    if len(groups) == 1:
+        return groups, []
     slices = _without_copies([header for group in groups for header in group])
-    parts = [group for group in groups if len(_without_copies(group)) < len(slices)]
-    complete = [group for group in groups if group not in parts]
+    missing = [len(slices) - len(_without_copies(group)) for group in groups]
+    parts = [group for group, count in zip(groups, missing, strict=True) if count]
+    complete = [group for group, count in zip(groups, missing, strict=True) if not count]
     whole = next((group for group in complete if parts and _try(group, 1)[0] is not None), None)
     if whole is None or not _is_one_series(slices):
         return groups, []
@@ -229,6 +242,8 @@ def _without_parts(groups: list[list[Header]]) -> tuple[list[list[Header]], list
 
 def _is_split(groups: Sequence[Sequence[Header]]) -> bool:
     """Whether identifiers leave no doubt that files of several folders are one series, which is whole in none."""
+    if len(groups) == 1:
+        return False
     slices = _without_copies([header for group in groups for header in group])
     return all(len(_without_copies(group)) < len(slices) for group in groups) and _is_one_series(slices)
 

@@ -114,10 +114,8 @@ class PoolFolder:
         system frees the lock of a run that was killed.
         """
         with ExitStack() as held:
-            with (
-                self.lock_merge(),
-                self.lock_start(),
-            ):  # one at a time, or parts that start together would take each other for at work
+            # One at a time, or parts that start together would take each other for at work.
+            with self.lock_merge(), self.lock_start():
                 for lock in self._preparation.glob("part_*_of_*.lock"):
                     if Share.of(lock.stem).num_parts != self.share.num_parts:
                         with locked(lock, 0.0, f"{lock.stem.replace('_', ' ')} is being prepared"):

@@ -119,8 +119,8 @@ def read_entries(ledger: Ledger, layout: str, there: Collection[str], counts: Wa
     """Read what the parts wrote down, each file once.
 
     Args:
-        counts: what the pool takes; the sizes of other volumes are not those of the pool.
         there: cases whose arrays are in the pool; a record of another one counts for nothing.
+        counts: what the pool takes; the sizes of other volumes are not those of the pool.
     """
     result, joined = PoolEntries(), ledger.joined()
     seen: set[str] = set()
@@ -130,15 +130,14 @@ def read_entries(ledger: Ledger, layout: str, there: Collection[str], counts: Wa
         volumes, left_out = ledger.found(bundle)
         records = _of_arrays(ledger.records(bundle), there)
         wanted = [volume for volume in volumes if not joined.covers(volume)]
-        ours = [volume for volume in wanted if not counts.problem_of(volume)]
         for volume in wanted:
             names = volume.case, volume.own_name
             found_in.update(dict.fromkeys(names, bundle))
             result.num_waiting += not any(name in records and records[name].is_of(volume, layout) for name in names)
-        result.sizes += [(volume.shape, volume.spacing) for volume in ours if volume.series not in joined.series]
-        result.sizes += [
-            (records[case].original_shape, records[case].original_spacing) for case in records.keys() & joined.cases
-        ]
+        apart = (one for one in wanted if one.series not in joined.series and not counts.problem_of(one))
+        result.sizes += [(one.shape, one.spacing) for one in apart]
+        put_together = (records[case] for case in records.keys() & joined.cases)
+        result.sizes += [(one.original_shape, one.original_spacing) for one in put_together]
         kept = [one for one in left_out if not joined.covers(one)]
         by_header.update(one.source for one in kept)
         _add_records(result, records.values(), layout, joined, by_header)

@@ -82,7 +82,7 @@ def new_pool_entry(
     check_sizes(patch, PUBLISHED_BATCH_SIZE if given is None else given)
     if request.network == "plan":
         if request.patch_size is None:  # nnU-Net's network may halve it more often
-            patch = tuple(get_pool_and_conv_props(spacing, patch, _UNET_SMALLEST_MAP, 999999)[3])
+            patch = tuple(_unet_topology(spacing, patch)[3])
         entry = plain_unet_entry(spacing, patch)
         _check_arguments(request, entry)
     else:
@@ -181,9 +181,15 @@ def plain_unet_stages(
     }
 
 
+def _unet_topology(spacing: Sequence[float], patch_size: Sequence[int]) -> tuple[Any, ...]:
+    """Poolings, strides, kernels, the patch that they divide, and its divisor, as nnU-Net's planner chooses them."""
+    topology: tuple[Any, ...] = get_pool_and_conv_props(spacing, patch_size, _UNET_SMALLEST_MAP, 999999)
+    return topology
+
+
 def plain_unet_entry(spacing: Sequence[float], patch_size: Sequence[int]) -> dict[str, Any]:
     """The PlainConvUNet that nnU-Net's planner would choose for this spacing and patch size."""
-    _, strides, kernels, _, _ = get_pool_and_conv_props(spacing, patch_size, _UNET_SMALLEST_MAP, 999999)
+    _, strides, kernels, _, _ = _unet_topology(spacing, patch_size)
     features = [min(_UNET_MOST_FEATURES, _UNET_FEATURES * 2**i) for i in range(len(strides))]
     return {
         "network_class_name": PLAIN_UNET,

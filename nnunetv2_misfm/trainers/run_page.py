@@ -91,7 +91,6 @@ def write_run_page(folder: Path) -> Path:
     Raises:
         PlanError: if it is not the results folder of a run of this package that has finished an epoch.
     """
-    started = json_or_nothing(folder / "debug.json")  # what nnU-Net writes down when a training starts
     rows, named = read_rows(folder / METRICS), folder.parent.name.split("__")
     if not rows or not (folder.parent / "plans.json").is_file() or len(named) != 3:
         raise PlanError(
@@ -100,6 +99,7 @@ def write_run_page(folder: Path) -> Path:
             f"it. {_where_runs_are(folder)}"
         )
     plans = read_json(folder.parent / "plans.json", "It is written anew when the run goes on.")
+    started = json_or_nothing(folder / "debug.json")  # what nnU-Net writes down when a training starts
     trainer, _, configuration = named
     block = {"task": SEGMENTATION, **(plans.get(BLOCK) or {})}
     settings = list(_settings(block, has_weights=weights_of(plans) is not None))

@@ -75,7 +75,12 @@ def _provide(
         return f"{folder} is up to date."
     record.unlink(missing_ok=True)
     raw = nnunet_folder("nnUNet_raw") / dataset_folder.name
-    source = _with_the_same_arrays(folder, wanted, stock, raw, shared) or (stock if shared else None)
+    # Of nnU-Net's own arrays it is not known from which files they were made.
+    made_from = {} if shared else raw_files(raw)
+    alike = {"preprocessing": wanted, **({"files": listing(stock)} if shared else {"raw": made_from})}
+    source = stock if shared else None
+    if shared or made_from:
+        source = _with_record(folder, alike) or source
     if source is not None:
         linked = _link_cases(source, folder)
         how = "hard links, no further disk space" if linked else "copied: another disk, or one without hard links"
@@ -85,27 +90,16 @@ def _provide(
             raise PlanError(f"{folder} has to be preprocessed, but {raw} is not there. Put the raw dataset back.")
         _preprocess(folder, plans, configuration, num_processes)
         done = f"{folder} was preprocessed."
-    # Of nnU-Net's own arrays it is not known from which files they were made.
-    made_from = raw_files(raw) if not shared else {}
     made = {"preprocessing": wanted, "files": listing(folder), "labels": label_files(dataset_folder), "raw": made_from}
     write_json(made, record)
     return done
 
 
-def _with_the_same_arrays(
-    folder: Path, wanted: Mapping[str, Any], stock: Path, raw: Path, as_stock: bool
-) -> Path | None:
-    """Another data folder of ours beside this one with the arrays that are wanted, or None.
-
-    If nnU-Net's own are to be shared, it holds those; otherwise it was made from the raw files that are there now.
-    """
-    made_from = raw_files(raw)
+def _with_record(folder: Path, alike: Mapping[str, Any]) -> Path | None:
+    """Another data folder of ours beside this one whose record says all of this, and whose files are as it says."""
     for record in sorted(folder.parent.glob(f"*{_RECORD}")):
-        other = record.with_name(record.name.removesuffix(_RECORD))
-        known, files = json_or_nothing(record), listing(other)
-        if other == folder or known.get("preprocessing") != wanted or known.get("files") != files:
-            continue
-        if files == listing(stock) if as_stock else made_from and known.get("raw") == made_from:
+        other, known = record.with_name(record.name.removesuffix(_RECORD)), json_or_nothing(record)
+        if other != folder and alike.items() <= known.items() and known.get("files") == listing(other):
             return other
     return None
 

@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_misfm.commands.compare.records import versions
 from nnunetv2_misfm.commands.threads import in_this_process
 from nnunetv2_misfm.cpu_threads import keep_cores_free, training_threads
 from nnunetv2_misfm.errors import exit_with_message
@@ -59,8 +60,6 @@ def perform(request: dict[str, Any]) -> None:
     """
     import torch
 
-    from nnunetv2_misfm.transfer.checkpoint import installed_versions
-
     began = time.time()
     device = torch.device(request["device"])
     # nnU-Net's pools of processes cost more on a CPU, where the network is the slow part, than they give.
@@ -88,7 +87,7 @@ def perform(request: dict[str, Any]) -> None:
         "seconds": round(max(trained - began, training["training_seconds"]) + time.time() - trained, 1),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "date": time.strftime("%Y-%m-%d"),
-        "versions": ", ".join(f"{name} {version}" for name, version in installed_versions().items()),
+        "versions": versions(),
     }
     write_json(record, request["record"])
     if not request["keep_weights"] and not request["probe"]:

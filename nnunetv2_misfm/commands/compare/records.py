@@ -71,6 +71,13 @@ def mean(values: Iterable[float | None]) -> float:
     return sum(there) / len(there) if there else math.nan
 
 
+def versions() -> str:
+    """Of the packages that a run depends on, as they are now."""
+    from nnunetv2_misfm.transfer.checkpoint import installed_versions  # loads torch, which takes seconds
+
+    return ", ".join(f"{name} {version}" for name, version in installed_versions().items())
+
+
 def read_record(path: Path) -> RunRecord | None:
     """A run's record; None if there is none that can be read, and the run has to be done."""
     try:

@@ -11,14 +11,13 @@ from typing import Any
 from nnunetv2_misfm.commands.compare import figures
 from nnunetv2_misfm.commands.compare.arms import MEANINGS, NNUNET, Arm, Run
 from nnunetv2_misfm.commands.compare.page import CasePicture, Page, Section, write_page
-from nnunetv2_misfm.commands.compare.records import RunRecord, write_csv
+from nnunetv2_misfm.commands.compare.records import RunRecord, versions, write_csv
 from nnunetv2_misfm.commands.compare.study import Study
 from nnunetv2_misfm.commands.compare.summary import Summary, summarise
 from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.plans.checks import INTENSITIES
 from nnunetv2_misfm.plans.normalisation import SCHEMES
 from nnunetv2_misfm.plans.run_settings import BLOCK
-from nnunetv2_misfm.transfer.checkpoint import installed_versions
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,7 @@ def _terms(study: Study, records: Collection[RunRecord]) -> Iterator[tuple[str, 
     yield "prediction", f"nnU-Net's, {'with' if options.mirroring and not options.probe else 'without'} mirroring"
     devices = sorted({record.device for record in records})
     yield "device", ", ".join(devices) or "none yet"
-    now = ", ".join(f"{name} {version}" for name, version in installed_versions().items())
-    yield "versions", "; ".join(sorted({record.versions or now for record in records} or {now}))
+    yield "versions", "; ".join(sorted({record.versions or versions() for record in records} or {versions()}))
 
 
 def _differing(study: Study) -> Iterator[str]:
@@ -138,12 +136,9 @@ def _trained_with(study: Study, arm: Arm, plans: Mapping[str, Any]) -> str:
 
 
 def _pictures(study: Study, summary: Summary, chosen: Mapping[tuple[str, int], float]) -> Iterator[CasePicture]:
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager  # takes seconds
-
     first = summary.first
     if first is None:
         return
-    reader = PlansManager(study.workspace.plans_of(study.options.plans)).image_reader_writer_class()
     seed = min(set(summary.scores(first.arm, first.labelled)) & set(summary.scores(first.other, first.labelled)))
     for case in summary.most_changed():
         images, truth = study.cases[case]
@@ -153,5 +148,5 @@ def _pictures(study: Study, summary: Summary, chosen: Mapping[tuple[str, int], f
             shown[arm] = study.workspace.run_folder(run) / "predictions" / f"{case}{study.file_ending}"
         if not all(path.is_file() for path in [Path(images[0]), *shown.values()]):
             continue  # predictions that were removed since
-        picture = figures.case_picture(Path(images[0]), list(shown.values()), reader, study.ignored)
+        picture = figures.case_picture(Path(images[0]), list(shown.values()), study.workspace.reader, study.ignored)
         yield CasePicture(case, summary.cases[case].gain, tuple(shown), picture)

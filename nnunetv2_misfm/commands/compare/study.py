@@ -104,15 +104,15 @@ class Study:
             PlanError: if they are not those that nnU-Net has preprocessed, with which the runs would train.
         """
         checksum, corrected = 0, []
+        copies = self.workspace.users_preprocessed / "gt_segmentations"
         for case, (_, label) in self.cases.items():
             content = Path(label).read_bytes()
             checksum = crc32(content, checksum)
-            preprocessed = self.workspace.users_preprocessed / "gt_segmentations" / f"{case}{self.file_ending}"
+            preprocessed = copies / f"{case}{self.file_ending}"
             if preprocessed.is_file() and preprocessed.read_bytes() != content and self._differ(label, preprocessed):
                 corrected.append(label)
         if corrected:
             more = f" and {len(corrected) - 1} more" if len(corrected) > 1 else ""
-            copies = self.workspace.users_preprocessed / "gt_segmentations"
             raise PlanError(
                 f"{corrected[0]}{more}: nnU-Net has preprocessed other labels, which the runs would train with. "
                 f"Preprocess the dataset again: nnUNetv2_preprocess -d {self.workspace.dataset} -plans_name "
@@ -123,9 +123,7 @@ class Study:
 
     def _differ(self, label: str, other: Path) -> bool:
         """Whether two label files hold other labels, not only another compression or header."""
-        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-        reader = PlansManager(self.workspace.base).image_reader_writer_class()
+        reader = self.workspace.reader
         return not np.array_equal(reader.read_seg(label)[0], reader.read_seg(str(other))[0])
 
     # ---------------------------------------------------------------- plans

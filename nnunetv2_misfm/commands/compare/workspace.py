@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnunetv2_misfm.commands.compare.arms import Arm, Run
 from nnunetv2_misfm.errors import PlanError
@@ -20,6 +20,9 @@ from nnunetv2_misfm.files import read_json, write_json
 from nnunetv2_misfm.plans.checks import configuration_3d
 from nnunetv2_misfm.plans.files import foreground_labels, nnunet_folder, preprocessed_dataset, read_plans
 from nnunetv2_misfm.plans.run_settings import BLOCK
+
+if TYPE_CHECKING:
+    from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 _NAMED = 5  # of files that are missing
 _VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -72,6 +75,14 @@ class Workspace:
         for name in ("dataset.json", "dataset_fingerprint.json"):
             shutil.copyfile(self.users_preprocessed / name, self.preprocessed / name)
         write_json(self.base, self.preprocessed / f"{self.base['plans_name']}.json")
+
+    @cached_property
+    def reader(self) -> BaseReaderWriter:
+        """nnU-Net's reader of the dataset's images and labels."""
+        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager  # takes seconds
+
+        reader: BaseReaderWriter = PlansManager(self.base).image_reader_writer_class()
+        return reader
 
     @cached_property
     def cases(self) -> dict[str, tuple[list[str], str]]:
