@@ -58,8 +58,9 @@ def test_an_error_in_a_job_is_raised(num_processes: int) -> None:
 
 
 KILLED = """
-import os, sys
+import os, signal, sys
 sys.path[:] = {paths!r}
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore it
 from test_workers import note_and_wait
 from nnunetv2_misfm.pool.workers import run_jobs
 if __name__ == "__main__":
@@ -88,7 +89,7 @@ def test_when_nobody_wants_the_results_any_more_workers_end_and_other_processes_
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="needs signal masks")
 def test_an_interrupt_while_workers_start_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    submit = ProcessPoolExecutor.submit
+    submit, before = ProcessPoolExecutor.submit, signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupted(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
@@ -98,6 +99,7 @@ def test_an_interrupt_while_workers_start_is_not_lost(monkeypatch: pytest.Monkey
         patch.setattr(ProcessPoolExecutor, "submit", interrupted)
         with pytest.raises(KeyboardInterrupt):
             list(run_jobs(square_or_die, [1, 2], 2))
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
