@@ -11,7 +11,13 @@ from nnunetv2_misfm.commands.parser import CommandParser
 from nnunetv2_misfm.commands.setting_options import add_setting_options, given
 from nnunetv2_misfm.errors import PlanError, UserError, exit_with_message
 from nnunetv2_misfm.files import write_json
-from nnunetv2_misfm.plans.checks import check_labels, check_replaceable, configuration_3d, without_trainer
+from nnunetv2_misfm.plans.checks import (
+    check_channels,
+    check_labels,
+    check_replaceable,
+    configuration_3d,
+    without_trainer,
+)
 from nnunetv2_misfm.plans.compare import is_complete, what_changes
 from nnunetv2_misfm.plans.files import folds, preprocessed_dataset, read_dataset_json, read_plans
 from nnunetv2_misfm.plans.network_entry import ENCODER, NETWORKS, STEM
@@ -72,6 +78,8 @@ def plan(options: argparse.Namespace) -> None:
     print(f"Plans {'written' if target.replaced is None else 'replaced'}: {target.path}")
     if not options.no_pp:
         target.provide_data(plans, options.np)
+    for name in options.c if options.no_pp else ():
+        print(f"Preprocess with: nnUNetv2_preprocess -d {options.d} -plans_name {target.plans_name} -c {name}")
     print("Train with:")
     for command in target.training_commands(plans):
         print(f"  {command}")
@@ -90,6 +98,8 @@ class TargetDataset:
         self.base = read_plans(self.folder, options.p, options.c)
         self.dataset_json = read_dataset_json(self.folder)
         check_labels(self.dataset_json, self.folder / "dataset.json")
+        for name in (one for one in self.configurations if one in self.base["configurations"]):
+            check_channels(self.base, name, self.dataset_json)
         # A name of its own: under one name the baseline would train in the results folder of the fine-tuned run.
         default_name = DEFAULT_BASELINE_PLANS if options.from_scratch else DEFAULT_FINETUNING_PLANS
         self.plans_name = options.overwrite_plans_name or default_name

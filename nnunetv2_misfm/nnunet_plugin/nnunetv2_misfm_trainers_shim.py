@@ -6,12 +6,10 @@ a name that no other module has.
 """
 
 try:
-    from nnunetv2_misfm.errors import tell_uncaught_errors_in_one_line
     from nnunetv2_misfm.trainers.misfm_trainer import MisFMTrainer
     from nnunetv2_misfm.trainers.pretraining_trainer import PretrainingTrainer
     from nnunetv2_misfm.trainers.volume_fusion_trainer import VolumeFusionTrainer
 
-    tell_uncaught_errors_in_one_line()
     __all__ = ["MisFMTrainer", "PretrainingTrainer", "VolumeFusionTrainer"]
 except ModuleNotFoundError as error:
     # A child process in another environment inherits `nnUNet_extTrainer`; there, a search for another trainer goes on.

@@ -227,6 +227,29 @@ def check_dataset(dataset_json: Mapping[str, Any], path: Path) -> None:
         raise PlanError(f"{path} lacks: {', '.join(missing)}. Complete it as nnU-Net's documentation describes.")
 
 
+def check_channels(plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]) -> None:
+    """Raise a PlanError unless a configuration normalises as many channels as a dataset has."""
+    channels = dataset_json.get("channel_names", dataset_json.get("modality")) or {}
+    entry = configuration_3d(plans, configuration)
+    for key in ("normalization_schemes", "use_mask_for_norm"):
+        if len(entry[key]) != len(channels):
+            raise PlanError(
+                f"{configuration} of the plans {plans['plans_name']} has {len(entry[key])} {key}, but "
+                f"{plans['dataset_name']} has {len(channels)} channels ({', '.join(map(str, channels.values()))}). "
+                f"Plan from plans that were made for this dataset (-p)."
+            )
+
+
+def check_is_finetuning(plans: Mapping[str, Any], configuration: str) -> None:
+    """Raise a PlanError for plans of a pretraining, whose names are easily taken for those of a fine-tuning."""
+    if (task := pretext_task_of(plans)) is not None:
+        raise PlanError(
+            f"{plans['plans_name']} are the plans of a pretraining ({task}), and MisFMTrainer fine-tunes. Plan with "
+            f"what was pretrained: misfm_plan -d {plans['dataset_name']} -c {configuration} -pretrained_weights "
+            f"CHECKPOINT, then train with the -p that it names."
+        )
+
+
 def check_labels(dataset_json: Mapping[str, Any], path: Path) -> None:
     """Raise a PlanError unless a dataset.json has labels that a segmentation can be trained on."""
     labels: Mapping[str, Any] = dataset_json["labels"]

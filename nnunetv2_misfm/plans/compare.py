@@ -13,6 +13,8 @@ from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, RUNS, RunSet
 from nnunetv2_misfm.plans.settings import Settings, as_of_today, declared, write_settings
 
 _OF_THE_DATA = ("patch_size", "batch_size", "spacing", "data_identifier")
+# What a network's outputs depend on, besides its weights and its arguments.
+_OF_ITS_INPUT = ("patch_size", "spacing", "normalization_schemes", "use_mask_for_norm", "transpose_forward")
 _PREPROCESSING_KEYS = (
     "spacing",
     "normalization_schemes",
@@ -68,13 +70,21 @@ def what_a_run_must_keep(
     if "task" in changed:  # the settings of one task say nothing about another
         changed = {"task": changed["task"]}
     free = _may_change((now.get(BLOCK) or {}).get("task"), groups)
-    if _weights_differ(before, now):
+    if weights_differ(before, now):
         names = [(one.get(PRETRAIN_INFO) or {}).get("checkpoint_path") or "none" for one in (before, now)]
         changed["pretrained weights"] = names[0], names[1] if names[1] != names[0] else f"{names[1]}, written anew"
     return [f"{name}: {old} then, {new} now" for name, (old, new) in changed.items() if name not in free]
 
 
-def _weights_differ(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+def what_a_model_must_keep(before: Mapping[str, Any], now: Mapping[str, Any], configuration: str) -> list[str]:
+    """What differs in network and images, one line each, by which a trained model would predict wrongly."""
+    kept = (*_OF_ITS_INPUT, "ct_intensities")
+    changes = run_changes(before, now, configuration).items()
+    wrong = [(name, values) for name, values in changes if name in kept or name.partition(".")[0] == "network"]
+    return [f"{name}: {old} then, {new} now" for name, (old, new) in wrong]
+
+
+def weights_differ(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether plans start from other weights; a file may have another place."""
     old, new = (one.get(PRETRAIN_INFO) or {} for one in (before, now))
     key = "sha256" if old.get("sha256") and new.get("sha256") else "checkpoint_path"

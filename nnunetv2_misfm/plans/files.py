@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -134,10 +135,10 @@ def check_dataset_of_plans(plans: Mapping[str, Any], dataset_json: Mapping[str, 
     """Raise a PlanError if plans may have been read from another dataset's folder than the one they name.
 
     nnU-Net gives a trainer the plans and the dataset.json of the dataset that was asked for, but not its name, and then
-    trains on the one that the plans name.
+    trains on the one that the plans name. The command line of nnUNetv2_train tells.
     """
     root, name = os.environ.get("nnUNet_preprocessed"), plans["dataset_name"]
-    if not root:
+    if not root or _is_first_argument(name):
         return
     for path in sorted(Path(root).glob(f"Dataset*/{plans['plans_name']}.json")):
         if path.parent.name == name or json_or_nothing(path).get("dataset_name") != name:
@@ -148,6 +149,13 @@ def check_dataset_of_plans(plans: Mapping[str, Any], dataset_json: Mapping[str, 
                 f"{path.parent.name} itself: misfm_plan -d {path.parent.name} -p {plans['plans_name']} writes plans to "
                 f"train with; nnUNetv2_plan_experiment -d {path.parent.name} writes nnU-Net's anew."
             )
+
+
+def _is_first_argument(dataset_name: str) -> bool:
+    """Whether the running program was started for a dataset, given by its name or ID."""
+    given = next(iter(sys.argv[1:]), "")
+    number = dataset_name.removeprefix("Dataset").partition("_")[0]
+    return given == dataset_name or (given.isdecimal() and number.isdecimal() and int(given) == int(number))
 
 
 def _is_to_plan_from(text: str) -> bool:

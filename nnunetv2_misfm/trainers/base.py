@@ -289,7 +289,7 @@ class BaseTrainer(ResumableTrainer):
         self._fit_into_memory()
         self._load_pretrained_weights()
         if self.local_rank == 0:
-            self._clear_results_folder()
+            self._open_results_folder()
         super().on_train_start()
 
     def _check_data(self) -> None:

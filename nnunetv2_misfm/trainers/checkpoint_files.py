@@ -18,19 +18,20 @@ PREVIOUS = "checkpoint_previous.pth"
 _ALL = (FINAL, LATEST, PREVIOUS, "checkpoint_best.pth")
 
 
-def put_aside(folder: Path) -> list[str]:
-    """Rename the checkpoints that another run has left, for a new run in the same folder.
+def left_by_earlier_runs(folder: Path) -> list[str]:
+    """The names of the checkpoints in a folder, also of those that were ever put aside there."""
+    there = [name for name in _ALL if (folder / name).is_file()]
+    return sorted([*there, *(path.name for path in folder.glob("earlier_*_checkpoint_*.pth"))])
 
-    Returns:
-        The names of all that were ever put aside there; none takes the place of another.
-    """
+
+def put_aside(folder: Path) -> None:
+    """Rename the checkpoints that another run has left, for a new run in the same folder; none replaces another."""
     number = 1
     while any(folder.glob(f"earlier_{number}_*")):
         number += 1
     for path in [folder / name for name in _ALL]:
         if path.is_file():
             path.replace(folder / f"earlier_{number}_{path.name}")
-    return sorted(path.name for path in folder.glob("earlier_*_checkpoint_*.pth"))
 
 
 def reopen(folder: Path) -> None:

@@ -7,16 +7,17 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from batchgenerators.utilities.file_and_folder_operations import join, save_json
 
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.plans.checks import check_labels, without_memory
-from nnunetv2_misfm.plans.files import check_dataset_of_plans, plans_with_weights
+from nnunetv2_misfm.files import json_or_nothing, write_json
+from nnunetv2_misfm.plans.checks import check_is_finetuning, check_labels, without_memory
+from nnunetv2_misfm.plans.compare import is_complete, weights_differ, what_a_model_must_keep
+from nnunetv2_misfm.plans.files import check_dataset_of_plans, plans_with_weights, weights_of
 from nnunetv2_misfm.plans.run_settings import DEFAULT_FINETUNING_PLANS, PRETRAIN_INFO, FinetuningSettings
 from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
 from nnunetv2_misfm.trainers.run_page import TRANSFER_REPORT, update_run_page
 from nnunetv2_misfm.trainers.schedules import parameter_groups
-from nnunetv2_misfm.transfer.arrays import check_labels_unchanged
+from nnunetv2_misfm.transfer.arrays import check_data_unchanged
 from nnunetv2_misfm.transfer.names import names_of
 from nnunetv2_misfm.transfer.pretrained import load_source, transfer_source
 from nnunetv2_misfm.transfer.transfer import TransferError
@@ -40,18 +41,40 @@ class MisFMTrainer(BaseTrainer):
         device: torch.device = CUDA,
     ):
         check_dataset_of_plans(plans, dataset_json)
+        check_is_finetuning(plans, configuration)
         check_labels(dataset_json, Path(plans["dataset_name"], "dataset.json"))
         super().__init__(plans, configuration, fold, dataset_json, device)
 
     def _check_data(self) -> None:
+        name, configuration = self.plans_manager.plans_name, self.configuration_name
         try:
-            check_labels_unchanged(
-                Path(self.preprocessed_dataset_folder), self.plans_manager.plans_name, self.configuration_name
-            )
+            check_data_unchanged(Path(self.preprocessed_dataset_folder), name, configuration)
         except PlanError as error:
             if not self._continues:
                 raise
-            self.print_to_log_file(f"This run goes on with the labels it began with. {error}")
+            self.print_to_log_file(f"This run goes on with the data it began with. {error}")
+        if not self._continues:
+            self._check_other_folds()
+
+    def _check_other_folds(self) -> None:
+        """Raise a PlanError if this fold's plans would replace others, by which the folds beside it predict."""
+        folder = Path(self.output_folder_base)
+        trained = {path.parent.name for path in folder.glob("fold_*/checkpoint_*.pth")} - {f"fold_{self.fold}"}
+        before = json_or_nothing(folder / "plans.json")
+        if not trained or not is_complete(before, self.configuration_name):
+            return
+        there = f"{', '.join(sorted(trained))} in {folder}"
+        if differing := what_a_model_must_keep(before, self.plans_manager.plans, self.configuration_name):
+            lines = "\n  ".join(differing)
+            raise PlanError(
+                f"{there} were trained with other plans than {self.plans_manager.plans_name} is now, and would predict "
+                f"by these:\n  {lines}\nGive the new plans a name of their own (-overwrite_plans_name), or remove "
+                f"those folds."
+            )
+        if weights_differ(before, self.plans_manager.plans):
+            self.print_to_log_file(
+                f"{there} started from {weights_of(before) or 'random weights'}; this fold does not."
+            )
 
     def initialize(self) -> None:
         """As in the base class; remembers the initial weights, to notice weights that were loaded from outside."""
@@ -119,12 +142,26 @@ class MisFMTrainer(BaseTrainer):
         self.print_to_log_file(report.table(), add_timestamp=False)
         if self.local_rank == 0:
             Path(self.output_folder).mkdir(parents=True, exist_ok=True)
-            save_json(report.as_json(), join(self.output_folder, TRANSFER_REPORT))
+            write_json(report.as_json(), Path(self.output_folder, TRANSFER_REPORT))
         if self.is_ddp:
             dist.barrier()
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """As in nnU-Net; then the run's page has its mean Dice."""
+        """As in nnU-Net; then the run's page has its mean Dice.
+
+        Raises:
+            PlanError: if the checkpoint that was loaded is of a network, or for images, that the plans no longer name.
+        """
+        differing = what_a_model_must_keep(
+            self.my_init_kwargs["plans"], self.plans_manager.plans, self.configuration_name
+        )
+        if differing:
+            lines = "\n  ".join(differing)
+            raise PlanError(
+                f"{self.output_folder} was trained with other plans than {self.plans_manager.plans_name} is now:"
+                f"\n  {lines}\nPlan as then to validate it, or predict its cases with nnUNetv2_predict, which takes "
+                f"the plans of the results folder."
+            )
         super().perform_actual_validation(save_probabilities)
         if self.local_rank == 0:
             update_run_page(Path(self.output_folder), self.print_to_log_file)

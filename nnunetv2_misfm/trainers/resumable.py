@@ -22,6 +22,7 @@ from nnunetv2_misfm.plans.files import LATEST
 from nnunetv2_misfm.plans.run_settings import BLOCK, RunSettings
 from nnunetv2_misfm.trainers.checkpoint_files import (
     PREVIOUS,
+    left_by_earlier_runs,
     put_aside,
     read_latest_or_previous,
     remove_half_written,
@@ -53,6 +54,7 @@ class ResumableTrainer(nnUNetTrainer):
     settings: RunSettings
     network: Any  # within DDP and what torch.compile returns
     _was_loaded = False
+    _to_put_aside = False
     _optimizer_problem = ""
 
     @property
@@ -112,6 +114,7 @@ class ResumableTrainer(nnUNetTrainer):
             )
 
     def _check_same_run(self) -> None:
+        """Raise an error if a run that is to go on would become another one."""
         differing = self._changes_since(self.my_init_kwargs["plans"])
         if differing:
             raise PlanError(
@@ -132,19 +135,21 @@ class ResumableTrainer(nnUNetTrainer):
         """The defaults that `what_a_run_must_keep` should know, where they are not those declared."""
         return {}
 
-    def _clear_results_folder(self) -> None:
-        """Leave no checkpoint that `--c` would take for one of this run."""
+    def _open_results_folder(self) -> None:
+        """Remove what killed runs have left half-written; a run that goes on is not finished any more."""
         folder = Path(self.output_folder)
         remove_half_written(folder)
-        if not self._continues:
-            if earlier := put_aside(folder):
-                self.print_to_log_file(
-                    f"This run starts anew; earlier ones have left {', '.join(earlier)}. To continue one of those "
-                    f"instead, stop this run, take 'earlier_N_' off its name, and use --c with the plans it was "
-                    f"trained with."
-                )
-        elif self.current_epoch < self.num_epochs and not self.disable_checkpointing:
-            reopen(folder)
+        if self._continues:
+            if self.current_epoch < self.num_epochs and not self.disable_checkpointing:
+                reopen(folder)
+            return
+        self._to_put_aside = True
+        if earlier := left_by_earlier_runs(folder):
+            self.print_to_log_file(
+                f"This run starts anew; earlier ones have left {', '.join(earlier)}. What is not called 'earlier_N_' "
+                f"yet is renamed when this run saves its first checkpoint. To continue one of those instead, stop this "
+                f"run, take 'earlier_N_' off its name, and use --c with the plans it was trained with."
+            )
 
     # ---------------------------------------------------------------- checkpoint files
 
@@ -171,6 +176,9 @@ class ResumableTrainer(nnUNetTrainer):
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
             **self._more_to_save(),
         }
+        if self._to_put_aside:  # not before: a run that ends without a checkpoint leaves those of the run before
+            put_aside(Path(self.output_folder))
+            self._to_put_aside = False
         is_latest = Path(filename).name == LATEST
         write_checkpoint(checkpoint, self._describe(), filename, keep_as=PREVIOUS if is_latest else None)
 

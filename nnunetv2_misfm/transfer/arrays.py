@@ -67,10 +67,10 @@ def _provide(
     wanted = json.loads(json.dumps(preprocessing_key(plans, configuration)))
     known = json_or_nothing(record)
     files = listing(folder)
-    as_stock, corrected = shared and files == listing(stock), bool(changed_labels(folder))
+    as_stock, corrected = shared and same_files(files, listing(stock)), bool(changed_labels(folder))
     if as_stock and corrected:
         shared = False  # nnU-Net's arrays are those that were made with the labels of before
-    same = known.get("preprocessing") == wanted and known.get("files") == files
+    same = known.get("preprocessing") == wanted and same_files(known.get("files"), files)
     if same and (as_stock or not shared) and not corrected:
         return f"{folder} is up to date."
     record.unlink(missing_ok=True)
@@ -91,6 +91,8 @@ def _provide(
         _preprocess(folder, plans, configuration, num_processes)
         done = f"{folder} was preprocessed."
     made = {"preprocessing": wanted, "files": listing(folder), "labels": label_files(dataset_folder), "raw": made_from}
+    if shared:
+        made["shared_with"] = stock.name
     write_json(made, record)
     return done
 
@@ -180,6 +182,16 @@ def listing(folder: Path) -> dict[str, list[int]]:
     return {path.name: _size_and_time(path) for path in sorted(folder.iterdir()) if path.suffix != ".npy"}
 
 
+def same_files(one: Mapping[str, list[int]] | None, other: Mapping[str, list[int]]) -> bool:
+    """Whether two listings are of the same arrays; copies of a dataset have other times.
+
+    nnU-Net compresses arrays: those of other images or labels have other sizes.
+    """
+    return one is not None and {name: file[0] for name, file in one.items()} == {
+        n: file[0] for n, file in other.items()
+    }
+
+
 def label_files(dataset_folder: Path) -> dict[str, list[int]]:
     """Size, time of last change and checksum of each label file of a preprocessed dataset."""
     folder = dataset_folder / "gt_segmentations"
@@ -203,7 +215,7 @@ def changed_labels(folder: Path) -> list[str]:
     """
     record = json_or_nothing(record_of(folder))
     known = record.get("labels")
-    if not known or record.get("files") != listing(folder):
+    if not known or not same_files(record.get("files"), listing(folder)):
         return []
     changed = []
     for path in sorted((folder.parent / "gt_segmentations").glob("*")):
@@ -214,17 +226,39 @@ def changed_labels(folder: Path) -> list[str]:
     return changed
 
 
-def check_labels_unchanged(folder: Path, plans_name: str, configuration: str) -> None:
-    """Raise a PlanError if the arrays in a data folder of ours hold labels that have been corrected since."""
-    changed = changed_labels(folder)
-    if changed:
-        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-        dataset = folder.parent.name
-        raise PlanError(
-            f"{folder} was made with other labels than {folder.parent / 'gt_segmentations'} holds now "
-            f"({changed[0]}{more}). Repeat the misfm_plan that made {plans_name}, or preprocess it anew: "
-            f"nnUNetv2_preprocess -d {dataset} -plans_name {plans_name} -c {configuration}"
-        )
+def changed_cases(folder: Path) -> tuple[Path, list[str]]:
+    """What the arrays in a data folder of ours were made of, or linked from, and the files there that are others now.
+
+    Those are images that were corrected, and cases that were withdrawn; nothing is known without a record.
+    """
+    record = json_or_nothing(record_of(folder))
+    if "shared_with" in record:
+        source = folder.with_name(record["shared_with"])
+        before, now = record["files"], listing(source)
+    else:
+        source = Path(os.environ.get("nnUNet_raw", ""), folder.parent.name)
+        before, now = record.get("raw", {}), raw_files(source)
+    if not before or not now or not same_files(record["files"], listing(folder)):
+        return source, []
+    return source, sorted(name for name, (size, _) in before.items() if now.get(name, [None])[0] != size)
+
+
+def check_data_unchanged(folder: Path, plans_name: str, configuration: str) -> None:
+    """Raise a PlanError if a data folder is not there, or holds labels or images that have been corrected since."""
+    anew = f"nnUNetv2_preprocess -d {folder.parent.name} -plans_name {plans_name} -c {configuration}"
+    if not folder.is_dir():
+        raise PlanError(f"{folder} is not there. Repeat the misfm_plan that made {plans_name}, or run: {anew}")
+    labels, (source, cases) = changed_labels(folder), changed_cases(folder)
+    for changed, problem in (
+        (labels, f"was made with other labels than {folder.parent / 'gt_segmentations'} holds now"),
+        (cases, f"was made from other files than {source} holds now"),
+    ):
+        if changed:
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            raise PlanError(
+                f"{folder} {problem} ({changed[0]}{more}). Repeat the misfm_plan that made {plans_name}, or preprocess "
+                f"it anew: {anew}"
+            )
 
 
 def _size_and_time(path: Path) -> list[int]:

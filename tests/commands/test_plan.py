@@ -22,9 +22,10 @@ from nnunetv2_misfm.architectures.resolution import strides_of
 from nnunetv2_misfm.commands.checkpoints import export_main
 from nnunetv2_misfm.commands.launch import usable_gpus
 from nnunetv2_misfm.commands.plan import plan_main
+from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import locked
 from nnunetv2_misfm.plans.network_entry import NETWORKS, architecture_entry
-from nnunetv2_misfm.transfer.arrays import changed_labels
+from nnunetv2_misfm.transfer.arrays import changed_labels, check_data_unchanged
 from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint
 from nnunetv2_misfm.transfer.memory_target import MemoryBudget, MisFMPlanner
 
@@ -280,6 +281,69 @@ def test_arrays_of_labels_that_were_corrected_are_not_shared(nnunet: Path) -> No
     plan_main(["-d", "4", "-np", "1"])
     assert not changed_labels(ours)
     assert set(np.unique(blosc2.open(str(ours / "case_0_seg.b2nd"))[:])) == {0, 2}
+
+
+@pytest.mark.parametrize("own_arrays", [False, True])
+def test_corrected_images_and_withdrawn_cases_are_not_trained_on(nnunet: Path, own_arrays: bool) -> None:
+    """Which nnU-Net has preprocessed anew, or which are corrected in the raw dataset alone."""
+    plan_main(["-d", "4", "-np", "1", *(["-spacing", "1.2", "1.2", "1.2"] if own_arrays else [])])
+    folder = nnunet / "nnUNet_preprocessed" / DATASET
+    ours, raw = folder / "nnUNetMisFMPlans_3d_fullres", nnunet / "nnUNet_raw" / DATASET / "imagesTr"
+    check_data_unchanged(ours, "nnUNetMisFMPlans", "3d_fullres")
+    image, array = raw / "case_0_0000.nii.gz", folder / "nnUNetPlans_3d_fullres" / "case_0.b2nd"
+    source = image if own_arrays else array
+    place = raw.parent if own_arrays else array.parent
+    content = source.read_bytes()
+    source.unlink()
+    source.write_bytes(content)  # a copy has another time
+    check_data_unchanged(ours, "nnUNetMisFMPlans", "3d_fullres")
+    source.write_bytes(content + b" ")
+    with pytest.raises(PlanError, match=rf"other files than .*{place.name} holds now \(.*{source.name}\)"):
+        check_data_unchanged(ours, "nnUNetMisFMPlans", "3d_fullres")
+    source.unlink()
+    with pytest.raises(PlanError, match=f"{source.name}.*Repeat the misfm_plan that made nnUNetMisFMPlans"):
+        check_data_unchanged(ours, "nnUNetMisFMPlans", "3d_fullres")
+    with pytest.raises(PlanError, match="is not there.*nnUNetv2_preprocess -d .* -plans_name Others -c 3d_fullres"):
+        check_data_unchanged(folder / "Others_3d_fullres", "Others", "3d_fullres")
+
+
+def test_a_copy_of_the_preprocessed_data_is_up_to_date(
+    nnunet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`cp -r` keeps no times, and makes two files of hard links."""
+    options = (["-overwrite_plans_name", "Linked"], ["-overwrite_plans_name", "Own", "-spacing", "1.2", "1.2", "1.2"])
+    for more in options:
+        plan_main(["-d", "4", "-np", "1", *more])
+    copied = tmp_path / "copied"
+    for path in (nnunet / "nnUNet_preprocessed").rglob("*"):
+        if path.is_file():
+            target = copied / path.relative_to(nnunet / "nnUNet_preprocessed")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    monkeypatch.setenv("nnUNet_preprocessed", str(copied))
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "elsewhere"))
+    capsys.readouterr()
+    for more in options:
+        plan_main(["-d", "4", "-np", "1", *more])
+    assert capsys.readouterr().out.count("is up to date") == 2
+
+
+def test_without_preprocessing_the_command_that_does_it_is_named(
+    nnunet: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan_main(["-d", "4", "--no_pp"])
+    assert "nnUNetv2_preprocess -d 4 -plans_name nnUNetMisFMPlans -c 3d_fullres\n" in capsys.readouterr().out
+
+
+def test_plans_for_other_channels_are_refused(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = nnunet / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json"
+    plans = json.loads(path.read_text(encoding="utf-8"))
+    plans["configurations"]["3d_fullres"] |= {"normalization_schemes": ["ZScoreNormalization"] * 2}
+    path.write_text(json.dumps(plans), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        plan_main(["-d", "4"])
+    assert "has 2 normalization_schemes, but" in capsys.readouterr().err
+    assert not path.with_name("nnUNetMisFMPlans.json").exists()
 
 
 def test_replacing_plans_says_what_changes(nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,19 @@ def test_a_trainer_does_not_train_on_the_dataset_that_copied_plans_name(folder: 
         get_trainer_from_args("61", "3d_fullres", fold, name, "nnUNetPlans", False, CPU)
     assert not list((folder.parents[1] / "nnUNet_results").iterdir())
     get_trainer_from_args("4", "3d_fullres", fold, name, "nnUNetPlans", False, CPU)
+
+
+def test_a_copy_of_a_dataset_does_not_keep_the_dataset_from_training(
+    folder: Path, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nnUNetv2_train's command line says which of the two was asked for."""
+    shutil.copy(folder / "dataset.json", other)
+    for asked_for in ("4", "004", NAME):
+        monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", asked_for, "3d_fullres", "0"])
+        get_trainer_from_args(asked_for, "3d_fullres", 0, "MisFMTrainer", "nnUNetPlans", False, CPU)
+    monkeypatch.setattr(sys, "argv", ["nnUNetv2_train", "61", "3d_fullres", "4"])
+    with pytest.raises(PlanError, match="names another dataset"):
+        get_trainer_from_args("61", "3d_fullres", 0, "MisFMTrainer", "nnUNetPlans", False, CPU)
 
 
 # ---------------------------------------------------------------- plans and arrays of earlier versions
@@ -353,7 +367,7 @@ def test_arrays_with_labels_that_were_corrected_since_are_not_trained(
     run._was_loaded = True  # a run that goes on keeps its data, and says so
     run.my_init_kwargs = {"plans": run.plans_manager.plans}
     run._check_data()
-    assert "goes on with the labels it began with" in Path(run.log_file).read_text(encoding="utf-8")
+    assert "goes on with the data it began with" in Path(run.log_file).read_text(encoding="utf-8")
     (raw / label.name).write_bytes(label.read_bytes())
     misfm_plan(["-d", "4", *TINY, "-spacing", "1.2", "1.2", "1.2", "-np", "1"])
     assert "was preprocessed" in capsys.readouterr().out

@@ -242,6 +242,41 @@ def test_an_optimiser_with_other_groups_is_no_obstacle_to_validation(nnunet: Pat
         run.on_train_start()
 
 
+def test_folds_that_other_plans_trained_are_neither_validated_nor_mixed_with_new_ones(nnunet: Path) -> None:
+    plan(*NETWORK)
+    run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
+    run.on_train_start()
+    latest = str(Path(run.output_folder) / "checkpoint_latest.pth")
+    run.save_checkpoint(latest)
+    plan(*NETWORK, "-spacing", "1.1", "1.1", "1.1")
+    changed = r"were trained with other plans.*\n  spacing: \[1.0, 1.0, 1.0\] then, \[1.1, 1.1, 1.1\] now"
+    with pytest.raises(PlanError, match=changed):
+        trainer("MisFMTrainer", "nnUNetMisFMPlans", fold=1).on_train_start()
+    run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
+    run.load_checkpoint(latest)
+    with pytest.raises(PlanError, match=r"(?s)spacing: \[1.0, 1.0, 1.0\] then.*nnUNetv2_predict"):
+        run.perform_actual_validation()
+    assert not (Path(run.output_folder) / "validation").exists()
+
+
+def test_a_fold_from_other_weights_than_those_beside_it_says_so(nnunet: Path) -> None:
+    plan(*NETWORK)
+    run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
+    run.on_train_start()
+    run.save_checkpoint(str(Path(run.output_folder) / "checkpoint_latest.pth"))
+    plan("-pretrained_weights", str(pretrained()))
+    second = trainer("MisFMTrainer", "nnUNetMisFMPlans", fold=1)
+    second.on_train_start()
+    log = Path(second.log_file).read_text(encoding="utf-8")
+    assert f"fold_0 in {second.output_folder_base} started from random weights; this fold does not." in log
+
+
+def test_plans_of_a_pretraining_are_not_fine_tuned(nnunet: Path) -> None:
+    pretrain(1)
+    with pytest.raises(PlanError, match=r"plans of a pretraining \(volume_fusion\).*misfm_plan -d .* -c 3d_fullres"):
+        trainer("MisFMTrainer", "nnUNetMisFMPretrainPlans")
+
+
 def test_a_changed_checkpoint_is_noticed(nnunet: Path) -> None:
     checkpoint = pretrain(1)
     plan("-pretrained_weights", str(checkpoint))
@@ -416,7 +451,10 @@ def test_only_small_networks_are_laid_out_anew_on_a_cpu(nnunet: Path, features: 
 
 
 def test_new_runs_put_the_checkpoints_of_earlier_ones_aside(nnunet: Path) -> None:
-    """Else --c would take the end of an earlier run, which nnU-Net looks for first, for one of the new run."""
+    """Else --c would take the end of an earlier run, which nnU-Net looks for first, for one of the new run.
+
+    Not before they save one themselves: a run that cannot start, or saves none, takes no finished model away.
+    """
     plan(*NETWORK)
     folder = run_folder("MisFMTrainer", "nnUNetMisFMPlans") / "fold_0"
     folder.mkdir(parents=True)
@@ -424,7 +462,17 @@ def test_new_runs_put_the_checkpoints_of_earlier_ones_aside(nnunet: Path) -> Non
     for run in ("first", "second"):
         for name in left:
             (folder / name).write_text(run, encoding="utf-8")
-        trainer("MisFMTrainer", "nnUNetMisFMPlans").on_train_start()
+        new = trainer("MisFMTrainer", "nnUNetMisFMPlans")
+        new.disable_checkpointing = True
+        new.on_train_start()
+        new.save_checkpoint(str(folder / "checkpoint_best.pth"))
+        assert {(folder / name).read_text(encoding="utf-8") for name in left[:2]} == {run}
+        new.disable_checkpointing = False
+        new.save_checkpoint(str(folder / "checkpoint_latest.pth"))
+        new.save_checkpoint(str(folder / "checkpoint_best.pth"))
+        assert not list(folder.glob(".checkpoint*")) and not (folder / left[0]).exists()
+        for name in ("checkpoint_latest.pth", "checkpoint_best.pth"):
+            (folder / name).unlink()
     there = {path.name: path.read_text(encoding="utf-8") for path in folder.rglob("*checkpoint*")}
     assert there == {
         "earlier_1_checkpoint_best.pth": "first",
