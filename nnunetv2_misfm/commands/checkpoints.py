@@ -50,6 +50,8 @@ def import_checkpoint(options: argparse.Namespace) -> None:
     from nnunetv2_misfm.transfer.published_weights import import_published
 
     target = _new_path(options.o)
+    if target.suffix == ".safetensors":
+        raise PlanError(f"{target}: call it .pth, as a file of PyTorch's. misfm_export_checkpoint writes safetensors.")
     stems = DEGREES_OF_ANISOTROPY if options.resolution_mode == "all" else (int(options.resolution_mode),)
     info = import_published(Path(options.i), target, stems)
     name = info.network_class_name.rpartition(".")[2]
@@ -121,7 +123,7 @@ def inspect(options: argparse.Namespace) -> None:
         return
     folder = preprocessed_dataset(options.d)
     attempts = list(_attempts(options, folder, source))
-    asked_for, best = attempts[0], max(attempts, key=lambda attempt: attempt.share)
+    asked_for, best = attempts[0], max(attempts, key=lambda attempt: (attempt.share, attempt.share_of_source))
     if best.report is None:
         raise asked_for.error or PlanError(f"{options.checkpoint} cannot be used here.")
     if best is not asked_for and asked_for.report is not None:
@@ -157,6 +159,11 @@ class Attempt:
     def share(self) -> float:
         """Of what the checkpoint can be expected to give."""
         return -1.0 if self.report is None else self.report.coverage(self.report.expected)
+
+    @property
+    def share_of_source(self) -> float:
+        """Of the checkpoint that is used, in whole percent."""
+        return 0.0 if self.report is None else round(self.report.share_of_source(), 2)
 
     def command(self, options: argparse.Namespace) -> str:
         """The misfm_plan that does it."""

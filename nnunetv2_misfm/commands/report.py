@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from nnunetv2_misfm.commands.parser import CommandParser
-from nnunetv2_misfm.errors import PlanError, exit_with_message
+from nnunetv2_misfm.errors import PlanError, exit_with_message, first_line
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -43,6 +43,8 @@ def report(run: Path) -> None:
             print(f"Page: {write_run_page(Path(os.path.abspath(fold)))}")
         except PlanError as error:
             problems.append(str(error))
+        except (KeyError, TypeError, ValueError) as error:
+            problems.append(f"{fold}: one of its files is damaged ({first_line(error)}).")
     if len(problems) == len(folds):
         raise PlanError("\n".join(problems))
     for problem in problems:

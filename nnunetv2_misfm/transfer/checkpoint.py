@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
 import pathlib
 import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Collection, Hashable, Mapping
+import zlib
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -46,7 +46,13 @@ ADAPTATION = "nnssl_adaptation_plan"
 """Beside the weights, in nnssl's checkpoints and ours: what nnssl tells of network and images."""
 _CHECKPOINT_ENDINGS = (".pth", ".pt", ".model", ".ckpt")
 _CONFIGURATIONS = ("3d_fullres", "3d_cascade_fullres", "3d_lowres", "2d")  # of nnU-Net, the most useful first
-_PATHS = (pathlib.PosixPath, pathlib.PurePosixPath, pathlib.PureWindowsPath)
+# Python 3.13 names their module otherwise, and no path of another system can be made.
+_PATHS = tuple(
+    (getattr(pathlib, f"Pure{kind}"), f"{module}.{pure}{kind}")
+    for kind in ("PosixPath", "WindowsPath")
+    for module in ("pathlib", "pathlib._local")
+    for pure in ("", "Pure")
+)
 _OF_PLANS = ("dataset_name", "transpose_forward", "image_reader_writer", INTENSITIES)
 _OF_CONFIGURATION = ("spacing", "patch_size", "normalization_schemes", "use_mask_for_norm")
 _RECORDED_PACKAGES = ("nnunetv2_misfm", "nnunetv2", "torch", "dynamic-network-architectures", "batchgeneratorsv2")
@@ -152,6 +158,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     path = Path(path)
     _check_kind_of_file(path)
+    _check_sums(path)
     try:
         with torch.serialization.safe_globals(_plain_classes()):
             content = torch.load(_opened(path), map_location="cpu", weights_only=True)
@@ -196,6 +203,22 @@ def _check_kind_of_file(path: Path) -> None:
     raise CheckpointError(f"{path} is not a readable checkpoint; it is {what}.")
 
 
+def _check_sums(path: Path) -> None:
+    """Raise a CheckpointError if the parts of a zip file do not have its checksums, which PyTorch does not look at."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for part in archive.infolist():
+                # Files can be written without; those have zeros.
+                if part.CRC:
+                    with archive.open(part) as content:
+                        while content.read(1 << 20):
+                            pass
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is damaged ({first_line(error)}). Copy or download it again.") from None
+
+
 def _opened(path: Path) -> Path | IO[bytes]:
     inside = name_in_archive(path)
     if inside is None:
@@ -235,7 +258,7 @@ def checkpoints_in_archive(path: Path) -> list[str] | None:
             f"{path} is a network as TorchScript, which holds code. If you trust its author, save its weights alone: "
             f"torch.save(torch.jit.load(FILE, 'cpu').state_dict(), 'weights.pth')."
         )
-    if any(name.endswith("data.pkl") for name in names):
+    if any(Path(name).name == "data.pkl" for name in names):
         return None
     named = (name for name in names if name.endswith(_CHECKPOINT_ENDINGS) and not Path(name).name.startswith("."))
     return sorted(named, key=_preference)
@@ -247,64 +270,6 @@ def _preference(name: str) -> tuple[bool, int, str]:
     parts = re.split("/|__", name)
     configuration = next((i for i, known in enumerate(_CONFIGURATIONS) if known in parts), 0)
     return not is_final, configuration, name
-
-
-def write_safetensors(
-    weights: Mapping[str, Tensor],
-    info: CheckpointInfo,
-    path: str | os.PathLike[str],
-    trained_parts: Collection[str],
-    channels: Collection[str] = (),
-) -> None:
-    """Write weights with their description, and the names of the image channels, in the file's metadata.
-
-    Weights that a network lists under several names are written under the first.
-
-    Raises:
-        CheckpointError: if it cannot be written, for example because the disk is full.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    seen: set[tuple[int, int]] = set()
-    kept = {}
-    for name, tensor in weights.items():
-        place = (tensor.data_ptr(), tensor.numel())
-        if tensor.numel() and place in seen:
-            continue
-        seen.add(place)
-        kept[name] = tensor.contiguous()
-    metadata = {"format": "pt", DESCRIPTION: json.dumps({"format_version": FORMAT_VERSION, **asdict(info)})}
-    metadata[TRAINED_PARTS] = json.dumps(list(trained_parts))
-    metadata[CHANNEL_NAMES] = json.dumps(list(channels))
-    try:
-        with written_whole(path) as temporary:
-            save_file(kept, temporary, metadata)
-    except (SafetensorError, OSError) as error:
-        raise not_written(path, error) from error
-
-
-def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of a safetensors file, of ours or of others, as `read_checkpoint` gives it.
-
-    Raises:
-        CheckpointError: if the file is missing or damaged.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    if not Path(path).is_file():
-        raise CheckpointError(f"{path} does not exist or is not a file. Give the path of a checkpoint.")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        ours = (DESCRIPTION, TRAINED_PARTS, CHANNEL_NAMES)
-        described = {key: json.loads(metadata[key]) for key in ours if key in metadata}
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is not a readable safetensors file ({first_line(error)}). Copy or download it again."
-        ) from None
-    return {WEIGHTS: weights, **described}
 
 
 def checkpoint_info(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> CheckpointInfo | None:

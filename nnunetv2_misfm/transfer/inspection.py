@@ -11,12 +11,13 @@ from typing import Any
 from nnunetv2_misfm.plans.checks import INTENSITIES
 from nnunetv2_misfm.plans.network_entry import UNET_ARGUMENTS, own_network_name
 from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS
-from nnunetv2_misfm.transfer.checkpoint import LEARNT, CheckpointError, CheckpointInfo, write_safetensors
+from nnunetv2_misfm.transfer.checkpoint import LEARNT, CheckpointError, CheckpointInfo
 from nnunetv2_misfm.transfer.hub import EXPORTED
 from nnunetv2_misfm.transfer.names import OTHER, PARTS, Names, names_in_class
 from nnunetv2_misfm.transfer.planning import is_complete_unet
-from nnunetv2_misfm.transfer.pretrained import Source, read_source
+from nnunetv2_misfm.transfer.pretrained import Source, file_sha256, read_source
 from nnunetv2_misfm.transfer.report import LEARNING_PARTS
+from nnunetv2_misfm.transfer.safetensors_file import write_safetensors
 from nnunetv2_misfm.transfer.shrunk_weights import shrunk_weights
 from nnunetv2_misfm.transfer.unet_weights import is_statistic
 
@@ -25,13 +26,18 @@ _USUAL = ("n_stages", "conv_op", "conv_bias", "kernel_sizes", "dropout_op", "dro
 _OF_PREPROCESSING = ("dataset_name", "spacing", "patch_size", "normalization_schemes", "transpose_forward")
 
 
-def describe(source: Source) -> str:
-    """File, network, weights by part, input, training and package versions, one item a line."""
+def describe(source: Source, exported: Path | None = None) -> str:
+    """File, network, weights by part, input, training and package versions, one item a line.
+
+    Args:
+        source: the checkpoint.
+        exported: the file that its weights were written to, to describe that one.
+    """
+    named = [("file", source.path), ("on the Hub", source.hub_name), ("kind", _kind(source)), ("sha256", source.sha256)]
+    if exported is not None:
+        named = [("sha256", file_sha256(exported)), ("made from", _kind(source)), ("  sha256", source.sha256)]
     rows: list[tuple[str, Any]] = [
-        ("file", source.path),
-        ("on the Hub", source.hub_name),
-        ("kind", _kind(source)),
-        ("sha256", source.sha256),
+        *named,
         ("parameters", _parameters(source)),
         ("not trained", "; ".join(source.untrained.values())),
         ("shrunk to nothing", _shrunk(source)),
@@ -44,6 +50,8 @@ def describe(source: Source) -> str:
 
 
 def _kind(source: Source) -> str:
+    if source.by_this_package and source.info is not None and not source.info.versions:
+        return f"the weights of a {source.network_name}, exported by this package, plain data only"
     if source.by_this_package:
         return "a checkpoint of this package, plain data only"
     if source.kind is not None and source.kind.refusal:
@@ -143,28 +151,28 @@ def export(checkpoint: str, folder: Path, licence: str | None) -> str:
             f"{checkpoint} does not say which network it holds, a {source.network_name}; only checkpoints of this "
             f"package, of nnU-Net's U-Nets and published MIS-FM files can be exported."
         )
+    source.check_is_3d()
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
         trained = [part for part in LEARNING_PARTS if part not in source.untrained]
         write_safetensors(source.weights, source.info, temporary / EXPORTED, trained, source.channels)
-        (temporary / "README.md").write_text(model_card(source, licence), encoding="utf-8")
+        (temporary / "README.md").write_text(model_card(source, licence, temporary / EXPORTED), encoding="utf-8")
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return _network_options(source.info)
 
 
-def model_card(source: Source, licence: str | None) -> str:
-    """The card: what the weights are, how to use them, how they were made."""
+def model_card(source: Source, licence: str | None, exported: Path) -> str:
+    """The card of exported weights: what they are, how to use them, how they were made."""
     assert source.info is not None
     network = source.info.network_class_name.rpartition(".")[2]
     task = [source.info.task.replace("_", "-")] if source.info.task in PRETEXT_TASKS else []
     tags = ["medical", "segmentation", "nnunet", *task]
     of_misfm = source.info.task == "volume_fusion"
     method = "\nMethod: MIS-FM ([arXiv 2306.16925](https://arxiv.org/abs/2306.16925))." if of_misfm else ""
-    details = "\n".join(line for line in describe(source).splitlines() if not line.startswith(("file", "on the Hub")))
     front = ["library_name: nnunetv2_misfm", f"tags: [{', '.join(tags)}]"]
     front += [f"license: {licence}"] if licence else []
     to_fill = "" if licence else "\n\n> No licence was given; add one to the first lines of this file."
@@ -183,7 +191,7 @@ nnUNetv2_train DATASET_ID 3d_fullres 0 -tr MisFMTrainer -p nnUNetMisFMPlans
 How they were made:
 
 ```
-{details}
+{describe(source, exported)}
 ```
 """
 

@@ -7,6 +7,7 @@ within their decoders, stands here once.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -98,6 +99,8 @@ def names_in_class(class_name: str) -> Names | None:
 
 
 _MORE_CLASSES = (1, 16)
+# They are taken where there is nothing else.
+_COPIES = ("ema", "teacher", "momentum", "averaged", "target", "shadow", "encoder_k", "swa", "polyak")
 
 
 def names_of(network: nn.Module, rebuilt: Callable[[int, int], nn.Module] | None = None) -> Names:
@@ -131,6 +134,11 @@ def names_of(network: nn.Module, rebuilt: Callable[[int, int], nn.Module] | None
         by_anisotropy=tuple(getattr(network, "keys_by_anisotropy", ())),
         **(_OF_UNETS if is_unet else {}),
     )
+
+
+def is_copy(place: str) -> bool:
+    """Whether a place in a file is that of an average of weights, or of a network that only teaches."""
+    return any(copy in part for part in place.lower().split(".") for copy in _COPIES)
 
 
 def within(name: str, key: str) -> bool:
@@ -180,10 +188,13 @@ def _prefixes(source: Collection[str], own: Sequence[str]) -> tuple[str, str]:
     return around, before
 
 
-def _prefix(source: Collection[str], own: Sequence[str]) -> str:
-    """What stands before the names of a network in a file."""
-    found = [name.removesuffix(own[0]) for name in source if name == own[0] or name.endswith(f".{own[0]}")]
-    return max(found, key=lambda prefix: sum(prefix + name in source for name in own), default="")
+def _prefix(source: Collection[str], own: Collection[str]) -> str:
+    """What stands before the names of a network in a file: before most of them, of copies last."""
+    wanted, found = set(own), Counter[str]()
+    for name in source:
+        ends = (name[start:] for start in (0, *(i + 1 for i, letter in enumerate(name) if letter == ".")))
+        found.update(name.removesuffix(end) for end in ends if end in wanted)
+    return max(found, key=lambda prefix: (found[prefix], not is_copy(prefix)), default="")
 
 
 def _in_nearest_stem(name: str, lists: Sequence[str], source: Collection[str]) -> str:

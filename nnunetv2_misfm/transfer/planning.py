@@ -246,8 +246,8 @@ def _architecture(
     remarks: list[str],
 ) -> dict[str, Any]:
     planned: dict[str, Any] = configuration["architecture"]
-    if source is not None and str(source.arch_kwargs.get("conv_op")).endswith("Conv2d"):
-        raise PlanError(f"{source.path} holds a 2D {source.network_name}, the networks here are 3D. Use 3D weights.")
+    if source is not None:
+        source.check_is_3d()
     if request.network in ("plan", "pretrained") and request.arch_kwargs:
         raise PlanError(
             f"-features_per_stage changes a network that -network {request.network} keeps as it is. Leave one out."

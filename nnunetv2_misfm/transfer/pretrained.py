@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,6 @@ from nnunetv2_misfm.transfer.checkpoint import (
     checkpoint_info,
     checkpoints_in_archive,
     read_checkpoint,
-    read_safetensors,
 )
 from nnunetv2_misfm.transfer.described import (
     channel_names,
@@ -33,11 +33,13 @@ from nnunetv2_misfm.transfer.described import (
     how_well_learnt,
     told_preprocessing,
 )
-from nnunetv2_misfm.transfer.foreign import GENERIC_UNET, PUBLISHED_FMUNET, PUBLISHED_PCTNET, Kind
+from nnunetv2_misfm.transfer.foreign import FMUNET, GENERIC_UNET, PCTNET, PUBLISHED_FMUNET, PUBLISHED_PCTNET, Kind
 from nnunetv2_misfm.transfer.hub import ADAPTATION_PLAN, download, is_hub_name
 from nnunetv2_misfm.transfer.names import SEG_LAYERS, names_in_class
+from nnunetv2_misfm.transfer.own_weights import describe_own
 from nnunetv2_misfm.transfer.published_weights import read_published
 from nnunetv2_misfm.transfer.report import LEARNING_PARTS, TransferReport
+from nnunetv2_misfm.transfer.safetensors_file import is_safetensors, read_safetensors
 from nnunetv2_misfm.transfer.state_dicts import find_weights
 from nnunetv2_misfm.transfer.transfer import SourceFacts, transfer
 from nnunetv2_misfm.transfer.version_1 import init_args_beside
@@ -95,6 +97,13 @@ class Source:
             return self.info.network_class_name.rpartition(".")[2]
         return "network that is not known here" if self.kind is None else self.kind.name
 
+    def check_is_3d(self) -> None:
+        """Raise a CheckpointError for a 2D network."""
+        if str(self.arch_kwargs.get("conv_op")).endswith("Conv2d"):
+            raise CheckpointError(
+                f"{self.path} holds a 2D {self.network_name}, the networks here are 3D. Use 3D weights."
+            )
+
     @property
     def facts(self) -> SourceFacts:
         """What a transfer needs to know besides the weights."""
@@ -136,16 +145,18 @@ def read_source(given: str | os.PathLike[str]) -> Source:
     if is_hub_name(str(given)):
         file = download(str(given))
         path, name, beside = file.path, file.name, file.adaptation_plan
-    content = read_safetensors(path) if path.suffix == ".safetensors" else read_checkpoint(path)
+    content = read_safetensors(path) if is_safetensors(path) else read_checkpoint(path)
     own, plan = checkpoint_info(content, path), _plan_beside(content, beside)
     # Only the classes known here have names that are known; those of another may hold such networks as parts.
     of_other_class = own is not None and names_in_class(own.network_class_name) is None
     found = find_weights(content, path, as_they_are=of_other_class)
     weights, info, notes = found.weights, own, [*_of_archive(path), *found.notes]
     if plan and own is None:
-        notes.append(f"Its images are described by {beside}, which lies beside it.")
+        notes.append(f"Its images are described by {beside.name if beside else ''}, which lies beside it.")
     if own is None and found.kind in (PUBLISHED_PCTNET, PUBLISHED_FMUNET):
         weights, info = read_published(found.weights, path)
+    elif own is None and found.kind in (PCTNET, FMUNET):
+        info = describe_own(found.weights, found.kind)
     elif own is None:
         if found.kind is GENERIC_UNET and "init_args" not in content:
             told, note = init_args_beside(path)
@@ -231,6 +242,8 @@ def load_network(path: str | os.PathLike[str], deep_supervision: bool = False) -
         CheckpointError: if the file cannot be used, or holds a network that is not of this package.
     """
     source = read_source(path)
+    if source.untrained:
+        warnings.warn(f"{path}: {'; '.join(source.untrained.values())}, and is random.", stacklevel=2)
     if source.info is None or source.info.network_class_name not in NETWORKS.values():
         raise CheckpointError(
             f"{path} holds a {source.network_name}, not a network of this package ({', '.join(NETWORKS.values())}). "

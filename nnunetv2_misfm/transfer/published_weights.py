@@ -17,8 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnunetv2_misfm.architectures.resolution import DEGREES_OF_ANISOTROPY
-from nnunetv2_misfm.plans.checks import INTENSITIES, build_on_meta
-from nnunetv2_misfm.plans.network_entry import architecture_entry
+from nnunetv2_misfm.plans.checks import INTENSITIES
 from nnunetv2_misfm.transfer.checkpoint import (
     WEIGHTS,
     CheckpointError,
@@ -27,6 +26,7 @@ from nnunetv2_misfm.transfer.checkpoint import (
     write_checkpoint,
 )
 from nnunetv2_misfm.transfer.foreign import PUBLISHED_FMUNET, PUBLISHED_PCTNET
+from nnunetv2_misfm.transfer.own_weights import Told, check_complete, told_fmunet, told_pctnet
 from nnunetv2_misfm.transfer.state_dicts import find_weights
 
 _PUBLISHED_WINDOW = {"percentile_00_5": -1000.0, "percentile_99_5": 1000.0, "mean": 0.0, "std": 1000.0}
@@ -209,17 +209,17 @@ def read_published(
     """
     reader = _pctnet_from if "embeddings.0.proj.weight" in state_dict else _fmunet_from
     try:
-        weights, entry, input_channels, num_classes = reader(state_dict, stems)
-        _check_complete(weights, entry, input_channels, num_classes)
+        weights, told = reader(state_dict, stems)
+        check_complete(weights, told)
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f"{path} is not a complete published network: {error}") from None
     info = CheckpointInfo(
         task="volume_fusion",
-        network_class_name=entry["network_class_name"],
-        arch_kwargs=entry["arch_kwargs"],
-        input_channels=input_channels,
-        num_classes=num_classes,
-        preprocessing=_published_preprocessing(input_channels),
+        network_class_name=told.entry["network_class_name"],
+        arch_kwargs=told.entry["arch_kwargs"],
+        input_channels=told.input_channels,
+        num_classes=told.num_classes,
+        preprocessing=_published_preprocessing(told.input_channels),
         training={"published": "openmedlab/MIS-FM"},
     )
     return weights, info
@@ -235,49 +235,11 @@ def _published_preprocessing(input_channels: int) -> dict[str, Any]:
     }
 
 
-def _check_complete(
-    weights: Mapping[str, Tensor], entry: Mapping[str, Any], input_channels: int, num_classes: int
-) -> None:
-    """Raise a ValueError unless these are all tensors of the network, each in its shape."""
-    expected = build_on_meta(entry, input_channels, num_classes).state_dict()
-    missing = sorted(set(expected) - set(weights))
-    if missing:
-        raise ValueError(f"it lacks {len(missing)} of {len(expected)} tensors, here called {_first(missing)}")
-    wrong = [
-        f"{name} {list(weights[name].shape)} for {list(shape.shape)}"
-        for name, shape in expected.items()
-        if weights[name].shape != shape.shape
-    ]
-    wrong += [f"{name}, which there should not be" for name in sorted(set(weights) - set(expected))]
-    if wrong:
-        raise ValueError(f"{len(wrong)} tensors are not those of the network, here called {_first(wrong)}")
+def _pctnet_from(state_dict: Mapping[str, Tensor], stems: Sequence[int]) -> tuple[dict[str, Tensor], Told]:
+    weights = convert_pctnet(state_dict, stems)
+    return weights, told_pctnet(weights)
 
 
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-_Read = tuple[dict[str, Tensor], dict[str, Any], int, int]
-
-
-def _pctnet_from(state_dict: Mapping[str, Tensor], stems: Sequence[int]) -> _Read:
-    features = [state_dict["embeddings.0.proj.weight"].shape[0]]
-    features += [state_dict[f"embeddings.0.down{i}.conv.2.weight"].shape[0] for i in (1, 2)]
-    features += [state_dict[f"pyramid_ct.down{i}.conv.2.weight"].shape[0] for i in (3, 4)]
-    table = "pyramid_ct.convtrans_{}.trans.blocks.0.attn.relative_position_bias_table"
-    heads = [state_dict[table.format(stage)].shape[1] for stage in ("e2", "e3", "e4")]
-    arguments = {"features_per_stage": features, "num_heads": heads, "stems": list(stems)}
-    entry = architecture_entry("pctnet", stems[0], **arguments)
-    channels = state_dict["embeddings.0.proj.weight"].shape[1]
-    num_classes = state_dict["pyramid_ct.out_conv2.conv.2.weight"].shape[0]
-    return convert_pctnet(state_dict, stems), entry, channels, num_classes
-
-
-def _fmunet_from(state_dict: Mapping[str, Tensor], stems: Sequence[int]) -> _Read:
-    # FMUNet has one stem; which degree it was trained for shows in the kernels of its first two stages.
-    kernels = [state_dict[f"encoder.en_conv{i}.conv_list.0.3.weight"].shape[2] for i in (0, 1)]
-    features = [state_dict[f"encoder.en_conv{i}.conv_list.0.3.weight"].shape[0] for i in range(5)]
-    depth = len({key.split(".")[3] for key in state_dict if key.startswith("encoder.en_conv0.conv_list.")})
-    entry = architecture_entry("fmunet", kernels.count(1), features_per_stage=features, depth=depth)
-    channels, num_classes = state_dict["project.weight"].shape[1], state_dict["out_layers.0.2.weight"].shape[0]
-    return convert_fmunet(state_dict), entry, channels, num_classes
+def _fmunet_from(state_dict: Mapping[str, Tensor], stems: Sequence[int]) -> tuple[dict[str, Tensor], Told]:
+    weights = convert_fmunet(state_dict)
+    return weights, told_fmunet(weights)

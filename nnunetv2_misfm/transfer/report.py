@@ -12,6 +12,7 @@ TRANSFERRED, ADAPTED, FRESH = "transferred", "adapted", "fresh"
 LEARNING_PARTS = tuple(part for part in PARTS if part != SEG_LAYERS)
 """What pretraining can train for a fine-tuning."""
 _MOST_LINES = 12
+_NEARLY_ALL = 0.9  # stems for other anisotropies, statistics
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,24 @@ class TransferReport:
         total = sum(entry.numel for entry in entries)
         return sum(entry.numel for entry in entries if entry.status != FRESH) / total if total else 1.0
 
+    def share_of_source(self) -> float:
+        """Share of the checkpoint's elements in the expected parts that the target starts from."""
+        left_out = sum(tensor.numel for tensor in self.unused if tensor.part in self.expected)
+        used = sum(entry.numel for entry in self.entries if entry.status != FRESH)
+        return used / (used + left_out) if used else 0.0
+
     def share(self) -> str:
-        """One line: how much of what can be expected comes from the checkpoint, and of which part."""
+        """One line: how much of what can be expected comes from the checkpoint, of which part, and if much is left."""
         by_part = [
             f"{part} {100 * self.coverage([part]):.4g} %"
             for part in LEARNING_PARTS
             if any(entry.part == part for entry in self.entries)
         ]
-        return f"{100 * self.coverage(self.expected):.4g} % of {', '.join(self.expected)} ({', '.join(by_part)})"
+        found = f"{100 * self.coverage(self.expected):.4g} % of {', '.join(self.expected)} ({', '.join(by_part)})"
+        share = self.share_of_source()
+        if share > _NEARLY_ALL:
+            return found
+        return f"{found}, but only {100 * share:.0f} % of the checkpoint's are used: it has stages or layers more"
 
     def table(self) -> str:
         """Totals by part for a terminal of 80 columns, what is not simply transferred, and what is not used."""

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from nnunetv2_misfm.transfer.checkpoint import CheckpointError
 from nnunetv2_misfm.transfer.foreign import GENERIC_UNET, Kind, recognised
+from nnunetv2_misfm.transfer.names import SEG_LAYERS, Names, is_copy
 from nnunetv2_misfm.transfer.unet_weights import each_once, from_generic_unet
 
 _CONTAINERS = ("network_weights", "model_state_dict", "state_dict", "model", "net", "network", "student", "module")
-# Averages of weights, and networks that only teach, are taken where there is nothing else.
-_COPIES = ("ema", "teacher", "momentum", "averaged", "target", "shadow", "encoder_k")
 _NOT_WEIGHTS = ("optim", "sched", "scaler", "amp", "logging", "init_args")
 # What torch.compile, FSDP and checkpointing put into names, at any place.
 _INNER_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -79,7 +78,8 @@ def find_weights(content: Mapping[Any, Any], path: str | os.PathLike[str], as_th
     if best.kind is GENERIC_UNET:
         weights = from_generic_unet(weights)
     weights, note = each_once(weights)
-    _check_values(weights, path)
+    names = (best.kind.names if best.kind is not None else None) or Names()
+    _check_values({name: value for name, value in weights.items() if names.part_of(name) != SEG_LAYERS}, path)
     return replace(best, weights=weights, notes=(*best.notes, note) if note else best.notes)
 
 
@@ -90,7 +90,7 @@ def _state_dicts(
     tensors = {
         key: torch.as_tensor(value)
         for key, value in content.items()
-        if isinstance(key, str) and (isinstance(value, Tensor) or _is_array_of_numbers(value))
+        if isinstance(key, str) and (_is_dense(value) or _is_array_of_numbers(value))
     }
     if tensors and 2 * len(tensors) >= len(content):
         yield place, tensors
@@ -99,6 +99,16 @@ def _state_dicts(
         inside = dict(enumerate(value)) if isinstance(value, (list, tuple)) else value
         if isinstance(inside, Mapping) and not str(key).lower().startswith(_NOT_WEIGHTS):
             yield from _state_dicts(inside, f"{place}.{key}" if place else str(key), depth + 1)
+
+
+def _is_dense(value: object) -> bool:
+    """Whether a value is a tensor with numbers of its own, neither sparse nor quantised nor without memory."""
+    return (
+        isinstance(value, Tensor)
+        and value.layout == torch.strided
+        and not value.is_quantized
+        and value.device.type == "cpu"
+    )
 
 
 def _is_array_of_numbers(value: object) -> bool:
@@ -135,13 +145,12 @@ def _each_stored_once(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _rank(found: Found) -> tuple[bool, bool, bool, int, int]:
     """Networks that can be read first, copies last, then by the usual order of containers."""
-    is_copy = any(copy in part for part in found.place.lower().split(".") for copy in _COPIES)
     container = found.place.partition(".")[0]
     order = _CONTAINERS.index(container) if container in _CONTAINERS else len(_CONTAINERS)
     return (
         found.kind is None,
         found.kind is not None and bool(found.kind.refusal),
-        is_copy,
+        is_copy(found.place),
         order,
         -sum(value.numel() for value in found.weights.values()),
     )

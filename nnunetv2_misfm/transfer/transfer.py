@@ -167,6 +167,8 @@ class _Fitting:
             in_source = self.source.get(name_in_source)
             if in_source is not None and in_source.shape == buffer.shape:
                 self._take(name_in_source, buffer, in_source)
+            elif in_source is not None:
+                self.rejected[name_in_source] = f"shape {list(in_source.shape)} in the source"
             elif name.endswith(".running_mean") and name_in_source.replace(".running_mean", ".weight") in self.used:
                 missing.append(name)
         return missing
@@ -312,8 +314,8 @@ def _about_statistics(
         )
     elif has_statistics and not lost:
         yield (
-            f"This network normalises with BatchNorm, the checkpoint's {facts.name} does not: means and variances "
-            f"start fresh, and the features are not those that the weights were trained to give."
+            f"This network normalises with BatchNorm, and the checkpoint ({facts.name}) holds no means and variances: "
+            f"they start fresh, and the features are not those that the weights were trained to give."
         )
     elif without:
         yield (

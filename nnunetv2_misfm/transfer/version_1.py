@@ -61,7 +61,8 @@ def init_args_beside(path: Path) -> tuple[dict[str, Any] | None, str]:
     except Exception as error:  # whatever a foreign file makes the unpickler, or the reading of its plans, stumble over
         return (
             None,
-            f"{name} was not read ({first_line(error)}): spacing and normalisation of its images are not known.",
+            f"{PurePath(name).name} was not read ({first_line(error)}): spacing and normalisation of its images are "
+            f"not known.",
         )
 
 

@@ -13,16 +13,19 @@ from threading import Thread
 
 import pytest
 import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
+from foreign_files import unet
 from huggingface_hub import errors as hub_errors
 from nnunet_dataset import NAME
 
 from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
-from nnunetv2_misfm.commands.checkpoints import export_main, inspect_main
+from nnunetv2_misfm.commands.checkpoints import export_main, import_main, inspect_main
 from nnunetv2_misfm.commands.plan import plan_main
 from nnunetv2_misfm.plans.network_entry import NETWORKS
 from nnunetv2_misfm.transfer.checkpoint import CheckpointError, CheckpointInfo, write_checkpoint
 from nnunetv2_misfm.transfer.hub import download
+from nnunetv2_misfm.transfer.inspection import describe
 from nnunetv2_misfm.transfer.pretrained import load_network, load_source, read_source
 
 FEATURES = [4, 4, 8, 16, 32]
@@ -68,6 +71,42 @@ def test_the_model_card_says_what_it_is_and_how_to_use_it(exported: Path) -> Non
     card = (exported / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: nnunetv2_misfm\n") and "license: apache-2.0" in card
     assert "misfm_plan -d DATASET_ID" in card and "num_epochs" in card and str(exported.parent) not in card
+
+
+def test_the_model_card_has_the_checksum_of_the_file_beside_it_and_no_paths(checkpoint: Path, exported: Path) -> None:
+    card = (exported / "README.md").read_text(encoding="utf-8")
+    sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in (exported / "model.safetensors", checkpoint)]
+    assert [re.findall(r"^ *sha256 +(\w+)", card, flags=re.MULTILINE)] == [sums]
+    mode = (exported / "model.safetensors").stat().st_mode & 0o777
+    assert mode == (exported / "README.md").stat().st_mode & 0o777
+
+
+def test_what_was_exported_from_others_is_not_said_to_be_ours(tmp_path: Path) -> None:
+    torch.save({"network_weights": unet().state_dict()}, tmp_path / "c.pth")
+    export_main(["-i", str(tmp_path / "c.pth"), "-o", str(tmp_path / "export")])
+    kind = describe(read_source(tmp_path / "export" / "model.safetensors")).splitlines()[1]
+    assert "the weights of a PlainConvUNet, exported by this package" in kind
+
+
+def test_files_and_networks_that_could_not_be_used_are_not_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flat = PlainConvUNet(1, 2, [4, 8], torch.nn.Conv2d, 3, [1, 2], 1, 2, 1)
+    torch.save({"network_weights": flat.state_dict()}, tmp_path / "c.pth")
+    with pytest.raises(SystemExit):
+        export_main(["-i", str(tmp_path / "c.pth"), "-o", str(tmp_path / "export")])
+    with pytest.raises(SystemExit):
+        import_main(["-i", str(tmp_path / "c.pth"), "-o", str(tmp_path / "c.safetensors")])
+    messages = capsys.readouterr().err
+    assert "holds a 2D PlainConvUNet" in messages and "misfm_export_checkpoint writes safetensors" in messages
+    assert not list(tmp_path.glob("*export*")) and not list(tmp_path.glob("*.safetensors"))
+
+
+def test_load_network_warns_of_parts_that_did_not_learn(checkpoint: Path) -> None:
+    content = torch.load(checkpoint, weights_only=True)
+    torch.save({**content, "trained_parts": ["stem", "encoder"]}, checkpoint)
+    with pytest.warns(UserWarning, match="the decoder was not trained by volume_fusion, and is random"):
+        load_network(checkpoint)
 
 
 def test_export_refuses_what_is_there_and_what_it_does_not_know(

@@ -25,9 +25,10 @@ from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.plans.files import read_plans
 from nnunetv2_misfm.plans.network_entry import architecture_entry
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings, run_settings
-from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint, write_safetensors
+from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint
 from nnunetv2_misfm.transfer.pretrained import load_network, read_source
 from nnunetv2_misfm.transfer.published_weights import import_published
+from nnunetv2_misfm.transfer.safetensors_file import write_safetensors
 
 FEW = 80
 MANY = int(os.environ.get("MISFM_FUZZ_INPUTS", "10000"))

@@ -17,14 +17,21 @@ from foreign_files import STRIDES, as_generic_unet, as_published_fmunet, plans, 
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
-from nnunetv2_misfm.architectures import FMUNet
+from nnunetv2_misfm.architectures import FMUNet, PCTNet
 from nnunetv2_misfm.plans.network_entry import architecture_entry
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings
 from nnunetv2_misfm.transfer.checkpoint import CheckpointError, CheckpointInfo, read_checkpoint, write_checkpoint
 from nnunetv2_misfm.transfer.foreign import KINDS, recognised
 from nnunetv2_misfm.transfer.images import about_channels
 from nnunetv2_misfm.transfer.inspection import export
-from nnunetv2_misfm.transfer.pretrained import Source, load_source, portable_path, read_source, transfer_source
+from nnunetv2_misfm.transfer.pretrained import (
+    Source,
+    load_network,
+    load_source,
+    portable_path,
+    read_source,
+    transfer_source,
+)
 from nnunetv2_misfm.transfer.report import TransferReport
 from nnunetv2_misfm.transfer.transfer import TransferError
 
@@ -481,6 +488,79 @@ def test_files_without_weights_name_at_most_five_keys(tmp_path: Path) -> None:
     assert str(error.value).count("key") == 5
 
 
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    """PyTorch does not look at the checksums of its files."""
+    path = tmp_path / "c.pth"
+    torch.save({"network_weights": WEIGHTS}, path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged.*Copy or download it again"):
+        read_source(path)
+    if not hasattr(torch.serialization, "set_crc32_options"):
+        return
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"network_weights": WEIGHTS}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_source(path).network_name == "PlainConvUNet"
+
+
+def test_paths_of_any_system_and_python_are_read_as_text_of_a_path(tmp_path: Path) -> None:
+    for module in ("pathlib", "pathlib._local"):
+        for kind in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"):
+            name = f"c{module}\n{kind}\n"
+            pickled = b"\x80\x02}X\x01\x00\x00\x00a" + name.encode() + b"X\x01\x00\x00\x00x\x85Rs."
+            with zipfile.ZipFile(tmp_path / "c.pth", "w") as archive:
+                archive.writestr("c/data.pkl", pickled)
+                archive.writestr("c/version", "3\n")
+                archive.writestr("c/byteorder", "little")
+            assert str(read_checkpoint(tmp_path / "c.pth")["a"]) == "x"
+
+
+def test_safetensors_are_known_by_their_content(tmp_path: Path) -> None:
+    save_file({k: v.contiguous().clone() for k, v in WEIGHTS.items()}, tmp_path / "weights.pth")
+    assert read_source(tmp_path / "weights.pth").network_name == "PlainConvUNet"
+    (tmp_path / "a.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        read_source(tmp_path / "a.safetensors")
+    (tmp_path / "d.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match="is a folder"):
+        read_source(tmp_path / "d.safetensors")
+
+
+def test_an_archive_with_other_pickles_is_still_an_archive(tmp_path: Path) -> None:
+    torch.save({"network_weights": WEIGHTS}, tmp_path / "c.pth")
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(tmp_path / "c.pth", "fold_0/checkpoint_final.pth")
+        archive.writestr("fold_0/metadata.pkl", "x")
+    assert read_source(tmp_path / "a.zip").network_name == "PlainConvUNet"
+
+
+def test_values_that_are_never_used_may_be_anything(tmp_path: Path) -> None:
+    weights = {**WEIGHTS, "decoder.seg_layers.0.bias": torch.full((3,), float("nan"))}
+    assert read_source(put(tmp_path / "c.pth", weights).path).network_name == "PlainConvUNet"
+    odd = {"a": torch.zeros(2, device="meta"), "b": torch.eye(3).to_sparse()}
+    assert put(tmp_path / "c.pth", {"state_dict": WEIGHTS, "more": odd}).network_name == "PlainConvUNet"
+
+
+@pytest.mark.parametrize("own", [PCTNet, FMUNet])
+def test_weights_alone_tell_a_network_of_this_package(tmp_path: Path, own: Any) -> None:
+    arguments: dict[str, Any] = {"features_per_stage": [4, 8, 8, 16, 32]}
+    arguments |= {"stems": [0, 2], "window_size": 4, "n_swin_blocks": 1, "mlp_ratio": 2.0} if own is PCTNet else {}
+    entry = architecture_entry(own.__name__.lower(), 0, **arguments)
+    network = own(2, 3, **entry["arch_kwargs"])
+    source = put(tmp_path / "c.pth", prefixed("module.", network.state_dict()))
+    assert source.info is not None and source.info.input_channels == 2 and source.info.num_classes == 3
+    assert arguments.items() <= source.arch_kwargs.items()
+    again = load_network(tmp_path / "c.pth")
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in network.state_dict().items())
+    weights = network.state_dict()
+    del weights[next(iter(weights))]
+    assert put(tmp_path / "c.pth", weights).info is None
+
+
 def test_archives_of_other_things_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("readme.txt", "x")
@@ -510,6 +590,31 @@ def test_a_network_of_the_users_own_is_transferred_to_itself(tmp_path: Path) -> 
     )
     assert report.coverage(report.expected) == 1
     assert {e.name for e in report.entries if e.part == "segmentation layers"} == {"out.weight", "out.bias"}
+
+
+@pytest.mark.parametrize(("copy", "trained"), [("teacher.", "student."), ("ema_model.", "online."), ("swa.", "")])
+def test_a_network_of_the_users_own_is_not_filled_with_the_average_of_its_weights(
+    tmp_path: Path, copy: str, trained: str
+) -> None:
+    source, average, target = OwnNetwork(1, 3), OwnNetwork(1, 3), OwnNetwork(1, 3)
+    both = prefixed(copy, average.state_dict()) | prefixed(trained, source.state_dict())
+    fill(put(tmp_path / "c.pth", {"state_dict": both}), target, min_coverage=0.5)
+    assert torch.equal(target.body.weight, source.body.weight)
+
+
+def test_names_behind_a_prefix_are_found_without_the_networks_first(tmp_path: Path) -> None:
+    source, target = OwnNetwork(1, 3), OwnNetwork(1, 3)
+    weights = {name: value for name, value in prefixed("module.", source.state_dict()).items() if "first" not in name}
+    fill(put(tmp_path / "c.pth", {"state_dict": weights}), target, min_coverage=0.5)
+    assert torch.equal(target.body.weight, source.body.weight)
+
+
+def test_what_of_a_checkpoint_a_smaller_network_leaves_out_is_said(tmp_path: Path) -> None:
+    source = put(tmp_path / "c.pth", unet(strides=[*STRIDES, [2, 2, 2]]).state_dict())
+    _, report = fill(source, unet(1))
+    assert "but only" in report.share() and report.share_of_source() < 0.7
+    _, report = fill(put(tmp_path / "c.pth", unet().state_dict()), unet(1))
+    assert report.share_of_source() == 1 and "only" not in report.share()
 
 
 class Around(nn.Module):

@@ -1,0 +1,106 @@
+"""What the weights of a PCT-Net or FMUNet tell of it, for files that hold nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from nnunetv2_misfm.plans.checks import build_on_meta
+from nnunetv2_misfm.plans.network_entry import architecture_entry
+from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo
+from nnunetv2_misfm.transfer.foreign import FMUNET, Kind
+
+_USUAL = {"window_size": 6, "n_swin_blocks": 2, "mlp_ratio": 4.0}  # PCTNet's defaults
+
+
+@dataclass(frozen=True)
+class Told:
+    """A network as its weights tell it.
+
+    Attributes:
+        entry: as a plan's configuration holds it under `architecture`.
+        input_channels, num_classes: of the network.
+    """
+
+    entry: dict[str, Any]
+    input_channels: int
+    num_classes: int
+
+
+def describe_own(weights: Mapping[str, Tensor], kind: Kind) -> CheckpointInfo | None:
+    """The description of a PCT-Net or FMUNet whose file has none; None if its weights are not complete.
+
+    Nothing is known of the images that it was trained on, and of dropout.
+    """
+    try:
+        told = told_fmunet(weights) if kind is FMUNET else told_pctnet(weights)
+        check_complete(weights, told)
+    except (KeyError, IndexError, ValueError):
+        return None
+    entry = told.entry
+    return CheckpointInfo(
+        "unknown", entry["network_class_name"], entry["arch_kwargs"], told.input_channels, told.num_classes, {}, {}
+    )
+
+
+def told_pctnet(weights: Mapping[str, Tensor]) -> Told:
+    """A PCT-Net by its weights; raises a KeyError or IndexError if it is not complete."""
+    stems = sorted({int(name.split(".")[2]) for name in weights if name.startswith("encoder.stems.")})
+    stem = f"encoder.stems.{stems[0]}"
+    convolutions = (f"{stem}.project", f"{stem}.down1.3", f"{stem}.down2.3", "encoder.down3.3", "encoder.down4.3")
+    features = [weights[f"{name}.weight"].shape[0] for name in convolutions]
+    blocks = "encoder.stage2.swin."
+    tables = [weights[f"encoder.stage{i}.swin.0.attention.relative_position_bias_table"] for i in (2, 3, 4)]
+    found = {
+        "window_size": (round(tables[0].shape[0] ** (1 / 3)) + 1) // 2,
+        "n_swin_blocks": len({name.split(".")[3] for name in weights if name.startswith(blocks)}),
+        "mlp_ratio": weights[f"{blocks}0.mlp.0.weight"].shape[0] / features[2],
+    }
+    arguments = {
+        "features_per_stage": features,
+        "num_heads": [table.shape[1] for table in tables],
+        "stems": stems,
+        **{name: value for name, value in found.items() if value != _USUAL[name]},
+    }
+    return Told(
+        architecture_entry("pctnet", stems[0], **arguments),
+        weights[f"{stem}.project.weight"].shape[1],
+        weights["decoder.seg_layers.0.weight"].shape[0],
+    )
+
+
+def told_fmunet(weights: Mapping[str, Tensor]) -> Told:
+    """An FMUNet by its weights; raises a KeyError if it is not complete."""
+    # It has one stem; which degree it was trained for shows in the kernels of its first two stages.
+    first = [weights[f"encoder.stages.{i}.convs.0.3.weight"] for i in range(5)]
+    degree = sum(kernel.shape[2] == 1 for kernel in first[:2])
+    depth = len({name.split(".")[4] for name in weights if name.startswith("encoder.stages.0.convs.")})
+    arguments = {"features_per_stage": [kernel.shape[0] for kernel in first], "depth": depth}
+    return Told(
+        architecture_entry("fmunet", degree, **arguments),
+        weights["encoder.stem.weight"].shape[1],
+        weights["decoder.seg_layers.0.weight"].shape[0],
+    )
+
+
+def check_complete(weights: Mapping[str, Tensor], told: Told) -> None:
+    """Raise a ValueError unless these are all tensors of the network, each in its shape."""
+    expected = build_on_meta(told.entry, told.input_channels, told.num_classes).state_dict()
+    missing = sorted(set(expected) - set(weights))
+    if missing:
+        raise ValueError(f"it lacks {len(missing)} of {len(expected)} tensors, here called {_first(missing)}")
+    wrong = [
+        f"{name} {list(weights[name].shape)} for {list(shape.shape)}"
+        for name, shape in expected.items()
+        if weights[name].shape != shape.shape
+    ]
+    wrong += [f"{name}, which there should not be" for name in sorted(set(weights) - set(expected))]
+    if wrong:
+        raise ValueError(f"{len(wrong)} tensors are not those of the network, here called {_first(wrong)}")
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
