@@ -214,6 +214,13 @@ def _change_intensities(channel: Tensor, augmentation: CropAugmentation, index: 
     channel.mul_(-target_spread if augmentation.invert else target_spread).add_(start)
 
 
+def intensity_range(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Lowest and highest value of each image of (..., X, Y, Z), without the rarest unless all others are one value."""
+    low, high = percentile_values(images, INTENSITY_RANGE_PERCENTILES)
+    usable, voxels = high > low, images.flatten(-3)
+    return torch.where(usable, low, voxels.amin(-1)), torch.where(usable, high, voxels.amax(-1))
+
+
 def percentile_values(images: Tensor, percentiles: Sequence[float]) -> Tensor:
     """Percentiles (0..100) of each image of (..., X, Y, Z), from an evenly spread sample of its voxels.
 

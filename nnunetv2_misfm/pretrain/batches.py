@@ -25,7 +25,7 @@ from nnunetv2_misfm.pretrain.crops import CropReadError, CropSamples, Index, Sam
 MAX_SHARE_OF_BAD_CASES = 0.05
 # Fewer cases than this say too little about the share of bad ones, unless they are all there are.
 CASES_BEFORE_JUDGING = 100
-WORKER_OUTLIVES_SIGTERM_SECONDS = 60
+WORKER_OUTLIVES_SIGTERM_SECONDS = 900  # longer than any step, also one that is compiled first
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,8 @@ keeps its skip connections, and the squared error over the hidden voxels is made
 
 What differs: blocks are shares of the patch, so that any patch has as many, and those at its end are cut where they do
 not divide it; there are no rotations; the target is the crop with mean 0 and standard deviation 1 (`reconstruction.py`
-says why). The published optimisation and the other augmentation are the defaults here.
+says why); crops are scaled by a factor of their own along each axis, not by one. The published optimisation and the
+other augmentation are the defaults here.
 
 Hidden voxels are 0 in the normalised volume. For z-scored volumes that is their mean; nnU-Net's CT normalisation
 subtracts a mean as well, that of the dataset or, in pools prepared here, 0 HU.

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_misfm.plans.settings import Settings, setting
-from nnunetv2_misfm.pretrain.augment import INTENSITY_RANGE_PERCENTILES, percentile_values
+from nnunetv2_misfm.pretrain.augment import intensity_range
 from nnunetv2_misfm.pretrain.reconstruction import ReconstructionTask, Target, standardised
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
 
@@ -156,7 +156,7 @@ def corrupt(crops: Tensor, corruptions: Sequence[Corruption]) -> Tensor:
         corruptions: B of them, drawn for patches of (X, Y, Z).
     """
     # Without the rarest voxels: one hot voxel would set the range.
-    low, high = percentile_values(crops, INTENSITY_RANGE_PERCENTILES)
+    low, high = intensity_range(crops)
     corrupted = crops.clone()
     for index, (crop, corruption) in enumerate(zip(corrupted, corruptions, strict=True)):
         if corruption.windows is not None:

@@ -4,8 +4,9 @@ Image tensors are (B, C, X, Y, Z) in plans axis order, so X is the depth.
 
 Published as context restoration (Chen et al., Medical Image Analysis 2019). Number and size of the blocks, the loss
 (absolute error over all voxels) and the length of a run are those of PyMIC's recipe (`PatchSwaping` in
-`pymic/transform/intensity.py`: 20 to 40 pairs of 8x16x16 blocks in 64x128x128). Blocks are an eighth of any patch, so
-that the same share of it changes. What differs from that code:
+`pymic/transform/intensity.py`: 20 to 40 pairs of 8x16x16 blocks in 64x128x128). Blocks are an eighth of any patch along
+each axis, so that the same share of it changes; along an axis of fewer than 8 voxels they are one voxel long, and more
+changes. What differs from that code:
 
 - As in the paper the two blocks of a pair lie apart, and each pair is swapped in what earlier ones left, so that no
   value is lost. PyMIC copies from the unchanged crop, into blocks that may overlap.
@@ -120,6 +121,7 @@ class PatchSwap(ReconstructionTask[PatchSwapSettings]):
 
     name = "patch_swap"
     title = "patch swapping; sizes in plans axis order"
+    nothing_learnt = "the input as it is"
     Settings = PatchSwapSettings
     run_defaults = ReconstructionTask.run_defaults.model_copy(update={"num_epochs": 480})
     score_captions = {

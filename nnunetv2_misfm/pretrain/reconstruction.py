@@ -25,7 +25,7 @@ from nnunetv2_misfm.pretrain.task import PretextTask, Scores, SettingsT, not_mov
 _SPATIAL = (2, 3, 4)
 _EPOCHS_TO_START = 3
 _SAME_EVERYWHERE = 1e-3  # variance of the output, as a share of the image's
-_TRIVIAL = 0.02  # variance explained
+_TRIVIAL = 0.02  # of the score
 _CONSTANT = 1e-5  # standard deviation of an image without contrast, as a share of its mean: rounding alone
 
 
@@ -69,6 +69,8 @@ class ReconstructionTask(PretextTask[SettingsT]):
     step, and needs hundreds of them before the output is as small as the target.
     """
 
+    nothing_learnt = "the mean"
+    """The output that a score of 0 stands for."""
     picture_caption = (
         "Each row is a sample: what the network sees, the image that it should restore, what it makes of it, and "
         "how far that is off (the brighter, the farther)."
@@ -117,10 +119,9 @@ class ReconstructionTask(PretextTask[SettingsT]):
                 f"the network's output is nearly the same at all voxels. Try a lower -initial_lr (a third); "
                 f"{self.picture_name} shows whether the task can be seen at all."
             )
-        explained = scores.values["variance_explained"]
-        if explained < _TRIVIAL and (still := not_moving(losses)):  # type: ignore[operator]
+        if scores.main < _TRIVIAL and (still := not_moving(losses)):
             found.append(
-                f"{still}, and the output is no better than the mean. Try another -initial_lr, or look at "
+                f"{still}, and the output is no better than {self.nothing_learnt}. Try another -initial_lr, or look at "
                 f"{self.picture_name} for volumes without contrast."
             )
         return found

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from nnunetv2_misfm.pretrain.augment import INTENSITY_RANGE_PERCENTILES, percentile_values
+from nnunetv2_misfm.pretrain.augment import intensity_range, spread_stride
 
 if TYPE_CHECKING:
     from nnunetv2_misfm.pretrain.crop_reading import Crop
 
 _BODY = 0.05  # of a channel's range, above its low end: -900 HU of -1000 to 1000, which takes lungs in
+_SAMPLE, _MANY = 4096, 0.1  # voxels that are looked at for a value of many, and the share that makes it one
 _CANDIDATES_PER_POINT = 4  # voxels looked at for each one that is wanted, so that a quarter of body is enough
 
 
@@ -26,7 +27,7 @@ def sample_points(
     """Draw voxels of the body that lie in both of the patches that two crops of a volume become.
 
     A voxel is of the body if one of its channels is brighter than the lowest twentieth of that channel's range in the
-    first crop. Where none is, all voxels are taken for it.
+    first crop, and not of the one value around a body that was normalised alone. Where none is, all voxels are taken.
 
     Args:
         first, second: as they were read.
@@ -73,9 +74,23 @@ def _shared(first: Crop, second: Crop, axis: int, patch_length: int) -> tuple[np
 
 
 def _is_body(crop: Tensor, places: np.ndarray) -> np.ndarray:
-    """Whether voxels (N, 3) of a crop (C, X, Y, Z) are no background in one of its channels."""
-    low, high = percentile_values(crop, INTENSITY_RANGE_PERCENTILES)
+    """Whether voxels (N, 3) of a crop (C, X, Y, Z) are no background in one of its channels.
+
+    Background is what is dark, and the one value that is put around a body where only that is normalised
+    (`use_mask_for_norm`), which lies between the body's own.
+    """
+    low, high = intensity_range(crop)
     threshold = (low + _BODY * (high - low)).numpy()
     x, y, z = places.T
-    body: np.ndarray = (crop.numpy()[:, x, y, z] > threshold[:, None]).any(axis=0)
+    values = crop.numpy()[:, x, y, z]
+    around = np.stack([_value_around(channel) for channel in crop.numpy()])
+    body: np.ndarray = ((values > threshold[:, None]) & (values != around[:, None])).any(axis=0)
     return body
+
+
+def _value_around(channel: np.ndarray) -> np.floating:
+    """The value that many voxels of a channel have exactly; NaN if there is none."""
+    sample = channel.ravel()[:: spread_stride(channel.size, _SAMPLE)]
+    values, counts = np.unique(sample, return_counts=True)
+    most = counts.argmax()
+    return values[most] if counts[most] > _MANY * len(sample) else np.float32(np.nan)

@@ -177,7 +177,7 @@ def not_moving(losses: Sequence[float]) -> str:
     if len(losses) < _EPOCHS_TO_MOVE:
         return ""
     before, now = losses[-_EPOCHS_TO_MOVE], losses[-1]
-    if abs(before - now) >= _LEAST_MOVE * abs(before):
+    if not abs(before - now) < _LEAST_MOVE * abs(before):
         return ""
     return f"the loss has not moved in {_EPOCHS_TO_MOVE} epochs ({before:.4f} to {now:.4f})"
 

@@ -244,13 +244,14 @@ class VolumeFusion(PretextTask[FusionSettings]):
         """Foreground and background, and the cuboids."""
         fusion = sample_fusion(reader.patch_size, self.settings, reader.generator)
         first, second = reader.augmentation(), reader.augmentation()
-        if reader.fixed and not self.settings.two_volumes:
-            # Nothing is augmented there: two crops of a volume no larger than the patch would be the same.
-            second = dataclasses.replace(second, flips=(False, False, True))
         pair = [first, dataclasses.replace(second, invert=first.invert)]  # both are inverted, or neither
-        if self.settings.two_volumes:
-            return [reader.read([augmentation])[0] for augmentation in pair], fusion
-        return reader.read(pair), fusion
+        two = self.settings.two_volumes
+        crops = [reader.read([augmentation])[0] for augmentation in pair] if two else reader.read(pair)
+        if reader.fixed and len(set(reader.used)) == 1:
+            # Nothing is augmented there: two crops of a volume no larger than the patch would be the same.
+            mirrored = dataclasses.replace(crops[1].augmentation, flips=(False, False, True))
+            crops[1] = dataclasses.replace(crops[1], augmentation=mirrored)
+        return crops, fusion
 
     def make(self, batch: CropBatch, device: torch.device) -> tuple[Tensor, Tensor]:
         """The fused images (B, C, X, Y, Z), float32, and their labels (B, 1, X, Y, Z), int16."""

@@ -34,7 +34,7 @@ from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.network_entry import ENCODER, STEM
 from nnunetv2_misfm.plans.run_settings import PretrainingSettings
 from nnunetv2_misfm.plans.settings import Settings, setting
-from nnunetv2_misfm.pretrain.augment import INTENSITY_RANGE_PERCENTILES, blur, percentile_values
+from nnunetv2_misfm.pretrain.augment import blur, intensity_range
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
 from nnunetv2_misfm.pretrain.shared_voxels import sample_points
 from nnunetv2_misfm.pretrain.task import PretextTask, Scores, not_moving
@@ -152,7 +152,7 @@ def change_intensities(patches: Tensor, changes: Sequence[ViewChanges]) -> Tenso
         patches: (B, C, X, Y, Z), floating point.
         changes: B of them.
     """
-    low, high = percentile_values(patches, INTENSITY_RANGE_PERCENTILES)
+    low, high = intensity_range(patches)
     changed = patches.clone()
     for index, (patch, drawn) in enumerate(zip(changed, changes, strict=True)):
         start, spread = (v[index].view(-1, 1, 1, 1) for v in (low, high - low))

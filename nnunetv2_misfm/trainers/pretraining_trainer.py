@@ -1,7 +1,4 @@
-"""PretrainingTrainer: nnU-Net's training loop on the pretext task that the plans name.
-
-Image tensors are (B, C, X, Y, Z) in plans axis order.
-"""
+"""PretrainingTrainer: nnU-Net's training loop on the pretext task that the plans name."""
 
 from __future__ import annotations
 
@@ -41,10 +38,10 @@ from nnunetv2_misfm.trainers.pretext_data import (
     pretext_dataset_json,
 )
 from nnunetv2_misfm.trainers.run_page import PICTURES, STOPPED, update_run_page
-from nnunetv2_misfm.trainers.step_guard import StepGuard
+from nnunetv2_misfm.trainers.step_guard import StepGuard, finite_score
 from nnunetv2_misfm.trainers.stop_request import BY_SIGNAL, StopRequest
 from nnunetv2_misfm.transfer.adaptation_plan import nnssl_adaptation_plan
-from nnunetv2_misfm.transfer.checkpoint import ADAPTATION, LEARNT, TRAINED_PARTS
+from nnunetv2_misfm.transfer.checkpoint import ADAPTATION, DESCRIPTION, LEARNT, TRAINED_PARTS
 from nnunetv2_misfm.transfer.shrunk_weights import shrunk_alarm
 
 _MOST_EPOCHS_LOST = 5  # by a crash
@@ -55,8 +52,8 @@ _HEAD = "pretext_head"  # in a checkpoint: what was trained beside the network
 class PretrainingTrainer(BaseTrainer):
     """Pretrains the network a plan names on preprocessed volumes; labels, if there are any, are never read.
 
-    Inputs and targets are made on the training device from crops that workers read. Validation uses one fixed set of
-    samples, drawn from volumes held out of training where there are enough.
+    Inputs and targets, (B, C, X, Y, Z) in plans axis order, are made on the training device from crops that workers
+    read. Validation uses one fixed set of samples, drawn from volumes held out of training where there are enough.
     """
 
     SETTINGS = PretrainingSettings
@@ -80,6 +77,7 @@ class PretrainingTrainer(BaseTrainer):
         super().__init__(plans, configuration, fold, pretext_dataset_json(dataset_json, self.task), device)
         self.enable_deep_supervision = self.task.deep_supervision
         self._scores: Scores | None = None
+        self._told: dict[str, Any] = {}  # by the checkpoint that a run goes on from, until it has scores
         stems = tuple(self.configuration_manager.network_arch_init_kwargs.get("stems") or ())
         # A network with several stems trains them in turn, each on crops of its degree of anisotropy.
         self._degrees: tuple[int, ...] = stems if len(stems) > 1 else ()
@@ -289,11 +287,13 @@ class PretrainingTrainer(BaseTrainer):
         return more if plan is None else {**more, ADAPTATION: plan}
 
     def _more_to_say(self) -> dict[str, Any]:
-        return {} if self._scores is None else {"score": self._scores.main, LEARNT: self._scores.text}
+        return self._told if self._scores is None else {"score": self._scores.main, LEARNT: self._scores.text}
 
     def _load_more(self, checkpoint: Mapping[str, Any]) -> None:
         super()._load_more(checkpoint)
         self._guard.skipped = checkpoint.get("skipped_steps", 0)
+        told = checkpoint[DESCRIPTION]["training"]
+        self._told = {name: told[name] for name in ("score", LEARNT) if name in told}
         if self.bare_model.head is not None:
             self.bare_model.head.load_state_dict(checkpoint[_HEAD])
         if "interrupted_epoch" in checkpoint:
@@ -314,7 +314,8 @@ class PretrainingTrainer(BaseTrainer):
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         """In place of nnU-Net's, which counts voxels of classes: the task's scores, under the same names."""
         loss, self._scores = self._collect_scores(val_outputs)
-        self.logger.log("mean_fg_dice", self._scores.main, self.current_epoch)
+        so_far = self.logger.get_value("ema_fg_dice", step=None)
+        self.logger.log("mean_fg_dice", finite_score(float(self._scores.main), so_far), self.current_epoch)
         self.logger.log("dice_per_class_or_region", list(self._scores.parts), self.current_epoch)
         self.logger.log("val_losses", loss, self.current_epoch)
 

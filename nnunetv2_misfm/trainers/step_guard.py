@@ -1,6 +1,12 @@
-"""Training steps whose gradients are not finite numbers: skipped and counted; the run ends if they go on."""
+"""What is not a finite number in a run: such steps are skipped and counted, and end it if they go on.
+
+A score that is none would make the mean of all later epochs none, by which the best checkpoint is chosen.
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +18,11 @@ MOST_IN_A_ROW = 20  # mixed precision skips a few steps at the start, while it l
 
 class TrainingDivergedError(UserError, RuntimeError):
     """Loss or gradients stay non-finite; the message names the checkpoint to go back to and what to change."""
+
+
+def finite_score(score: float, earlier: Sequence[float]) -> float:
+    """The score of an epoch; if it is no finite number, the last of the `earlier` means, or 0."""
+    return score if math.isfinite(score) else next(iter(earlier[-1:]), 0.0)
 
 
 class StepGuard:

@@ -167,6 +167,16 @@ def test_a_pool_of_one_volume_gives_two_crops_of_it(tmp_path):
     assert not torch.equal(foreground(sample), sample.crops[1].voxels)
 
 
+@pytest.mark.parametrize("pairs", ["two_volumes", "same_volume"])
+def test_a_volume_of_the_patchs_size_is_not_validated_on_itself(tmp_path, pairs):
+    volume = np.random.default_rng(0).random((1, *PATCH)).astype(np.float32)
+    blosc2.asarray(volume, urlpath=str(tmp_path / "0.b2nd"), mode="w")
+    task = VolumeFusion(FusionSettings(pairs=pairs))
+    batch = next(crop_loader(validation_samples(tmp_path, ["0"], PATCH, task, 3, 1), 2, 1))
+    foreground, background = batch.patches(torch.device("cpu"))
+    assert torch.equal(foreground, background.flip(4)) and not torch.equal(foreground, background)
+
+
 def test_validation_samples_are_the_same_in_every_epoch_and_none_of_training(tmp_path):
     names = make_pool(tmp_path)
     pairs = fixed_pairs(tmp_path, names)

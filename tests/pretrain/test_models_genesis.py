@@ -267,6 +267,15 @@ def test_constant_crops_stay_as_they_are(value):
         assert torch.equal(corrupt(crop, [drawn]), crop)
 
 
+def test_a_crop_with_a_few_bright_voxels_does_not_lose_them():
+    """Its percentiles coincide."""
+    crop = torch.zeros(1, 1, 32, 32, 32)
+    crop[..., :3, :3, :3] = torch.linspace(1, 2, 27).reshape(3, 3, 3)
+    for drawn in draws(always(nonlinear_rate=1.0), 5, (32, 32, 32)):
+        corrupted = corrupt(crop, [drawn])
+        assert corrupted.unique().numel() > 20 and corrupted.min() >= 0 and corrupted.max() <= 2
+
+
 def test_the_target_is_left_alone():
     crops = random_crops(1, 1, 12, 12, 12)
     before = crops.clone()

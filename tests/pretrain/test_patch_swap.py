@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import blosc2
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from nnunetv2_misfm.pretrain.patch_swap import (
     sample_swaps,
 )
 from nnunetv2_misfm.pretrain.reconstruction import standardised
+from nnunetv2_misfm.pretrain.task import Scores
 
 PATCH = (64, 128, 128)
 SETTINGS = PatchSwapSettings()
@@ -118,6 +121,13 @@ def test_the_loss_is_of_all_voxels_and_the_score_the_share_of_the_swaps_undone(t
     assert score((copied + target.image) / 2) == pytest.approx(0.75, abs=1e-4)
     # A blur, here the mean, is worse than the input, though it has less error in the swapped blocks.
     assert score(torch.zeros_like(copied)) < -1
+
+
+def test_a_network_that_copies_its_input_for_long_is_told_of():
+    copied = Scores(0.0, [0.0], {"swaps_undone": 0.0, "variance_explained": 0.8, "output_variance": 1.0}, "")
+    (alarm,) = PatchSwap(SETTINGS).alarms([0.3] * 10, copied)
+    assert "has not moved in 10 epochs" in alarm and "no better than the input as it is" in alarm
+    assert PatchSwap(SETTINGS).alarms([0.3] * 10, dataclasses.replace(copied, main=0.1)) == []
 
 
 @pytest.mark.parametrize("view", [lambda t: t[:, 1:, 2:, :, 1:], lambda t: t.transpose(2, 4)], ids=["part", "turned"])

@@ -132,6 +132,15 @@ def test_only_voxels_of_the_body_are_matched_where_there_are_any():
     assert len(sample_points(air, air, (16, 16, 16), 1024, np.random.default_rng(0))[0]) == 1024
 
 
+def test_the_value_around_a_body_that_was_normalised_alone_is_no_body():
+    """0, which lies between the z-scores of the body."""
+    volume = torch.zeros((2, 16, 16, 16))
+    volume[:, :, :8] = torch.randn(2, 16, 8, 16, generator=torch.Generator().manual_seed(0))
+    crop = cut(volume, size=(16, 16, 16))
+    points = sample_points(crop, crop, (16, 16, 16), 1024, np.random.default_rng(0))
+    assert len(points[0]) == 1024 and points[0][:, 1].max() == 7
+
+
 def test_crops_side_by_side_are_an_error():
     crops = [cut(torch.zeros((1, 16, 8, 8)), (start, 0, 0)) for start in (0, 8)]
     with pytest.raises(ValueError, match="do not overlap"):

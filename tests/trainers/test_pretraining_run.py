@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ SMALL = [
     "-device",
     "cpu",
 ]
+FINE = {"predicted": [0.2] * 5, "dice": [0.5] * 5}
 SHORT = ["-num_iterations_per_epoch", "3", "-num_val_iterations_per_epoch", "1", "-num_epochs", "2"]
 
 
@@ -139,6 +141,29 @@ def test_persistent_overflow_ends_the_run_with_advice() -> None:
         assert not guard.accept(torch.tensor(torch.nan))
     with pytest.raises(TrainingDivergedError, match="-initial_lr"):
         guard.accept(torch.tensor(torch.inf))
+
+
+def test_a_score_that_is_no_number_counts_for_none(nnunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the running mean, and with it the best checkpoint, would stay as they are for good."""
+    scores, of_task = chain([0.1, float("nan")], repeat(0.9)), trainer_class().on_validation_epoch_end
+
+    def on_validation_epoch_end(self: Any, outputs: list[dict]) -> None:
+        monkeypatch.setattr(self.task, "scores", lambda _: Scores(next(scores), [0.0], dict(FINE), "as told"))
+        of_task(self, outputs)
+
+    monkeypatch.setattr(trainer_class(), "on_validation_epoch_end", on_validation_epoch_end)
+    final = read_checkpoint(pretrain("Odd", "-num_epochs", "3"))
+    assert final["logging"]["ema_fg_dice"] == pytest.approx([0.1, 0.1, 0.18])
+    assert read_checkpoint(run_folder("Odd") / "checkpoint_best.pth")["current_epoch"] == 3
+
+
+def test_a_run_that_goes_on_keeps_what_it_had_learnt(nnunet: Path) -> None:
+    final = read_checkpoint(pretrain("Whole"))["misfm"]["training"]
+    run = made_trainer("Whole")
+    run.load_checkpoint(str(run_folder("Whole") / "checkpoint_final.pth"))
+    run.save_checkpoint(str(run_folder("Whole") / "checkpoint_latest.pth"))
+    again = read_checkpoint(run_folder("Whole") / "checkpoint_latest.pth")["misfm"]["training"]
+    assert final["learnt"] and (again["learnt"], again["score"]) == (final["learnt"], final["score"])
 
 
 def test_one_good_step_starts_the_count_again() -> None:
