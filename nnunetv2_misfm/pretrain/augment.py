@@ -45,6 +45,7 @@ class CropAugmentation:
         brightness: of each channel, as a share of its range.
         noise_std: as a share of each channel's range.
         noise_seed: for the noise alone; the same noise on the same type of device.
+        inside: the first voxel read that lies in the volume, and the first behind it; None where nothing is padded.
     """
 
     read_size: Size3
@@ -57,6 +58,7 @@ class CropAugmentation:
     brightness: tuple[float, ...] | None = None
     noise_std: float | None = None
     noise_seed: int = 0
+    inside: tuple[Size3, Size3] | None = None
 
     @property
     def changes_intensities(self) -> bool:
@@ -156,6 +158,18 @@ def apply_augmentation(
         if augmentation.noise_std is not None:
             _add_noise(out, augmentation.noise_std, augmentation.noise_seed)
     return batch
+
+
+def voxels_inside(augmentation: CropAugmentation, patch_size: Size3, device: torch.device) -> Tensor:
+    """Which voxels of the patch (X, Y, Z) that a crop becomes lie in its volume; the others were padded."""
+    low, high = augmentation.inside or ((0, 0, 0), augmentation.read_size)
+    along = []
+    for axis, length in enumerate(patch_size):
+        centres = (torch.arange(length, device=device) + 0.5) * (augmentation.read_size[axis] / length)
+        inside = (centres >= low[axis]) & (centres < high[axis])
+        along.append(inside.flip(0) if augmentation.flips[axis] else inside)
+    x, y, z = along
+    return x[:, None, None] & y[:, None] & z
 
 
 def blur(crop: Tensor, sigma: float, axes: Sequence[int] = (1, 2, 3)) -> Tensor:

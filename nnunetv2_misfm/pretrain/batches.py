@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from nnunetv2_misfm.pretrain.augment import CropAugmentation, Size3, apply_augmentation
+from nnunetv2_misfm.pretrain.augment import CropAugmentation, Size3, apply_augmentation, voxels_inside
 from nnunetv2_misfm.pretrain.crops import CropReadError, CropSamples, Index, Sample, too_many_bad
 
 MAX_SHARE_OF_BAD_CASES = 0.05
@@ -75,6 +75,13 @@ class CropBatch:
             apply_augmentation(crops[first::number], self.augmentations[first::number], self.patch_size)
             for first in range(number)
         ]
+
+    def in_volume(self, device: torch.device) -> Tensor | None:
+        """Which voxels of the first patches lie in their volumes, as bool (B, 1, X, Y, Z); None if all of them do."""
+        augmentations = self.augmentations[:: self.crops_per_sample]
+        if all(augmentation.inside is None for augmentation in augmentations):
+            return None
+        return torch.stack([voxels_inside(one, self.patch_size, device)[None] for one in augmentations])
 
 
 def crop_loader(

@@ -113,7 +113,10 @@ def read_crop(
             break
     _, crop, start = min(tries, key=lambda t: t[0])
     if (room < 0).any():
-        crop = _padded(crop, size, np.maximum(start, 0) - start)
+        offset = np.maximum(start, 0) - start
+        low, high = offset.tolist(), (offset + crop.shape[1:]).tolist()
+        augmentation = dataclasses.replace(augmentation, inside=(tuple(low), tuple(high)))
+        crop = _padded(crop, size, offset)
     x, y, z = start.tolist()
     return Crop(torch.from_numpy(crop), augmentation, (x, y, z))
 

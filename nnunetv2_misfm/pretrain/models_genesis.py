@@ -324,4 +324,6 @@ class ModelsGenesis(ReconstructionTask[ModelsGenesisSettings]):
         """The corrupted image, and the flipped one."""
         (crops,) = batch.patches(device)
         image = flip_crops(crops, batch.drawn)
-        return corrupt(image, batch.drawn), Target(standardised(image))
+        inside = batch.in_volume(device)
+        inside = None if inside is None else flip_crops(inside, batch.drawn)
+        return corrupt(image, batch.drawn), Target(standardised(image), in_volume=inside)

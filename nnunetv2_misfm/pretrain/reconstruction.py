@@ -6,11 +6,13 @@ trace of a crop's own mean and scale, so no such network could tell them; and th
 normalisation of the volumes, so that one learning rate does.
 
 The score is the variance explained: 1 - squared error / square of the target, both summed over the scored voxels. It is
-1 for the image itself, 0 for the crop's mean everywhere and below 0 for anything worse.
+1 for the image itself, 0 for the crop's mean everywhere and below 0 for anything worse. Padding, which is easily told,
+does not count in it; the square is about the mean of the rest there.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,16 +47,30 @@ class Target:
     Attributes:
         image: float32 (B, C, X, Y, Z), see `standardised`.
         scored: bool (B, 1, X, Y, Z), the voxels that count, at least one in each sample; None for all.
+        in_volume: bool (B, 1, X, Y, Z), the voxels that are no padding; None for all.
     """
 
     image: Tensor
     scored: Tensor | None = None
+    in_volume: Tensor | None = None
+
+    def without_padding(self) -> Target:
+        """The target of scores: a network that only tells padding from the image has learnt nothing."""
+        if self.in_volume is None:
+            return self
+        scored = self.in_volume if self.scored is None else self.scored & self.in_volume
+        return dataclasses.replace(self, scored=scored)
+
+    def middle(self) -> Tensor | float:
+        """Each channel's mean without padding (B, C, 1, 1, 1), the best constant output; 0 where nothing is padded."""
+        return 0.0 if self.in_volume is None else dataclasses.replace(self, scored=self.in_volume).mean(self.image)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over the scored voxels (B, C, 1, 1, 1) of values (B, C, X, Y, Z)."""
         if self.scored is None:
             return values.mean(_SPATIAL, keepdim=True)
-        return (values * self.scored).sum(_SPATIAL, keepdim=True) / self.scored.sum(_SPATIAL, keepdim=True)
+        number = self.scored.sum(_SPATIAL, keepdim=True).clamp(min=1)  # 0 where all that counts is padding
+        return (values * self.scored).sum(_SPATIAL, keepdim=True) / number
 
     def squared_error(self, output: Tensor) -> Tensor:
         """Mean over the scored voxels; each sample weighs the same, so that processes may share a batch evenly."""
@@ -93,9 +109,13 @@ class ReconstructionTask(PretextTask[SettingsT]):
 
     def count(self, outputs: Tensor, target: Target) -> dict[str, Any]:
         """Squares of error and image and the output's variance, as means over each sample's scored voxels, added up."""
-        output = outputs.detach().float()
-        deviations = {"image": target.image, "output": output - target.mean(output), "error": output - target.image}
-        return {name: target.mean(values.square()).sum().item() for name, values in deviations.items()}
+        output, image, counted = outputs.detach().float(), target.image, target.without_padding()
+        deviations = {
+            "image": image - target.middle(),
+            "output": output - counted.mean(output),
+            "error": output - image,
+        }
+        return {name: counted.mean(values.square()).sum().item() for name, values in deviations.items()}
 
     def scores(self, sums: Mapping[str, Any]) -> Scores:
         """Variance explained, and the variance of the output as a share of the image's."""

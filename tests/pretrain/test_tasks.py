@@ -22,7 +22,9 @@ from nnunetv2_misfm.plans.network_entry import DECODER, ENCODER, STEM
 from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS, PretrainingSettings
 from nnunetv2_misfm.plans.settings import read_settings, write_settings
 from nnunetv2_misfm.pool.settings import PoolSettings
+from nnunetv2_misfm.pretrain.augment import CropAugmentation, apply_augmentation, voxels_inside
 from nnunetv2_misfm.pretrain.batches import CropBatch, crop_loader
+from nnunetv2_misfm.pretrain.crop_reading import read_crop
 from nnunetv2_misfm.pretrain.crops import CropSamples, validation_samples
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
 from nnunetv2_misfm.pretrain.task import PretextNetwork, PretextTask, Scores
@@ -222,3 +224,37 @@ def test_tasks_of_another_name_are_the_end_of_a_comparison() -> None:
     plans = [run_plans(pretext(name).block()) for name in ("volume_fusion", "masked_autoencoder")]
     changes = what_a_run_must_keep(*plans, "3d_fullres", **default_settings("masked_autoencoder"))
     assert changes == ["task: volume_fusion then, masked_autoencoder now"]
+
+
+@pytest.mark.parametrize("name", ["masked_autoencoder", "models_genesis", "patch_swap"])
+def test_telling_padding_from_the_image_is_no_score(name: str, tmp_path: Path) -> None:
+    """Volumes smaller than the patch: an output that knows the padding and no more has learnt nothing."""
+    volume = np.random.default_rng(0).uniform(5, 6, (1, 10, 12, 16)).astype(np.float32)
+    blosc2.asarray(volume, urlpath=str(tmp_path / "0.b2nd"), mode="w")
+    task = task_class(name)(read_settings(task_class(name).Settings, {}, ""))
+    batch = next(crop_loader(validation_samples(tmp_path, ["0"], (16, 16, 16), task, 0, 1), 3, 1))
+    _, target = task.make(batch, torch.device("cpu"))
+    inside = batch.in_volume(torch.device("cpu"))
+    assert inside.float().mean() == pytest.approx(10 * 12 / 16**2)
+    if name != "models_genesis":  # which flips its target
+        assert (
+            torch.equal(inside, target.in_volume)
+            and target.image[0][inside[0]].min() >= target.image[0][~inside[0]].max()
+        )
+    mean = target.image[target.in_volume].mean()
+    knows_padding = torch.where(target.in_volume, mean, target.image)
+    explained = task.scores(task.count(knows_padding, target)).values["variance_explained"]
+    assert explained == pytest.approx(0, abs=0.02)
+    assert task.scores(task.count(target.image, target)).main == 1
+
+
+@pytest.mark.parametrize("flips", [(False, False, False), (True, False, True)])
+def test_what_is_padded_is_known_after_resizing_and_flips(flips: tuple[bool, bool, bool]) -> None:
+    volume = np.ones((1, 5, 6, 20), np.float32)
+    volume[0, 2, 3, 10] = 0  # the minimum, which pads
+    crop = read_crop(volume, CropAugmentation((8, 8, 8), flips=flips), (16, 8, 4), np.random.default_rng(0))
+    assert crop.augmentation.inside is not None
+    inside = voxels_inside(crop.augmentation, (16, 8, 4), torch.device("cpu"))
+    patch = apply_augmentation([crop.voxels], [crop.augmentation], (16, 8, 4))[0, 0]
+    assert inside.sum() == pytest.approx(16 * 5 / 8 * 6 * 4, rel=0.2)
+    assert (patch[~inside] < 0.8).all() and patch[inside].mean() > 0.9
