@@ -61,7 +61,7 @@ def describe_unet(
     epochs = checkpoint.get("current_epoch", checkpoint.get("epoch"))
     if isinstance(epochs, int):
         training["epochs_done"] = epochs
-    return CheckpointInfo(task, class_name, arguments, channels, classes, _well_formed(preprocessing), training)
+    return CheckpointInfo(task, class_name, arguments, channels, classes, well_formed(preprocessing), training)
 
 
 def told_preprocessing(checkpoint: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def told_preprocessing(checkpoint: Mapping[str, Any], beside: Mapping[str, Any])
         checkpoint: the file's content.
         beside: nnssl's adaptation plan, which lies beside the file; empty if there is none.
     """
-    return _well_formed((_nnunet(checkpoint) or _nnssl(checkpoint, beside) or ({}, {}))[1])
+    return well_formed((_nnunet(checkpoint) or _nnssl(checkpoint, beside) or ({}, {}))[1])
 
 
 def channel_names(dataset_json: object) -> tuple[str, ...]:
@@ -142,7 +142,7 @@ def _nnssl(checkpoint: Mapping[str, Any], beside: Mapping[str, Any]) -> _Describ
         return None
 
 
-def _well_formed(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
+def well_formed(preprocessing: Mapping[str, Any]) -> dict[str, Any]:
     """What of a plan's preprocessing is of the kind that it should be."""
     known = {key: value for key, value in preprocessing.items() if _IS_WELL_FORMED.get(key, bool)(value)}
     windows = preprocessing.get(INTENSITIES)

@@ -77,7 +77,7 @@ def download(name: str) -> HubFile:
             f"{name} is not the name of a repository on the Hugging Face Hub. Write hf:OWNER/NAME, with :FILE if need "
             f"be, or download the file and give its path."
         )
-    repository = _Repository(match["repository"], match["revision"])
+    repository = _Repository(match["repository"], match["revision"] and unquote(match["revision"]))
     if match["file"] is not None:
         file = unquote(match["file"])
         path = repository.fetch(file)

@@ -133,7 +133,7 @@ def _ways_to_normalise(source: Source, channel: int) -> dict[str, Mapping[str, f
     told = source.preprocessing
     ways = {told["normalization_schemes"][channel]: told.get(INTENSITIES, {}).get(str(channel))}
     pool = source.info.training.get("pool", {}) if source.by_this_package and source.info is not None else {}
-    for modality in pool.get("modalities", ()):
+    for modality in sorted(set(pool.get("modalities", ())) & set(SCHEMES)):
         ways.setdefault(SCHEMES[modality], intensity_properties(modality, pool["settings"]["ct_window"]))
     return ways
 

@@ -32,6 +32,7 @@ from nnunetv2_misfm.transfer.described import (
     describe_unet,
     how_well_learnt,
     told_preprocessing,
+    well_formed,
 )
 from nnunetv2_misfm.transfer.foreign import FMUNET, GENERIC_UNET, PCTNET, PUBLISHED_FMUNET, PUBLISHED_PCTNET, Kind
 from nnunetv2_misfm.transfer.hub import ADAPTATION_PLAN, download, is_hub_name
@@ -162,7 +163,7 @@ def read_source(given: str | os.PathLike[str]) -> Source:
             told, note = init_args_beside(path)
             content, notes = {**content, "init_args": told}, [*notes, *([note] if note else [])]
         info = describe_unet(content, found.weights, plan)
-    told = told_preprocessing(content, plan) if info is None else info.preprocessing
+    told = told_preprocessing(content, plan) if info is None else well_formed(info.preprocessing)
     return Source(
         path=path,
         kind=found.kind,

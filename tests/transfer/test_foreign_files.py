@@ -561,6 +561,12 @@ def test_weights_alone_tell_a_network_of_this_package(tmp_path: Path, own: Any) 
     assert put(tmp_path / "c.pth", weights).info is None
 
 
+def test_a_damaged_description_of_our_own_is_not_known(tmp_path: Path) -> None:
+    info = CheckpointInfo("segmentation", "Own", {}, 1, 3, {"normalization_schemes": 5, "spacing": [1.0, 1.0, 1.0]}, {})
+    write_checkpoint({"network_weights": OwnNetwork(1, 3).state_dict()}, info, tmp_path / "c.pth")
+    assert read_source(tmp_path / "c.pth").preprocessing == {"spacing": [1.0, 1.0, 1.0]}
+
+
 def test_archives_of_other_things_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("readme.txt", "x")
