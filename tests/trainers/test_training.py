@@ -68,6 +68,15 @@ def plan(*more: str, num_epochs: int = 2) -> None:
     misfm_plan(["-d", "4", "-num_epochs", str(num_epochs), *SHORT, *PATCH, *more])
 
 
+def begun_run() -> str:
+    """The checkpoint of a fine-tuning of fold 0 that has begun."""
+    run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
+    run.on_train_start()
+    latest = str(Path(run.output_folder) / "checkpoint_latest.pth")
+    run.save_checkpoint(latest)
+    return latest
+
+
 def run_folder(trainer_name: str, plans: str) -> Path:
     return Path(os.environ["nnUNet_results"]) / NAME / f"{trainer_name}__{plans}__3d_fullres"
 
@@ -217,10 +226,7 @@ def test_a_missing_checkpoint_is_an_error_not_a_start_from_scratch(nnunet: Path)
 def test_a_run_does_not_go_on_from_other_weights(nnunet: Path) -> None:
     checkpoint = pretrain(1)
     plan(*NETWORK, "-schedule", "sawtooth")
-    run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
-    run.on_train_start()
-    latest = str(Path(run.output_folder) / "checkpoint_latest.pth")
-    run.save_checkpoint(latest)
+    latest = begun_run()
     plan("-pretrained_weights", str(checkpoint))
     goes_on = trainer("MisFMTrainer", "nnUNetMisFMPlans")
     goes_on.load_checkpoint(latest)
@@ -230,10 +236,7 @@ def test_a_run_does_not_go_on_from_other_weights(nnunet: Path) -> None:
 
 def test_an_optimiser_with_other_groups_is_no_obstacle_to_validation(nnunet: Path) -> None:
     plan(*NETWORK)
-    run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
-    run.on_train_start()
-    latest = str(Path(run.output_folder) / "checkpoint_latest.pth")
-    run.save_checkpoint(latest)
+    latest = begun_run()
     plan(*NETWORK, "-layer_decay", "0.5")
     run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
     run.load_checkpoint(latest)
@@ -244,10 +247,7 @@ def test_an_optimiser_with_other_groups_is_no_obstacle_to_validation(nnunet: Pat
 
 def test_folds_that_other_plans_trained_are_neither_validated_nor_mixed_with_new_ones(nnunet: Path) -> None:
     plan(*NETWORK)
-    run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
-    run.on_train_start()
-    latest = str(Path(run.output_folder) / "checkpoint_latest.pth")
-    run.save_checkpoint(latest)
+    latest = begun_run()
     plan(*NETWORK, "-spacing", "1.1", "1.1", "1.1")
     changed = r"were trained with other plans.*\n  spacing: \[1.0, 1.0, 1.0\] then, \[1.1, 1.1, 1.1\] now"
     with pytest.raises(PlanError, match=changed):
@@ -261,9 +261,7 @@ def test_folds_that_other_plans_trained_are_neither_validated_nor_mixed_with_new
 
 def test_a_fold_from_other_weights_than_those_beside_it_says_so(nnunet: Path) -> None:
     plan(*NETWORK)
-    run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
-    run.on_train_start()
-    run.save_checkpoint(str(Path(run.output_folder) / "checkpoint_latest.pth"))
+    begun_run()
     plan("-pretrained_weights", str(pretrained()))
     second = trainer("MisFMTrainer", "nnUNetMisFMPlans", fold=1)
     second.on_train_start()
