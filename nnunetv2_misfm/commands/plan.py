@@ -19,7 +19,7 @@ from nnunetv2_misfm.plans.checks import (
     without_trainer,
 )
 from nnunetv2_misfm.plans.compare import is_complete, what_changes
-from nnunetv2_misfm.plans.files import folds, preprocessed_dataset, read_dataset_json, read_plans
+from nnunetv2_misfm.plans.files import dataset_number, folds, preprocessed_dataset, read_dataset_json, read_plans
 from nnunetv2_misfm.plans.network_entry import ENCODER, NETWORKS, STEM
 from nnunetv2_misfm.plans.run_settings import (
     DEFAULT_BASELINE_PLANS,
@@ -176,7 +176,7 @@ class TargetDataset:
     def training_commands(self, plans: Mapping[str, Any]) -> Iterator[str]:
         """One for each configuration; the next stage of a cascade needs predictions of all cases, so of all folds."""
         there = folds(self.folder, self.dataset_json["numTraining"])
-        number = self.folder.name.removeprefix("Dataset").partition("_")[0]
+        number = dataset_number(self.folder.name)
         for name in self.configurations:
             for fold in there if plans["configurations"][name].get("next_stage") else there[:1]:
                 yield f"nnUNetv2_train {int(number)} {name} {fold} -tr MisFMTrainer -p {self.plans_name}"

@@ -14,7 +14,14 @@ from nnunetv2_misfm.plans.settings import Settings, as_of_today, declared, write
 
 _OF_THE_DATA = ("patch_size", "batch_size", "spacing", "data_identifier")
 # What a network's outputs depend on, besides its weights and its arguments.
-_OF_ITS_INPUT = ("patch_size", "spacing", "normalization_schemes", "use_mask_for_norm", "transpose_forward")
+_OF_ITS_INPUT = (
+    "patch_size",
+    "spacing",
+    "normalization_schemes",
+    "use_mask_for_norm",
+    "transpose_forward",
+    "ct_intensities",
+)
 _PREPROCESSING_KEYS = (
     "spacing",
     "normalization_schemes",
@@ -73,15 +80,18 @@ def what_a_run_must_keep(
     if weights_differ(before, now):
         names = [(one.get(PRETRAIN_INFO) or {}).get("checkpoint_path") or "none" for one in (before, now)]
         changed["pretrained weights"] = names[0], names[1] if names[1] != names[0] else f"{names[1]}, written anew"
-    return [f"{name}: {old} then, {new} now" for name, (old, new) in changed.items() if name not in free]
+    return _then_and_now({name: values for name, values in changed.items() if name not in free})
 
 
 def what_a_model_must_keep(before: Mapping[str, Any], now: Mapping[str, Any], configuration: str) -> list[str]:
     """What differs in network and images, one line each, by which a trained model would predict wrongly."""
-    kept = (*_OF_ITS_INPUT, "ct_intensities")
-    changes = run_changes(before, now, configuration).items()
-    wrong = [(name, values) for name, values in changes if name in kept or name.partition(".")[0] == "network"]
-    return [f"{name}: {old} then, {new} now" for name, (old, new) in wrong]
+    changed = run_changes(before, now, configuration)
+    kept = {name for name in changed if name in _OF_ITS_INPUT or name.partition(".")[0] == "network"}
+    return _then_and_now({name: values for name, values in changed.items() if name in kept})
+
+
+def _then_and_now(changed: Mapping[str, tuple[Any, Any]]) -> list[str]:
+    return [f"{name}: {old} then, {new} now" for name, (old, new) in changed.items()]
 
 
 def weights_differ(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

@@ -56,6 +56,11 @@ def preprocessed_dataset(dataset_name_or_id: str) -> Path:
     return found[0]
 
 
+def dataset_number(dataset_name: str) -> str:
+    """The digits in the name of a dataset, such as 004."""
+    return dataset_name.removeprefix("Dataset").partition("_")[0]
+
+
 def folds(dataset_folder: Path, num_cases: int) -> list[int | str]:
     """The folds that nnU-Net can train: those of its splits file, of the split it would write, or for few cases all.
 
@@ -153,8 +158,7 @@ def check_dataset_of_plans(plans: Mapping[str, Any], dataset_json: Mapping[str, 
 
 def _is_first_argument(dataset_name: str) -> bool:
     """Whether the running program was started for a dataset, given by its name or ID."""
-    given = next(iter(sys.argv[1:]), "")
-    number = dataset_name.removeprefix("Dataset").partition("_")[0]
+    given, number = next(iter(sys.argv[1:]), ""), dataset_number(dataset_name)
     return given == dataset_name or (given.isdecimal() and number.isdecimal() and int(given) == int(number))
 
 

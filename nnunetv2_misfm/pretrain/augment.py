@@ -231,8 +231,8 @@ def _change_intensities(channel: Tensor, augmentation: CropAugmentation, index: 
 def intensity_range(images: Tensor) -> tuple[Tensor, Tensor]:
     """Lowest and highest value of each image of (..., X, Y, Z), without the rarest unless all others are one value."""
     low, high = percentile_values(images, INTENSITY_RANGE_PERCENTILES)
-    usable, voxels = high > low, images.flatten(-3)
-    return torch.where(usable, low, voxels.amin(-1)), torch.where(usable, high, voxels.amax(-1))
+    usable, whole = high > low, torch.aminmax(images.flatten(-3), dim=-1)
+    return torch.where(usable, low, whole.min), torch.where(usable, high, whole.max)
 
 
 def percentile_values(images: Tensor, percentiles: Sequence[float]) -> Tensor:

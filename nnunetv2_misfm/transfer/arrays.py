@@ -187,9 +187,17 @@ def same_files(one: Mapping[str, list[int]] | None, other: Mapping[str, list[int
 
     nnU-Net compresses arrays: those of other images or labels have other sizes.
     """
-    return one is not None and {name: file[0] for name, file in one.items()} == {
-        n: file[0] for n, file in other.items()
-    }
+    return one is not None and _sizes(one) == _sizes(other)
+
+
+def _sizes(files: Mapping[str, list[int]]) -> dict[str, int]:
+    return {name: size for name, (size, *_) in files.items()}
+
+
+def _record_of_present(folder: Path) -> dict[str, Any]:
+    """The record of a data folder; empty if there is none, or nnU-Net has made the arrays anew."""
+    record = json_or_nothing(record_of(folder))
+    return record if same_files(record.get("files"), listing(folder)) else {}
 
 
 def label_files(dataset_folder: Path) -> dict[str, list[int]]:
@@ -213,9 +221,12 @@ def changed_labels(folder: Path) -> list[str]:
 
     Label files that are gone do not count; nothing is known of arrays without a record, or that nnU-Net has made anew.
     """
-    record = json_or_nothing(record_of(folder))
+    return _changed_labels(folder, _record_of_present(folder))
+
+
+def _changed_labels(folder: Path, record: Mapping[str, Any]) -> list[str]:
     known = record.get("labels")
-    if not known or not same_files(record.get("files"), listing(folder)):
+    if not known:
         return []
     changed = []
     for path in sorted((folder.parent / "gt_segmentations").glob("*")):
@@ -226,21 +237,19 @@ def changed_labels(folder: Path) -> list[str]:
     return changed
 
 
-def changed_cases(folder: Path) -> tuple[Path, list[str]]:
+def _changed_cases(folder: Path, record: Mapping[str, Any]) -> tuple[Path, list[str]]:
     """What the arrays in a data folder of ours were made of, or linked from, and the files there that are others now.
 
-    Those are images that were corrected, and cases that were withdrawn; nothing is known without a record.
+    Those are images that were corrected, and cases that were withdrawn.
     """
-    record = json_or_nothing(record_of(folder))
     if "shared_with" in record:
         source = folder.with_name(record["shared_with"])
-        before, now = record["files"], listing(source)
+        before, now = _sizes(record["files"]), _sizes(listing(source))
     else:
         source = Path(os.environ.get("nnUNet_raw", ""), folder.parent.name)
-        before, now = record.get("raw", {}), raw_files(source)
-    if not before or not now or not same_files(record["files"], listing(folder)):
-        return source, []
-    return source, sorted(name for name, (size, _) in before.items() if now.get(name, [None])[0] != size)
+        before, now = _sizes(record.get("raw", {})), _sizes(raw_files(source))
+    # Where nothing is left, the files lie elsewhere now.
+    return source, sorted(name for name, size in before.items() if now and now.get(name) != size)
 
 
 def check_data_unchanged(folder: Path, plans_name: str, configuration: str) -> None:
@@ -248,7 +257,8 @@ def check_data_unchanged(folder: Path, plans_name: str, configuration: str) -> N
     anew = f"nnUNetv2_preprocess -d {folder.parent.name} -plans_name {plans_name} -c {configuration}"
     if not folder.is_dir():
         raise PlanError(f"{folder} is not there. Repeat the misfm_plan that made {plans_name}, or run: {anew}")
-    labels, (source, cases) = changed_labels(folder), changed_cases(folder)
+    record = _record_of_present(folder)
+    labels, (source, cases) = _changed_labels(folder, record), _changed_cases(folder, record)
     for changed, problem in (
         (labels, f"was made with other labels than {folder.parent / 'gt_segmentations'} holds now"),
         (cases, f"was made from other files than {source} holds now"),

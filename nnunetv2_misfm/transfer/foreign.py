@@ -43,6 +43,11 @@ class Kind:
     inside: str = ""
 
 
+def names_in(kind: Kind | None) -> Names:
+    """The names in a network of a kind; the usual ones where they are not known."""
+    return (None if kind is None else kind.names) or Names()
+
+
 def _of_other_blocks(name: str, *told_by: str) -> Kind:
     return Kind(name, told_by, refusal=_OTHER_BLOCKS + _IN_PLANS)
 

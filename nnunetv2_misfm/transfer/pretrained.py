@@ -41,7 +41,7 @@ from nnunetv2_misfm.transfer.own_weights import describe_own
 from nnunetv2_misfm.transfer.published_weights import read_published
 from nnunetv2_misfm.transfer.report import LEARNING_PARTS, TransferReport
 from nnunetv2_misfm.transfer.safetensors_file import is_safetensors, read_safetensors
-from nnunetv2_misfm.transfer.state_dicts import find_weights
+from nnunetv2_misfm.transfer.state_dicts import Found, find_weights
 from nnunetv2_misfm.transfer.transfer import SourceFacts, transfer
 from nnunetv2_misfm.transfer.version_1 import init_args_beside
 
@@ -153,16 +153,12 @@ def read_source(given: str | os.PathLike[str]) -> Source:
     found = find_weights(content, path, as_they_are=of_other_class)
     weights, info, notes = found.weights, own, [*_of_archive(path), *found.notes]
     if plan and own is None:
-        notes.append(f"Its images are described by {beside.name if beside else ''}, which lies beside it.")
-    if own is None and found.kind in (PUBLISHED_PCTNET, PUBLISHED_FMUNET):
-        weights, info = read_published(found.weights, path)
-    elif own is None and found.kind in (PCTNET, FMUNET):
-        info = describe_own(found.weights, found.kind)
-    elif own is None:
-        if found.kind is GENERIC_UNET and "init_args" not in content:
-            told, note = init_args_beside(path)
-            content, notes = {**content, "init_args": told}, [*notes, *([note] if note else [])]
-        info = describe_unet(content, found.weights, plan)
+        notes.append(f"Its images are described by {ADAPTATION_PLAN}, which lies beside it.")
+    if own is None and found.kind is GENERIC_UNET and "init_args" not in content:
+        init_args, note = init_args_beside(path)
+        content, notes = {**content, "init_args": init_args}, [*notes, *([note] if note else [])]
+    if own is None:
+        weights, info = _told_by_weights(found, content, path, plan)
     told = told_preprocessing(content, plan) if info is None else well_formed(info.preprocessing)
     return Source(
         path=path,
@@ -179,6 +175,17 @@ def read_source(given: str | os.PathLike[str]) -> Source:
         unused=found.unused,
         notes=tuple(notes),
     )
+
+
+def _told_by_weights(
+    found: Found, content: Mapping[str, Any], path: Path, plan: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], CheckpointInfo | None]:
+    """The weights of a file that does not describe itself, under the names of a network known here, and what it is."""
+    if found.kind in (PUBLISHED_PCTNET, PUBLISHED_FMUNET):
+        return read_published(found.weights, path)
+    if found.kind in (PCTNET, FMUNET):
+        return found.weights, describe_own(found.weights, found.kind)
+    return found.weights, describe_unet(content, found.weights, plan)
 
 
 def load_source(info: Mapping[str, Any]) -> Source:

@@ -26,7 +26,7 @@ from nnunetv2_misfm.transfer.checkpoint import (
     write_checkpoint,
 )
 from nnunetv2_misfm.transfer.foreign import PUBLISHED_FMUNET, PUBLISHED_PCTNET
-from nnunetv2_misfm.transfer.own_weights import Told, check_complete, told_fmunet, told_pctnet
+from nnunetv2_misfm.transfer.own_weights import check_complete, told_fmunet, told_pctnet
 from nnunetv2_misfm.transfer.state_dicts import find_weights
 
 _PUBLISHED_WINDOW = {"percentile_00_5": -1000.0, "percentile_99_5": 1000.0, "mean": 0.0, "std": 1000.0}
@@ -207,9 +207,13 @@ def read_published(
     Raises:
         CheckpointError: if it is not a complete PCT-Net or FMUNet of the reference.
     """
-    reader = _pctnet_from if "embeddings.0.proj.weight" in state_dict else _fmunet_from
     try:
-        weights, told = reader(state_dict, stems)
+        if "embeddings.0.proj.weight" in state_dict:
+            weights = convert_pctnet(state_dict, stems)
+            told = told_pctnet(weights)
+        else:
+            weights = convert_fmunet(state_dict)
+            told = told_fmunet(weights)
         check_complete(weights, told)
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f"{path} is not a complete published network: {error}") from None
@@ -233,13 +237,3 @@ def _published_preprocessing(input_channels: int) -> dict[str, Any]:
         "transpose_forward": [0, 1, 2],
         INTENSITIES: {str(channel): dict(_PUBLISHED_WINDOW) for channel in range(input_channels)},
     }
-
-
-def _pctnet_from(state_dict: Mapping[str, Tensor], stems: Sequence[int]) -> tuple[dict[str, Tensor], Told]:
-    weights = convert_pctnet(state_dict, stems)
-    return weights, told_pctnet(weights)
-
-
-def _fmunet_from(state_dict: Mapping[str, Tensor], stems: Sequence[int]) -> tuple[dict[str, Tensor], Told]:
-    weights = convert_fmunet(state_dict)
-    return weights, told_fmunet(weights)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from nnunetv2_misfm.transfer.checkpoint import CheckpointError
-from nnunetv2_misfm.transfer.foreign import GENERIC_UNET, Kind, recognised
-from nnunetv2_misfm.transfer.names import SEG_LAYERS, Names, is_copy
+from nnunetv2_misfm.transfer.foreign import GENERIC_UNET, Kind, names_in, recognised
+from nnunetv2_misfm.transfer.names import SEG_LAYERS, is_copy
 from nnunetv2_misfm.transfer.unet_weights import each_once, from_generic_unet
 
 _CONTAINERS = ("network_weights", "model_state_dict", "state_dict", "model", "net", "network", "student", "module")
@@ -78,7 +78,7 @@ def find_weights(content: Mapping[Any, Any], path: str | os.PathLike[str], as_th
     if best.kind is GENERIC_UNET:
         weights = from_generic_unet(weights)
     weights, note = each_once(weights)
-    names = (best.kind.names if best.kind is not None else None) or Names()
+    names = names_in(best.kind)
     _check_values({name: value for name, value in weights.items() if names.part_of(name) != SEG_LAYERS}, path)
     return replace(best, weights=weights, notes=(*best.notes, note) if note else best.notes)
 
