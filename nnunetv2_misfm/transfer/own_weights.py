@@ -52,12 +52,13 @@ def told_pctnet(weights: Mapping[str, Tensor]) -> Told:
     stem = f"encoder.stems.{stems[0]}"
     convolutions = (f"{stem}.project", f"{stem}.down1.3", f"{stem}.down2.3", "encoder.down3.3", "encoder.down4.3")
     features = [weights[f"{name}.weight"].shape[0] for name in convolutions]
-    blocks = "encoder.stage2.swin."
+    # Counted over all stages: where a file lacks a block, another still has it, and the file is seen to be incomplete.
+    blocks = {name.split(".swin.")[1].partition(".")[0] for name in weights if ".swin." in name}
     tables = [weights[f"encoder.stage{i}.swin.0.attention.relative_position_bias_table"] for i in (2, 3, 4)]
     found = {
         "window_size": (round(tables[0].shape[0] ** (1 / 3)) + 1) // 2,
-        "n_swin_blocks": len({name.split(".")[3] for name in weights if name.startswith(blocks)}),
-        "mlp_ratio": weights[f"{blocks}0.mlp.0.weight"].shape[0] / features[2],
+        "n_swin_blocks": len(blocks),
+        "mlp_ratio": weights["encoder.stage2.swin.0.mlp.0.weight"].shape[0] / features[2],
     }
     arguments = {
         "features_per_stage": features,
@@ -77,7 +78,7 @@ def told_fmunet(weights: Mapping[str, Tensor]) -> Told:
     # It has one stem; which degree it was trained for shows in the kernels of its first two stages.
     first = [weights[f"encoder.stages.{i}.convs.0.3.weight"] for i in range(5)]
     degree = sum(kernel.shape[2] == 1 for kernel in first[:2])
-    depth = len({name.split(".")[4] for name in weights if name.startswith("encoder.stages.0.convs.")})
+    depth = len({name.split(".")[4] for name in weights if name.startswith("encoder.stages.") and ".convs." in name})
     arguments = {"features_per_stage": [kernel.shape[0] for kernel in first], "depth": depth}
     return Told(
         architecture_entry("fmunet", degree, **arguments),
