@@ -145,8 +145,8 @@ class PretextTask(ABC, Generic[SettingsT]):
     def loss(self, outputs: Any, target: Any) -> Tensor:
         """What is made small; each of several processes has its part of the batch, and their gradients are averaged."""
 
-    def compile_loss(self) -> None:
-        """Called once where nnU-Net compiles the network too."""
+    def compile(self) -> None:
+        """Compile what `forward` and `loss` do beside the network's own forward pass; called where nnU-Net compiles."""
 
     # ---------------------------------------------------------------- scores
 

@@ -272,8 +272,8 @@ class VolumeFusion(PretextTask[FusionSettings]):
         total: Tensor = loss(list(outputs), [labels[:, None] for labels in scaled])
         return total
 
-    def compile_loss(self) -> None:
-        """As nnU-Net does with its Dice loss."""
+    def compile(self) -> None:
+        """The Dice loss, as nnU-Net does."""
         self._one_loss.dc = torch.compile(self._one_loss.dc)
 
     @cached_property

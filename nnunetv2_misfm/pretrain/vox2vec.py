@@ -283,6 +283,7 @@ def encoder_channels(network: nn.Module) -> list[int]:
 
 def encoder_maps(network: nn.Module, x: Tensor) -> tuple[list[Tensor], list[int]]:
     """The feature maps of a network's encoder, and the size (X, Y, Z) of the input that they divide."""
+    network = getattr(network, "_orig_mod", network)  # torch.compile's wrapper compiles the whole forward pass alone
     if hasattr(network, "encode"):  # one of ours, which pads inside
         return network.encode(x), [n + -n % d for n, d in zip(x.shape[2:], network.size_divisor, strict=True)]  # type: ignore[operator, arg-type]
     return network.encoder(x), list(x.shape[2:])  # type: ignore[operator]
@@ -332,6 +333,14 @@ class Vox2Vec(PretextTask[Vox2VecSettings]):
         """The projection of a voxel's vector."""
         return Projection(sum(encoder_channels(network)), self.settings.embedding_size)
 
+    def __init__(self, settings: Vox2VecSettings):
+        super().__init__(settings)
+        self._encoder_maps = encoder_maps
+
+    def compile(self) -> None:
+        """The encoder: of the network, only the way through all of it is compiled."""
+        self._encoder_maps = torch.compile(encoder_maps)
+
     def forward(self, network: nn.Module, head: nn.Module | None, x: Tensor, target: Matches | None) -> Tensor:
         """(2 B, N, E) projected vectors of the voxels asked for."""
         assert head is not None
@@ -339,7 +348,7 @@ class Vox2Vec(PretextTask[Vox2VecSettings]):
             points = torch.zeros((len(x), self.settings.num_points, 3), dtype=torch.int64, device=x.device)
         else:
             points = target.points
-        maps, size = encoder_maps(network, x)
+        maps, size = self._encoder_maps(network, x)
         vectors: Tensor = head(voxel_vectors(maps, points, size))
         return vectors
 

@@ -216,7 +216,7 @@ class PretrainingTrainer(BaseTrainer):
 
     def _build_loss(self) -> Any:
         if self._do_i_compile():
-            self.task.compile_loss()
+            self.task.compile()
         return self.task.loss
 
     def train_step(self, batch: Any) -> dict:

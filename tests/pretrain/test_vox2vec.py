@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import blosc2
@@ -15,6 +16,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from nnunetv2_misfm.architectures import FMUNet, PCTNet
 from nnunetv2_misfm.architectures.memory import estimate_training_memory
@@ -369,6 +371,25 @@ def test_a_voxels_vector_of_a_padded_input_is_at_its_own_place() -> None:
     vectors = voxel_vectors(maps, torch.tensor([[[19, 16, 32]]]), size)
     expected = [m[0, :, 19 // s, 16 // s, 32 // s] for m, s in zip(maps, (1, 2, 4, 8, 16), strict=True)]
     assert torch.equal(vectors[0, 0], torch.cat(expected))
+
+
+@pytest.mark.slow
+def test_compiled_encoders_are_used_and_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.compiler.reset()
+    graphs = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=graphs, fullgraph=True, dynamic=False))
+    network = FMUNet(1, 1, strides_of(0), (4, 4, 4, 4, 4)).eval()
+    x = torch.randn((4, 1, 16, 32, 32), generator=torch.Generator().manual_seed(0))
+    target = Matches(torch.zeros((4, 5, 3), dtype=torch.int64), torch.ones((2, 5), dtype=torch.bool))
+    task = Vox2Vec(SETTINGS)
+    # Where nnU-Net compiles, the trainer hands over a network whose whole forward pass is compiled.
+    model = PretextNetwork(torch.compile(network), task, 1)
+    plain = model(x, target)
+    assert graphs.frame_count == 0
+    task.compile()
+    assert torch.allclose(model(x, target), plain, atol=1e-5)
+    assert graphs.frame_count == 1 and graphs.op_count > 50
+    torch.compiler.reset()
 
 
 def test_a_network_without_levels_is_refused() -> None:
