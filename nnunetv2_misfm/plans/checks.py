@@ -51,9 +51,12 @@ _OLD_ARCHITECTURE_KEYS = (
 )
 
 
+_OTHER_FILES = ("dataset", "dataset_fingerprint", "splits_final")  # what nnU-Net keeps beside plans
+
+
 def check_plans_name(name: str) -> None:
     """Raise a PlanError unless `name` can be the name of plans: of a file and, within '__', of results folders."""
-    if re.fullmatch(r"\w[\w.-]*", name) is None or "__" in name or name in ("dataset", "dataset_fingerprint"):
+    if re.fullmatch(r"\w[\w.-]*", name) is None or "__" in name or name in _OTHER_FILES:
         raise PlanError(
             f"{name!r} cannot be a plans name: use letters, digits, dots, dashes and single underscores (nnU-Net "
             f"splits results folders at '__'). Choose another -overwrite_plans_name."

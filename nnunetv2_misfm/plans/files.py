@@ -102,7 +102,7 @@ def read_plans(dataset_folder: Path, plans_name: str, configurations: Collection
     others = sorted(
         path.stem
         for path in dataset_folder.glob("*.json")
-        if path.stem != plans_name and _is_to_plan_from(path.read_text(errors="replace", encoding="utf-8"))
+        if path.stem != plans_name and _is_to_plan_from(json_or_nothing(path))
     )
     path = dataset_folder / f"{plans_name}.json"
     choice = f"Choose others with -p ({', '.join(others)}), or plan" if others else "Plan"
@@ -162,6 +162,6 @@ def _is_first_argument(dataset_name: str) -> bool:
     return given == dataset_name or (given.isdecimal() and number.isdecimal() and int(given) == int(number))
 
 
-def _is_to_plan_from(text: str) -> bool:
+def _is_to_plan_from(content: Mapping[str, Any]) -> bool:
     """Whether a JSON file holds plans, but not those of a fine-tuning, which no others are made from."""
-    return '"configurations"' in text and f'"{PRETRAIN_INFO}"' not in text
+    return "configurations" in content and PRETRAIN_INFO not in content

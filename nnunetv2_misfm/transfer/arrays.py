@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 from zlib import crc32
 
@@ -62,25 +62,26 @@ def _provide(
 ) -> str:
     dataset_folder = folder.parent
     stock = dataset_folder / configuration_3d(base, configuration)["data_identifier"]
-    shared = same_preprocessing(plans, base, configuration) and _looks_complete(stock, dataset_folder)
+    alike = preprocessing_key(plans, configuration) == preprocessing_key(base, configuration)
+    shared = alike and _looks_complete(stock, dataset_folder)
     record = record_of(folder)
     wanted = json.loads(json.dumps(preprocessing_key(plans, configuration)))
     known = json_or_nothing(record)
     files = listing(folder)
-    as_stock, corrected = shared and same_files(files, listing(stock)), bool(changed_labels(folder))
-    if as_stock and corrected:
+    as_stock, changed = shared and same_files(files, listing(stock)), changed_since(folder)
+    if as_stock and changed.labels:
         shared = False  # nnU-Net's arrays are those that were made with the labels of before
     same = known.get("preprocessing") == wanted and same_files(known.get("files"), files)
-    if same and (as_stock or not shared) and not corrected:
+    if same and (as_stock or not shared) and not changed.labels and not changed.cases:
         return f"{folder} is up to date."
     record.unlink(missing_ok=True)
     raw = nnunet_folder("nnUNet_raw") / dataset_folder.name
     # Of nnU-Net's own arrays it is not known from which files they were made.
     made_from = {} if shared else raw_files(raw)
-    alike = {"preprocessing": wanted, **({"files": listing(stock)} if shared else {"raw": made_from})}
+    recorded = {"preprocessing": wanted, **({"files": listing(stock)} if shared else {"raw": made_from})}
     source = stock if shared else None
     if shared or made_from:
-        source = _with_record(folder, alike) or source
+        source = _with_record(folder, recorded) or source
     if source is not None:
         linked = _link_cases(source, folder)
         how = "hard links, no further disk space" if linked else "copied: another disk, or one without hard links"
@@ -97,11 +98,11 @@ def _provide(
     return done
 
 
-def _with_record(folder: Path, alike: Mapping[str, Any]) -> Path | None:
+def _with_record(folder: Path, recorded: Mapping[str, Any]) -> Path | None:
     """Another data folder of ours beside this one whose record says all of this, and whose files are as it says."""
     for record in sorted(folder.parent.glob(f"*{_RECORD}")):
         other, known = record.with_name(record.name.removesuffix(_RECORD)), json_or_nothing(record)
-        if other != folder and alike.items() <= known.items() and known.get("files") == listing(other):
+        if other != folder and recorded.items() <= known.items() and known.get("files") == listing(other):
             return other
     return None
 
@@ -165,11 +166,6 @@ def _made_whole(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def same_preprocessing(plans: Mapping[str, Any], base: Mapping[str, Any], configuration: str) -> bool:
-    """Whether preprocessing under both plans gives the same arrays."""
-    return preprocessing_key(plans, configuration) == preprocessing_key(base, configuration)
-
-
 def record_of(folder: Path) -> Path:
     """The record of a data folder."""
     return folder.with_name(f"{folder.name}{_RECORD}")
@@ -216,12 +212,24 @@ def raw_files(raw: Path) -> dict[str, list[int]]:
     return {f"{path.parent.name}/{path.name}": _size_and_time(path) for path in sorted(files)}
 
 
-def changed_labels(folder: Path) -> list[str]:
-    """Names of the label files that are not those which the arrays in a data folder of ours were made with.
+class Changed(NamedTuple):
+    """What has been corrected since the arrays in a data folder of ours were made.
 
-    Label files that are gone do not count; nothing is known of arrays without a record, or that nnU-Net has made anew.
+    Attributes:
+        labels: names of the label files that are others now; those that are gone do not count.
+        source: what the arrays were made of, or linked from.
+        cases: names of the files there that are others now, or gone: corrected images, and cases that were withdrawn.
     """
-    return _changed_labels(folder, _record_of_present(folder))
+
+    labels: list[str]
+    source: Path
+    cases: list[str]
+
+
+def changed_since(folder: Path) -> Changed:
+    """What a data folder's record says; nothing is known of arrays without one, or that nnU-Net has made anew."""
+    record = _record_of_present(folder)
+    return Changed(_changed_labels(folder, record), *_changed_cases(folder, record))
 
 
 def _changed_labels(folder: Path, record: Mapping[str, Any]) -> list[str]:
@@ -238,10 +246,6 @@ def _changed_labels(folder: Path, record: Mapping[str, Any]) -> list[str]:
 
 
 def _changed_cases(folder: Path, record: Mapping[str, Any]) -> tuple[Path, list[str]]:
-    """What the arrays in a data folder of ours were made of, or linked from, and the files there that are others now.
-
-    Those are images that were corrected, and cases that were withdrawn.
-    """
     if "shared_with" in record:
         source = folder.with_name(record["shared_with"])
         before, now = _sizes(record["files"]), _sizes(listing(source))
@@ -257,16 +261,15 @@ def check_data_unchanged(folder: Path, plans_name: str, configuration: str) -> N
     anew = f"nnUNetv2_preprocess -d {folder.parent.name} -plans_name {plans_name} -c {configuration}"
     if not folder.is_dir():
         raise PlanError(f"{folder} is not there. Repeat the misfm_plan that made {plans_name}, or run: {anew}")
-    record = _record_of_present(folder)
-    labels, (source, cases) = _changed_labels(folder, record), _changed_cases(folder, record)
-    for changed, problem in (
-        (labels, f"was made with other labels than {folder.parent / 'gt_segmentations'} holds now"),
-        (cases, f"was made from other files than {source} holds now"),
+    changed = changed_since(folder)
+    for names, problem in (
+        (changed.labels, f"was made with other labels than {folder.parent / 'gt_segmentations'} holds now"),
+        (changed.cases, f"was made from other files than {changed.source} holds now"),
     ):
-        if changed:
-            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise PlanError(
-                f"{folder} {problem} ({changed[0]}{more}). Repeat the misfm_plan that made {plans_name}, or preprocess "
+                f"{folder} {problem} ({names[0]}{more}). Repeat the misfm_plan that made {plans_name}, or preprocess "
                 f"it anew: {anew}"
             )
 

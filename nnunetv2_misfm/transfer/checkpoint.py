@@ -43,7 +43,8 @@ CHANNEL_NAMES = "misfm_channel_names"
 """Beside exported weights: the names of the image channels, which nnU-Net's checkpoints keep in `init_args`."""
 ADAPTATION = "nnssl_adaptation_plan"
 """Beside the weights, in nnssl's checkpoints and ours: what nnssl tells of network and images."""
-_CHECKPOINT_ENDINGS = (".pth", ".pt", ".model", ".ckpt")
+_READ_BY_TORCH = (".pth", ".pt", ".model", ".ckpt")
+CHECKPOINT_ENDINGS = (".safetensors", *_READ_BY_TORCH)
 _CONFIGURATIONS = ("3d_fullres", "3d_cascade_fullres", "3d_lowres", "2d")  # of nnU-Net, the most useful first
 # Python 3.13 names their module otherwise, and no path of another system can be made.
 _PATHS = tuple(
@@ -182,7 +183,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 def _check_kind_of_file(path: Path) -> None:
     """Raise a CheckpointError for what the start of a file shows to be no checkpoint."""
     if path.is_dir():
-        there = sorted(file for ending in _CHECKPOINT_ENDINGS for file in path.rglob(f"*{ending}"))
+        there = sorted(file for ending in CHECKPOINT_ENDINGS for file in path.rglob(f"*{ending}"))
         example = f", such as {min(there, key=lambda file: _preference(str(file)))}" if there else ""
         raise CheckpointError(f"{path} is a folder, not a file. Give the path of a checkpoint{example}.")
     if not path.is_file():
@@ -259,7 +260,7 @@ def checkpoints_in_archive(path: Path) -> list[str] | None:
         )
     if any(Path(name).name == "data.pkl" for name in names):
         return None
-    named = (name for name in names if name.endswith(_CHECKPOINT_ENDINGS) and not Path(name).name.startswith("."))
+    named = (name for name in names if name.endswith(_READ_BY_TORCH) and not Path(name).name.startswith("."))
     return sorted(named, key=_preference)
 
 

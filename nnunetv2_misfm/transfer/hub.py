@@ -16,7 +16,7 @@ from urllib.parse import unquote
 from nnunetv2_misfm.errors import first_line
 from nnunetv2_misfm.files import disk_is_full
 from nnunetv2_misfm.plans.files import FINAL
-from nnunetv2_misfm.transfer.checkpoint import CheckpointError
+from nnunetv2_misfm.transfer.checkpoint import CHECKPOINT_ENDINGS, CheckpointError
 
 EXPORTED = "model.safetensors"
 """The name of our exported checkpoints."""
@@ -24,7 +24,6 @@ ADAPTATION_PLAN = "adaptation_plan.json"
 """What lies beside nnssl's checkpoints on the OpenMind pages."""
 _OF_VERSION_1 = ".model"  # nnU-Net v1's checkpoints, with a pickle beside each
 _USUAL_FILES = (EXPORTED, FINAL)
-_ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".model", ".bin", ".zip")
 _NAME = re.compile(r"hf:(?://)?(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:]+))?(?::(?P<file>.+))?")
 _ADDRESS = re.compile(
     r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<repository>[\w.-]+/[\w.-]+)"
@@ -174,7 +173,7 @@ class _Repository:
                 files = HfApi(endpoint=_endpoint()).list_repo_files(self.name, revision=self.revision)
             except _hub_errors():
                 self.is_reached = False
-        return sorted(file for file in files if file.endswith(_ENDINGS))
+        return sorted(file for file in files if file.endswith((*CHECKPOINT_ENDINGS, ".bin", ".zip")))
 
     def cached(self, file: str) -> Path | None:
         """A file that was downloaded before, where the Hub cannot be asked for a newer one."""

@@ -19,7 +19,12 @@ from nnunetv2_misfm.architectures.resolution import total_strides
 from nnunetv2_misfm.errors import PlanError, first_line
 from nnunetv2_misfm.plans.checks import build_network
 from nnunetv2_misfm.plans.files import nnunet_folder
-from nnunetv2_misfm.plans.network_entry import enlarged_patch, is_own_network, leaves_a_single_value
+from nnunetv2_misfm.plans.network_entry import (
+    enlarge_for_augmentation,
+    enlarged_patch,
+    is_own_network,
+    leaves_a_single_value,
+)
 from nnunetv2_misfm.plans.run_settings import BLOCK
 
 _SMALLEST_BATCH = 2
@@ -141,6 +146,7 @@ class MemoryBudget:
             a
             for a in range(3)
             if patch[a] - self.strides[a] >= min(_SMALLEST_PATCH_AXIS, median[a])
+            and not enlarge_for_augmentation({"architecture": self._architecture, "patch_size": self._shrunk(patch, a)})
             and not leaves_a_single_value(self._architecture, self._shrunk(patch, a), entry["batch_size"])
         ]
         if not axes:

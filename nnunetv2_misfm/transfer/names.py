@@ -7,6 +7,7 @@ within their decoders, stands here once.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,8 +100,8 @@ def names_in_class(class_name: str) -> Names | None:
 
 
 _MORE_CLASSES = (1, 16)
-# They are taken where there is nothing else.
-_COPIES = ("ema", "teacher", "momentum", "averaged", "target", "shadow", "encoder_k", "swa", "polyak")
+# They are taken where there is nothing else; whole words, for "semantic" is none.
+_COPIES = {"ema", "teacher", "momentum", "averaged", "target", "shadow", "swa", "polyak"}
 
 
 def names_of(network: nn.Module, rebuilt: Callable[[int, int], nn.Module] | None = None) -> Names:
@@ -138,7 +139,7 @@ def names_of(network: nn.Module, rebuilt: Callable[[int, int], nn.Module] | None
 
 def is_copy(place: str) -> bool:
     """Whether a place in a file is that of an average of weights, or of a network that only teaches."""
-    return any(copy in part for part in place.lower().split(".") for copy in _COPIES)
+    return not _COPIES.isdisjoint(re.split(r"[._]", place.lower())) or "encoder_k" in place.lower()
 
 
 def within(name: str, key: str) -> bool:
@@ -201,7 +202,7 @@ def _in_nearest_stem(name: str, lists: Sequence[str], source: Collection[str]) -
     for key in lists:
         if within(name, key):
             degree, rest = _entry(name, key)
-            there = {_entry(other, key)[0] for other in source if within(other, key)}
+            there = {_entry(other, key)[0] for other in source if re.match(rf"{re.escape(key)}\.\d+\.", other)}
             return f"{key}.{min(sorted(there), key=lambda other: abs(other - degree), default=degree)}.{rest}"
     return name
 
@@ -242,7 +243,8 @@ def _entry(name: str, key: str) -> tuple[int, str]:
 
 
 def _entries(names: Collection[str], lists: Sequence[str]) -> int:
-    return 1 + max((_entry(name, key)[0] for key in lists for name in names if within(name, key)), default=-1)
+    there = (name.removeprefix(f"{key}.").partition(".")[0] for key in lists for name in names if within(name, key))
+    return 1 + max((int(number) for number in there if number.isdecimal()), default=-1)
 
 
 def _changed(network: nn.Module, other: nn.Module) -> list[str]:

@@ -124,11 +124,7 @@ def finetuning_plans(
     Raises:
         PlanError: if a configuration is missing, not 3D, or the checkpoint has no network to take over.
     """
-    if request.spacing != "dataset" and len(request.configurations) > 1:
-        raise PlanError(
-            f"-spacing would give {' and '.join(request.configurations)} the same spacing. Plan them one after the "
-            f"other, each with its own -c and -spacing; what is planned under the name stays."
-        )
+    _check(request, source)
     plans = deepcopy(dict(base))
     plans["plans_name"] = request.plans_name
     remarks: list[str] = []
@@ -144,6 +140,23 @@ def finetuning_plans(
     plans["configurations"] |= deepcopy(dict(request.kept))
     _link_stages(plans["configurations"])
     return plans, remarks
+
+
+def _check(request: PlanRequest, source: Source | None) -> None:
+    """Raise a PlanError for what cannot be planned, whatever the dataset."""
+    if source is not None:
+        source.check_is_3d()
+    elif request.network == "pretrained":
+        raise PlanError("-network pretrained takes the network of a checkpoint. Name one with -pretrained_weights.")
+    if request.network in ("plan", "pretrained") and request.arch_kwargs:
+        raise PlanError(
+            f"-features_per_stage changes a network that -network {request.network} keeps as it is. Leave one out."
+        )
+    if request.spacing != "dataset" and len(request.configurations) > 1:
+        raise PlanError(
+            f"-spacing would give {' and '.join(request.configurations)} the same spacing. Plan them one after the "
+            f"other, each with its own -c and -spacing; what is planned under the name stays."
+        )
 
 
 def _link_stages(configurations: Mapping[str, Any]) -> None:
@@ -201,15 +214,10 @@ def _configuration(
     base: Mapping[str, Any], name: str, request: PlanRequest, source: Source | None, remarks: list[str]
 ) -> dict[str, Any]:
     configuration = configuration_3d(base, name)
-    for link in ("previous_stage", "next_stage"):
-        linked = configuration.get(link)
-        linked = [linked] if isinstance(linked, str) else linked or []
-        if linked and not set(linked) & {*request.configurations, *request.kept}:
-            if link == "previous_stage":
-                raise PlanError(
-                    f"{name} needs the predictions of {configuration[link]}. Plan both: -c {configuration[link]} {name}"
-                )
-            del configuration[link]
+    first = configuration.get("previous_stage")
+    if first and first not in (*request.configurations, *request.kept):
+        raise PlanError(f"{name} needs the predictions of {first}. Plan both: -c {first} {name}")
+    configuration.pop("next_stage", None)  # `_link_stages` names those that are planned
     configuration["data_identifier"] = f"{request.plans_name}_{name}"
     degree = degree_of_anisotropy(configuration)
     if request.spacing != "dataset":
@@ -228,11 +236,11 @@ def _configuration(
             f"fewer voxels along an axis; smaller images are padded."
         )
     set_sizes(configuration, request.patch_size, request.batch_size)
-    needed = dict(configuration)
-    if enlarge_for_augmentation(needed):
+    given = configuration["patch_size"]
+    if enlarge_for_augmentation(configuration):
         raise PlanError(
-            f"-patch_size {' '.join(map(str, configuration['patch_size']))}: nnU-Net's augmentation cannot blur so few "
-            f"voxels along an axis. Use -patch_size {' '.join(map(str, needed['patch_size']))}."
+            f"-patch_size {' '.join(map(str, given))}: nnU-Net's augmentation cannot blur so few voxels along an axis. "
+            f"Use -patch_size {' '.join(map(str, configuration['patch_size']))}."
         )
     return configuration
 
@@ -246,25 +254,17 @@ def _architecture(
     remarks: list[str],
 ) -> dict[str, Any]:
     planned: dict[str, Any] = configuration["architecture"]
-    if source is not None:
-        source.check_is_3d()
-    if request.network in ("plan", "pretrained") and request.arch_kwargs:
-        raise PlanError(
-            f"-features_per_stage changes a network that -network {request.network} keeps as it is. Leave one out."
-        )
-    if request.network == "plan":
-        remarks += (f"{name}: {remark}" for remark in _about_activations(planned, source))
-        return planned
-    if request.network == "pretrained" and _network_of(source) is None:
-        return _held_architecture(source)
     network = _network_of(source) if request.network in (None, "pretrained") else request.network
-    if network is None:
-        if request.arch_kwargs and source is not None:
+    if network is None and source is not None:
+        if request.arch_kwargs:
             raise PlanError(
                 f"-features_per_stage is for the networks of this package. {source.path} holds a "
                 f"{source.network_name}, whose stages are as in the dataset's plans. Leave -features_per_stage out."
             )
+        if request.network == "pretrained":
+            return _held_architecture(source)
         _check_same_kind(planned, source, request)
+    if network in (None, "plan"):
         remarks += (f"{name}: {remark}" for remark in _about_activations(planned, source))
         return planned
     if source is not None and _network_of(source) != network:
@@ -285,14 +285,13 @@ def is_complete_unet(info: CheckpointInfo) -> bool:
     return info.network_class_name in (*_PLANNERS, *_LIKE) and "strides" in info.arch_kwargs
 
 
-def _held_architecture(source: Source | None) -> dict[str, Any]:
+def _held_architecture(source: Source) -> dict[str, Any]:
     """The network of a checkpoint with one of nnU-Net's, as plans describe it."""
-    info = None if source is None else source.info
+    info = source.info
     if info is None or not is_complete_unet(info):
-        held = "There is no checkpoint" if source is None else f"{source.path} holds a {source.network_name}"
         raise PlanError(
-            f"{held}, so -network pretrained has no complete U-Net of nnU-Net's to plan. Use -network plan, the "
-            f"network of the dataset's plans."
+            f"{source.path} holds a {source.network_name}, so -network pretrained has no complete U-Net of nnU-Net's "
+            f"to plan. Use -network plan, the network of the dataset's plans."
         )
     arguments = {name: value for name, value in info.arch_kwargs.items() if name != "deep_supervision"}
     for name in UNET_CLASSES:
@@ -301,7 +300,7 @@ def _held_architecture(source: Source | None) -> dict[str, Any]:
         named = str(arguments.get(name) or "torch.nn.Identity")
         layer = locate(named) if named.startswith(_LAYERS) else None
         if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
-            raise PlanError(f"{source.path if source else ''} names {arguments[name]!r} as {name}, which is no layer.")
+            raise PlanError(f"{source.path} names {arguments[name]!r} as {name}, which is no layer.")
     return {
         "network_class_name": info.network_class_name,
         "arch_kwargs": arguments,
@@ -333,9 +332,9 @@ def _after_convolutions(arguments: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _check_same_kind(planned: Mapping[str, Any], source: Source | None, request: PlanRequest) -> None:
+def _check_same_kind(planned: Mapping[str, Any], source: Source, request: PlanRequest) -> None:
     """Refuse plans for another kind of network of nnU-Net's than the checkpoint holds, which would use little of it."""
-    if source is None or source.info is None or request.settings.min_coverage < 1:
+    if source.info is None or request.settings.min_coverage < 1:
         return
     kinds = [_LIKE.get(name, name) for name in (source.info.network_class_name, planned["network_class_name"])]
     held, wanted = (name.rpartition(".")[2] for name in kinds)

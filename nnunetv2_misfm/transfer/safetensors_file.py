@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nnunetv2_misfm.errors import first_line
@@ -41,23 +42,15 @@ def write_safetensors(
     trained_parts: Collection[str],
     channels: Collection[str] = (),
 ) -> None:
-    """Write weights with their description, and the names of the image channels, in the file's metadata.
-
-    Weights that a network lists under several names are written under the first.
+    """Write weights, each parameter once, with their description, and the names of the image channels, in the metadata.
 
     Raises:
         CheckpointError: if it cannot be written, for example because the disk is full.
     """
     from safetensors.torch import save
 
-    seen: set[tuple[int, int]] = set()
-    kept = {}
-    for name, tensor in weights.items():
-        place = (tensor.data_ptr(), tensor.numel())
-        if tensor.numel() and place in seen:
-            continue
-        seen.add(place)
-        kept[name] = tensor.contiguous()
+    # The format has no tensors that share memory: each gets its own.
+    kept = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
     metadata = {"format": "pt", DESCRIPTION: json.dumps({"format_version": FORMAT_VERSION, **asdict(info)})}
     metadata[TRAINED_PARTS] = json.dumps(list(trained_parts))
     metadata[CHANNEL_NAMES] = json.dumps(list(channels))

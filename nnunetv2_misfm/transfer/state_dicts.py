@@ -77,7 +77,9 @@ def find_weights(content: Mapping[Any, Any], path: str | os.PathLike[str], as_th
     weights = {name: _single_precision(value) for name, value in best.weights.items()}
     if best.kind is GENERIC_UNET:
         weights = from_generic_unet(weights)
-    weights, note = each_once(weights)
+    note = ""
+    if best.kind is not None:  # the names of other networks may mean anything
+        weights, note = each_once(weights)
     names = names_in(best.kind)
     _check_values({name: value for name, value in weights.items() if names.part_of(name) != SEG_LAYERS}, path)
     return replace(best, weights=weights, notes=(*best.notes, note) if note else best.notes)

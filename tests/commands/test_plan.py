@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import sys
@@ -24,8 +23,8 @@ from nnunetv2_misfm.commands.launch import usable_gpus
 from nnunetv2_misfm.commands.plan import plan_main
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import locked
-from nnunetv2_misfm.plans.network_entry import NETWORKS, architecture_entry
-from nnunetv2_misfm.transfer.arrays import changed_labels, check_data_unchanged
+from nnunetv2_misfm.plans.network_entry import NETWORKS, PLAIN_UNET, UNET_ARGUMENTS, UNET_CLASSES, architecture_entry
+from nnunetv2_misfm.transfer.arrays import changed_since, check_data_unchanged
 from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint
 from nnunetv2_misfm.transfer.memory_target import MemoryBudget, MisFMPlanner
 
@@ -69,6 +68,9 @@ def test_the_network_of_a_foreign_checkpoint_can_be_trained(
         plan_main(command)
     refused = capsys.readouterr().err
     assert "nnUNetv2_plan_experiment -d 4 -pl nnUNetPlannerResEncL" in refused and "-network pretrained" in refused
+    with pytest.raises(SystemExit):
+        plan_main(["-d", "4", "--no_pp", "-network", "pretrained"])
+    assert "Name one with -pretrained_weights" in capsys.readouterr().err
     plan_main([*command, "-network", "pretrained"])
     entry = plans(nnunet)["configurations"]["3d_fullres"]["architecture"]
     assert entry["network_class_name"].endswith("ResidualEncoderUNet")
@@ -188,17 +190,57 @@ def test_the_network_of_the_plan_can_be_kept(nnunet: Path) -> None:
     assert entry["network_class_name"].endswith("PlainConvUNet")
 
 
-def test_a_memory_target_changes_patch_and_batch(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plan_main(["-d", "4", "-gpu_memory_target", "100", "--no_pp"])
-    roomy = plans(nnunet)
-    plan_main(["-d", "4", "-gpu_memory_target", "0.75", "--no_pp"])
-    tight = plans(nnunet)
-    small, large = (p["configurations"]["3d_fullres"] for p in (tight, roomy))
-    # The whole image, as nnU-Net plans it, at a multiple of what the network divides; 5 % of the voxels is one sample.
-    assert large["patch_size"] == [32, 32, 32] and large["batch_size"] == 2
-    assert math.prod(small["patch_size"]) < math.prod(large["patch_size"]) or tight["misfm"]["checkpointing"] == "on"
-    assert all(n % 16 == 0 for n in small["patch_size"])
-    assert "of 0.75 GB" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("gigabytes", "median", "patch", "checkpointing"),
+    [
+        # The whole image, at a multiple of what the network divides, as nnU-Net plans it; 5 % of all voxels is one.
+        ("100", None, [32, 32, 32], "auto"),
+        ("0.75", None, [32, 32, 32], "on"),
+        # A large image in thick slices.
+        ("100", [40, 200, 180], [48, 224, 192], "auto"),
+        ("2", [40, 200, 180], [32, 128, 128], "on"),
+    ],
+)
+def test_a_memory_target_chooses_patch_and_checkpointing(
+    nnunet: Path,
+    gigabytes: str,
+    median: list[int] | None,
+    patch: list[int],
+    checkpointing: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = nnunet / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json"
+    base = json.loads(path.read_text(encoding="utf-8"))
+    if median is not None:
+        base["configurations"]["3d_fullres"]["median_image_size_in_voxels"] = median
+    path.write_text(json.dumps(base), encoding="utf-8")
+    plan_main(["-d", "4", "-gpu_memory_target", gigabytes, "--no_pp"])
+    written = plans(nnunet)
+    entry = written["configurations"]["3d_fullres"]
+    assert (entry["patch_size"], entry["batch_size"]) == (patch, 2)
+    assert written["misfm"]["checkpointing"] == checkpointing
+    assert f"of {gigabytes} GB" in capsys.readouterr().out
+
+
+def test_a_memory_target_leaves_what_the_augmentation_needs() -> None:
+    """4 slices, which nnU-Net blurs, for a network that pools in plane only."""
+    arguments = {
+        **UNET_ARGUMENTS,
+        "n_stages": 3,
+        "features_per_stage": [4, 8, 8],
+        "conv_op": "torch.nn.modules.conv.Conv3d",
+        "kernel_sizes": [[1, 3, 3]] * 3,
+        "strides": [[1, 1, 1], [1, 2, 2], [1, 2, 2]],
+        "n_conv_per_stage": [1] * 3,
+        "n_conv_per_stage_decoder": [1] * 2,
+        "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+    }
+    network = {"network_class_name": PLAIN_UNET, "arch_kwargs": arguments, "_kw_requires_import": list(UNET_CLASSES)}
+    budget = MemoryBudget(0.03, network, 1, 3, "auto")
+    entry = {"patch_size": [4, 64, 64], "batch_size": 2, "median_image_size_in_voxels": [3, 200, 200]}
+    budget.shrink_to_fit(entry)
+    assert entry["patch_size"][0] == 4 and budget.needed(entry) <= 0.03
 
 
 @pytest.mark.slow
@@ -208,7 +250,7 @@ def test_the_batch_grows_into_the_memory_and_is_limited_by_the_dataset(nnunet: P
     planner.dataset_json["numTraining"] = 600
     entry = plans(nnunet, "nnUNetPlans")["configurations"]["3d_fullres"]
     limited = planner.sizes_for(entry)["batch_size"]
-    assert limited == round(0.05 * 600 * 24 * 30 * 26 / 32**3)
+    assert limited == 17  # 5 % of 600 images of 24x30x26 voxels, in patches of 32x32x32
     budget.gigabytes = 0.2
     assert 2 <= planner.sizes_for(entry)["batch_size"] < limited
     assert budget.needed(planner.sizes_for(entry)) <= 0.2
@@ -220,7 +262,14 @@ def test_a_memory_target_leaves_fmunet_more_than_one_voxel(nnunet: Path) -> None
     small["configurations"]["3d_fullres"]["median_image_size_in_voxels"] = [12, 14, 16]
     path.write_text(json.dumps(small), encoding="utf-8")
     plan_main(["-d", "4", "-network", "fmunet", "-gpu_memory_target", "8", "--no_pp"])
-    assert sum(plans(nnunet)["configurations"]["3d_fullres"]["patch_size"]) > 3 * 16
+    assert plans(nnunet)["configurations"]["3d_fullres"]["patch_size"] == [16, 16, 32]
+
+
+def test_a_link_to_nothing_beside_the_plans_is_no_plans_file(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (nnunet / "nnUNet_preprocessed" / DATASET / "gone.json").symlink_to("nowhere.json")
+    with pytest.raises(SystemExit):
+        plan_main(["-d", "4", "-p", "Nope"])
+    assert "Choose others with -p (nnUNetPlans), or" in capsys.readouterr().err
 
 
 def test_running_it_again_does_not_preprocess_again(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,16 +326,20 @@ def test_arrays_of_labels_that_were_corrected_are_not_shared(nnunet: Path) -> No
         sitk.WriteImage(new, str(labels / label))
     # nnU-Net's arrays are as they were: only another configuration was preprocessed again.
     ours = folder / "nnUNetMisFMPlans_3d_fullres"
-    assert changed_labels(ours) == [label]
+    assert changed_since(ours).labels == [label]
     plan_main(["-d", "4", "-np", "1"])
-    assert not changed_labels(ours)
+    assert not changed_since(ours).labels
     assert set(np.unique(blosc2.open(str(ours / "case_0_seg.b2nd"))[:])) == {0, 2}
 
 
 @pytest.mark.parametrize("own_arrays", [False, True])
-def test_corrected_images_and_withdrawn_cases_are_not_trained_on(nnunet: Path, own_arrays: bool) -> None:
+def test_corrected_images_and_withdrawn_cases_are_not_trained_on(
+    nnunet: Path, own_arrays: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Which nnU-Net has preprocessed anew, or which are corrected in the raw dataset alone."""
-    plan_main(["-d", "4", "-np", "1", *(["-spacing", "1.2", "1.2", "1.2"] if own_arrays else [])])
+    again = ["-d", "4", "-np", "1", *(["-spacing", "1.2", "1.2", "1.2"] if own_arrays else [])]
+    plan_main(again)
+    capsys.readouterr()
     folder = nnunet / "nnUNet_preprocessed" / DATASET
     ours, raw = folder / "nnUNetMisFMPlans_3d_fullres", nnunet / "nnUNet_raw" / DATASET / "imagesTr"
     check_data_unchanged(ours, "nnUNetMisFMPlans", "3d_fullres")
@@ -300,6 +353,16 @@ def test_corrected_images_and_withdrawn_cases_are_not_trained_on(nnunet: Path, o
     source.write_bytes(content + b" ")
     with pytest.raises(PlanError, match=rf"other files than .*{place.name} holds now \(.*{source.name}\)"):
         check_data_unchanged(ours, "nnUNetMisFMPlans", "3d_fullres")
+    if own_arrays:
+        # The first remedy helps: what has changed is preprocessed.
+        source.write_bytes(content)
+        brighter = sitk.ReadImage(str(source)) + 3
+        sitk.WriteImage(brighter, str(source))
+        plan_main(again)
+        check_data_unchanged(ours, "nnUNetMisFMPlans", "3d_fullres")
+        assert "was preprocessed" in capsys.readouterr().out
+        plan_main(again)
+        assert "is up to date" in capsys.readouterr().out
     source.unlink()
     with pytest.raises(PlanError, match=f"{source.name}.*Repeat the misfm_plan that made nnUNetMisFMPlans"):
         check_data_unchanged(ours, "nnUNetMisFMPlans", "3d_fullres")
@@ -498,7 +561,5 @@ def test_arrays_that_cannot_be_linked_are_called_copies(
 def test_changed_spacing_is_preprocessed_anew(nnunet: Path) -> None:
     plan_main(["-d", "4", "-spacing", "2", "2", "2", "-np", "1"])
     folder = nnunet / "nnUNet_preprocessed" / DATASET
-    assert (folder / "nnUNetMisFMPlans_3d_fullres").is_dir() and list(
-        (folder / "nnUNetMisFMPlans_3d_fullres").iterdir()
-    )
-    assert list((folder / "nnUNetPlans_3d_fullres").glob("*.b2nd"))
+    assert blosc2.open(str(folder / "nnUNetMisFMPlans_3d_fullres" / "case_0.b2nd")).shape == (1, 12, 15, 13)
+    assert blosc2.open(str(folder / "nnUNetPlans_3d_fullres" / "case_0.b2nd")).shape == (1, 24, 30, 26)

@@ -279,6 +279,20 @@ def test_stages_with_spacings_of_their_own_are_planned_one_after_the_other(
     assert planned["3d_lowres"]["next_stage"] == ["3d_cascade_fullres"]
 
 
+def test_a_first_stage_names_those_later_stages_alone_that_are_planned(folder: Path) -> None:
+    add_cascade(folder / "nnUNetPlans.json")
+
+    def another_stage(content: dict) -> None:
+        content["configurations"]["3d_lowres"]["next_stage"] = ["3d_cascade_fullres", "3d_other"]
+
+    edit(folder / "nnUNetPlans.json", another_stage)
+    misfm_plan(["-d", "4", "-c", "3d_lowres", "3d_cascade_fullres", "--no_pp"])
+    planned = read(folder / "nnUNetMisFMPlans.json")["configurations"]
+    assert planned["3d_lowres"]["next_stage"] == ["3d_cascade_fullres"]
+    misfm_plan(["-d", "4", "-c", "3d_lowres", "--no_pp", "-overwrite_plans_name", "FirstAlone"])
+    assert "next_stage" not in read(folder / "FirstAlone.json")["configurations"]["3d_lowres"]
+
+
 def test_a_cascade_is_refused_for_pretraining_before_there_is_a_results_folder(folder: Path) -> None:
     add_cascade(folder / "nnUNetPlans.json")
     with pytest.raises(PlanError, match="takes label channels"):

@@ -132,6 +132,7 @@ def test_of_several_networks_the_trained_one_is_taken_and_the_others_are_named(t
         {"model_ema": unet(1).state_dict(), "model": WEIGHTS},
         {"teacher": unet(1).state_dict(), "student": WEIGHTS},
         prefixed("teacher.backbone.", unet(1).state_dict()) | prefixed("student.backbone."),
+        {"teacher": unet(1, strides=[*STRIDES, [2, 2, 2]]).state_dict(), "semantic_model": WEIGHTS},  # no "ema" in it
     ):
         source = put(tmp_path / "c.pt", content)
         target = unet(2)
@@ -480,6 +481,10 @@ def test_a_folder_is_answered_with_the_checkpoint_in_it(tmp_path: Path) -> None:
         (tmp_path / name).touch()
     with pytest.raises(CheckpointError, match="is a folder.*such as .*3d_fullres/fold_0/checkpoint_final.pth"):
         read_checkpoint(tmp_path)
+    (tmp_path / "exported").mkdir()
+    (tmp_path / "exported" / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match="such as .*exported/model.safetensors"):
+        read_checkpoint(tmp_path / "exported")
 
 
 def test_files_without_weights_name_at_most_five_keys(tmp_path: Path) -> None:
@@ -621,6 +626,30 @@ def test_what_of_a_checkpoint_a_smaller_network_leaves_out_is_said(tmp_path: Pat
     assert "but only" in report.share() and report.share_of_source() < 0.7
     _, report = fill(put(tmp_path / "c.pth", unet().state_dict()), unet(1))
     assert report.share_of_source() == 1 and "only" not in report.share()
+
+
+class InOrder(nn.Module):
+    """A network of the user's own with names that nnU-Net's have too, for other things."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv3d(1, 2, 1)
+        self.body = nn.Module()
+        self.body.all_modules = nn.ModuleList([nn.Conv3d(2, 2, 1) for _ in range(3)])
+        self.decoder = nn.Module()
+        self.decoder.encoder = nn.Conv3d(2, 2, 1)
+
+
+def test_names_of_networks_that_are_not_known_mean_what_they_say(tmp_path: Path) -> None:
+    source, target = InOrder(), InOrder()
+    weights, report = fill(put(tmp_path / "c.pth", {"state_dict": source.state_dict()}), target)
+    assert all(torch.equal(weights[name], value) for name, value in source.state_dict().items())
+    assert report.coverage(report.expected) == 1 and not report.unused
+
+
+def test_a_list_of_stages_with_names_in_it_is_read(tmp_path: Path) -> None:
+    with pytest.raises(TransferError, match="nothing|None|0 %"):
+        fill(put(tmp_path / "c.pth", {"state_dict": {"encoder.stages.a.0.weight": torch.ones(2)}}), unet())
 
 
 class Around(nn.Module):
