@@ -293,14 +293,14 @@ def compare(name: str, weights: Sequence[str], options: argparse.Namespace) -> N
     arms = ["misfm_compare", "-d", labelled.id, "-p", labelled.plans, "-pretrained_weights", *weights, "--from_scratch"]
     draws = ("-seeds", options.seeds, "-first_seed", options.first_seed)
     cases = ("-num_labelled", *options.labelled, *draws, "-num_test", str(labelled.num_test))
-    where = ("-device", options.device, "-jobs", options.jobs, "--disable_tta")
+    where = ("-device", options.device, "-jobs", options.jobs)
     patients = ("-patients", labelled.patients) if labelled.patients else ()
     if options.what == "probe":
         arms += ["--probe"]
     else:
         output = output.with_name(f"{output.name}_{options.iterations}_{'+'.join(options.labelled)}")
         epochs = ("-num_epochs", str(options.iterations // EPOCH), "-num_iterations_per_epoch", str(EPOCH))
-        arms += ["-initial_lr", *options.rates, "-tuning_seeds", options.tuning_seeds]
+        arms += ["-initial_lr", *options.rates, "-tuning_seeds", options.tuning_seeds, "--disable_tta"]
         arms += [*epochs, "-num_val_iterations_per_epoch", str(EPOCH // 8)]
         if options.own_schedules:
             arms += ["--own_schedules"]

@@ -41,16 +41,19 @@ _FEW_ITERATIONS = 2000
 
 def plan_main(arguments: list[str] | None = None) -> None:
     """Entry point of misfm_plan."""
-    options = _parser().parse_args(arguments)
-    exit_with_message("misfm_plan", lambda: plan(options))
+    exit_with_message("misfm_plan", lambda: plan(arguments))
 
 
-def plan(options: argparse.Namespace) -> None:
+def plan(arguments: list[str] | None = None) -> None:
     """Write the plans file and provide its data.
+
+    Args:
+        arguments: of the command.
 
     Raises:
         UserError: for everything in the options, the dataset or the checkpoint that cannot be used.
     """
+    options = _parser().parse_args(arguments)
     # nnU-Net takes seconds to import; --help and wrong flags should not wait for it.
     from nnunetv2_misfm.transfer.memory_target import fit_to_memory
     from nnunetv2_misfm.transfer.planning import finetuning_plans, pin_trainer

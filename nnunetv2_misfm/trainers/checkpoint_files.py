@@ -6,7 +6,8 @@ earlier run left under these names must not be taken for the present one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,18 @@ def reopen(folder: Path) -> None:
     final = folder / FINAL
     if final.is_file():
         final.replace(folder / LATEST)
+
+
+@contextmanager
+def kept(path: Path) -> Iterator[None]:
+    """Have a file under another name, and back under its own in the end."""
+    aside = path.with_name(f"kept_{path.name}")
+    there = path.is_file()
+    if there:
+        path.replace(aside)
+    yield
+    if there:
+        aside.replace(path)
 
 
 def remove_half_written(folder: Path) -> None:

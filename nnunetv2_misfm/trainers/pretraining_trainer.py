@@ -266,8 +266,11 @@ class PretrainingTrainer(BaseTrainer):
     def _save_and_stop(self) -> None:
         self._interrupted = InterruptedEpoch.now(self._losses, self.device)
         self.save_checkpoint(str(Path(self.output_folder) / LATEST))
-        done = f"saved after iteration {len(self._losses)} of epoch {self.current_epoch}"
-        self.print_to_log_file(f"{STOPPED}: {done}. Continue with --c; the epoch goes on where it was.")
+        where = f"after iteration {len(self._losses)} of epoch {self.current_epoch}"
+        done = f"saved {where}. Continue with --c; the epoch goes on where it was."
+        if self.disable_checkpointing:
+            done = f"stopped {where}. Nothing is saved, because checkpointing is disabled."
+        self.print_to_log_file(f"{STOPPED}: {done}")
         if self.local_rank == 0 and self.current_epoch > 0:
             update_run_page(Path(self.output_folder), self.print_to_log_file)
         if self.is_ddp:

@@ -22,6 +22,7 @@ from nnunetv2_misfm.plans.files import LATEST
 from nnunetv2_misfm.plans.run_settings import BLOCK, RunSettings
 from nnunetv2_misfm.trainers.checkpoint_files import (
     PREVIOUS,
+    kept,
     left_by_earlier_runs,
     put_aside,
     read_latest_or_previous,
@@ -260,7 +261,13 @@ class ResumableTrainer(nnUNetTrainer):
         """Take back what `_more_to_save` gave."""
 
     def on_train_end(self) -> None:
-        """As in nnU-Net, which removes the latest checkpoint when the final one is written."""
-        super().on_train_end()
-        if self.local_rank == 0:
-            Path(self.output_folder).joinpath(PREVIOUS).unlink(missing_ok=True)
+        """As in nnU-Net, which removes the latest checkpoint for the final one, here only if there is a final one."""
+        folder = Path(self.output_folder)
+        if self.local_rank != 0 or not self.disable_checkpointing:
+            super().on_train_end()
+            if self.local_rank == 0:
+                (folder / PREVIOUS).unlink(missing_ok=True)
+            return
+        # A run that saves nothing leaves what another has begun.
+        with kept(folder / LATEST):
+            super().on_train_end()

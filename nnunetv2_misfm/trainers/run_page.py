@@ -74,16 +74,17 @@ def update_run_page(folder: Path, log: Callable[[str], None]) -> None:
         log: takes a line if the page could not be written.
     """
     try:
-        write_run_page(folder)
+        write_run_page(folder, goes_on=True)
     except Exception as error:  # whatever a template, a figure or the disk makes of it
         log(f"{PAGE} could not be written: {first_line(error)}. The training goes on; misfm_report writes it later.")
 
 
-def write_run_page(folder: Path) -> Path:
+def write_run_page(folder: Path, goes_on: bool = False) -> Path:
     """Write the page of a run into its results folder.
 
     Args:
         folder: of a fold, with metrics.csv in it and plans.json in the folder above.
+        goes_on: whether the run itself writes it; otherwise its lock tells.
 
     Returns:
         The path of the page.
@@ -114,7 +115,7 @@ def write_run_page(folder: Path) -> Path:
         "dataset": plans["dataset_name"],
         "task": block["task"].replace("_", " "),
         "pretraining": block["task"] != SEGMENTATION,
-        "state": _state(rows, done, num_epochs, _what_became_of_it(folder, logs)),
+        "state": _state(rows, done, num_epochs, _what_became_of_it(folder, logs, goes_on)),
         "finished": done >= num_epochs,
         "facts": _facts(folder, plans, trainer, configuration, rows[0]),
         "alarms": _alarms(logs),
@@ -246,11 +247,11 @@ def _measured_once(columns: Mapping[str, Sequence[float]], legend: Mapping[str, 
     ]
 
 
-def _what_became_of_it(folder: Path, logs: Sequence[str]) -> str:
+def _what_became_of_it(folder: Path, logs: Sequence[str], goes_on: bool) -> str:
     """A sentence on a run that nobody trains now, by the end of its newest log and its lock; nothing if it goes on."""
     if logs and STOPPED in logs[-1][-500:]:
         return " It was asked to stop and has saved; the command below continues it."
-    if not is_training(folder):
+    if not goes_on and not is_training(folder):
         return " No process seems to train in this folder now; the command below continues the run."
     return ""
 

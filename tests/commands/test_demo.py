@@ -11,6 +11,7 @@ import pytest
 
 from nnunetv2_misfm.commands.demo.cli import main
 from nnunetv2_misfm.commands.demo.phantoms import make_phantom
+from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import locked
 
 
@@ -62,6 +63,25 @@ def test_a_log_of_that_name_does_not_make_a_folder_a_demo(tmp_path: Path) -> Non
     with pytest.raises(SystemExit):
         main(["-o", str(tmp_path)])
     assert scan.is_file() and (tmp_path / "demo.log").read_text(encoding="utf-8") == "of another program"
+
+
+def test_what_the_pretraining_says_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its messages go to a log file; an error must not end there."""
+
+    def refuse(arguments: list[str]) -> None:
+        raise PlanError("there is no room here")
+
+    for name in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results", "nnUNet_def_n_proc", "nnUNet_n_proc_DA"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    monkeypatch.setenv("nnUNet_compile", "0")
+    monkeypatch.setattr("nnunetv2_misfm.commands.demo.steps.Demo.make_volumes", lambda *_: None)
+    monkeypatch.setattr("nnunetv2_misfm.commands.demo.steps.Demo.plan_with_nnunet", lambda *_: None)
+    monkeypatch.setattr("nnunetv2_misfm.commands.pretrain.plan_and_prepare", lambda *_: refuse([]))
+    with pytest.raises(SystemExit) as ended:
+        main(["-o", str(tmp_path), "-device", "cpu"])
+    assert ended.value.code == 2 and "misfm_demo: error: there is no room here" in capsys.readouterr().err
 
 
 def test_two_demos_do_not_work_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -662,3 +662,11 @@ def test_a_finished_run_that_goes_on_without_checkpoints_keeps_its_own(nnunet: P
     run.run_training()
     final = Path(run.output_folder, "checkpoint_final.pth")
     assert run.current_epoch == 2 and read_checkpoint(final)["current_epoch"] == 1
+    # Nor does it take what a run has begun.
+    final.unlink()
+    begun = {name: f"{name} of another run" for name in ("checkpoint_latest.pth", "checkpoint_previous.pth")}
+    for name, text in begun.items():
+        final.with_name(name).write_text(text, encoding="utf-8")
+    run.on_train_end()
+    assert {path.name: path.read_text(encoding="utf-8") for path in final.parent.glob("*_*.pth")} == begun
+    assert not final.exists()

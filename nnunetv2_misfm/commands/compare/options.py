@@ -175,7 +175,7 @@ def _contradictions(options: argparse.Namespace, num_arms: int) -> Iterator[str]
 
 
 def _without_effect_on_a_probe(options: argparse.Namespace) -> Iterator[str]:
-    for name in ("initial_lr", "own_schedules", "keep_weights"):
+    for name in ("initial_lr", "own_schedules", "keep_weights", "disable_tta"):
         if getattr(options, name):
             yield f"{'-' if name == 'initial_lr' else '--'}{name}"
     settings = (name for name in given(options, FinetuningSettings) if name not in (*_OWN_OPTION, *_OF_THE_TRANSFER))

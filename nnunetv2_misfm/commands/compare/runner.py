@@ -105,6 +105,8 @@ class Runner:
                 start_new_session=True,  # a process group of its own, with nnU-Net's workers
             )
             self._running.add(process)
+            if self._stopping.is_set():  # since this run was about to start
+                process.terminate()
             threading.Thread(target=_end_workers, args=(process,), daemon=True).start()
             assert process.stdout is not None
             for line in process.stdout:

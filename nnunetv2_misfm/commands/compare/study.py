@@ -71,7 +71,7 @@ class Study:
             "planning": list(options.planning),
             "settings": options.settings,
             "probe": options.probe,
-            "mirroring": options.mirroring,
+            "mirroring": options.mirroring and not options.probe,
             "test": list(self.split.test),
             "validation": list(self.split.validation),
             "training": list(self.split.training),
@@ -168,13 +168,13 @@ class Study:
 
     def _misfm_plan(self, plans_name: str, *words: str) -> None:
         """misfm_plan, whose notes go to the page, and all it says to a log: its commands are not for these runs."""
-        from nnunetv2_misfm.commands.plan import plan_main
+        from nnunetv2_misfm.commands.plan import plan
 
         settings = [word for name, value in self.options.settings.items() for word in _as_option(name, value)]
         said = io.StringIO()
         try:
             with contextlib.redirect_stdout(said):
-                plan_main(
+                plan(
                     ["-d", self.workspace.dataset, "-c", self.workspace.configuration, "-p", self.options.plans]
                     + ["-overwrite_plans_name", plans_name, "-np", str(self.options.num_processes), *words]
                     + [*settings, *self.options.planning]

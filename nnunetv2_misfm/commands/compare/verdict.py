@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+from nnunetv2_misfm.commands.compare.arms import FIRST_TUNING_SEED
 from nnunetv2_misfm.commands.compare.comparison import Comparison, Runs, by_importance, by_question, scores
 from nnunetv2_misfm.commands.compare.records import mean
 from nnunetv2_misfm.commands.compare.statistics import Difference
@@ -85,7 +86,7 @@ def _nothing_shown(nearest: Comparison, comparisons: int) -> str:
         )
     if seeds < 3:
         advice = "two seeds are too few to tell how many would show it: give -seeds 4 or more"
-    elif nearest.seeds_needed is None:
+    elif nearest.seeds_needed is None or 1 + max(nearest.seeds) + nearest.seeds_needed > FIRST_TUNING_SEED:
         advice = "a difference that small would take more seeds than can be run"
     else:
         first = 1 + max(nearest.seeds)

@@ -68,10 +68,10 @@ class Workspace:
             os.environ[variable] = str(self.folder / variable)
         _link(self.users_raw, self.raw)
         self.preprocessed.mkdir(exist_ok=True)
-        _link(self.users_preprocessed / "gt_segmentations", self.preprocessed / "gt_segmentations")
-        arrays = configuration_3d(self.base, self.configuration)["data_identifier"]
-        if (self.users_preprocessed / arrays).is_dir():
-            _link(self.users_preprocessed / arrays, self.preprocessed / arrays)
+        # Where nnU-Net has not preprocessed yet, misfm_plan does it here.
+        for name in ("gt_segmentations", configuration_3d(self.base, self.configuration)["data_identifier"]):
+            if (self.users_preprocessed / name).is_dir() and not (self.preprocessed / name).is_dir():
+                _link(self.users_preprocessed / name, self.preprocessed / name)
         for name in ("dataset.json", "dataset_fingerprint.json"):
             shutil.copyfile(self.users_preprocessed / name, self.preprocessed / name)
         write_json(self.base, self.preprocessed / f"{self.base['plans_name']}.json")

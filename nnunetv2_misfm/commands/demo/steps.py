@@ -23,7 +23,7 @@ from nnunetv2_misfm.commands.compare.workspace import Workspace
 from nnunetv2_misfm.commands.demo.phantoms import LABELS, write_case, write_unlabelled
 from nnunetv2_misfm.commands.demo.progress import step
 from nnunetv2_misfm.commands.launch import best_device
-from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
+from nnunetv2_misfm.commands.pretrain import pretrain
 from nnunetv2_misfm.commands.threads import in_this_process
 from nnunetv2_misfm.cpu_threads import training_threads
 from nnunetv2_misfm.files import format_duration, read_json, write_json
@@ -89,7 +89,7 @@ class Demo:
     def pretrain(self, epochs: int, iterations: int, options: Sequence[str]) -> Path:
         """misfm_pretrain on the bare volumes; returns the results folder."""
         with step("Preparing and pretraining", self.log, epochs, r".* Epoch time"):
-            misfm_pretrain(
+            pretrain(
                 ["-i", str(self.volumes), "-d", _POOL_ID, "-n", _POOL_NAME, "-plans_from", _DATASET_ID, "-p", _PLANS]
                 + ["-pretext", Vox2Vec.name, "-network", "plan", "-np", "1"]
                 + ["-device", self.device, "-seed", str(self.seed)]
@@ -102,7 +102,7 @@ class Demo:
         """misfm_compare of the pretrained weights with random ones, and its page."""
         weights = str(pretrained / FINAL)
         words = ["-d", _DATASET_ID, "-p", _PLANS, "-pretrained_weights", f"{Vox2Vec.name}={weights}", "--from_scratch"]
-        words += ["-o", str(self.folder / "comparison"), "-device", self.device, "--disable_tta", *options]
+        words += ["-o", str(self.folder / "comparison"), "-device", self.device, *options]
         read = read_options(words)
         workspace = Workspace(read.folder, read.dataset, read.configuration, read.plans)
         workspace.prepare()

@@ -44,8 +44,8 @@ def test_everything_wrong_is_told_at_once(checkpoint: Path) -> None:
 
 def test_options_without_effect_are_refused(checkpoint: Path) -> None:
     words = ["-d", "4", "-pretrained_weights", str(checkpoint), "--from_scratch"]
-    with pytest.raises(PlanError, match="-initial_lr and --keep_weights and -num_epochs: --probe trains nothing"):
-        read_options([*words, "--probe", "-initial_lr", "1e-2", "--keep_weights", "-num_epochs", "5"])
+    with pytest.raises(PlanError, match="-initial_lr and --keep_weights and --disable_tta and -num_epochs: --probe"):
+        read_options([*words, "--probe", "-initial_lr", "1e-2", "--keep_weights", "--disable_tta", "-num_epochs", "5"])
     assert read_options([*words, "-gpus", "0", "1"]).jobs == 2
     with pytest.raises(PlanError, match="-jobs 1 leaves some of the 2 -gpus without a run"):
         read_options([*words, "-gpus", "0", "1", "-jobs", "1"])

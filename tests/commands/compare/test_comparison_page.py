@@ -24,7 +24,6 @@ from nnunetv2_misfm.commands.compare.arms import Arm, Run, choose_rates, test_ru
 from nnunetv2_misfm.commands.compare.figures import case_picture
 from nnunetv2_misfm.commands.compare.page import Page, write_page
 from nnunetv2_misfm.commands.compare.records import RunRecord, read_record, write_csv
-from nnunetv2_misfm.commands.compare.statistics import seeds_needed
 from nnunetv2_misfm.commands.compare.summary import summarise
 
 test_runs.__test__ = False  # type: ignore[attr-defined]
@@ -116,8 +115,9 @@ def test_where_nothing_was_shown_the_verdict_says_how_many_more_seeds_it_takes()
     records += [record("VF", seed, 0.5 + 0.01 * gain) for seed, gain in enumerate((1, 2, 3))]
     verdict = summarise(ARMS, records).verdict
     assert verdict.startswith("No difference could be shown with 3 seeds: VF minus scratch is +2.0 points")
-    needed = seeds_needed([1.0, 2.0, 3.0])
-    assert f"{needed} fresh seeds would show it four times out of five (-first_seed 3 -seeds {needed})" in verdict
+    assert "5 fresh seeds would show it four times out of five (-first_seed 3 -seeds 5)" in verdict
+    late = [record.model_copy(update={"seed": 996 + record.seed}) for record in records]
+    assert "more seeds than can be run" in summarise(ARMS, late).verdict, "seeds end at 999"
 
 
 def test_arms_that_differ_in_more_than_weights_are_better_or_worse() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -139,6 +140,21 @@ def test_finished_runs_tell_how_long_the_others_take(
     # Two arms, two numbers of labelled cases and two seeds at 3 seconds each; on one GPU they share it.
     assert estimate_hours(more, Runner("cpu", (), 2)) == pytest.approx(8 * 3 / 2 / 3600)
     assert estimate_hours(more, Runner("cuda", (), 2)) == pytest.approx(8 * 3 / 3600)
+    crowded = study(tmp_path, nnunet, monkeypatch, "-seeds", "2", "-jobs", "9")
+    assert estimate_hours(crowded, Runner("cpu", (), 9)) == pytest.approx(3 / 3600), "four runs of nine at once"
+
+
+def test_a_dataset_that_is_planned_and_not_preprocessed_is_preprocessed(
+    tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preprocessed = nnunet / "nnUNet_preprocessed" / NAME
+    for name in ("gt_segmentations", "nnUNetPlans_3d_fullres"):
+        shutil.rmtree(preprocessed / name)
+    monkeypatch.setattr(sys.modules[__name__], "WORDS", [word for word in WORDS if word != "--nnunet"])
+    for _ in range(2):
+        made = study(tmp_path, nnunet, monkeypatch)
+        assert len(list((made.workspace.preprocessed / "gt_segmentations").iterdir())) == len(made.cases)
+    assert not (preprocessed / "gt_segmentations").exists(), "the user's own folder is as it was"
 
 
 def test_a_page_does_without_predictions_that_were_removed(
@@ -183,7 +199,7 @@ def test_a_folder_keeps_its_terms(tmp_path: Path, nnunet: Path, monkeypatch: pyt
 def test_options_that_could_not_be_planned_are_not_the_terms_of_the_folder(
     tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(SystemExit):
+    with pytest.raises(PlanError, match="-patch_size|patch size"):
         study(tmp_path, nnunet, monkeypatch, "-patch_size", "0", "16", "16")
     corrected = FakeRunner()
     study(tmp_path, nnunet, monkeypatch, "-patch_size", "16", "16", "16").perform(corrected)  # type: ignore[arg-type]
