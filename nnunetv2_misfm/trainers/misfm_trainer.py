@@ -18,9 +18,10 @@ from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
 from nnunetv2_misfm.trainers.run_page import TRANSFER_REPORT, update_run_page
 from nnunetv2_misfm.trainers.schedules import parameter_groups
 from nnunetv2_misfm.transfer.arrays import check_data_unchanged
+from nnunetv2_misfm.transfer.described import channel_names
 from nnunetv2_misfm.transfer.names import names_of
-from nnunetv2_misfm.transfer.pretrained import load_source, transfer_source
-from nnunetv2_misfm.transfer.transfer import TransferError
+from nnunetv2_misfm.transfer.pretrained import load_source
+from nnunetv2_misfm.transfer.transfer import TransferError, transfer
 
 
 class MisFMTrainer(BaseTrainer):
@@ -131,11 +132,11 @@ class MisFMTrainer(BaseTrainer):
                 message += f" {', '.join(others)} of this dataset name some: to start from them, stop this and give -p."
             self.print_to_log_file(message)
             return
-        weights, report = transfer_source(
+        weights, report = transfer(
             load_source(info),
             self.bare_network,
-            self.dataset_json,
             cast(FinetuningSettings, self.settings),
+            channel_names(self.dataset_json),
             self._rebuilt_network,
         )
         self.bare_network.load_state_dict(weights)

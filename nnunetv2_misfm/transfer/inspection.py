@@ -12,9 +12,8 @@ from nnunetv2_misfm.plans.checks import INTENSITIES
 from nnunetv2_misfm.plans.network_entry import UNET_ARGUMENTS, own_network_name
 from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS
 from nnunetv2_misfm.transfer.checkpoint import LEARNT, CheckpointError, CheckpointInfo
-from nnunetv2_misfm.transfer.foreign import names_in
 from nnunetv2_misfm.transfer.hub import EXPORTED
-from nnunetv2_misfm.transfer.names import OTHER, PARTS, names_in_class
+from nnunetv2_misfm.transfer.names import OTHER, PARTS, Names
 from nnunetv2_misfm.transfer.planning import is_complete_unet
 from nnunetv2_misfm.transfer.pretrained import Source, file_sha256, read_source
 from nnunetv2_misfm.transfer.report import LEARNING_PARTS
@@ -62,9 +61,7 @@ def _kind(source: Source) -> str:
 
 
 def _parameters(source: Source) -> str:
-    names = names_in(source.kind)
-    if source.info is not None:
-        names = names_in_class(source.info.network_class_name) or names
+    names = source.names or Names()
     elements = dict.fromkeys((*PARTS, OTHER), 0)
     for name, value in source.weights.items():
         if not is_statistic(name):

@@ -35,6 +35,7 @@ from nnunetv2_misfm.plans.network_entry import (
 from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, SEGMENTATION, FinetuningSettings, without_groups
 from nnunetv2_misfm.plans.settings import read_settings, write_settings
 from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo
+from nnunetv2_misfm.transfer.described import channel_names
 from nnunetv2_misfm.transfer.foreign import GENERIC_UNET_CLASS, RESIDUAL_UNET
 from nnunetv2_misfm.transfer.images import (
     about_channels,
@@ -44,8 +45,9 @@ from nnunetv2_misfm.transfer.images import (
     wanted_spacing,
 )
 from nnunetv2_misfm.transfer.names import Names, names_in_class
-from nnunetv2_misfm.transfer.pretrained import Source, portable_path, transfer_source
+from nnunetv2_misfm.transfer.pretrained import Source, portable_path
 from nnunetv2_misfm.transfer.report import TransferReport
+from nnunetv2_misfm.transfer.transfer import transfer
 
 # Constructor arguments that belong to the target or to a run, not to the weights.
 _NOT_TAKEN_OVER = ("strides", "stems", "deep_supervision", "checkpointing")
@@ -201,11 +203,11 @@ def check_fit(
     settings = read_settings(FinetuningSettings, without_groups(plans[BLOCK]), "The run settings")
     if min_coverage is not None:
         settings = settings.model_copy(update={"min_coverage": min_coverage})
-    return transfer_source(
+    return transfer(
         source,
         network.to_empty(device="cpu"),
-        dataset_json,
         settings,
+        channel_names(dataset_json),
         lambda more_channels, more_classes: build_on_meta(architecture, channels + more_channels, heads + more_classes),
     )[1]
 

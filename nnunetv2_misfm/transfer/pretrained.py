@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from nnunetv2_misfm.files import json_or_nothing
 from nnunetv2_misfm.plans.network_entry import DECODER, NETWORKS, own_class
-from nnunetv2_misfm.plans.run_settings import FinetuningSettings
 from nnunetv2_misfm.transfer.checkpoint import (
     ADAPTATION,
     LEARNT,
@@ -27,7 +26,6 @@ from nnunetv2_misfm.transfer.checkpoint import (
     read_checkpoint,
 )
 from nnunetv2_misfm.transfer.described import (
-    channel_names,
     channels_of_checkpoint,
     describe_unet,
     how_well_learnt,
@@ -36,13 +34,12 @@ from nnunetv2_misfm.transfer.described import (
 )
 from nnunetv2_misfm.transfer.foreign import FMUNET, GENERIC_UNET, PCTNET, PUBLISHED_FMUNET, PUBLISHED_PCTNET, Kind
 from nnunetv2_misfm.transfer.hub import ADAPTATION_PLAN, download, is_hub_name
-from nnunetv2_misfm.transfer.names import SEG_LAYERS, names_in_class
+from nnunetv2_misfm.transfer.names import SEG_LAYERS, Names, names_in_class
 from nnunetv2_misfm.transfer.own_weights import describe_own
 from nnunetv2_misfm.transfer.published_weights import read_published
-from nnunetv2_misfm.transfer.report import LEARNING_PARTS, TransferReport
+from nnunetv2_misfm.transfer.report import LEARNING_PARTS
 from nnunetv2_misfm.transfer.safetensors_file import is_safetensors, read_safetensors
 from nnunetv2_misfm.transfer.state_dicts import Found, find_weights
-from nnunetv2_misfm.transfer.transfer import SourceFacts, transfer
 from nnunetv2_misfm.transfer.version_1 import init_args_beside
 
 
@@ -52,8 +49,8 @@ class Source:
 
     Attributes:
         path: of the file.
-        kind: of network; None for one that is not known.
         weights: in float32, each parameter once, under the names of the network that they are read as.
+        kind: of network; None for one that is not known.
         info: what the file says about itself, or its weights tell; None for networks that are not known.
         preprocessing: of the images that the network was trained on, as far as it is known; as in plans.
         sha256: of the file.
@@ -67,10 +64,10 @@ class Source:
     """
 
     path: Path
-    kind: Kind | None
     weights: dict[str, Tensor]
-    info: CheckpointInfo | None
-    sha256: str
+    kind: Kind | None = None
+    info: CheckpointInfo | None = None
+    sha256: str = ""
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     hub_name: str = ""
     by_this_package: bool = False
@@ -106,30 +103,10 @@ class Source:
             )
 
     @property
-    def facts(self) -> SourceFacts:
-        """What a transfer needs to know besides the weights."""
-        return SourceFacts(
-            name=self.network_name,
-            arguments=self.arch_kwargs,
-            num_images=self.num_images,
-            channels=self.channels,
-            untrained=self.untrained,
-            names=None if self.kind is None else self.kind.names,
-            unused=self.unused,
-            refusal="" if self.kind is None else self.kind.refusal,
-        )
-
-
-def transfer_source(
-    source: Source,
-    target: nn.Module,
-    dataset_json: Mapping[str, Any],
-    settings: FinetuningSettings,
-    rebuilt: Callable[[int, int], nn.Module] | None = None,
-) -> tuple[dict[str, Tensor], TransferReport]:
-    """As `transfer.transfer`, for a checkpoint, a network for a dataset, and the settings of its training."""
-    channels = channel_names(dataset_json)
-    return transfer(source.weights, str(source.path), target, source.facts, settings, channels, rebuilt)
+    def names(self) -> Names | None:
+        """The names in its weights; None if they are not known."""
+        described = None if self.info is None else names_in_class(self.info.network_class_name)
+        return described or (None if self.kind is None else self.kind.names)
 
 
 def read_source(given: str | os.PathLike[str]) -> Source:

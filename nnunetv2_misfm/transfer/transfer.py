@@ -1,6 +1,6 @@
 """Moving pretrained weights into another network, with an account of every parameter.
 
-`transfer` is a pure function: source weights and a target network in, a state dict and a `TransferReport` out. Nothing
+`transfer` is a pure function: a source and a target network in, a state dict and a `TransferReport` out. Nothing
 is loaded and nothing is left out silently: each parameter of the target ends as transferred, adapted (how) or fresh
 (why), each tensor of the source as used or not (why), and too little coverage is an error.
 """
@@ -8,8 +8,6 @@ is loaded and nothing is left out silently: each parameter of the target ends as
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,6 +23,7 @@ from nnunetv2_misfm.transfer.names import (
     names_of,
     within,
 )
+from nnunetv2_misfm.transfer.pretrained import Source
 from nnunetv2_misfm.transfer.report import ADAPTED, FRESH, LEARNING_PARTS, TRANSFERRED, Entry, TransferReport, Unused
 from nnunetv2_misfm.transfer.unet_weights import is_statistic
 
@@ -36,36 +35,9 @@ class TransferError(UserError, RuntimeError):
     """Too little of the source fits the target; the message lists the first mismatches and what would allow it."""
 
 
-@dataclass(frozen=True)
-class SourceFacts:
-    """What is known of a pretrained network besides its weights.
-
-    Attributes:
-        name: of the network, for people.
-        arguments: its constructor arguments, as far as they are known.
-        num_images: how many of its input channels are images, if not all.
-        channels: names of these images; empty if they are not known.
-        untrained: the parts that did not learn, which are left fresh, each with the reason.
-        names: in the weights; None if they are not known.
-        unused: what else was in the file, with the reason.
-        refusal: why networks of this kind cannot be used, and the nearest way; empty if they can.
-    """
-
-    name: str = "network that is not known here"
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    num_images: int | None = None
-    channels: tuple[str, ...] = ()
-    untrained: Mapping[str, str] = field(default_factory=dict)
-    names: Names | None = None
-    unused: Mapping[str, str] = field(default_factory=dict)
-    refusal: str = ""
-
-
 def transfer(
-    source: Mapping[str, Tensor],
-    source_name: str,
+    source: Source,
     target: nn.Module,
-    facts: SourceFacts | None = None,
     settings: FinetuningSettings | None = None,
     channels: tuple[str, ...] = (),
     rebuilt: Callable[[int, int], nn.Module] | None = None,
@@ -78,10 +50,8 @@ def transfer(
     `names.py`).
 
     Args:
-        source: weights of the pretrained network, each parameter once.
-        source_name: for the report and errors, usually the file's path.
+        source: the pretrained weights, and what is known of them.
         target: the network as built, its initial values used where something is fresh.
-        facts: about the source.
         settings: whether the decoder is transferred too, whether several input channels may be mixed for another number
             of channels, and how much must be covered.
         channels: names of the target's images, after whose channels come the labels of a cascade's first stage; empty
@@ -91,20 +61,20 @@ def transfer(
     Raises:
         TransferError: if nothing can be used, or less than `settings.min_coverage`.
     """
-    facts, settings = facts or SourceFacts(), settings or FinetuningSettings()
+    settings = settings or FinetuningSettings()
     names = names_of(target, rebuilt)
-    fit = _Fitting(source, target, names, facts, settings, channels)
+    fit = _Fitting(source, target, names, settings, channels)
     entries = fit.take_parameters()
     without_statistics = fit.take_statistics()
     expected = tuple(
         part
         for part in LEARNING_PARTS
-        if part not in facts.untrained and not (settings.encoder_only and part == DECODER)
+        if part not in source.untrained and not (settings.encoder_only and part == DECODER)
     )
-    unused = tuple(_unused(source, fit.used, fit.rejected, names, facts))
-    notes = tuple(_about_statistics(source, target, facts, without_statistics))
-    report = TransferReport(source_name, entries, expected, unused, notes)
-    _require(report, facts, settings.min_coverage)
+    unused = tuple(_unused(source, fit.used, fit.rejected, source.names or names))
+    notes = tuple(_about_statistics(source, target, without_statistics))
+    report = TransferReport(str(source.path), entries, expected, unused, notes)
+    _require(report, source, settings.min_coverage)
     return fit.result, report
 
 
@@ -119,10 +89,9 @@ class _Fitting:
 
     def __init__(
         self,
-        source: Mapping[str, Tensor],
+        source: Source,
         target: nn.Module,
         names: Names,
-        facts: SourceFacts,
         settings: FinetuningSettings,
         channels: tuple[str, ...],
     ):
@@ -132,10 +101,9 @@ class _Fitting:
         self.used: set[str] = set()
         self.rejected: dict[str, str] = {}
         self.names = names
-        self.facts = facts
         self.settings = settings
         self.channels = channels
-        self.find = matching_names(source, facts.arguments, target, names)
+        self.find = matching_names(source.weights, source.arch_kwargs, target, names)
         self.aliases = _names_by_identity(target)
         self.input_layers = {f"{key}.weight" for key in names.in_proj}
         self.upsampling = {f"{n}.weight" for n, m in target.named_modules() if isinstance(m, nn.ConvTranspose3d)}
@@ -164,7 +132,7 @@ class _Fitting:
             name_in_source = self.find(name)
             if name not in self.result or name_in_source is None or self.why_fresh(name) is not None:
                 continue
-            in_source = self.source.get(name_in_source)
+            in_source = self.source.weights.get(name_in_source)
             if in_source is not None and in_source.shape == buffer.shape:
                 self._take(name_in_source, buffer, in_source)
             elif in_source is not None:
@@ -185,20 +153,18 @@ class _Fitting:
             return "segmentation layers always start fresh"
         if self.settings.encoder_only and part == DECODER:
             return "only the encoder was asked for"
-        return self.facts.untrained.get(part)
+        return self.source.untrained.get(part)
 
     def value_for(self, name: str, parameter: Tensor, name_in_source: str | None) -> tuple[Tensor | None, str, str]:
         """The value, or None; the status; how it was adapted or why it is fresh."""
         reason = self.why_fresh(name)
         if reason is not None:
             return None, FRESH, reason
-        if name_in_source is None or name_in_source not in self.source:
+        if name_in_source is None or name_in_source not in self.source.weights:
             return None, FRESH, "not in the source"
-        value, steps = self.source[name_in_source], []
+        value, steps = self.source.weights[name_in_source], []
         if any(within(name, key) for key in self.names.by_anisotropy) and name_in_source != name:
             steps.append(f"from degree of anisotropy {name_in_source.split('.')[2]}")
-        if name in self.input_layers and value.ndim == parameter.ndim > 2:
-            return self._input_layer(parameter, value, steps)
         fitted: Tensor | None = value
         if name.endswith("relative_position_bias_table") and value.ndim == 2 and value.shape != parameter.shape:
             fitted = fit_bias_table(value, parameter.shape[0])
@@ -207,29 +173,24 @@ class _Fitting:
             fit = fit_upsampling_kernel if name in self.upsampling else fit_kernel
             fitted = fit(value, parameter.shape[2:])
             steps.append(f"kernel {list(value.shape[2:])} to {list(parameter.shape[2:])}")
-        return _outcome(parameter, value, fitted, steps)
-
-    def _input_layer(self, parameter: Tensor, value: Tensor, steps: list[str]) -> tuple[Tensor | None, str, str]:
-        """As `value_for`, for a first convolution, which sees images and, in a cascade, labels after them."""
-        fitted: Tensor | None = value
-        if value.shape[2:] != parameter.shape[2:]:
-            fitted = fit_kernel(value, parameter.shape[2:])
-            steps.append(f"kernel {list(value.shape[2:])} to {list(parameter.shape[2:])}")
-        if fitted is not None:
+        if fitted is not None and name in self.input_layers and value.ndim == parameter.ndim > 2:
+            # It sees images and, in a cascade, labels after them.
             fitted, said = self._fit_channels(fitted, parameter.shape[1])
             if fitted is None:
                 return None, FRESH, said
             steps += [said] if said else []
-        return _outcome(parameter, value, fitted, steps)
+        if fitted is None or fitted.shape != parameter.shape:
+            return None, FRESH, f"shape {list(value.shape)} in the source"
+        return (fitted, ADAPTED, ", ".join(steps)) if steps else (fitted, TRANSFERRED, "")
 
     def _fit_channels(self, value: Tensor, inputs: int) -> tuple[Tensor | None, str]:
         """A first convolution's weight for other input channels, and what was done, if anything; or None, and why."""
-        have = min(self.facts.num_images or value.shape[1], value.shape[1])
+        have = min(self.source.num_images or value.shape[1], value.shape[1])
         images = len(self.channels) or inputs
-        order = channel_order(self.facts.channels[:have], self.channels)
+        order = channel_order(self.source.channels[:have], self.channels)
         if order is not None and order != list(range(have)):
-            taken = ", ".join(self.facts.channels[i] for i in order)
-            said = f"input channels {taken} of {', '.join(self.facts.channels)}"
+            taken = ", ".join(self.source.channels[i] for i in order)
+            said = f"input channels {taken} of {', '.join(self.source.channels)}"
             return fit_input_channels(value[:, order], images, inputs), said
         if value.shape[1] == have == images == inputs:
             return value, ""
@@ -239,15 +200,6 @@ class _Fitting:
         if value.shape[1] != inputs:
             return fitted, f"input channels {value.shape[1]} to {inputs}"
         return fitted, "" if fitted.equal(value) else "labels of a cascade start at zero"
-
-
-def _outcome(
-    parameter: Tensor, value: Tensor, fitted: Tensor | None, steps: Sequence[str]
-) -> tuple[Tensor | None, str, str]:
-    """What `value_for` returns for a value of the source, after the steps that were to make it fit the parameter."""
-    if fitted is None or fitted.shape != parameter.shape:
-        return None, FRESH, f"shape {list(value.shape)} in the source"
-    return (fitted, ADAPTED, ", ".join(steps)) if steps else (fitted, TRANSFERRED, "")
 
 
 def channel_order(source: Sequence[str], target: Sequence[str]) -> list[int] | None:
@@ -274,12 +226,9 @@ def _names_by_identity(network: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _unused(
-    source: Mapping[str, Tensor], used: set[str], rejected: Mapping[str, str], names: Names, facts: SourceFacts
-) -> Iterator[Unused]:
+def _unused(source: Source, used: set[str], rejected: Mapping[str, str], parts: Names) -> Iterator[Unused]:
     """What of the source the target does not start from."""
-    parts = facts.names or names
-    for name, value in source.items():
+    for name, value in source.weights.items():
         if name in used:
             continue
         part = parts.part_of(name)
@@ -287,8 +236,8 @@ def _unused(
             reason = rejected[name].replace(" in the source", " does not fit")
         elif part == SEG_LAYERS:
             reason = "segmentation layers always start fresh"
-        elif part in facts.untrained:
-            reason = facts.untrained[part]
+        elif part in source.untrained:
+            reason = source.untrained[part]
         elif any(within(name, key) for key in parts.by_anisotropy):
             reason = "for another degree of anisotropy"
         elif is_statistic(name):
@@ -298,24 +247,23 @@ def _unused(
         else:
             reason = "no part of this network"
         yield Unused(name, part, reason, value.numel())
-    yield from (Unused(name, OTHER, reason, 0) for name, reason in facts.unused.items())
+    yield from (Unused(name, OTHER, reason, 0) for name, reason in source.unused.items())
 
 
-def _about_statistics(
-    source: Mapping[str, Tensor], target: nn.Module, facts: SourceFacts, without: Sequence[str]
-) -> Iterator[str]:
+def _about_statistics(source: Source, target: nn.Module, without: Sequence[str]) -> Iterator[str]:
     """What happens to BatchNorm's means and variances; `without` are those that the source lacks for its weights."""
-    lost = [name for name in source if name.endswith("running_mean")]
+    lost = [name for name in source.weights if name.endswith("running_mean")]
     has_statistics = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in target.modules())
     if lost and not has_statistics:
         yield (
-            f"The checkpoint's {facts.name} normalises with BatchNorm, this network does not: the means and variances "
-            f"of {len(lost)} layers are lost, and the features are not those that the weights were trained to give."
+            f"The checkpoint's {source.network_name} normalises with BatchNorm, this network does not: the means and "
+            f"variances of {len(lost)} layers are lost, and the features are not those that the weights were trained "
+            f"to give."
         )
     elif has_statistics and not lost:
         yield (
-            f"This network normalises with BatchNorm, and the checkpoint ({facts.name}) holds no means and variances: "
-            f"they start fresh, and the features are not those that the weights were trained to give."
+            f"This network normalises with BatchNorm, and the checkpoint ({source.network_name}) holds no means and "
+            f"variances: they start fresh, and the features are not those that the weights were trained to give."
         )
     elif without:
         yield (
@@ -324,13 +272,15 @@ def _about_statistics(
         )
 
 
-def _require(report: TransferReport, facts: SourceFacts, min_coverage: float) -> None:
+def _require(report: TransferReport, source: Source, min_coverage: float) -> None:
     coverage = report.coverage(report.expected)
     used = report.coverage(LEARNING_PARTS)
     if used > 0 and coverage >= min_coverage:
         return
-    if used == 0 and facts.refusal:
-        raise TransferError(f"{report.source} holds a {facts.name}, which cannot be used: {facts.refusal}.")
+    if used == 0 and source.kind is not None and source.kind.refusal:
+        raise TransferError(
+            f"{report.source} holds a {source.network_name}, which cannot be used: {source.kind.refusal}."
+        )
     wrong = [entry for entry in report.entries if entry.status == FRESH and entry.part in report.expected]
     lines = [f"  {entry.name} {list(entry.shape)}: {entry.reason}" for entry in wrong[:_MOST_MISMATCHES]]
     if len(wrong) > _MOST_MISMATCHES:
@@ -343,10 +293,10 @@ def _require(report: TransferReport, facts: SourceFacts, min_coverage: float) ->
         )
     if wrong and all(MIX_CHANNELS in entry.reason for entry in wrong):
         remedy = f"Allow it with {MIX_CHANNELS}."
-    elif {"n_stages", "strides"} <= set(facts.arguments):
+    elif {"n_stages", "strides"} <= set(source.arch_kwargs):
         remedy += " -network pretrained trains the checkpoint's own network."
     asked_for = f"; the plan asks for {100 * min_coverage:.2f} %" if used > 0 else ""
     raise TransferError(
         f"{report.source} covers {100 * coverage:.2f} % of the network's {', '.join(report.expected)} (it holds a "
-        f"{facts.name}){asked_for}. First mismatches:\n" + "\n".join([*lines, remedy])
+        f"{source.network_name}){asked_for}. First mismatches:\n" + "\n".join([*lines, remedy])
     )

@@ -30,10 +30,9 @@ from nnunetv2_misfm.transfer.pretrained import (
     load_source,
     portable_path,
     read_source,
-    transfer_source,
 )
 from nnunetv2_misfm.transfer.report import TransferReport
-from nnunetv2_misfm.transfer.transfer import TransferError
+from nnunetv2_misfm.transfer.transfer import TransferError, transfer
 
 IMAGE = torch.randn(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
 WEIGHTS = unet().state_dict()
@@ -47,8 +46,7 @@ def put(path: Path, content: object, **options: Any) -> Source:
 def fill(
     source: Source, target: nn.Module, channels: tuple[str, ...] = ("CT",), **settings: Any
 ) -> tuple[dict[str, Tensor], TransferReport]:
-    dataset = {"channel_names": {str(i): name for i, name in enumerate(channels)}}
-    weights, report = transfer_source(source, target, dataset, FinetuningSettings(**settings))
+    weights, report = transfer(source, target, FinetuningSettings(**settings), channels)
     target.load_state_dict(weights)
     return weights, report
 
@@ -590,11 +588,10 @@ class OwnNetwork(nn.Module):
 
 
 def test_a_network_of_the_users_own_is_transferred_to_itself(tmp_path: Path) -> None:
-    dataset = {"channel_names": {"0": "CT"}}
     source, target = OwnNetwork(1, 3), OwnNetwork(1, 3)
     read = put(tmp_path / "c.pth", {"state_dict": prefixed("module.model.", source.state_dict())})
-    weights, report = transfer_source(
-        read, target, dataset, FinetuningSettings(), lambda channels, classes: OwnNetwork(1 + channels, 3 + classes)
+    weights, report = transfer(
+        read, target, channels=("CT",), rebuilt=lambda channels, classes: OwnNetwork(1 + channels, 3 + classes)
     )
     assert torch.equal(weights["body.weight"], source.body.weight) and torch.equal(
         weights["out.weight"], target.out.weight
@@ -671,11 +668,11 @@ def test_weights_of_a_network_fill_it_within_a_class_of_the_users_own(
         nn.init.normal_(parameter)
     for prefix in ("", "module.", "net.", "module.net."):
         read = put(tmp_path / "c.pth", {"state_dict": prefixed(prefix, source.state_dict())})
-        weights, report = transfer_source(
+        weights, report = transfer(
             read,
             target,
-            {"channel_names": {"0": "CT"}},
             FinetuningSettings(min_coverage=0.9),
+            ("CT",),
             lambda _, classes: Around(inner(3 + classes)),
         )
         assert torch.equal(weights[f"net.{first}"], source.state_dict()[first])
@@ -690,11 +687,11 @@ def test_a_class_around_a_network_may_name_its_encoder(tmp_path: Path) -> None:
     source, target = unet(0), Around(unet(1))
     target.key_to_encoder = "net.encoder"  # type: ignore[assignment]
     read = put(tmp_path / "c.pth", {"state_dict": source.state_dict()})
-    weights, report = transfer_source(
+    weights, report = transfer(
         read,
         target,
-        {"channel_names": {"0": "CT"}},
         FinetuningSettings(encoder_only=True),
+        ("CT",),
         lambda channels, classes: Around(unet(1, channels=1 + channels, classes=3 + classes)),
     )
     for name, value in source.encoder.state_dict().items():

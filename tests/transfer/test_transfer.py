@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
@@ -12,9 +16,11 @@ from torch import nn
 from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings
+from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo
 from nnunetv2_misfm.transfer.names import names_of
+from nnunetv2_misfm.transfer.pretrained import Source
 from nnunetv2_misfm.transfer.state_dicts import find_weights
-from nnunetv2_misfm.transfer.transfer import SourceFacts, TransferError, transfer
+from nnunetv2_misfm.transfer.transfer import TransferError, transfer
 
 SMALL = {"features_per_stage": (4, 4, 8, 16, 32), "num_heads": (2, 2, 4), "window_size": 3}
 
@@ -25,10 +31,21 @@ def network(seed: int, input_channels: int = 1, num_classes: int = 5, anisotropy
     return PCTNet(input_channels, num_classes, **arguments).eval()  # type: ignore[arg-type]
 
 
+def source_of(weights: Mapping[str, torch.Tensor], name: str = "source", **known: Any) -> Source:
+    return Source(Path(name), dict(weights), **known)
+
+
+def with_strides(strides: list[list[int]]) -> CheckpointInfo:
+    return CheckpointInfo("segmentation", "PlainConvUNet", {"strides": strides}, 1, 3, {}, {})
+
+
+ONE_IMAGE = {"normalization_schemes": ["CTNormalization"]}
+
+
 def test_everything_but_the_segmentation_layers_arrives() -> None:
     source, target = network(0), network(1, num_classes=3)
     fresh = {name: p.clone() for name, p in target.named_parameters() if ".seg_layers." in name}
-    weights, report = transfer(source.state_dict(), "source", target)
+    weights, report = transfer(source_of(source.state_dict()), target)
     target.load_state_dict(weights)
     for name, parameter in target.named_parameters():
         expected = fresh[name] if name in fresh else dict(source.named_parameters())[name]
@@ -49,7 +66,7 @@ def test_whatever_a_source_lacks_starts_fresh_and_is_said(data: st.DataObject) -
     source |= {name: torch.zeros(3, 1, 4, 1, 5, 9) for name in wrong - missing}
     target = network(1)
     fresh = {name: value.clone() for name, value in target.state_dict().items()}
-    weights, report = transfer(source, "source", target, settings=FinetuningSettings(min_coverage=0))
+    weights, report = transfer(source_of(source), target, settings=FinetuningSettings(min_coverage=0))
     status = {entry.name: entry.status for entry in report.entries}
     assert list(status) == [name for name, _ in target.named_parameters()]
     for name, parameter in target.named_parameters():
@@ -62,7 +79,7 @@ def test_whatever_a_source_lacks_starts_fresh_and_is_said(data: st.DataObject) -
 def test_batchnorm_statistics_arrive_too() -> None:
     source, target = network(0), network(1)
     source.train()(torch.randn(2, 1, 8, 32, 32))
-    target.load_state_dict(transfer(source.state_dict(), "source", target)[0])
+    target.load_state_dict(transfer(source_of(source.state_dict()), target)[0])
     for (name, a), b in zip(source.named_buffers(), target.buffers(), strict=True):
         if ".seg_layers." not in name:
             assert torch.equal(a, b), name
@@ -71,9 +88,9 @@ def test_batchnorm_statistics_arrive_too() -> None:
 def test_statistics_that_a_source_lacks_are_said() -> None:
     source, target = network(0), network(1, num_classes=2)
     weights = source.state_dict()
-    assert not transfer(weights, "x", target)[1].notes
+    assert not transfer(source_of(weights), target)[1].notes
     without = {name: value for name, value in weights.items() if not ("decoder." in name and "running_" in name)}
-    (note,) = transfer(without, "x", target)[1].notes
+    (note,) = transfer(source_of(without), target)[1].notes
     assert "BatchNorm layers, such as decoder." in note and "start fresh" in note
 
 
@@ -91,7 +108,7 @@ def test_slopes_of_activations_take_no_norms_place() -> None:
         return unet
 
     source, target = with_slopes(), with_slopes()
-    weights, report = transfer(find_weights({"network_weights": source.state_dict()}, "x").weights, "x", target)
+    weights, report = transfer(source_of(find_weights({"network_weights": source.state_dict()}, "x").weights), target)
     assert report.coverage(report.expected) == 1
     for name, value in source.encoder.state_dict().items():
         assert torch.equal(weights[f"encoder.{name}"], value)
@@ -99,7 +116,7 @@ def test_slopes_of_activations_take_no_norms_place() -> None:
 
 def test_more_input_channels_keep_the_response_to_a_repeated_image() -> None:
     source, target = network(0), network(1, input_channels=3)
-    target.load_state_dict(transfer(source.state_dict(), "source", target)[0])
+    target.load_state_dict(transfer(source_of(source.state_dict()), target)[0])
     x = torch.randn(1, 1, 8, 32, 32)
     with torch.no_grad():
         a = source.encoder(x, 1, False)
@@ -110,7 +127,7 @@ def test_more_input_channels_keep_the_response_to_a_repeated_image() -> None:
 
 def test_the_right_stem_of_a_universal_checkpoint_is_taken() -> None:
     source, target = network(0, anisotropy=0, stems=(0, 1, 2)), network(1, anisotropy=2)
-    weights, report = transfer(source.state_dict(), "source", target)
+    weights, report = transfer(source_of(source.state_dict()), target)
     assert torch.equal(weights["encoder.stems.2.project.weight"], source.encoder.stems["2"].project.weight)
     assert report.coverage(["stem", "encoder", "decoder"]) == 1
 
@@ -118,7 +135,7 @@ def test_the_right_stem_of_a_universal_checkpoint_is_taken() -> None:
 def test_too_little_coverage_is_an_error_that_names_the_mismatches() -> None:
     source = network(0, features_per_stage=(4, 8, 8, 16, 32))
     with pytest.raises(TransferError) as error:
-        transfer(source.state_dict(), "source.pth", network(1))
+        transfer(source_of(source.state_dict(), "source.pth"), network(1))
     message = str(error.value)
     assert "source.pth covers" in message and "[4, 4, 1, 3, 3]" not in message.splitlines()[0]
     assert "shape [8" in message and "-min_coverage" in message
@@ -127,26 +144,26 @@ def test_too_little_coverage_is_an_error_that_names_the_mismatches() -> None:
 def test_renamed_keys_never_end_as_a_silent_start_from_scratch() -> None:
     renamed = {f"net.{key}": value for key, value in network(0).state_dict().items()}
     with pytest.raises(TransferError, match="covers 0.00 %"):
-        transfer(renamed, "source", network(1))
+        transfer(source_of(renamed), network(1))
 
 
 def test_encoder_only_leaves_the_decoder_as_it_was() -> None:
     source, target = network(0), network(1)
-    weights, report = transfer(source.state_dict(), "source", target, settings=FinetuningSettings(encoder_only=True))
+    weights, report = transfer(source_of(source.state_dict()), target, settings=FinetuningSettings(encoder_only=True))
     assert torch.equal(weights["decoder.up2.merge.2.weight"], target.decoder.up2.merge[2].weight)
     assert report.coverage(["encoder", "stem"]) == 1 and report.coverage(["decoder"]) == 0
 
 
 def test_a_lower_threshold_lets_a_partial_transfer_through() -> None:
     source = {k: v for k, v in network(0).state_dict().items() if k.startswith("encoder.")}
-    _, report = transfer(source, "source", network(1), settings=FinetuningSettings(min_coverage=0.3))
+    _, report = transfer(source_of(source), network(1), settings=FinetuningSettings(min_coverage=0.3))
     assert 0.3 <= report.coverage(["stem", "encoder", "decoder"]) < 1
 
 
 def test_the_target_is_not_changed() -> None:
     target = network(1)
     before = {name: value.clone() for name, value in target.state_dict().items()}
-    transfer(network(0).state_dict(), "source", target)
+    transfer(source_of(network(0).state_dict()), target)
     assert all(torch.equal(before[name], value) for name, value in target.state_dict().items())
 
 
@@ -156,7 +173,7 @@ def test_parameters_that_nnunet_lists_twice_are_counted_once() -> None:
     arguments |= {"conv_op": nn.Conv3d, "n_conv_per_stage": 1, "n_conv_per_stage_decoder": 1, "conv_bias": True}
     arguments |= {"norm_op": nn.InstanceNorm3d, "norm_op_kwargs": {"affine": True}, "nonlin": nn.LeakyReLU}
     source, target = PlainConvUNet(1, num_classes=5, **arguments), PlainConvUNet(1, num_classes=3, **arguments)
-    weights, report = transfer(source.state_dict(), "source", target)
+    weights, report = transfer(source_of(source.state_dict()), target)
     target.load_state_dict(weights)
     assert sum(entry.numel for entry in report.entries) == sum(p.numel() for p in target.parameters())
     assert torch.equal(
@@ -165,7 +182,7 @@ def test_parameters_that_nnunet_lists_twice_are_counted_once() -> None:
 
 
 def test_table_fits_a_terminal_and_names_every_part() -> None:
-    _, report = transfer(network(0).state_dict(), "checkpoint_final.pth", network(1))
+    _, report = transfer(source_of(network(0).state_dict(), "checkpoint_final.pth"), network(1))
     lines = report.table().splitlines()
     assert max(map(len, lines[:7])) <= 80
     assert [line.split("  ")[0] for line in lines[2:7]] == [
@@ -196,7 +213,7 @@ def features(net: PCTNet, x: torch.Tensor) -> list[torch.Tensor]:
 
 def test_label_channels_of_a_cascade_change_nothing_at_first() -> None:
     source, target = network(0), network(1, input_channels=3)
-    weights, report = transfer(source.state_dict(), "source", target, channels=("CT",))
+    weights, report = transfer(source_of(source.state_dict()), target, channels=("CT",))
     target.load_state_dict(weights)
     image, labels = torch.randn(1, 1, 8, 32, 32), torch.rand(1, 2, 8, 32, 32).round()
     for mine, theirs in zip(features(source, image), features(target, torch.cat([image, labels], 1)), strict=True):
@@ -207,9 +224,9 @@ def test_label_channels_of_a_cascade_change_nothing_at_first() -> None:
 def test_several_channels_are_mixed_only_when_asked_for() -> None:
     source, target = network(0, input_channels=3), network(1, input_channels=2)
     with pytest.raises(TransferError, match="--mix_input_channels"):
-        transfer(source.state_dict(), "source", target)
+        transfer(source_of(source.state_dict()), target)
     target.load_state_dict(
-        transfer(source.state_dict(), "source", target, settings=FinetuningSettings(mix_input_channels=True))[0]
+        transfer(source_of(source.state_dict()), target, settings=FinetuningSettings(mix_input_channels=True))[0]
     )
     image = torch.randn(1, 1, 8, 32, 32)
     ours, theirs = features(target, image.repeat(1, 2, 1, 1, 1)), features(source, image.repeat(1, 3, 1, 1, 1))
@@ -220,7 +237,7 @@ def test_several_channels_are_mixed_only_when_asked_for() -> None:
 def test_a_stem_of_a_higher_degree_is_the_same_function_where_slices_are_equal(degree: int) -> None:
     """Flat kernels go to the centre of full ones: a volume that does not change along its depth keeps its features."""
     source, target = network(0, anisotropy=2), network(1, anisotropy=degree)
-    target.load_state_dict(transfer(source.state_dict(), "source", target)[0])
+    target.load_state_dict(transfer(source_of(source.state_dict()), target)[0])
     slice_ = torch.randn(1, 1, 1, 32, 32)
     depth = 8
     a = features(source, slice_.expand(-1, -1, depth, -1, -1))
@@ -231,7 +248,7 @@ def test_a_stem_of_a_higher_degree_is_the_same_function_where_slices_are_equal(d
 
 def test_a_stem_of_a_lower_degree_is_reported_as_adapted() -> None:
     source, target = network(0, anisotropy=0), network(1, anisotropy=2)
-    weights, report = transfer(source.state_dict(), "source", target)
+    weights, report = transfer(source_of(source.state_dict()), target)
     reasons = {entry.reason for entry in report.entries if entry.status == "adapted"}
     assert "from degree of anisotropy 0, kernel [3, 3, 3] to [1, 3, 3]" in reasons
     flat = weights["encoder.stems.2.project.weight"]
@@ -250,15 +267,14 @@ def unet(strides: list[list[int]], features_per_stage: list[int]) -> PlainConvUN
 def test_unets_with_more_or_fewer_stages_are_aligned_by_resolution() -> None:
     strides = [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]]
     deep, shallow = unet(strides, [4, 8, 12, 16]), unet(strides[:3], [4, 8, 12])
-    facts = SourceFacts(arguments={"strides": strides})
-    weights, report = transfer(deep.state_dict(), "deep", shallow, facts)
+    weights, report = transfer(source_of(deep.state_dict(), info=with_strides(strides)), shallow)
     assert report.coverage(["encoder", "decoder"]) == 1
     # The finest stage of a decoder is its last one, whatever the number of stages.
     assert torch.equal(weights["decoder.stages.1.convs.0.conv.weight"], deep.decoder.stages[2].convs[0].conv.weight)
     with pytest.raises(TransferError):
-        transfer(shallow.state_dict(), "shallow", deep, SourceFacts(arguments={"strides": strides[:3]}))
-    facts, lenient = SourceFacts(arguments={"strides": strides[:3]}), FinetuningSettings(min_coverage=0.2)
-    weights, report = transfer(shallow.state_dict(), "shallow", deep, facts, lenient)
+        transfer(source_of(shallow.state_dict(), info=with_strides(strides[:3])), deep)
+    lenient = FinetuningSettings(min_coverage=0.2)
+    weights, report = transfer(source_of(shallow.state_dict(), info=with_strides(strides[:3])), deep, lenient)
     fresh = {entry.name for entry in report.entries if entry.status == "fresh" and entry.part == "encoder"}
     assert fresh and all(name.startswith("encoder.stages.3.") for name in fresh)
     assert torch.equal(weights["decoder.stages.2.convs.0.conv.weight"], shallow.decoder.stages[1].convs[0].conv.weight)
@@ -267,9 +283,9 @@ def test_unets_with_more_or_fewer_stages_are_aligned_by_resolution() -> None:
 def test_label_channels_start_at_zero_even_where_the_numbers_of_channels_agree() -> None:
     source, target = network(0, input_channels=3), network(1, input_channels=3)
     mixing = FinetuningSettings(mix_input_channels=True)
-    weights, _ = transfer(source.state_dict(), "s", target, settings=mixing, channels=("CT",))
+    weights, _ = transfer(source_of(source.state_dict()), target, settings=mixing, channels=("CT",))
     assert weights["encoder.stems.1.project.weight"][:, 1:].abs().sum() == 0
-    again, report = transfer(weights, "a cascade", target, SourceFacts(num_images=1), channels=("CT",))
+    again, report = transfer(source_of(weights, preprocessing=ONE_IMAGE), target, channels=("CT",))
     assert torch.equal(again["encoder.stems.1.project.weight"], weights["encoder.stems.1.project.weight"])
     assert all(entry.status != "adapted" for entry in report.entries)
 
@@ -278,8 +294,8 @@ def test_what_a_network_learnt_about_the_labels_of_a_cascade_never_acts_on_those
     source, target = network(0, input_channels=3), network(1, input_channels=3)
     name = "encoder.stems.1.project.weight"
     for channels in (("CT",), ("ct",)):  # by name or in order
-        facts = SourceFacts(num_images=1, channels=("CT",))
-        weights, report = transfer(source.state_dict(), "a cascade", target, facts, channels=channels)
+        cascade = source_of(source.state_dict(), preprocessing=ONE_IMAGE, channels=("CT",))
+        weights, report = transfer(cascade, target, channels=channels)
         assert torch.equal(weights[name][:, 0], source.state_dict()[name][:, 0])
         assert not weights[name][:, 1:].any()
         entry = next(entry for entry in report.entries if entry.name == name)
@@ -291,6 +307,6 @@ def test_statistics_arrive_under_all_names_a_unet_lists_them_by() -> None:
         1, 2, [4, 8], nn.Conv3d, 3, [[1, 1, 1], [2, 2, 2]], 1, 3, 1, norm_op=nn.BatchNorm3d, nonlin=nn.LeakyReLU
     )
     source = {n: torch.full_like(v, 7) for n, v in network_.named_buffers()} | dict(network_.named_parameters())
-    weights, _ = transfer(source, "safetensors lists them once", network_)
+    weights, _ = transfer(source_of(source), network_)
     network_.load_state_dict(weights)
     assert all((buffer == 7).all() for buffer in network_.buffers())

@@ -27,7 +27,9 @@ from nnunetv2_misfm.plans.network_entry import with_own_network
 from nnunetv2_misfm.plans.run_settings import PRETRAIN_INFO, FinetuningSettings, run_settings
 from nnunetv2_misfm.start_up import add_plugin_folder
 from nnunetv2_misfm.trainers.misfm_trainer import MisFMTrainer
-from nnunetv2_misfm.transfer.pretrained import load_source, transfer_source
+from nnunetv2_misfm.transfer.described import channel_names
+from nnunetv2_misfm.transfer.pretrained import load_source
+from nnunetv2_misfm.transfer.transfer import transfer
 
 PATCHES_OF_A_CASE = 6
 VOXELS_OF_A_LABEL, VOXELS_OF_BACKGROUND = 100, 200  # of a patch
@@ -117,7 +119,7 @@ def fitted_predictor(request: Mapping[str, Any], device: torch.device) -> nnUNet
     pretrained = info.get("checkpoint_path") is not None
     if pretrained:
         settings = cast(FinetuningSettings, run_settings(plans, FinetuningSettings))
-        weights, _ = transfer_source(load_source(info), network, dataset_json, settings)
+        weights, _ = transfer(load_source(info), network, settings, channel_names(dataset_json))
         network.load_state_dict(weights)
     probed = ProbedNetwork(network).to(device).eval()
     fit_classifier(
