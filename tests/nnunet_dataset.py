@@ -36,6 +36,11 @@ def make_case(index: int) -> tuple[np.ndarray, np.ndarray]:
     return image.astype(np.float32), labels
 
 
+def labels_in(file: Path) -> np.ndarray:
+    """The voxels of a segmentation."""
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+
+
 def plans(spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> dict[str, Any]:
     """Ordinary plans with a 3D and a 2D configuration, as nnU-Net's planner writes them."""
     arguments = {"order_z": 0, "force_separate_z": None}

@@ -70,15 +70,15 @@ class BareVolumes:
         settings = read_settings(PoolSettings, options.pool, "The pool's settings")
         if self.adopted is not None:
             adopted = adopt_plans(self.adopted, options.configuration, *names, settings, self.adopted.get(BLOCK, {}))
+        folder = PoolFolder(*names, Share(options.num_parts, options.part_id))
+        if self.earlier is not None:  # before the headers of an archive are read; the rest is compared after
+            folder.check_same_settings(settings_differences(self.earlier, write_settings(settings)))
         if options.dry_run:
             self.sample = sample_volumes(options.folders, settings.join_channels, options.num_processes)
             whole: PoolInspection | None = self.sample.inspection
             if not self.sample.inspection.volumes:
                 raise PoolError(f"no usable volume in the given folders\n{self.sample.inspection.summary()}")
         else:
-            folder = PoolFolder(*names, Share(options.num_parts, options.part_id))
-            if self.earlier is not None:  # before the headers of an archive are read; the rest is compared after
-                folder.check_same_settings(settings_differences(self.earlier, write_settings(settings)))
             with folder.full_disk_explained():
                 whole = self._inspect(folder, settings)
         if whole is None:

@@ -80,8 +80,15 @@ class PoolFolder:
             raise PoolError(f"the disk of {self.root} is full; make room and run this again to continue") from error
 
     def create(self) -> None:
-        """Make the folders. Raises PoolError if something else than a pool lives there."""
+        """Make the folders. Raises PoolError if something else than this pool lives there."""
         check_is_pool(self.root, self.plans.stem)
+        # dataset.json, fingerprint and report are those of one pool.
+        others = (path.name for path in self.root.glob(f"*{_PREPARATION}") if path != self._preparation)
+        if other := next(others, None):
+            raise PoolError(
+                f"{self.root} holds the pool {other.removesuffix(_PREPARATION)}; choose another dataset ID and name "
+                f"for {self.data.name}, or leave -i out to train on the volumes of that pool by other plans"
+            )
         for folder in (self.data, self._all_temporary):
             folder.mkdir(parents=True, exist_ok=True)
         self.ledger.create()
@@ -92,7 +99,7 @@ class PoolFolder:
             raise PoolError(
                 f"{self.plans} was made with other settings:\n  "
                 + "\n  ".join(differences)
-                + "\nUse the same settings again, or another plans name or dataset ID for a second pool, or remove "
+                + "\nUse the same settings again, or another dataset ID for a second pool, or remove "
                 f"{self.data} and {self.plans} to start anew"
             )
 

@@ -72,7 +72,12 @@ def read_header(file: VolumeFile) -> Header:
             raise VolumeProblem("empty file (0 bytes)")
         if file.format == "DICOM":
             return Header(file, num_bytes, modified_ns, dicom=read_dicom_header(file.path))
-        return Header(file, num_bytes, modified_ns, grid=open_image(file.path).grid)
+        image = open_image(file.path)
+        for part in {part for part, _ in image.parts} - {file.path}:  # of a header beside its voxels
+            if os.path.exists(part):
+                status = os.stat(part)
+                num_bytes, modified_ns = num_bytes + status.st_size, max(modified_ns, status.st_mtime_ns)
+        return Header(file, num_bytes, modified_ns, grid=image.grid)
     except OSError as error:
         return Header(file, num_bytes, NEVER, problem=f"unreadable: {error.strerror or error}")
     except VolumeProblem as problem:

@@ -14,6 +14,7 @@ from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.pool.channels import channels_of_names, volume_name
 from nnunetv2_misfm.pool.share import WHOLE, bundle_of
 from nnunetv2_misfm.pool.volume_files import (
+    DETACHED_ENDINGS,
     DICOM_ENDINGS,
     IMAGE_ENDINGS,
     LeftOut,
@@ -21,8 +22,6 @@ from nnunetv2_misfm.pool.volume_files import (
     is_companion,
     split_ending,
 )
-
-_IMAGE_ENDINGS = tuple(IMAGE_ENDINGS)
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,9 @@ class FileGroup:
     """As in `join_channels`."""
 
     def state(self) -> str:
-        """A hash that changes with any of the files; empty if the system cannot tell."""
+        """A hash that changes with any of the files; empty if that cannot be told, as of voxels beside a header."""
+        if self.files[0].path.lower().endswith(DETACHED_ENDINGS):
+            return ""
         state = hashlib.blake2b(str(self.usual_channels).encode(), digest_size=12)
         try:
             for file in self.files:
@@ -218,8 +219,8 @@ class ArchiveLister:
             lower = name.lower()
             if lower.endswith(DICOM_ENDINGS):
                 dicom.append(name)
-            elif lower.endswith(_IMAGE_ENDINGS):
-                images[split_ending(name)[1]].append(name)
+            elif (ending := split_ending(name)[1]) in IMAGE_ENDINGS:
+                images[ending].append(name)
             elif not is_companion(name):  # its first bytes will tell
                 dicom.append(name)
             elif bundle in self.bundles:

@@ -129,11 +129,13 @@ def read_entries(ledger: Ledger, layout: str, there: Collection[str], counts: Wa
     for bundle in WHOLE.bundles:
         volumes, left_out = ledger.found(bundle)
         records = _of_arrays(ledger.records(bundle), there)
+        by_source: dict[str, list[CaseRecord]] = defaultdict(list)
+        for record in records.values():
+            by_source[record.source].append(record)
         wanted = [volume for volume in volumes if not joined.covers(volume)]
         for volume in wanted:
-            names = volume.case, volume.own_name
-            found_in.update(dict.fromkeys(names, bundle))
-            result.num_waiting += not any(name in records and records[name].is_of(volume, layout) for name in names)
+            found_in.update(dict.fromkeys((volume.case, volume.own_name), bundle))
+            result.num_waiting += not any(one.is_of(volume, layout) for one in by_source[volume.source])
         apart = (one for one in wanted if one.series not in joined.series and not counts.problem_of(one))
         result.sizes += [(one.shape, one.spacing) for one in apart]
         put_together = (records[case] for case in records.keys() & joined.cases)

@@ -301,7 +301,7 @@ def existing_plans(dataset_name: str, plans_name: str) -> dict[str, Any] | None:
     plans = read_json(path, remedy)
     check_complete(plans, path, remedy)
     if "pool" not in plans.get(BLOCK, {}):
-        raise PoolError(f"{path} is not a pool's; choose another plans name or dataset")
+        raise PoolError(f"{path} is not a pool's; choose another dataset ID and name")
     return plans
 
 

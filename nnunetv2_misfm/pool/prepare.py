@@ -216,10 +216,16 @@ def _pending(
     tasks = []
     for bundle, of_bundle in groupby(sorted(volumes, key=lambda volume: volume.bundle), lambda volume: volume.bundle):
         records = folder.ledger.records(bundle)
+        by_source = {record.source: record for record in records.values()}
         for volume in of_bundle:
             if joined.covers(volume):  # a piece of a volume, which comes when all parts are done
                 continue
-            record = _standing(records.get(volume.case) or earlier.get(volume.case), layout, folder)
+            record = _standing(by_source.get(volume.source), layout, folder)
+            if record is not None:
+                # Which of two equal names of folders is the longer one depends on the folders that are given together.
+                volume = replace(volume, case=record.case)
+            else:
+                record = _standing(records.get(volume.case) or earlier.get(volume.case), layout, folder)
             other = record
             if record is not None and record.is_of_another(volume):
                 # Two folders may hold files of the same names. A file that was moved is known by its voxels.
@@ -248,7 +254,7 @@ def _standing(record: CaseRecord | None, layout: str, folder: PoolFolder) -> Cas
 def _prepare_all(folder: PoolFolder, tasks: Sequence[CaseTask], num_processes: int, tally: Tally) -> None:
     """Prepare the volumes; publish each as it is done, the first ones once time and disk have been estimated."""
     tasks = typical_first(tasks)
-    unpublished: list[CaseResult] | None = []
+    measured: list[CaseResult] | None = []
     what = "1 volume" if len(tasks) == 1 else f"{len(tasks)} volumes"
     print(f"Preparing {what} with {num_processes} process{'es' if num_processes > 1 else ''}")
     try:
@@ -258,16 +264,18 @@ def _prepare_all(folder: PoolFolder, tasks: Sequence[CaseTask], num_processes: i
                     result = _result(outcome)
                     tally.add(result.record.status, result.record.reason, result.record.mended)
                     progress.update()
-                    if unpublished is None:
+                    if measured is None or not result.written:  # what takes no space waits for no estimate
                         folder.publish(result.record)
+                    if measured is None:
                         continue
-                    unpublished.append(result)
-                    written = sum(one.written > 0 for one in unpublished)
-                    if written == MEASURED_FIRST or number == len(tasks):
-                        progress.write(check_disk(folder.data, unpublished, tasks, num_processes))
-                        for one in unpublished:
-                            folder.publish(one.record)
-                        unpublished = None
+                    measured.append(result)
+                    held = [one.record for one in measured if one.written]
+                    if len(held) == MEASURED_FIRST or number == len(tasks):
+                        if number < len(tasks):
+                            progress.write(check_disk(folder.data, measured, tasks, num_processes))
+                        for record in held:
+                            folder.publish(record)
+                        measured = None
     finally:
         folder.clear_temporary()
 

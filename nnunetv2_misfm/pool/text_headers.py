@@ -64,7 +64,7 @@ def open_metaimage(path: str) -> StoredImage:
         parts = [(voxel_file, start) for voxel_file in paths]
     decode: Callable[[bytes], bytes] = inflate if _is_true(fields.get("compresseddata", "")) else bytes
     if fields.get("binarydata", "true").lower() in ("false", "0"):
-        decode = _numbers_as(dtype)
+        decode = _numbers_as(dtype.newbyteorder("<"))  # the byte order is then applied to them, as in ITK
     big_endian = any(_is_true(fields.get(f"{name}byteordermsb", "")) for name in ("binarydata", "element"))
     return StoredImage(grid, dtype.newbyteorder("big" if big_endian else "little"), tuple(parts), decode)
 
@@ -89,6 +89,7 @@ def open_nrrd(path: str) -> StoredImage:
         raise VolumeProblem("the size of its voxels is not known: no space directions and no spacings in its header")
     units = re.findall(r'"([^"]*)"', fields.get("spaceunits", fields.get("units", "")))
     grid, dtype = _itk_header(path, [_mm_per_unit(unit) for unit in units] if len(units) == 3 else [1.0] * 3)
+    dtype = dtype.newbyteorder("big" if fields.get("endian", "little").lower() == "big" else "little")
     decoders: dict[str, Callable[[bytes], bytes]] = {
         "raw": bytes,
         **dict.fromkeys(("gzip", "gz"), inflate),
@@ -102,7 +103,7 @@ def open_nrrd(path: str) -> StoredImage:
     lines_before = int(fields.get("lineskip", "0"))
     return StoredImage(
         grid=grid,
-        dtype=dtype.newbyteorder("big" if fields.get("endian", "little").lower() == "big" else "little"),
+        dtype=dtype,
         parts=tuple((voxel_file, 0) for voxel_file in paths) if data else ((path, end_of_header),),
         decode=lambda content: decoders[encoding](content.split(b"\n", lines_before)[-1] if lines_before else content),
         skip=int(fields.get("byteskip", "0")),
@@ -184,7 +185,7 @@ def _mm_per_unit(unit: str) -> float:
 
 
 def _numbers_as(dtype: np.dtype[Any]) -> Callable[[bytes], bytes]:
-    return lambda content: np.array(content.split()).astype(dtype.newbyteorder("<")).tobytes()
+    return lambda content: np.array(content.split()).astype(dtype).tobytes()
 
 
 def _is_utf8(text: str) -> bool:

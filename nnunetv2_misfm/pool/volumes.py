@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,6 +185,14 @@ def headers_of(
 
 def _series_of(headers: Sequence[Header]) -> list[Volume | LeftOut]:
     series, broken = sort_series(headers)
+    described = Counter(one.source for one in series)
+    # Two patients to whom an anonymiser gave one series, with as many files.
+    series = [
+        dataclasses.replace(one, source=f"{one.source} from {one.headers[0].file.path}")
+        if described[one.source] > 1
+        else one
+        for one in series
+    ]
     left_out = [LeftOut(source, reason, first.file.bundle, series_hash(first)) for source, reason, first in broken]
     return [*map(_from_series, series), *left_out]
 

@@ -35,7 +35,7 @@ TASK += [
     "-initial_lr",
     "0.01",
 ]
-ONE_MACHINE = ["--nproc_per_node", "2", "--master_port", "29611"]
+ONE_MACHINE = ["--standalone", "--nproc_per_node", "2"]
 
 
 def command(plans: str, torchrun: list[str] | None, *more: str) -> list[str]:
@@ -127,6 +127,7 @@ def test_when_a_process_is_killed_the_job_ends_and_says_so(nnunet: Path) -> None
     until = time.monotonic() + 240
     while not (folder / "metrics.csv").exists() and time.monotonic() < until:
         time.sleep(0.5)
+    assert (folder / "metrics.csv").exists(), "no epoch in four minutes"
     children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text(encoding="utf-8").split()
     os.kill(int(children[1]), signal.SIGKILL)
     output, _ = job.communicate(timeout=120)

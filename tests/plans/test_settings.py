@@ -14,7 +14,7 @@ from nnunetv2_misfm.plans.run_settings import FinetuningSettings, PretrainingSet
 from nnunetv2_misfm.plans.settings import Settings, SettingsError, declared, read_settings, setting, write_settings
 from nnunetv2_misfm.pool.settings import PoolSettings
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
-from nnunetv2_misfm.pretrain.tasks import PretextSettings, default_settings
+from nnunetv2_misfm.pretrain.tasks import PretextSettings, default_settings, task_classes
 from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings
 
 GROUPS = default_settings("volume_fusion")
@@ -148,7 +148,11 @@ def test_a_run_that_goes_on_keeps_how_its_images_are_normalised(
 
 
 @pytest.mark.parametrize(
-    "kind", [PretrainingSettings, FinetuningSettings, PoolSettings, FusionSettings, AugmentSettings]
+    "kind",
+    [
+        *(PretrainingSettings, FinetuningSettings, PoolSettings, AugmentSettings),
+        *(task.Settings for task in task_classes()),
+    ],
 )
 def test_every_setting_has_an_option(kind: type[Settings]) -> None:
     """Given with its default, or as a switch, every option gives the setting of its name, in its type."""

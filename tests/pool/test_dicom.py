@@ -426,6 +426,7 @@ def test_two_patients_in_one_folder_with_one_series_uid_are_two_volumes(tmp_path
         dicom_files.series(tmp_path, HU + number, name=f"{patient}{{}}.dcm".format, PatientID=patient)
     found = find_volumes([tmp_path])
     assert (len({volume.case for volume in found.volumes}), found.left_out) == (2, ())
+    assert len({volume.source for volume in found.volumes}) == 2
 
 
 def test_a_file_without_preamble_and_ending_is_found(tmp_path: Path) -> None:

@@ -61,7 +61,9 @@ def test_files_of_one_name_keep_their_own_voxels(tmp_path: Path, names: tuple[st
     images = {name: phantoms.mr(seed, (20, 24, 28 + 4 * seed)) for seed, name in enumerate(names)}
     for name, voxels in images.items():
         phantoms.write(tmp_path / name, voxels, SPACING)
-    for volume in find_volumes([tmp_path]).volumes:
+    volumes = find_volumes([tmp_path]).volumes
+    assert len(volumes) == 2
+    for volume in volumes:
         voxels, _, _ = read_volume(volume, turn_upright=False)
         np.testing.assert_array_equal(voxels[0], images[Path(volume.source).name])
 
@@ -181,6 +183,11 @@ WHOLE: dict[str, Callable[[Path], Path]] = {
     "NRRD raw": lambda folder: text_file(folder / "a.nrrd", NRRD.format(encoding="raw", more=""), RAW),
     "NRRD gzip": lambda folder: text_file(folder / "a.nrrd", NRRD.format(encoding="gzip", more=""), gzip.compress(RAW)),
     "NRRD bzip2": lambda folder: text_file(folder / "a.nrrd", NRRD.format(encoding="bz2", more=""), bz2.compress(RAW)),
+    "NRRD text, big-endian": lambda folder: text_file(
+        folder / "a.nrrd",
+        NRRD.format(encoding="ascii", more="").replace("endian: little", "endian: big"),
+        " ".join(map(str, VOXELS.ravel())).encode(),
+    ),
     "NRRD hex": lambda folder: text_file(folder / "a.nrrd", NRRD.format(encoding="hex", more=""), RAW.hex().encode()),
     "NRRD numbers": lambda folder: text_file(
         folder / "a.nrrd", NRRD.format(encoding="txt", more=""), " ".join(map(str, VOXELS.ravel())).encode()

@@ -613,7 +613,64 @@ def test_other_settings_on_an_existing_pool_are_an_error_that_names_them(images:
         make_pool([images], spacing=(1, 1, 1), min_size=4)
     assert "spacing: none there, [1.0, 1.0, 1.0] now" in str(error.value)
     assert "min_size: 8 there, 4 now" in str(error.value)
-    assert "another plans name" in str(error.value)
+    assert "another dataset ID" in str(error.value)
+
+
+def test_a_dataset_holds_one_pool(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """dataset.json, fingerprint and report are those of one."""
+    phantoms.write(images / "a.nii.gz", phantoms.mr())
+    before = contents(make_pool([images]))
+    with monkeypatch.context() as others, pytest.raises(PoolError, match=f"holds the pool {PLANS}_{CONFIGURATION}"):
+        others.setattr(sys.modules[__name__], "PLANS", "OtherPlans")
+        make_pool([images])
+    assert contents(make_pool([images])) == before
+
+
+def test_what_is_known_of_volumes_is_kept_when_nothing_is_written(
+    images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files that were copied, with other dates: their voxels are looked at once, also by a run that is stopped."""
+    for number in range(4):
+        phantoms.write(images / f"{number}.nii.gz", phantoms.mr(number))
+    make_pool([images])
+    for path in images.iterdir():
+        os.utime(path, (1, 1))
+    prepared = prepare.prepare_case
+
+    def stopped_at_the_last(task: Any) -> Any:
+        if task.volume.source.endswith("3.nii.gz"):
+            raise KeyboardInterrupt
+        return prepared(task)
+
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr(prepare, "prepare_case", stopped_at_the_last)
+        stopped.setattr(prepare, "typical_first", lambda tasks: sorted(tasks, key=lambda task: task.volume.source))
+        make_pool([images])
+    capsys.readouterr()
+    make_pool([images])
+    said = capsys.readouterr().out
+    assert "Preparing 1 volume with" in said and "Measured on" not in said
+
+
+def test_a_volume_is_itself_whatever_folders_are_given_beside_its_own(tmp_path: Path) -> None:
+    folders = [tmp_path / "first" / "scans", tmp_path / "second" / "scans"]
+    for number, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        phantoms.write(folder / "x.nii.gz", phantoms.mr(number))
+    alone = make_pool([folders[1]])
+    before = set(data_folder(alone).iterdir())
+    both = make_pool(folders)
+    assert both.num_prepared == 2 and both.tally.statuses.total() == 2
+    assert {row["status"] for row in every_row(both)} == {"prepared"}
+    assert before < set(data_folder(both).iterdir())
+
+
+def test_voxels_beside_a_header_are_seen_to_change(images: Path) -> None:
+    for number in range(2):  # the header stays as it is
+        phantoms.write(images / "a.mhd", phantoms.mr(number))
+        os.utime(images / "a.mhd", (1, 1))
+        report = make_pool([images])
+    assert contents(report) == contents(make_pool([images], "Dataset101_Anew"))
 
 
 def test_removing_plans_and_data_starts_anew(images: Path) -> None:

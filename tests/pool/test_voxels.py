@@ -164,8 +164,10 @@ def test_the_content_hash_depends_on_voxels_and_shape_alone() -> None:
 
 @pytest.mark.real_data
 def test_real_label_maps_are_told_from_real_images(real_data_folder: Path) -> None:
+    seen = set()
     for volume in find_volumes([real_data_folder]).volumes:
         is_label_map = "labelsTr" in volume.source or ".organs." in volume.source
+        seen.add(is_label_map)
         voxels, _, _ = read_volume(volume)
         try:
             check_voxels(voxels, skip_label_maps=True)
@@ -173,11 +175,15 @@ def test_real_label_maps_are_told_from_real_images(real_data_folder: Path) -> No
             assert is_label_map, f"{volume.source}: {problem}"
         else:
             assert not is_label_map, volume.source
+    assert seen == {True, False}
 
 
 @pytest.mark.real_data
 def test_the_modality_of_real_volumes_is_found(real_data_folder: Path) -> None:
+    seen = set()
     for path in sorted((real_data_folder / "volumes").glob("*_*.nii.gz")):
         if ".organs." not in path.name:
             voxels, _, _ = read_volume(volume_at(path))
+            seen.add(guess_modality(voxels, None)[0])
             assert f"_{guess_modality(voxels, None)[0]}_" in path.name
+    assert seen == {"ct", "mr"}

@@ -73,15 +73,23 @@ def note_and_wait(folder: str) -> None:
     time.sleep(60)
 
 
-def test_when_nobody_wants_the_results_any_more_workers_end_and_other_processes_do_not() -> None:
+def sleep_and_note(job: tuple[float, Path | None]) -> None:
+    seconds, ended = job
+    time.sleep(seconds)
+    if ended is not None:
+        ended.touch()
+
+
+def test_when_nobody_wants_the_results_any_more_workers_end_and_other_processes_do_not(tmp_path: Path) -> None:
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     mine = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
     mine.start()
-    results = run_jobs(time.sleep, [0.0, 60.0], 2)
+    ended = tmp_path / "ended"
+    results = run_jobs(sleep_and_note, [(0.0, None), (60.0, ended)], 2)
     next(results)
-    began = time.monotonic()
     results.close()
-    assert time.monotonic() - began < 30  # the job of a minute was ended
+    assert not ended.exists(), "the job of a minute was ended, not waited for"
+    assert {child.pid for child in multiprocessing.active_children()} == {mine.pid}
     assert mine.is_alive() and other.poll() is None
     mine.terminate()
     other.terminate()

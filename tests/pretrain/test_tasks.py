@@ -163,9 +163,16 @@ def test_counts_of_all_processes_make_the_scores_of_one(name: str, pool: Path) -
 def test_the_picture_is_written(name: str, pool: Path, tmp_path: Path) -> None:
     task = pretext(name).task()
     x, target = task.make(first_batch(name, pool), CPU)
-    with torch.no_grad():
-        task.picture(tmp_path / "picture.png", x, target, network_for(task).eval()(x, target))
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    network = network_for(task).eval()
+    pictures = []
+    for _ in range(2):
+        with torch.no_grad():
+            task.picture(tmp_path / "picture.png", x, target, network(x, target))
+        pictures.append((tmp_path / "picture.png").read_bytes())
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    assert pictures[0].startswith(b"\x89PNG") and pictures[0] != pictures[1], "it shows what the network says"
 
 
 @every_task
@@ -203,7 +210,7 @@ def test_the_block_of_the_plans_is_read_back(name: str) -> None:
 
 
 @every_task
-def test_every_setting_of_a_task_has_an_option(name: str) -> None:
+def test_the_settings_of_a_task_are_read_back(name: str) -> None:
     kind = task_class(name).Settings
     parser = argparse.ArgumentParser()
     add_setting_options(parser, "x", kind)

@@ -185,7 +185,9 @@ def test_weights_of_nnssls_primus_fill_the_encoder_of_a_primus_in_plans(
 @pytest.mark.parametrize("pretext", [n for n in PRETEXT_TASKS if issubclass(task_class(n), ReconstructionTask)])
 def test_other_tasks_pretrain_a_network_of_ones_own(preprocessed: Path, pretext: str) -> None:
     name_own(preprocessed, "OwnNetwork")
-    assert pretrained(preprocessed, "-pretext", pretext).is_file()
+    content = read_checkpoint(pretrained(preprocessed, "-pretext", pretext))
+    assert content["misfm"]["task"] == pretext
+    assert content["misfm"]["network_class_name"] == "own_networks_for_plans.OwnNetwork"
 
 
 def test_a_constructor_may_look_at_values(preprocessed: Path, capsys: pytest.CaptureFixture[str]) -> None:

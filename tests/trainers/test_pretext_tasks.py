@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from nnunet_dataset import NAME
+from nnunet_dataset import NAME, labels_in
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import get_trainer_from_args
@@ -174,9 +175,11 @@ def test_two_processes_train_as_one_does(nnunet: Path, name: str) -> None:
     ]
     arguments += ["-optimizer", "sgd", "-initial_lr", "0.001"]  # larger steps blow rounding up
     rows = []
-    for plans, start in (("One", []), ("Two", ["-m", "torch.distributed.run", "--nproc_per_node", "2"])):
-        port = ["--master_port", "29633"] if start else []
-        command = [sys.executable, *start, *port, "-m", "nnunetv2_misfm.pretrain", *arguments]
+    for plans, start in (
+        ("One", []),
+        ("Two", ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]),
+    ):
+        command = [sys.executable, *start, "-m", "nnunetv2_misfm.pretrain", *arguments]
         done = subprocess.run([*command, "-overwrite_plans_name", plans], capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-2000:]
         with open(run_folder(name, plans) / "metrics.csv", encoding="utf-8", newline="") as file:
@@ -233,6 +236,8 @@ def test_from_volumes_to_a_segmentation(nnunet: Path, tmp_path: Path, name: str,
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False, perform_everything_on_device=False)
     predictor.initialize_from_trained_model_folder(str(Path(run.output_folder).parent), (0,))
     (tmp_path / "out").mkdir()
-    image = nnunet / "nnUNet_raw" / NAME / "imagesTr" / "case_0_0000.nii.gz"
+    run.perform_actual_validation()
+    validated = next((Path(run.output_folder) / "validation").glob("*.nii.gz"))
+    image = nnunet / "nnUNet_raw" / NAME / "imagesTr" / validated.name.replace(".nii.gz", "_0000.nii.gz")
     predictor.predict_from_files_sequential([[str(image)]], str(tmp_path / "out"), overwrite=True)
-    assert (tmp_path / "out" / "case_0.nii.gz").is_file()
+    np.testing.assert_array_equal(labels_in(tmp_path / "out" / validated.name), labels_in(validated))

@@ -371,6 +371,7 @@ def test_a_signal_to_all_processes_of_a_job_saves_and_ends_without_a_traceback(
     until = time.monotonic() + 240
     while not (run_folder("Group") / "metrics.csv").exists() and time.monotonic() < until:
         time.sleep(0.2)
+    assert (run_folder("Group") / "metrics.csv").exists(), "no epoch in four minutes"
     os.killpg(job.pid, kind)
     time.sleep(0.05)
     if kind == signal.SIGTERM:

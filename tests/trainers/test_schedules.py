@@ -72,8 +72,8 @@ def test_layer_decay_slows_each_stage_of_the_encoder_more_than_the_next(kind: ty
     assert sum(len(group["params"]) for group in groups) == len(list(network.parameters()))
     schedule = StagedSchedule(torch.optim.Adam(groups, lr=1.0), "poly", 0.01, 10)
     assert schedule.get_last_lr() == [pytest.approx(0.01 * group["lr_scale"]) for group in groups]
-    deepest = {id(parameter) for parameter in network.encoder.stage4.parameters()} if kind is PCTNet else set()
-    assert deepest <= {id(parameter) for parameter in groups[1]["params"]}
+    deepest = {id(p) for p in (network.encoder.stage4 if kind is PCTNet else network.encoder.stages[4]).parameters()}
+    assert deepest and deepest <= {id(parameter) for parameter in groups[1]["params"]}
 
 
 @pytest.mark.parametrize("kind", [PCTNet, FMUNet])

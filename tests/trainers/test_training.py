@@ -11,9 +11,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from nnunet_dataset import NAME
+from nnunet_dataset import NAME, labels_in
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -109,9 +110,11 @@ def test_pretrain_plan_finetune_and_predict(nnunet: Path, tmp_path: Path) -> Non
     predictor = nnUNetPredictor(device=CPU, allow_tqdm=False, perform_everything_on_device=False)
     predictor.initialize_from_trained_model_folder(str(run_folder("MisFMTrainer", "nnUNetMisFMPlans")), (0,))
     (tmp_path / "out").mkdir()
-    image = nnunet / "nnUNet_raw" / NAME / "imagesTr" / "case_0_0000.nii.gz"
+    validated = next((Path(run.output_folder) / "validation").glob("*.nii.gz"))
+    image = nnunet / "nnUNet_raw" / NAME / "imagesTr" / validated.name.replace(".nii.gz", "_0000.nii.gz")
     predictor.predict_from_files_sequential([[str(image)]], str(tmp_path / "out"), overwrite=True)
-    assert (tmp_path / "out" / "case_0.nii.gz").is_file()
+    # The network that was trained, on images as it was trained with them.
+    np.testing.assert_array_equal(labels_in(tmp_path / "out" / validated.name), labels_in(validated))
 
     for folder, said in ((checkpoint.parent, "Finished: all 2 epochs"), (Path(run.output_folder), "decoder")):
         page = folder / "run.html"
@@ -668,5 +671,5 @@ def test_a_finished_run_that_goes_on_without_checkpoints_keeps_its_own(nnunet: P
     for name, text in begun.items():
         final.with_name(name).write_text(text, encoding="utf-8")
     run.on_train_end()
-    assert {path.name: path.read_text(encoding="utf-8") for path in final.parent.glob("*_*.pth")} == begun
-    assert not final.exists()
+    assert {path.name for path in final.parent.glob("*.pth")} == {*begun, "checkpoint_best.pth"}
+    assert {name: final.with_name(name).read_text(encoding="utf-8") for name in begun} == begun

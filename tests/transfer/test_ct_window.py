@@ -33,7 +33,7 @@ def test_the_same_window_needs_no_word() -> None:
 
 def of_pretraining(preprocessing: dict[str, Any], pool: dict[str, Any] | None = None) -> Source:
     info = CheckpointInfo("volume_fusion", "a.B", {}, 1, 5, preprocessing, {"pool": pool} if pool else {})
-    return Source(Path("w.pth"), None, {"a": torch.zeros(1)}, info, "", preprocessing, by_this_package=True)
+    return Source(Path("w.pth"), {"a": torch.zeros(1)}, info=info, preprocessing=preprocessing, by_this_package=True)
 
 
 def dataset_plans(scheme: str, masked: bool = False) -> dict[str, Any]:

@@ -151,8 +151,11 @@ def test_a_dataset_that_is_planned_and_not_preprocessed_is_preprocessed(
     for name in ("gt_segmentations", "nnUNetPlans_3d_fullres"):
         shutil.rmtree(preprocessed / name)
     monkeypatch.setattr(sys.modules[__name__], "WORDS", [word for word in WORDS if word != "--nnunet"])
+    arguments: dict[str, Any] = {"strides": strides_of(0), "features_per_stage": [4, 4, 8, 8, 16]}
+    info = CheckpointInfo("volume_fusion", NETWORKS["pctnet"], arguments, 1, 5, {}, {})
+    write_checkpoint({"network_weights": PCTNet(1, 5, **arguments).state_dict()}, info, tmp_path / "VF.pth")
     for _ in range(2):
-        made = study(tmp_path, nnunet, monkeypatch)
+        made = study(tmp_path, nnunet, monkeypatch, "-pretrained_weights", str(tmp_path / "VF.pth"))
         assert len(list((made.workspace.preprocessed / "gt_segmentations").iterdir())) == len(made.cases)
     assert not (preprocessed / "gt_segmentations").exists(), "the user's own folder is as it was"
 
