@@ -93,6 +93,8 @@ def test_links_lead_somewhere(document: Path) -> None:
 def test_the_readme_is_short_and_its_pictures_are_small() -> None:
     text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 120
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE).splitlines()
+    assert [line for line in prose if len(line) > 132 and not line.startswith("|")] == []
     pictures = re.findall(r"!\[[^\]]+\]\(([^)\s]+)\)", text)
     assert pictures and all((REPOSITORY / picture).stat().st_size < 150_000 for picture in pictures)
 

@@ -83,12 +83,14 @@ class PoolFolder:
         """Make the folders. Raises PoolError if something else than this pool lives there."""
         check_is_pool(self.root, self.plans.stem)
         # dataset.json, fingerprint and report are those of one pool.
-        others = (path.name for path in self.root.glob(f"*{_PREPARATION}") if path != self._preparation)
-        if other := next(others, None):
-            raise PoolError(
-                f"{self.root} holds the pool {other.removesuffix(_PREPARATION)}; choose another dataset ID and name "
-                f"for {self.data.name}, or leave -i out to train on the volumes of that pool by other plans"
-            )
+        plans = [path.stem for path in self.root.glob("*.json")]
+        for other in self.root.glob(f"*{_PREPARATION}"):
+            if other != self._preparation and any(other.name.startswith(f"{name}_") for name in plans):
+                raise PoolError(
+                    f"{self.root} holds the pool {other.name.removesuffix(_PREPARATION)}; choose another dataset ID "
+                    f"and name for {self.data.name}, or leave -i out to train on the volumes of that pool by other "
+                    f"plans"
+                )
         for folder in (self.data, self._all_temporary):
             folder.mkdir(parents=True, exist_ok=True)
         self.ledger.create()

@@ -271,8 +271,9 @@ def _prepare_all(folder: PoolFolder, tasks: Sequence[CaseTask], num_processes: i
                     measured.append(result)
                     held = [one.record for one in measured if one.written]
                     if len(held) == MEASURED_FIRST or number == len(tasks):
+                        said = check_disk(folder.data, measured, tasks, num_processes)
                         if number < len(tasks):
-                            progress.write(check_disk(folder.data, measured, tasks, num_processes))
+                            progress.write(said)
                         for record in held:
                             folder.publish(record)
                         measured = None

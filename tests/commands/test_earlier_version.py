@@ -1,8 +1,8 @@
-"""A pool, results folders and checkpoints that the first release wrote, before the package had its present rooms.
+"""A pool, results folders and checkpoints that an early version wrote, before the package had its present rooms.
 
 `earlier_version.zip` holds nnU-Net's folders as its commands left them: three volumes of 20^3 voxels prepared by
 `misfm_pretrain -d 901 -i ...`, three epochs of Volume Fusion with PCT-Net, a dataset planned from that checkpoint by
-`misfm_plan -d 5`, and two epochs of fine-tuning. The right values are those that the first release printed.
+`misfm_plan -d 5`, and two epochs of fine-tuning. The right values are those that it printed.
 """
 
 from __future__ import annotations

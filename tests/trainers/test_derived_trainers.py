@@ -115,7 +115,31 @@ def test_every_variant_can_be_mixed_in(planned: Path, name: str) -> None:
     if name == "nnUNetTrainerBN":  # changes the norm of nnU-Net's own networks alone
         misfm_plan(["-d", "4", *SHORT, "-network", "plan", "-overwrite_plans_name", "Unet"])
         plans_name = "Unet"
-    train_and_resume(VARIANTS[name], planned, plans_name)
+    same_as_stock(train_and_resume(VARIANTS[name], planned, plans_name), VARIANTS[name], planned)
+
+
+def same_as_stock(run: Any, variant: type[nnUNetTrainer], folder: Path) -> None:
+    """What a variant changes of nnU-Net's trainer is what it changes of ours."""
+    stocks = []
+    for kind in (nnUNetTrainer, variant):
+        plans, dataset = (json.loads((folder / f"{n}.json").read_text("utf-8")) for n in ("nnUNetPlans", "dataset"))
+        stock = kind({**plans, "continue_training": False}, "3d_fullres", 0, dataset, CPU)
+        stock.initialize()
+        stocks.append(what_decides(stock))
+    plain, changed = stocks
+    changes = {name: value for name, value in changed.items() if value != plain[name]}
+    ours = what_decides(run)
+    assert {name: ours[name] for name in changes} == changes
+
+
+def what_decides(trainer: nnUNetTrainer) -> dict[str, Any]:
+    """What variants of nnU-Net's trainer change, apart from the network and the augmentation."""
+    return {
+        "loss": type(getattr(trainer.loss, "loss", trainer.loss)).__name__,
+        "optimizer": type(trainer.optimizer).__name__,
+        "schedule": type(trainer.lr_scheduler).__name__,
+        **{name: getattr(trainer, name) for name in ("enable_deep_supervision", "initial_lr", "weight_decay")},
+    }
 
 
 def test_the_weights_of_the_plans_arrive_once(planned: Path, tmp_path: Path) -> None:
