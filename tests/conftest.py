@@ -6,9 +6,13 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -30,6 +34,17 @@ def environment_is_restored() -> Iterator[None]:
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope="session")
+def gpu_device() -> torch.device:
+    """A GPU, for tests marked `gpu`; MISFM_TEST_DEVICE=cpu takes the CPU in its place, to try the tests themselves."""
+    import torch  # which takes seconds
+
+    device = torch.device(os.environ.get("MISFM_TEST_DEVICE", "cuda"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no usable GPU here")
+    return device
 
 
 @pytest.fixture(scope="session")

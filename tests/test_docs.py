@@ -37,19 +37,20 @@ def blocks(text: str, language: str) -> list[str]:
 def command_lines() -> Iterator[tuple[str, str]]:
     """Commands of ours and of nnU-Net with their arguments, in blocks and within sentences.
 
-    Those that are cut short (`...`) or end in the name of an option are left out.
+    Those that are cut short (`...`) or end in the name of an option that takes a value are left out.
     """
     for document in DOCUMENTS:
         text = document.read_text(encoding="utf-8")
         lines = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
-        within = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+        within = [" ".join(words.split()) for words in re.findall(r"`([^`]+)`", prose)]
         for line in [*lines, *(words for words in within if " " in words)]:
             for part in re.split(r"&&|;|\|", line.partition(" #")[0]):
                 command = part.split()[:1]
                 if (
                     command
                     and re.fullmatch(r"(misfm|nnUNetv2)_\w+", command[0])
-                    and not re.search(r"\.\.\.|\s-\S+\s*$", part)
+                    and not re.search(r"\.\.\.|--help|\s-[^-\s]\S*\s*$", part)
                 ):
                     yield document.name, part.strip()
 
@@ -116,7 +117,9 @@ PYTHON = [(path.name, code) for path in DOCUMENTS for code in blocks(path.read_t
 
 
 @pytest.mark.parametrize(("document", "code"), PYTHON, ids=[f"{name}-{i}" for i, (name, _) in enumerate(PYTHON)])
-def test_python_runs(document: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_runs(
+    document: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     arguments = {"features_per_stage": [4, 4, 8, 16, 32]}
     network = PCTNet(1, 5, **arguments)
@@ -133,6 +136,8 @@ def test_python_runs(document: str, code: str, tmp_path: Path, monkeypatch: pyte
     write_checkpoint(content, about, "CHECKPOINT")
     torch.save({"state_dict": network.state_dict()}, "FILE")
     exec(compile(code, document, "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    assert set(re.findall(r"^print\(.*\)  # (.+)$", code, flags=re.MULTILINE)) <= set(printed)
 
 
 # The tables of docs/plans_file.md, by the headings that they stand under.

@@ -60,10 +60,10 @@ class FinetuningSettings(RunSettings):
 
     schedule: Literal["poly", "warmup", "sawtooth", "decoder_only"] = setting(
         "poly",
-        "how the learning rate changes; poly: it falls from the start, as nnU-Net's does; warmup: it rises first and "
-        "then falls; sawtooth (misfm_plan's default with weights): it rises for the decoder alone while the encoder "
-        "stays as it is, then rises and falls for the whole network; decoder_only: the encoder stays as it is to the "
-        "end",
+        "how the learning rate changes; poly (the default without weights): it falls from the start, as nnU-Net's "
+        "does; warmup: it rises first and then falls; sawtooth (misfm_plan's default with weights): it rises for the "
+        "decoder alone while the encoder stays as it is, then rises and falls for the whole network; decoder_only: the "
+        "encoder stays as it is to the end",
         former={"default": "poly", "scratch": "poly"},
     )
     min_coverage: float = setting(

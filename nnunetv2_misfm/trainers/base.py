@@ -25,7 +25,7 @@ from torch import nn
 
 from nnunetv2_misfm.architectures.checkpointing import set_checkpointing
 from nnunetv2_misfm.architectures.memory import estimate_training_memory
-from nnunetv2_misfm.architectures.resolution import output_weights, total_strides
+from nnunetv2_misfm.architectures.resolution import output_weights
 from nnunetv2_misfm.cpu_threads import training_threads
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.network_entry import ENCODER, STEM, with_own_network
@@ -197,24 +197,13 @@ class BaseTrainer(ResumableTrainer):
 
     # ---------------------------------------------------------------- outputs and loss
 
-    def _network_strides(self) -> list[tuple[int, int, int]]:
-        """Stride of each deep-supervision output relative to the input, finest first."""
-        strides = self.configuration_manager.pool_op_kernel_sizes
-        # One output per stage but the coarsest, in our networks as in nnU-Net's.
-        return total_strides(strides)[:-1]
-
-    def _get_deep_supervision_scales(self) -> list[list[float]] | None:
-        if not self.enable_deep_supervision:
-            return None
-        return [[1 / s for s in stride] for stride in self._network_strides()]
-
     def _build_loss(self) -> nn.Module:
         with np.errstate(invalid="ignore"):  # nnU-Net's weights of a single output, which are not used here
             loss = super()._build_loss()
         if not self.enable_deep_supervision:
             return loss
         bare = loss.loss if isinstance(loss, DeepSupervisionWrapper) else loss
-        return DeepSupervisionWrapper(bare, output_weights(len(self._network_strides())))
+        return DeepSupervisionWrapper(bare, output_weights(len(self._get_deep_supervision_scales())))
 
     # ---------------------------------------------------------------- optimiser and schedule
 

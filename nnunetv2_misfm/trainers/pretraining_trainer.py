@@ -333,9 +333,8 @@ class PretrainingTrainer(BaseTrainer):
 
     def on_train_epoch_start(self) -> None:
         """As in the base class; starts the clock of the epoch."""
+        self._model.train()
         super().on_train_epoch_start()
-        if self.bare_model.head is not None:
-            self.bare_model.head.train()
         self._losses, self._replayed = [], 0
         self.dataloader_train.waited = 0.0
         self._clock = EpochClock(self.device)
