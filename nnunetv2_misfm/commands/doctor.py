@@ -11,6 +11,7 @@ import inspect
 import io
 import os
 import platform
+import re
 import shlex
 import shutil
 import site
@@ -72,6 +73,8 @@ class Finding:
 
 Check = Callable[[], Iterator[Finding]]
 
+_CUDNN_WITHOUT_TF32, _FAST_CUDNN = 91002, 91500
+
 
 def check_python() -> Iterator[Finding]:
     detail = f"{platform.python_version()}  {sys.executable}"
@@ -113,6 +116,8 @@ def check_device() -> Iterator[Finding]:
     for index in range(usable_gpus()):
         properties = torch.cuda.get_device_properties(index)
         yield Finding("ok", f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB")
+    if usable_gpus():
+        yield from slow_convolutions(torch.__version__, torch.backends.cudnn.version() or 0)
     if best_device() == "cpu":
         reason = "no usable GPU" if torch.version.cuda else "this PyTorch is built without CUDA"
         yield Finding(
@@ -122,6 +127,24 @@ def check_device() -> Iterator[Finding]:
             "misfm_demo and misfm_compare use the CPU by themselves; misfm_pretrain and nnU-Net's commands need "
             "`-device cpu`. Training is slow on it: if there is a GPU, install its driver and a PyTorch built for it",
         )
+
+
+def slow_convolutions(torch_version: str, cudnn: int) -> Iterator[Finding]:
+    """What of these versions makes 3D convolutions slow on GPUs (PyTorch's #163539, #166122, #166480 and #167024).
+
+    Args:
+        torch_version: such as "2.9.0+cu128".
+        cudnn: as PyTorch counts it, 91002 for 9.10.2.
+    """
+    release = tuple(int(number) for number in re.findall(r"\d+", torch_version)[:3])
+    newer = "a newer cuDNN: pip install 'nvidia-cudnn-cu12>=9.15' (cu13 where PyTorch is built for CUDA 13)"
+    without = (2, 9) <= release < (2, 10) and (release == (2, 9, 0) or cudnn < _FAST_CUDNN)
+    if without:
+        detail = f"{torch_version} with cuDNN {cudnn} computes 3D convolutions in half precision about 4 times slower"
+        yield Finding("warn", "torch", detail, f"another release of PyTorch; from 2.9.1 on, {newer}")
+    if _CUDNN_WITHOUT_TF32 <= cudnn < _FAST_CUDNN:
+        detail = f"{cudnn} computes 3D convolutions in float32 without TF32; mixed precision is as fast as ever"
+        yield Finding("warn", "cuDNN", detail, newer)
 
 
 def check_folders() -> Iterator[Finding]:

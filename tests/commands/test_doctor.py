@@ -124,6 +124,7 @@ def test_the_doctor_knows_the_device_that_the_commands_use(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91600)
     found = {finding.what for finding in doctor.run_check(doctor.check_device)}
     assert found == ({"cuda:0"} if usable else {"cpu"})
     assert Demo(Path("unused"), None, 0).device == best_device() == ("cuda" if usable else "cpu")
@@ -132,6 +133,24 @@ def test_the_doctor_knows_the_device_that_the_commands_use(monkeypatch: pytest.M
     else:
         with pytest.raises(PlanError, match="Use -device cpu"):
             check_device("cuda", 1)
+
+
+@pytest.mark.parametrize(
+    ("torch_version", "cudnn", "slow"),
+    [
+        ("2.8.0+cu128", 91000, []),
+        ("2.9.0+cu128", 91002, ["torch", "cuDNN"]),
+        ("2.9.0", 91600, ["torch"]),
+        ("2.9.1", 91400, ["torch", "cuDNN"]),
+        ("2.9.1", 91500, []),
+        ("2.10.0a0+git1", 91400, ["cuDNN"]),
+        ("2.14.1+cu130", 92000, []),
+    ],
+)
+def test_versions_with_slow_convolutions_are_named(torch_version: str, cudnn: int, slow: list[str]) -> None:
+    found = list(doctor.slow_convolutions(torch_version, cudnn))
+    assert [finding.what for finding in found] == slow
+    assert all(finding.status == "warn" and "nvidia-cudnn" in finding.remedy for finding in found)
 
 
 def test_warnings_alone_are_not_wrong(capsys: pytest.CaptureFixture) -> None:
