@@ -122,6 +122,8 @@ def test_every_task_trains_every_network(
     nnunet: Path, tmp_path: Path, gpu_device: torch.device, pretext: str, network: str
 ) -> None:
     more = ["-pretext", pretext, "-network", network, "-overwrite_plans_name", "Task"]
+    if network == "fmunet":  # whose deepest map of the usual patch would be a single voxel
+        more += ["-patch_size", "32", "32", "32"]
     finished(pretraining(tmp_path, gpu_device, *more, *(NETWORK if network != "plan" else []), nnUNet_compile="0"))
     (final,) = (Path(os.environ["nnUNet_results"]) / NAME).glob("*__Task__3d_fullres/fold_all/checkpoint_final.pth")
     content = read_checkpoint(final)
