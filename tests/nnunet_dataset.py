@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import matplotlib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -39,6 +42,17 @@ def make_case(index: int) -> tuple[np.ndarray, np.ndarray]:
 def labels_in(file: Path) -> np.ndarray:
     """The voxels of a segmentation."""
     return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+
+
+def assert_predicted_as_validated(fold: Path, out: Path) -> None:
+    """nnU-Net rebuilds the network of a results folder and predicts a case as the trainer did in its validation."""
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False, perform_everything_on_device=False)
+    predictor.initialize_from_trained_model_folder(str(fold.parent), (0,))
+    out.mkdir()
+    validated = next((fold / "validation").glob("*.nii.gz"))
+    image = Path(os.environ["nnUNet_raw"], NAME, "imagesTr", validated.name.replace(".nii.gz", "_0000.nii.gz"))
+    predictor.predict_from_files_sequential([[str(image)]], str(out), overwrite=True)
+    np.testing.assert_array_equal(labels_in(out / validated.name), labels_in(validated))
 
 
 def plans(spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> dict[str, Any]:

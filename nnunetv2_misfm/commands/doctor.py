@@ -11,7 +11,6 @@ import inspect
 import io
 import os
 import platform
-import re
 import shlex
 import shutil
 import site
@@ -113,10 +112,11 @@ def check_required_packages() -> Iterator[Finding]:
 def check_device() -> Iterator[Finding]:
     import torch
 
-    for index in range(usable_gpus()):
+    gpus = usable_gpus()
+    for index in range(gpus):
         properties = torch.cuda.get_device_properties(index)
         yield Finding("ok", f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB")
-    if usable_gpus():
+    if gpus:
         yield from slow_convolutions(torch.__version__, torch.backends.cudnn.version() or 0)
     if best_device() == "cpu":
         reason = "no usable GPU" if torch.version.cuda else "this PyTorch is built without CUDA"
@@ -136,10 +136,8 @@ def slow_convolutions(torch_version: str, cudnn: int) -> Iterator[Finding]:
         torch_version: such as "2.9.0+cu128".
         cudnn: as PyTorch counts it, 91002 for 9.10.2.
     """
-    release = tuple(int(number) for number in re.findall(r"\d+", torch_version)[:3])
     newer = "a newer cuDNN: pip install 'nvidia-cudnn-cu12>=9.15' (cu13 where PyTorch is built for CUDA 13)"
-    without = (2, 9) <= release < (2, 10) and (release == (2, 9, 0) or cudnn < _FAST_CUDNN)
-    if without:
+    if _satisfies(torch_version, "==2.9.0" if cudnn >= _FAST_CUDNN else "==2.9.*"):
         detail = f"{torch_version} with cuDNN {cudnn} computes 3D convolutions in half precision about 4 times slower"
         yield Finding("warn", "torch", detail, f"another release of PyTorch; from 2.9.1 on, {newer}")
     if _CUDNN_WITHOUT_TF32 <= cudnn < _FAST_CUDNN:

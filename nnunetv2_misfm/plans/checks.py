@@ -49,8 +49,6 @@ _OLD_ARCHITECTURE_KEYS = (
     "pool_op_kernel_sizes",
     "conv_kernel_sizes",
 )
-
-
 _OTHER_FILES = ("dataset", "dataset_fingerprint", "splits_final")  # what nnU-Net keeps beside plans
 
 

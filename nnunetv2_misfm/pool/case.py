@@ -24,7 +24,7 @@ from nnunetv2_misfm.files import disk_is_full
 from nnunetv2_misfm.pool.plan import expected_shape, plans_for_case, pool_dataset_json
 from nnunetv2_misfm.pool.reading import read_volume
 from nnunetv2_misfm.pool.settings import pool_block, pool_settings
-from nnunetv2_misfm.pool.volume_files import DETACHED_ENDINGS, VolumeProblem
+from nnunetv2_misfm.pool.volume_files import VolumeProblem, is_detached
 from nnunetv2_misfm.pool.volumes import Volume
 from nnunetv2_misfm.pool.voxels import (
     BoundingBox,
@@ -154,7 +154,7 @@ def prepare_case(task: CaseTask) -> CaseResult:
         written = sum(file.stat().st_size for file in temporary_files(task.temporary, task.volume.case))
     except VolumeProblem as problem:
         # A file of voxels beside its header may be mended without a change of the header, by which the volume is known.
-        detached = task.volume.source.lower().endswith(DETACHED_ENDINGS) and problem.__cause__ is not None
+        detached = is_detached(task.volume.source) and problem.__cause__ is not None
         status = FAILED if problem.is_of_system or detached else LEFT_OUT
         record = CaseRecord.of(task.volume, status, task.layout, reason=str(problem))
     except MemoryError:

@@ -24,7 +24,7 @@ from nnunetv2_misfm.pool.bundle_files import BundleFiles
 from nnunetv2_misfm.pool.dicom_frames import DicomHeader, Frame
 from nnunetv2_misfm.pool.grid import Grid
 from nnunetv2_misfm.pool.headers import NEVER, Header, HeaderReader
-from nnunetv2_misfm.pool.volume_files import DETACHED_ENDINGS, VolumeFile
+from nnunetv2_misfm.pool.volume_files import VolumeFile, is_detached
 
 FILES_AT_ONCE = 1000
 """Headers that are read before they are written down: what a part that is killed has to read again at most."""
@@ -87,7 +87,7 @@ class HeaderIndex:
 
 
 def _holds(header: Header | None) -> bool:
-    if header is None or header.file.path.lower().endswith(DETACHED_ENDINGS):  # whose voxels change by themselves
+    if header is None or is_detached(header.file.path):
         return False
     try:
         status = os.stat(header.file.path)

@@ -14,12 +14,12 @@ from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.pool.channels import channels_of_names, volume_name
 from nnunetv2_misfm.pool.share import WHOLE, bundle_of
 from nnunetv2_misfm.pool.volume_files import (
-    DETACHED_ENDINGS,
     DICOM_ENDINGS,
     IMAGE_ENDINGS,
     LeftOut,
     VolumeFile,
     is_companion,
+    is_detached,
     split_ending,
 )
 
@@ -34,7 +34,7 @@ class FileGroup:
 
     def state(self) -> str:
         """A hash that changes with any of the files; empty if that cannot be told, as of voxels beside a header."""
-        if self.files[0].path.lower().endswith(DETACHED_ENDINGS):
+        if is_detached(self.files[0].path):
             return ""
         state = hashlib.blake2b(str(self.usual_channels).encode(), digest_size=12)
         try:

@@ -90,6 +90,11 @@ def case_name(stem: str, key: str) -> str:
     return f"{readable}-{digest[:CASE_HASH_LENGTH]}"
 
 
+def is_detached(path: str) -> bool:
+    """Whether a file is a header beside its voxels, which change without it."""
+    return path.lower().endswith(DETACHED_ENDINGS)
+
+
 def split_ending(path: str) -> tuple[str, str]:
     """File name without its ending, and the ending in lower case with `.gz` kept as part of it."""
     name = os.path.basename(path)

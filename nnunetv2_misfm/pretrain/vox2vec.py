@@ -307,6 +307,7 @@ class Vox2Vec(PretextTask[Vox2VecSettings]):
     }
     run_defaults = PretrainingSettings(num_epochs=320, initial_lr=3e-4)
     augmentation_defaults = AugmentSettings.off()
+    _encoder_maps: Any = staticmethod(encoder_maps)
 
     def num_outputs(self, num_channels: int) -> int:
         """The least that a network is built with: its segmentation layers are left out."""
@@ -332,10 +333,6 @@ class Vox2Vec(PretextTask[Vox2VecSettings]):
     def head(self, network: nn.Module, num_channels: int) -> Projection:
         """The projection of a voxel's vector."""
         return Projection(sum(encoder_channels(network)), self.settings.embedding_size)
-
-    def __init__(self, settings: Vox2VecSettings):
-        super().__init__(settings)
-        self._encoder_maps = encoder_maps
 
     def compile(self) -> None:
         """The encoder: of the network, only the way through all of it is compiled."""

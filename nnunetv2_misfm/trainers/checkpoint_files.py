@@ -49,9 +49,11 @@ def kept(path: Path) -> Iterator[None]:
     there = path.is_file()
     if there:
         path.replace(aside)
-    yield
-    if there:
-        aside.replace(path)
+    try:
+        yield
+    finally:
+        if there:
+            aside.replace(path)
 
 
 def remove_half_written(folder: Path) -> None:

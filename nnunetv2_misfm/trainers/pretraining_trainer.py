@@ -267,10 +267,9 @@ class PretrainingTrainer(BaseTrainer):
         self._interrupted = InterruptedEpoch.now(self._losses, self.device)
         self.save_checkpoint(str(Path(self.output_folder) / LATEST))
         where = f"after iteration {len(self._losses)} of epoch {self.current_epoch}"
-        done = f"saved {where}. Continue with --c; the epoch goes on where it was."
-        if self.disable_checkpointing:
-            done = f"stopped {where}. Nothing is saved, because checkpointing is disabled."
-        self.print_to_log_file(f"{STOPPED}: {done}")
+        saved = f"{STOPPED}: saved {where}. Continue with --c; the epoch goes on where it was."
+        unsaved = f"Stopped {where}. Nothing is saved, because checkpointing is disabled."
+        self.print_to_log_file(unsaved if self.disable_checkpointing else saved)
         if self.local_rank == 0 and self.current_epoch > 0:
             update_run_page(Path(self.output_folder), self.print_to_log_file)
         if self.is_ddp:

@@ -263,11 +263,10 @@ class ResumableTrainer(nnUNetTrainer):
     def on_train_end(self) -> None:
         """As in nnU-Net, which removes the latest checkpoint for the final one, here only if there is a final one."""
         folder = Path(self.output_folder)
-        if self.local_rank != 0 or not self.disable_checkpointing:
-            super().on_train_end()
-            if self.local_rank == 0:
-                (folder / PREVIOUS).unlink(missing_ok=True)
+        if self.local_rank == 0 and self.disable_checkpointing:
+            with kept(folder / LATEST):  # a run that saves nothing leaves what another has begun
+                super().on_train_end()
             return
-        # A run that saves nothing leaves what another has begun.
-        with kept(folder / LATEST):
-            super().on_train_end()
+        super().on_train_end()
+        if self.local_rank == 0:
+            (folder / PREVIOUS).unlink(missing_ok=True)

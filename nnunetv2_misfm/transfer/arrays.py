@@ -62,23 +62,23 @@ def _provide(
 ) -> str:
     dataset_folder = folder.parent
     stock = dataset_folder / configuration_3d(base, configuration)["data_identifier"]
-    alike = preprocessing_key(plans, configuration) == preprocessing_key(base, configuration)
-    shared = alike and _looks_complete(stock, dataset_folder)
+    key = preprocessing_key(plans, configuration)
+    shared = key == preprocessing_key(base, configuration) and _looks_complete(stock, dataset_folder)
     record = record_of(folder)
-    wanted = json.loads(json.dumps(preprocessing_key(plans, configuration)))
-    known = json_or_nothing(record)
-    files = listing(folder)
-    as_stock, changed = shared and same_files(files, listing(stock)), changed_since(folder)
+    wanted = json.loads(json.dumps(key))
+    files, of_stock = listing(folder), listing(stock) if shared else {}
+    known = _record_of(record, files)
+    as_stock, changed = shared and same_files(files, of_stock), _changed(folder, known)
     if as_stock and changed.labels:
         shared = False  # nnU-Net's arrays are those that were made with the labels of before
-    same = known.get("preprocessing") == wanted and same_files(known.get("files"), files)
+    same = known.get("preprocessing") == wanted
     if same and (as_stock or not shared) and not changed.labels and not changed.cases:
         return f"{folder} is up to date."
     record.unlink(missing_ok=True)
     raw = nnunet_folder("nnUNet_raw") / dataset_folder.name
     # Of nnU-Net's own arrays it is not known from which files they were made.
     made_from = {} if shared else raw_files(raw)
-    recorded = {"preprocessing": wanted, **({"files": listing(stock)} if shared else {"raw": made_from})}
+    recorded = {"preprocessing": wanted, **({"files": of_stock} if shared else {"raw": made_from})}
     source = stock if shared else None
     if shared or made_from:
         source = _with_record(folder, recorded) or source
@@ -190,10 +190,10 @@ def _sizes(files: Mapping[str, list[int]]) -> dict[str, int]:
     return {name: size for name, (size, *_) in files.items()}
 
 
-def _record_of_present(folder: Path) -> dict[str, Any]:
-    """The record of a data folder; empty if there is none, or nnU-Net has made the arrays anew."""
-    record = json_or_nothing(record_of(folder))
-    return record if same_files(record.get("files"), listing(folder)) else {}
+def _record_of(record: Path, files: Mapping[str, list[int]]) -> dict[str, Any]:
+    """What a record says of these files; empty if there is none, or it is of others: nnU-Net has made them anew."""
+    known = json_or_nothing(record)
+    return known if same_files(known.get("files"), files) else {}
 
 
 def label_files(dataset_folder: Path) -> dict[str, list[int]]:
@@ -228,7 +228,10 @@ class Changed(NamedTuple):
 
 def changed_since(folder: Path) -> Changed:
     """What a data folder's record says; nothing is known of arrays without one, or that nnU-Net has made anew."""
-    record = _record_of_present(folder)
+    return _changed(folder, _record_of(record_of(folder), listing(folder)))
+
+
+def _changed(folder: Path, record: Mapping[str, Any]) -> Changed:
     return Changed(_changed_labels(folder, record), *_changed_cases(folder, record))
 
 

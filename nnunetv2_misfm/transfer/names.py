@@ -163,7 +163,7 @@ def matching_names(
     if names.by_anisotropy:
         return lambda name: _in_nearest_stem(name, names.by_anisotropy, source)
     if names.encoder_stages:
-        num_stages = _entries(source, names.encoder_stages)
+        num_stages = 1 + max((n for key in names.encoder_stages for n in _numbers(source, key)), default=-1)
         strides = source_arguments.get("strides") or []
         target_strides = [list(stride) for stride in target.encoder.strides]  # type: ignore[union-attr]
         if len(strides) != num_stages:  # nothing is known of the source: its stages are counted from the finest
@@ -202,7 +202,7 @@ def _in_nearest_stem(name: str, lists: Sequence[str], source: Collection[str]) -
     for key in lists:
         if within(name, key):
             degree, rest = _entry(name, key)
-            there = {_entry(other, key)[0] for other in source if re.match(rf"{re.escape(key)}\.\d+\.", other)}
+            there = _numbers(source, key)
             return f"{key}.{min(sorted(there), key=lambda other: abs(other - degree), default=degree)}.{rest}"
     return name
 
@@ -242,9 +242,10 @@ def _entry(name: str, key: str) -> tuple[int, str]:
     return int(number), rest
 
 
-def _entries(names: Collection[str], lists: Sequence[str]) -> int:
-    there = (name.removeprefix(f"{key}.").partition(".")[0] for key in lists for name in names if within(name, key))
-    return 1 + max((int(number) for number in there if number.isdecimal()), default=-1)
+def _numbers(names: Collection[str], key: str) -> set[int]:
+    """The numbers that names of a file have in the list `key`; what else is called so there is no list of ours."""
+    there = {name.removeprefix(f"{key}.").partition(".")[0] for name in names if within(name, key)}
+    return {int(number) for number in there if number.isdecimal()}
 
 
 def _changed(network: nn.Module, other: nn.Module) -> list[str]:

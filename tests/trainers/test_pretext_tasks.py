@@ -10,11 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from nnunet_dataset import NAME, labels_in
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunet_dataset import NAME, assert_predicted_as_validated
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import get_trainer_from_args
 from torch import nn
@@ -233,11 +231,5 @@ def test_from_volumes_to_a_segmentation(nnunet: Path, tmp_path: Path, name: str,
     misfm_plan(["-d", "4", *SHORT[:-2], "-pretrained_weights", str(checkpoint), "-overwrite_plans_name", "Tuned"])
     run = get_trainer_from_args(NAME, "3d_fullres", 0, "MisFMTrainer", "Tuned", False, torch.device("cpu"))
     run.run_training()
-    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False, perform_everything_on_device=False)
-    predictor.initialize_from_trained_model_folder(str(Path(run.output_folder).parent), (0,))
-    (tmp_path / "out").mkdir()
     run.perform_actual_validation()
-    validated = next((Path(run.output_folder) / "validation").glob("*.nii.gz"))
-    image = nnunet / "nnUNet_raw" / NAME / "imagesTr" / validated.name.replace(".nii.gz", "_0000.nii.gz")
-    predictor.predict_from_files_sequential([[str(image)]], str(tmp_path / "out"), overwrite=True)
-    np.testing.assert_array_equal(labels_in(tmp_path / "out" / validated.name), labels_in(validated))
+    assert_predicted_as_validated(Path(run.output_folder), tmp_path / "out")

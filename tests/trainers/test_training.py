@@ -11,10 +11,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from nnunet_dataset import NAME, labels_in
+from nnunet_dataset import NAME, assert_predicted_as_validated
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -107,14 +106,7 @@ def test_pretrain_plan_finetune_and_predict(nnunet: Path, tmp_path: Path) -> Non
     trained.perform_actual_validation()
     page = (Path(run.output_folder) / "run.html").read_text(encoding="utf-8")
     assert "nnU-Net&#39;s validation" in page or "nnU-Net's validation" in page
-    predictor = nnUNetPredictor(device=CPU, allow_tqdm=False, perform_everything_on_device=False)
-    predictor.initialize_from_trained_model_folder(str(run_folder("MisFMTrainer", "nnUNetMisFMPlans")), (0,))
-    (tmp_path / "out").mkdir()
-    validated = next((Path(run.output_folder) / "validation").glob("*.nii.gz"))
-    image = nnunet / "nnUNet_raw" / NAME / "imagesTr" / validated.name.replace(".nii.gz", "_0000.nii.gz")
-    predictor.predict_from_files_sequential([[str(image)]], str(tmp_path / "out"), overwrite=True)
-    # The network that was trained, on images as it was trained with them.
-    np.testing.assert_array_equal(labels_in(tmp_path / "out" / validated.name), labels_in(validated))
+    assert_predicted_as_validated(Path(run.output_folder), tmp_path / "out")
 
     for folder, said in ((checkpoint.parent, "Finished: all 2 epochs"), (Path(run.output_folder), "decoder")):
         page = folder / "run.html"

@@ -39,7 +39,7 @@ def estimate_hours(study: Study, runner: Runner) -> float:
     total = sum(seconds[kinds[run.arm]] for run in left)
     # Runs that share a GPU gain little by it.
     at_once = min(study.options.jobs, len(study.options.gpus) or 1) if runner.device == "cuda" else study.options.jobs
-    return total / max(1, min(at_once, len(left))) / 3600
+    return total / min(at_once, len(left) or 1) / 3600
 
 
 def _kind(study: Study, arm: Arm) -> str:

@@ -70,7 +70,7 @@ class Workspace:
         self.preprocessed.mkdir(exist_ok=True)
         # Where nnU-Net has not preprocessed yet, misfm_plan does it here.
         for name in ("gt_segmentations", configuration_3d(self.base, self.configuration)["data_identifier"]):
-            if (self.users_preprocessed / name).is_dir() and not (self.preprocessed / name).is_dir():
+            if (self.users_preprocessed / name).is_dir():
                 _link(self.users_preprocessed / name, self.preprocessed / name)
         for name in ("dataset.json", "dataset_fingerprint.json"):
             shutil.copyfile(self.users_preprocessed / name, self.preprocessed / name)
@@ -146,7 +146,8 @@ def fold_key(fold: Mapping[str, list[str]]) -> str:
 
 
 def _link(source: Path, target: Path) -> None:
-    if not target.is_symlink():
+    if target.is_symlink():
+        if target.resolve() != source.resolve():
+            raise PlanError(f"{target} leads to {target.resolve()}, not to {source}. Choose another folder with -o.")
+    elif not target.exists():  # else it was made here, when there was nothing to lead to
         target.symlink_to(source.resolve(), target_is_directory=True)
-    elif target.resolve() != source.resolve():
-        raise PlanError(f"{target} leads to {target.resolve()}, not to {source}. Choose another folder with -o.")

@@ -160,6 +160,18 @@ def test_a_dataset_that_is_planned_and_not_preprocessed_is_preprocessed(
     assert not (preprocessed / "gt_segmentations").exists(), "the user's own folder is as it was"
 
 
+@pytest.mark.parametrize("name", ["gt_segmentations", "nnUNetPlans_3d_fullres"])
+def test_links_to_other_data_are_refused(
+    tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    made = study(tmp_path, nnunet, monkeypatch)
+    link = made.workspace.preprocessed / name
+    link.unlink()
+    link.symlink_to(tmp_path, target_is_directory=True)
+    with pytest.raises(PlanError, match=f"{name} leads to {tmp_path}, not to .*Choose another folder with -o"):
+        made.workspace.prepare()
+
+
 def test_a_page_does_without_predictions_that_were_removed(
     tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
