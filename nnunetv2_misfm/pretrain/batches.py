@@ -76,9 +76,9 @@ class CropBatch:
             for first in range(number)
         ]
 
-    def in_volume(self, device: torch.device) -> Tensor | None:
-        """Which voxels of the first patches lie in their volumes, as bool (B, 1, X, Y, Z); None if all of them do."""
-        augmentations = self.augmentations[:: self.crops_per_sample]
+    def in_volume(self, device: torch.device, which: int = 0) -> Tensor | None:
+        """Which voxels of one crop of every sample lie in its volume: bool (B, 1, X, Y, Z), or None if all do."""
+        augmentations = self.augmentations[which :: self.crops_per_sample]
         if all(augmentation.inside is None for augmentation in augmentations):
             return None
         return torch.stack([voxels_inside(one, self.patch_size, device)[None] for one in augmentations])

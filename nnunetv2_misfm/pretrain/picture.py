@@ -55,8 +55,8 @@ def heat(image: np.ndarray) -> dict[str, Any]:
 
 
 def classes(number: int) -> Style:
-    """Whole numbers 0 to `number` - 1."""
-    colours = matplotlib.colormaps["viridis"].resampled(number)
+    """Whole numbers 0 to `number` - 1; those below are white."""
+    colours = matplotlib.colormaps["viridis"].resampled(number).with_extremes(under="white")
     return lambda image: {"cmap": colours, "vmin": -0.5, "vmax": number - 0.5}
 
 

@@ -3,7 +3,8 @@
 Image tensors are (B, C, X, Y, Z) in plans axis order, so X is the depth; label tensors are (B, 1, X, Y, Z).
 
 The fused image is `a * foreground + (1 - a) * background` with a fusion coefficient `a` of 0, 1/K .. 1 at every voxel,
-K = `num_fusion_classes` - 1. The network is asked for the class a * K of every voxel. Two geometries are published:
+K = `num_fusion_classes` - 1. The network is asked for the class a * K of every voxel, but not where both crops are
+padding and nothing tells it. Two geometries are published:
 `boxes` (MIS-FM, arXiv 2306.16925) and `blocks` (the authors' later code, PyMIC `pymic/transform/crop4vf.py`).
 """
 
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from pydantic import ValidationInfo, field_validator
 from torch import Tensor
 
@@ -35,6 +37,7 @@ _OF_THE_OTHER_GEOMETRY = {
     "blocks": ("num_boxes", "box_size_unit", "box_size_min", "box_size_max", "background_boxes"),
     "boxes": ("block_size_unit", "block_size_min", "block_size_max", "foreground_ratio"),
 }
+UNTOLD = -1  # in the labels: both crops are padding
 _ONE_CLASS = 0.999  # share of the voxels
 _EPOCHS_TO_START = 3
 _TOLD_APART = 0.2  # Dice
@@ -212,7 +215,8 @@ class VolumeFusion(PretextTask[FusionSettings]):
     picture_name = "fused_samples.png"
     picture_caption = (
         "Each row is a sample: the fused image, the fusion class of each voxel, and the class that the network "
-        "predicts. A network that learns finds the boxes first and tells their classes apart later."
+        "predicts. A network that learns finds the boxes first and tells their classes apart later. Where a label is "
+        "white, both crops are padding, which does not count."
     )
     score_captions = {
         "dice": "dice 0 is the Dice of fusion class 0, the voxels into which nothing was mixed; dice 1, dice 2 and so "
@@ -254,9 +258,13 @@ class VolumeFusion(PretextTask[FusionSettings]):
         return crops, fusion
 
     def make(self, batch: CropBatch, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The fused images (B, C, X, Y, Z), float32, and their labels (B, 1, X, Y, Z), int16."""
+        """The fused images (B, C, X, Y, Z), float32, and their labels (B, 1, X, Y, Z), int16, or `UNTOLD`."""
         foreground, background = batch.patches(device)
-        return fuse(foreground, background, batch.drawn, self.settings.num_fusion_classes)
+        fused, labels = fuse(foreground, background, batch.drawn, self.settings.num_fusion_classes)
+        inside = batch.in_volume(device, 0), batch.in_volume(device, 1)
+        if inside[0] is not None and inside[1] is not None:
+            labels.masked_fill_(~(inside[0] | inside[1]), UNTOLD)
+        return fused, labels
 
     def loss(self, outputs: Sequence[Tensor], target: Tensor) -> Tensor:
         """Weighted sum over the outputs (B, K + 1, ...), finest first; the labels are brought to their sizes."""
@@ -268,34 +276,39 @@ class VolumeFusion(PretextTask[FusionSettings]):
         scales = [[n / full for n, full in zip(output.shape[2:], size, strict=True)] for output in outputs]
         # nnU-Net's transform works on one (C, X, Y, Z) segmentation; here the batch takes the place of its channels.
         scaled = DownsampleSegForDSTransform(scales)(segmentation=target[:, 0])["segmentation"]
-        loss = DeepSupervisionWrapper(self._one_loss, output_weights(len(outputs)))
+        loss = DeepSupervisionWrapper(self._one_resolution, output_weights(len(outputs)))
         total: Tensor = loss(list(outputs), [labels[:, None] for labels in scaled])
         return total
 
+    def _one_resolution(self, output: Tensor, labels: Tensor) -> Tensor:
+        # nnU-Net's DC_and_CE_loss with an ignore label makes the processor wait for the GPU.
+        told = labels != UNTOLD
+        dice: Tensor = self._dice(output, torch.where(told, labels, 0), loss_mask=told)
+        return 0.5 * dice + 0.5 * F.cross_entropy(output, labels[:, 0].long(), ignore_index=UNTOLD)
+
     def compile(self) -> None:
         """The Dice loss, as nnU-Net does."""
-        self._one_loss.dc = torch.compile(self._one_loss.dc)
+        self._dice = torch.compile(self._dice)
 
     @cached_property
-    def _one_loss(self) -> Any:
-        from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+    def _dice(self) -> Any:
         from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+        from nnunetv2.utilities.helpers import softmax_helper_dim1
 
         # Coefficient 0 is a class like the others, so it is part of the Dice.
         ddp = dist.is_available() and dist.is_initialized()
-        dice = {"batch_dice": True, "do_bg": True, "smooth": 1e-5, "ddp": ddp}
-        return DC_and_CE_loss(dice, {}, weight_ce=0.5, weight_dice=0.5, dice_class=MemoryEfficientSoftDiceLoss)
+        return MemoryEfficientSoftDiceLoss(softmax_helper_dim1, batch_dice=True, do_bg=True, smooth=1e-5, ddp=ddp)
 
     def count(self, outputs: Sequence[Tensor], target: Tensor) -> dict[str, Any]:
         """True and false positives and false negatives of every class; voxels that are right, and all."""
         from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
 
-        logits = outputs[0]
+        logits, told = outputs[0], target != UNTOLD
         predicted = logits.argmax(1, keepdim=True)
         one_hot = torch.zeros(logits.shape, device=logits.device).scatter_(1, predicted, 1)
-        tp, fp, fn, _ = get_tp_fp_fn_tn(one_hot, target, axes=[0, 2, 3, 4])
+        tp, fp, fn, _ = get_tp_fp_fn_tn(one_hot, torch.where(told, target, 0), axes=[0, 2, 3, 4], mask=told)
         counts = {name: value.detach().cpu().numpy() for name, value in (("tp", tp), ("fp", fp), ("fn", fn))}
-        return {**counts, "correct": (predicted == target).sum().item(), "voxels": target.numel()}
+        return {**counts, "correct": (predicted == target).sum().item(), "voxels": told.sum().item()}
 
     def scores(self, sums: Mapping[str, Any]) -> Scores:
         """Dice of every class, the mean of those above 0 as the main score, and the share of voxels that are right."""

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import blosc2
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.image import imread
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 
 from nnunetv2_misfm.plans.settings import SettingsError, read_settings, write_settings
-from nnunetv2_misfm.pretrain.volume_fusion import Fusion, FusionSettings, fuse, fusion_labels, sample_fusion
+from nnunetv2_misfm.pretrain.batches import crop_loader
+from nnunetv2_misfm.pretrain.crops import validation_samples
+from nnunetv2_misfm.pretrain.volume_fusion import (
+    UNTOLD,
+    Fusion,
+    FusionSettings,
+    VolumeFusion,
+    fuse,
+    fusion_labels,
+    sample_fusion,
+)
 
 PAPER_PATCH = (64, 128, 128)
 BOXES = FusionSettings()
@@ -174,3 +190,67 @@ def test_batches_that_do_not_fit_together_are_an_error():
         fuse(image, image, [fusion, fusion], 5)
     with pytest.raises(ValueError, match="class 4"):
         fuse(image, image, [fusion], 4)
+
+
+def small_batch(num_fusion_classes: int = 3) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Outputs of two resolutions for two samples, and labels without a place that nothing tells."""
+    generator = torch.Generator().manual_seed(0)
+    outputs = [torch.randn((2, num_fusion_classes, *size), generator=generator) for size in ((4, 8, 8), (4, 4, 4))]
+    labels = torch.randint(0, num_fusion_classes, (2, 1, 4, 8, 8), generator=generator, dtype=torch.int16)
+    return outputs, labels
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_loss_is_nnunets_with_padding_ignored(padded: bool) -> None:
+    task = VolumeFusion(FusionSettings(num_fusion_classes=3))
+    (output, _), labels = small_batch()
+    if padded:
+        labels[:, :, :2] = UNTOLD
+        labels[1, :, :, 5:] = UNTOLD
+    dice = {"batch_dice": True, "do_bg": True, "smooth": 1e-5, "ddp": False}
+    options = {"weight_ce": 0.5, "weight_dice": 0.5, "dice_class": MemoryEfficientSoftDiceLoss}
+    nnunets = DC_and_CE_loss(dice, {}, ignore_label=UNTOLD if padded else None, **options)
+    assert task.loss([output], labels).item() == pytest.approx(nnunets(output, labels).item(), rel=1e-6)
+
+
+def test_what_a_network_says_of_padding_changes_nothing() -> None:
+    task = VolumeFusion(FusionSettings(num_fusion_classes=3))
+    outputs, labels = small_batch()
+    labels[..., 4:] = UNTOLD
+    other = [output.clone() for output in outputs]
+    other[0][..., 4:] = 7.0
+    other[1][..., 2:] = -3.0
+    assert torch.equal(task.loss(outputs, labels), task.loss(other, labels))
+    counts = task.count(other, labels)
+    cropped = task.count([outputs[0][..., :4]], labels[..., :4])
+    assert counts["voxels"] == 2 * 4 * 8 * 4
+    assert all(np.array_equal(counts[name], cropped[name]) for name in cropped)
+
+
+def test_labels_are_untold_where_both_crops_are_padding_and_only_there(tmp_path: Path) -> None:
+    shapes = {"wide": (1, 16, 16, 10), "flat": (1, 10, 16, 16)}  # in patches of 16: padded along different axes
+    for name, shape in shapes.items():
+        blosc2.asarray(
+            np.random.default_rng(0).uniform(5, 6, shape).astype(np.float32), urlpath=f"{tmp_path}/{name}.b2nd"
+        )
+    task = VolumeFusion(FusionSettings())
+    cpu = torch.device("cpu")
+    for cases, most in ((["wide"], 6 * 16 * 16), (["flat", "wide"], 6 * 6 * 16)):
+        batch = next(crop_loader(validation_samples(tmp_path, cases, (16, 16, 16), task, 0, 1), 1, 1))
+        first, second = (batch.in_volume(cpu, which) for which in (0, 1))
+        assert first is not None and second is not None
+        fused, labels = task.make(batch, cpu)
+        assert torch.equal(labels == UNTOLD, ~first & ~second)
+        assert 0 < (labels == UNTOLD).sum() <= most  # in one volume the second crop is mirrored, and so is its padding
+        assert labels.max() > 0 and fused.isfinite().all()
+
+
+def test_a_picture_shows_what_is_untold(tmp_path: Path) -> None:
+    outputs, labels = small_batch()
+    labels[..., 4:] = UNTOLD
+    task = VolumeFusion(FusionSettings(num_fusion_classes=3))
+    task.picture(tmp_path / "picture.png", torch.rand(2, 1, 4, 8, 8), labels, outputs)
+    pixels = imread(tmp_path / "picture.png")
+    third = pixels.shape[1] // 3  # of three columns, the labels are in the middle
+    white = (pixels[..., :3] > 0.99).all(2)
+    assert white[:, third : 2 * third].mean() > white[:, :third].mean() + 0.2
