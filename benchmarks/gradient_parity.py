@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from nnunetv2_misfm.architectures import FMUNet, PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
-from nnunetv2_misfm.transfer.published_weights import convert_fmunet, convert_pctnet, expand_bias_table
+from nnunetv2_misfm.checkpoints.published_weights import convert_fmunet, convert_pctnet, expand_bias_table
 
 RESULT = Path(__file__).parent / "results" / "gradient_parity.md"
 

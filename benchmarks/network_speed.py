@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from nnunetv2_misfm.architectures import PCTNet, kernels
 from nnunetv2_misfm.architectures.resolution import strides_of
-from nnunetv2_misfm.transfer.published_weights import convert_pctnet
+from nnunetv2_misfm.checkpoints.published_weights import convert_pctnet
 
 RESULTS = Path(__file__).parent / "results"
 FEATURES = (24, 48, 128, 256, 512)

@@ -12,8 +12,8 @@ __version__ = "0.1.0"
 
 
 def load_network(path: str | os.PathLike[str], deep_supervision: bool = False) -> nn.Module:
-    """The network of a checkpoint, see `nnunetv2_misfm.transfer.pretrained.load_network`."""
+    """The network of a checkpoint, see `nnunetv2_misfm.checkpoints.source.load_network`."""
     # Imported here, because importing the package must not take the seconds that torch takes.
-    from nnunetv2_misfm.transfer.pretrained import load_network as load
+    from nnunetv2_misfm.checkpoints.source import load_network as load
 
     return load(path, deep_supervision)

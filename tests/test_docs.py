@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from nnunetv2_misfm.architectures import PCTNet
+from nnunetv2_misfm.checkpoints.checkpoint import CheckpointInfo, write_checkpoint
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings, PretrainingSettings
 from nnunetv2_misfm.plans.settings import Settings, declared, write_settings
 from nnunetv2_misfm.pool.settings import PoolSettings
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
 from nnunetv2_misfm.pretrain.tasks import AUGMENTATION, task_classes
-from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DOCUMENTS = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted((REPOSITORY / "docs").glob("*.md"))]

@@ -24,16 +24,17 @@ MAY_IMPORT = {
     "architectures": set(),
     "plans": {"architectures"},
     "pretrain": {"architectures", "plans"},
-    "transfer": {"architectures", "plans"},
+    "checkpoints": {"architectures", "plans"},
+    "transfer": {"architectures", "plans", "checkpoints"},
     "pool": {"architectures", "plans"},
     "pages": set(),
-    "trainers": {"architectures", "plans", "pretrain", "transfer", "pool", "pages"},
-    "commands": {"architectures", "plans", "pretrain", "transfer", "pool", "pages", "trainers"},
+    "trainers": {"architectures", "plans", "pretrain", "checkpoints", "transfer", "pool", "pages"},
+    "commands": {"architectures", "plans", "pretrain", "checkpoints", "transfer", "pool", "pages", "trainers"},
     "nnunet_plugin": {"trainers"},
     "": set(),
 }
 EXCEPTIONS = {
-    ("__init__.py", "transfer/pretrained.py"),  # load_network
+    ("__init__.py", "checkpoints/source.py"),  # load_network
     ("pretrain/__main__.py", "commands/pretrain.py"),  # torchrun starts the command as a module
 }
 

@@ -16,8 +16,8 @@ from nnunetv2_misfm.errors import PlanError, UserError, exit_with_message
 from nnunetv2_misfm.plans.network_entry import NETWORKS
 
 if TYPE_CHECKING:
+    from nnunetv2_misfm.checkpoints.source import Source
     from nnunetv2_misfm.transfer.planning import PlanRequest
-    from nnunetv2_misfm.transfer.pretrained import Source
     from nnunetv2_misfm.transfer.report import TransferReport
 
 
@@ -47,7 +47,7 @@ def import_checkpoint(options: argparse.Namespace) -> None:
     Raises:
         UserError: if the file cannot be used or the target exists.
     """
-    from nnunetv2_misfm.transfer.published_weights import import_published
+    from nnunetv2_misfm.checkpoints.published_weights import import_published
 
     target = _new_path(options.o)
     if target.suffix == ".safetensors":
@@ -78,7 +78,7 @@ def export_checkpoint(options: argparse.Namespace) -> None:
     Raises:
         UserError: if the checkpoint cannot be used or the folder exists.
     """
-    from nnunetv2_misfm.transfer.inspection import export
+    from nnunetv2_misfm.checkpoints.inspection import export
 
     folder = _new_path(options.o)
     network_options = export(options.i, folder, options.license)
@@ -113,9 +113,9 @@ def inspect(options: argparse.Namespace) -> None:
     Raises:
         UserError: if the checkpoint or the dataset cannot be used.
     """
+    from nnunetv2_misfm.checkpoints.inspection import describe
+    from nnunetv2_misfm.checkpoints.source import read_source
     from nnunetv2_misfm.plans.files import preprocessed_dataset
-    from nnunetv2_misfm.transfer.inspection import describe
-    from nnunetv2_misfm.transfer.pretrained import read_source
 
     source = read_source(options.checkpoint)
     print(describe(source))
@@ -203,10 +203,10 @@ def _request(
     network: str | None,
     mix_input_channels: bool | None,
 ) -> PlanRequest:
+    from nnunetv2_misfm.checkpoints.described import channel_names
     from nnunetv2_misfm.commands.setting_options import given
     from nnunetv2_misfm.plans.run_settings import FinetuningSettings
     from nnunetv2_misfm.plans.settings import read_settings
-    from nnunetv2_misfm.transfer.described import channel_names
     from nnunetv2_misfm.transfer.planning import PlanRequest
 
     settings = given(options, FinetuningSettings)

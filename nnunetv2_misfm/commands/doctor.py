@@ -245,7 +245,7 @@ def check_checkpoint_files() -> Iterator[Finding]:
     import numpy as np
     import torch
 
-    from nnunetv2_misfm.transfer.checkpoint import (
+    from nnunetv2_misfm.checkpoints.checkpoint import (
         PUBLISHED_WEIGHTS,
         WEIGHTS,
         CheckpointInfo,

@@ -78,7 +78,7 @@ class EarlierRun:
         final = self.folder / FINAL
         if not final.is_file():
             return False
-        from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
+        from nnunetv2_misfm.checkpoints.checkpoint import read_checkpoint
 
         return bool(read_checkpoint(final)["current_epoch"] >= plans[BLOCK]["num_epochs"])
 

@@ -32,8 +32,8 @@ from nnunetv2_misfm.plans.settings import read_settings
 from nnunetv2_misfm.transfer.report import FRESH
 
 if TYPE_CHECKING:
+    from nnunetv2_misfm.checkpoints.source import Source
     from nnunetv2_misfm.transfer.planning import PlanRequest
-    from nnunetv2_misfm.transfer.pretrained import Source
     from nnunetv2_misfm.transfer.report import TransferReport
 
 _FEW_ITERATIONS = 2000
@@ -55,9 +55,9 @@ def plan(arguments: list[str] | None = None) -> None:
     """
     options = _parser().parse_args(arguments)
     # nnU-Net takes seconds to import; --help and wrong flags should not wait for it.
+    from nnunetv2_misfm.checkpoints.source import read_source
     from nnunetv2_misfm.transfer.memory_target import fit_to_memory
     from nnunetv2_misfm.transfer.planning import finetuning_plans, pin_trainer
-    from nnunetv2_misfm.transfer.pretrained import read_source
 
     _check(options)
     target = TargetDataset(options)
@@ -112,7 +112,7 @@ class TargetDataset:
 
     def request(self, options: argparse.Namespace, source: Source | None) -> PlanRequest:
         """What the options ask for."""
-        from nnunetv2_misfm.transfer.described import channel_names
+        from nnunetv2_misfm.checkpoints.described import channel_names
         from nnunetv2_misfm.transfer.planning import PlanRequest
 
         scratch = options.from_scratch or source is None
@@ -214,7 +214,7 @@ def _check_frozen(request: PlanRequest, name: str, report: TransferReport | None
 
 def _about_the_weights(options: argparse.Namespace, request: PlanRequest, source: Source | None) -> Iterator[str]:
     """Remarks on what the weights can be expected to do."""
-    from nnunetv2_misfm.transfer.shrunk_weights import shrunk_weights
+    from nnunetv2_misfm.checkpoints.shrunk_weights import shrunk_weights
 
     if source is None or request.from_scratch:
         return

@@ -31,7 +31,8 @@ class RunSettings(Settings):
     """What both kinds of run have in common.
 
     "adam" is the published optimiser, whose weight decay shrinks weights with hardly any gradient to nothing (see
-    `transfer/shrunk_weights.py`); "sgd" is nnU-Net's, with Nesterov momentum 0.99. Schedules: `trainers/schedules.py`.
+    `checkpoints/shrunk_weights.py`); "sgd" is nnU-Net's, with Nesterov momentum 0.99. Schedules:
+    `trainers/schedules.py`.
     """
 
     TASKS: ClassVar[tuple[str, ...]] = ()  # that plans with these settings name; the first is that of ordinary plans

@@ -26,6 +26,7 @@ from torch import nn
 from nnunetv2_misfm.architectures.checkpointing import set_checkpointing
 from nnunetv2_misfm.architectures.memory import estimate_training_memory
 from nnunetv2_misfm.architectures.resolution import output_weights
+from nnunetv2_misfm.checkpoints.names import names_of
 from nnunetv2_misfm.cpu_threads import training_threads
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.network_entry import ENCODER, STEM, with_own_network
@@ -36,7 +37,6 @@ from nnunetv2_misfm.trainers.metrics_file import METRICS, append_row
 from nnunetv2_misfm.trainers.resumable import ResumableTrainer
 from nnunetv2_misfm.trainers.run_page import update_run_page
 from nnunetv2_misfm.trainers.schedules import Stage, StagedSchedule, parameter_groups
-from nnunetv2_misfm.transfer.names import names_of
 
 _FIRST_LOSSES = 5
 _SECONDS_BETWEEN_DRAWINGS = 60.0

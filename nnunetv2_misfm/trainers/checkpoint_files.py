@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_misfm.checkpoints.checkpoint import CheckpointError, read_checkpoint
 from nnunetv2_misfm.plans.files import FINAL, LATEST
 from nnunetv2_misfm.trainers.distributed import from_all_processes
-from nnunetv2_misfm.transfer.checkpoint import CheckpointError, read_checkpoint
 
 PREVIOUS = "checkpoint_previous.pth"
 _ALL = (FINAL, LATEST, PREVIOUS, "checkpoint_best.pth")

@@ -8,6 +8,9 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from nnunetv2_misfm.checkpoints.described import channel_names
+from nnunetv2_misfm.checkpoints.names import names_of
+from nnunetv2_misfm.checkpoints.source import load_source
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import json_or_nothing, write_json
 from nnunetv2_misfm.plans.checks import check_is_finetuning, check_labels, without_memory
@@ -18,9 +21,6 @@ from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
 from nnunetv2_misfm.trainers.run_page import TRANSFER_REPORT, update_run_page
 from nnunetv2_misfm.trainers.schedules import parameter_groups
 from nnunetv2_misfm.transfer.arrays import check_data_unchanged
-from nnunetv2_misfm.transfer.described import channel_names
-from nnunetv2_misfm.transfer.names import names_of
-from nnunetv2_misfm.transfer.pretrained import load_source
 from nnunetv2_misfm.transfer.transfer import TransferError, transfer
 
 

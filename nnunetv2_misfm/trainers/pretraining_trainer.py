@@ -18,6 +18,9 @@ from nnunetv2.utilities.helpers import dummy_context
 from torch import Tensor, autocast, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from nnunetv2_misfm.checkpoints.adaptation_plan import nnssl_adaptation_plan
+from nnunetv2_misfm.checkpoints.checkpoint import ADAPTATION, DESCRIPTION, LEARNT, TRAINED_PARTS
+from nnunetv2_misfm.checkpoints.shrunk_weights import shrunk_alarm
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.checks import configuration_3d
 from nnunetv2_misfm.plans.files import LATEST, check_dataset_of_plans
@@ -40,9 +43,6 @@ from nnunetv2_misfm.trainers.pretext_data import (
 from nnunetv2_misfm.trainers.run_page import PICTURES, STOPPED, update_run_page
 from nnunetv2_misfm.trainers.step_guard import StepGuard, finite_score
 from nnunetv2_misfm.trainers.stop_request import BY_SIGNAL, StopRequest
-from nnunetv2_misfm.transfer.adaptation_plan import nnssl_adaptation_plan
-from nnunetv2_misfm.transfer.checkpoint import ADAPTATION, DESCRIPTION, LEARNT, TRAINED_PARTS
-from nnunetv2_misfm.transfer.shrunk_weights import shrunk_alarm
 
 _MOST_EPOCHS_LOST = 5  # by a crash
 _GRADIENT_NORM = 12.0  # nnU-Net's

@@ -15,6 +15,16 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
+from nnunetv2_misfm.checkpoints.checkpoint import (
+    WEIGHTS,
+    CheckpointError,
+    CheckpointInfo,
+    checkpoint_info,
+    installed_versions,
+    network_weights,
+    preprocessing_of,
+    write_checkpoint,
+)
 from nnunetv2_misfm.errors import PlanError, UserError, first_line
 from nnunetv2_misfm.files import format_bytes, training_lock
 from nnunetv2_misfm.plans.compare import what_a_run_must_keep
@@ -30,16 +40,6 @@ from nnunetv2_misfm.trainers.checkpoint_files import (
     reopen,
 )
 from nnunetv2_misfm.trainers.tensorboard_logger import TensorBoardLogger
-from nnunetv2_misfm.transfer.checkpoint import (
-    WEIGHTS,
-    CheckpointError,
-    CheckpointInfo,
-    checkpoint_info,
-    installed_versions,
-    network_weights,
-    preprocessing_of,
-    write_checkpoint,
-)
 
 _SMALL_FILES = 10**6  # bytes of plans, log and plot
 

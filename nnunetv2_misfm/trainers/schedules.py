@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from nnunetv2_misfm.checkpoints.names import SEG_LAYERS, Names, names_of
 from nnunetv2_misfm.plans.network_entry import ENCODER, STEM
-from nnunetv2_misfm.transfer.names import SEG_LAYERS, Names, names_of
 
 _RAMP_SHARE = 0.05
 _POLY_EXPONENT = 0.9

@@ -1,1 +1,1 @@
-"""A checkpoint to another network: the file format, the transfer itself and the fine-tuning plans."""
+"""The weights of a checkpoint into another network: the transfer itself and the fine-tuning plans."""

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from nnunetv2_misfm.architectures.resolution import total_strides
+from nnunetv2_misfm.checkpoints.source import Source
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.checks import INTENSITIES, WINDOW
 from nnunetv2_misfm.plans.normalisation import SCHEMES, intensity_properties
-from nnunetv2_misfm.transfer.pretrained import Source
 from nnunetv2_misfm.transfer.transfer import channel_order
 
 _ANOTHER_SPACING = 1.2

@@ -16,6 +16,10 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
+from nnunetv2_misfm.checkpoints.described import channel_names, is_complete_unet
+from nnunetv2_misfm.checkpoints.foreign import GENERIC_UNET_CLASS, RESIDUAL_UNET
+from nnunetv2_misfm.checkpoints.names import Names, names_in_class
+from nnunetv2_misfm.checkpoints.source import Source, portable_path
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.checks import build_on_meta, check_plans_name, configuration_3d, with_trainer
 from nnunetv2_misfm.plans.network_entry import (
@@ -34,9 +38,6 @@ from nnunetv2_misfm.plans.network_entry import (
 )
 from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, SEGMENTATION, FinetuningSettings, without_groups
 from nnunetv2_misfm.plans.settings import read_settings, write_settings
-from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo
-from nnunetv2_misfm.transfer.described import channel_names
-from nnunetv2_misfm.transfer.foreign import GENERIC_UNET_CLASS, RESIDUAL_UNET
 from nnunetv2_misfm.transfer.images import (
     about_channels,
     about_spacing,
@@ -44,8 +45,6 @@ from nnunetv2_misfm.transfer.images import (
     keep_normalisation,
     wanted_spacing,
 )
-from nnunetv2_misfm.transfer.names import Names, names_in_class
-from nnunetv2_misfm.transfer.pretrained import Source, portable_path
 from nnunetv2_misfm.transfer.report import TransferReport
 from nnunetv2_misfm.transfer.transfer import transfer
 
@@ -280,11 +279,6 @@ def _architecture(
     if source is not None and source.info is not None:
         taken_over = {key: value for key, value in source.info.arch_kwargs.items() if key not in _NOT_TAKEN_OVER}
     return architecture_entry(network, degree, **{**taken_over, **request.arch_kwargs})
-
-
-def is_complete_unet(info: CheckpointInfo) -> bool:
-    """Whether a checkpoint describes a U-Net of nnU-Net's wholly, so that `-network pretrained` can plan it."""
-    return info.network_class_name in (*_PLANNERS, *_LIKE) and "strides" in info.arch_kwargs
 
 
 def _held_architecture(source: Source) -> dict[str, Any]:

@@ -6,11 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nnunetv2_misfm.transfer.names import PARTS, SEG_LAYERS
+from nnunetv2_misfm.checkpoints.names import LEARNING_PARTS, PARTS
 
 TRANSFERRED, ADAPTED, FRESH = "transferred", "adapted", "fresh"
-LEARNING_PARTS = tuple(part for part in PARTS if part != SEG_LAYERS)
-"""What pretraining can train for a fine-tuning."""
 _MOST_LINES = 12
 _NEARLY_ALL = 0.9  # stems for other anisotropies, statistics
 

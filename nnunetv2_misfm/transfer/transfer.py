@@ -11,21 +11,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from nnunetv2_misfm.checkpoints.names import LEARNING_PARTS, OTHER, SEG_LAYERS, Names, names_of, within
+from nnunetv2_misfm.checkpoints.source import Source
+from nnunetv2_misfm.checkpoints.unet_weights import is_statistic
 from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.plans.network_entry import DECODER
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings
 from nnunetv2_misfm.transfer.adaptation import fit_bias_table, fit_input_channels, fit_kernel, fit_upsampling_kernel
-from nnunetv2_misfm.transfer.names import (
-    OTHER,
-    SEG_LAYERS,
-    Names,
-    matching_names,
-    names_of,
-    within,
-)
-from nnunetv2_misfm.transfer.pretrained import Source
-from nnunetv2_misfm.transfer.report import ADAPTED, FRESH, LEARNING_PARTS, TRANSFERRED, Entry, TransferReport, Unused
-from nnunetv2_misfm.transfer.unet_weights import is_statistic
+from nnunetv2_misfm.transfer.alignment import matching_names
+from nnunetv2_misfm.transfer.report import ADAPTED, FRESH, TRANSFERRED, Entry, TransferReport, Unused
 
 MIX_CHANNELS = "--mix_input_channels"
 _MOST_MISMATCHES = 5

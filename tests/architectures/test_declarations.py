@@ -9,9 +9,9 @@ import torch
 
 from nnunetv2_misfm.architectures import FMUNet, PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.checkpoints import names
 from nnunetv2_misfm.plans.network_entry import NETWORKS as OWN_NETWORKS
 from nnunetv2_misfm.plans.network_entry import own_class
-from nnunetv2_misfm.transfer import names
 
 FEATURES = (4, 4, 8, 16, 32)
 # Every network that plans can name, so a new one is tested as soon as it is listed there.

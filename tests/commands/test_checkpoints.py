@@ -20,13 +20,13 @@ from nnunet_dataset import NAME
 
 from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.checkpoints.checkpoint import CheckpointError, CheckpointInfo, write_checkpoint
+from nnunetv2_misfm.checkpoints.hub import download
+from nnunetv2_misfm.checkpoints.inspection import describe
+from nnunetv2_misfm.checkpoints.source import load_network, load_source, read_source
 from nnunetv2_misfm.commands.checkpoints import export_main, import_main, inspect_main
 from nnunetv2_misfm.commands.plan import plan_main
 from nnunetv2_misfm.plans.network_entry import NETWORKS
-from nnunetv2_misfm.transfer.checkpoint import CheckpointError, CheckpointInfo, write_checkpoint
-from nnunetv2_misfm.transfer.hub import download
-from nnunetv2_misfm.transfer.inspection import describe
-from nnunetv2_misfm.transfer.pretrained import load_network, load_source, read_source
 
 FEATURES = [4, 4, 8, 16, 32]
 COMMIT = "a" * 40

@@ -18,6 +18,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.checkpoints.checkpoint import CheckpointInfo, write_checkpoint
 from nnunetv2_misfm.commands.checkpoints import export_main
 from nnunetv2_misfm.commands.launch import usable_gpus
 from nnunetv2_misfm.commands.plan import plan_main
@@ -25,7 +26,6 @@ from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import locked
 from nnunetv2_misfm.plans.network_entry import NETWORKS, PLAIN_UNET, UNET_ARGUMENTS, UNET_CLASSES, architecture_entry
 from nnunetv2_misfm.transfer.arrays import changed_since, check_data_unchanged
-from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint
 from nnunetv2_misfm.transfer.memory_target import MemoryBudget, MisFMPlanner
 
 DATASET = "Dataset004_Small"

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from phantoms import ct, labels, mr, write
 
+from nnunetv2_misfm.checkpoints.checkpoint import read_checkpoint
 from nnunetv2_misfm.commands.earlier_run import EarlierRun
 from nnunetv2_misfm.commands.pretrain import describe_choices, main
 from nnunetv2_misfm.commands.pretrain_options import read_options
 from nnunetv2_misfm.files import training_lock
 from nnunetv2_misfm.plans.network_entry import architecture_entry
 from nnunetv2_misfm.start_up import add_plugin_folder
-from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
 
 TINY = ["-features_per_stage", "4", "8", "16", "32", "64", "-batch_size", "2", "-device", "cpu", "-np", "1"]
 SHORT = ["-num_epochs", "1", "-num_iterations_per_epoch", "1", "-num_val_iterations_per_epoch", "1"]

@@ -18,13 +18,13 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nn
 
 from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.checkpoints.checkpoint import CheckpointInfo, read_checkpoint, write_checkpoint
 from nnunetv2_misfm.commands.checkpoints import inspect_main as misfm_inspect
 from nnunetv2_misfm.commands.plan import plan_main as misfm_plan
 from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.network_entry import NETWORKS
 from nnunetv2_misfm.start_up import add_plugin_folder
-from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, read_checkpoint, write_checkpoint
 
 CPU = torch.device("cpu")
 SHORT = ["-num_epochs", "1", "-num_iterations_per_epoch", "1", "-num_val_iterations_per_epoch", "1"]

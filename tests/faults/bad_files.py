@@ -16,8 +16,8 @@ import torch
 
 from nnunetv2_misfm.architectures import FMUNet, PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.checkpoints.checkpoint import CheckpointInfo, write_checkpoint
 from nnunetv2_misfm.plans.network_entry import NETWORKS
-from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint
 
 Maker = Callable[[Path], object]
 

@@ -18,11 +18,11 @@ from nnunetv2.run.run_training import run_training_entry
 from parity.reference import reference_folder
 from program_end import ends_as_a_program
 
+from nnunetv2_misfm.checkpoints.checkpoint import CheckpointError, CheckpointInfo, read_checkpoint, write_checkpoint
 from nnunetv2_misfm.commands.checkpoints import export_main, import_main
 from nnunetv2_misfm.commands.plan import plan_main
 from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
 from nnunetv2_misfm.start_up import add_plugin_folder
-from nnunetv2_misfm.transfer.checkpoint import CheckpointError, CheckpointInfo, read_checkpoint, write_checkpoint
 
 INFO = CheckpointInfo("volume_fusion", "x", {}, 1, 5, {}, {})
 SHORT = ["-num_epochs", "1", "-num_iterations_per_epoch", "1", "-num_val_iterations_per_epoch", "1"]

@@ -21,14 +21,14 @@ import torch
 
 from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.checkpoints.checkpoint import CheckpointInfo, write_checkpoint
+from nnunetv2_misfm.checkpoints.published_weights import import_published
+from nnunetv2_misfm.checkpoints.safetensors_file import write_safetensors
+from nnunetv2_misfm.checkpoints.source import load_network, read_source
 from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.plans.files import read_plans
 from nnunetv2_misfm.plans.network_entry import architecture_entry
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings, run_settings
-from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint
-from nnunetv2_misfm.transfer.pretrained import load_network, read_source
-from nnunetv2_misfm.transfer.published_weights import import_published
-from nnunetv2_misfm.transfer.safetensors_file import write_safetensors
 
 FEW = 80
 MANY = int(os.environ.get("MISFM_FUZZ_INPUTS", "10000"))

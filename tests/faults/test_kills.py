@@ -30,8 +30,8 @@ import torch
 from nnunet_dataset import NAME, make_case, make_dataset
 from program_end import ends_as_a_program
 
+from nnunetv2_misfm.checkpoints.checkpoint import read_checkpoint
 from nnunetv2_misfm.trainers.metrics_file import read_rows
-from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 FEATURES = ["-features_per_stage", "4", "4", "8", "16", "32"]

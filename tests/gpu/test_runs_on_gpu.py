@@ -17,8 +17,8 @@ import pytest
 import torch
 from nnunet_dataset import NAME, labels_in
 
+from nnunetv2_misfm.checkpoints.checkpoint import read_checkpoint
 from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS
-from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.gpu
 

@@ -8,8 +8,8 @@ from parity.reference import load, recorded_noise, recorded_weights, reference_f
 
 from nnunetv2_misfm.architectures import FMUNet
 from nnunetv2_misfm.architectures.resolution import strides_of
-from nnunetv2_misfm.transfer.pretrained import read_source
-from nnunetv2_misfm.transfer.published_weights import convert_fmunet
+from nnunetv2_misfm.checkpoints.published_weights import convert_fmunet
+from nnunetv2_misfm.checkpoints.source import read_source
 
 pytestmark = pytest.mark.real_data
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nnunetv2_misfm.architectures import FMUNet, PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
-from nnunetv2_misfm.transfer.published_weights import convert_fmunet, convert_pctnet, expand_bias_table
+from nnunetv2_misfm.checkpoints.published_weights import convert_fmunet, convert_pctnet, expand_bias_table
 
 pytestmark = pytest.mark.real_data
 NAMES = ["pctnet_small_mode0", "pctnet_small_mode0_narrow", "pctnet_small_mode1", "pctnet_small_mode2"]

@@ -8,9 +8,9 @@ from parity.reference import load, recorded_noise, recorded_weights, reference_f
 
 from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
-from nnunetv2_misfm.transfer.foreign import PUBLISHED_PCTNET
-from nnunetv2_misfm.transfer.pretrained import read_source
-from nnunetv2_misfm.transfer.published_weights import convert_pctnet
+from nnunetv2_misfm.checkpoints.foreign import PUBLISHED_PCTNET
+from nnunetv2_misfm.checkpoints.published_weights import convert_pctnet
+from nnunetv2_misfm.checkpoints.source import read_source
 
 pytestmark = pytest.mark.real_data
 SMALL = ["pctnet_small_mode0", "pctnet_small_mode0_narrow", "pctnet_small_mode1", "pctnet_small_mode2"]

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from nnunetv2_misfm.checkpoints.checkpoint import CheckpointError
 from nnunetv2_misfm.trainers import checkpoint_files
 from nnunetv2_misfm.trainers.checkpoint_files import LATEST, PREVIOUS, read_latest_or_previous
-from nnunetv2_misfm.transfer.checkpoint import CheckpointError
 
 PROCESSES = 3
 

@@ -20,11 +20,11 @@ from torch import nn
 
 from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.checkpoints.checkpoint import CheckpointInfo, read_checkpoint, write_checkpoint
 from nnunetv2_misfm.commands.plan import plan_main as misfm_plan
 from nnunetv2_misfm.plans.network_entry import NETWORKS
 from nnunetv2_misfm.start_up import add_plugin_folder
 from nnunetv2_misfm.trainers.misfm_trainer import MisFMTrainer
-from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, read_checkpoint, write_checkpoint
 
 CPU = torch.device("cpu")
 PATCH = ["-patch_size", "16", "16", "16"]

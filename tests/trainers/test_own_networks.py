@@ -14,6 +14,7 @@ from dynamic_network_architectures.architectures.primus import Primus
 from nnunet_dataset import NAME
 from nnunetv2.run.run_training import get_trainer_from_args
 
+from nnunetv2_misfm.checkpoints.checkpoint import read_checkpoint
 from nnunetv2_misfm.commands.checkpoints import export_main, inspect_main
 from nnunetv2_misfm.commands.plan import plan_main
 from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
@@ -21,7 +22,6 @@ from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS
 from nnunetv2_misfm.pretrain.reconstruction import ReconstructionTask
 from nnunetv2_misfm.pretrain.tasks import task_class
 from nnunetv2_misfm.start_up import add_plugin_folder
-from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "own_networks.md"
 OWN = '''

@@ -17,6 +17,8 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import get_trainer_from_args
 from torch import nn
 
+from nnunetv2_misfm.checkpoints.checkpoint import read_checkpoint
+from nnunetv2_misfm.checkpoints.source import read_source
 from nnunetv2_misfm.commands.plan import plan_main as misfm_plan
 from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
 from nnunetv2_misfm.errors import PlanError
@@ -24,8 +26,6 @@ from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS
 from nnunetv2_misfm.pretrain.masked_autoencoder import MaskedAutoencoder
 from nnunetv2_misfm.pretrain.tasks import task_class
 from nnunetv2_misfm.start_up import add_plugin_folder
-from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
-from nnunetv2_misfm.transfer.pretrained import read_source
 
 SMALL = ["-features_per_stage", "4", "4", "4", "8", "16", "-patch_size", "16", "16", "16", "-batch_size", "2"]
 SHORT = ["-num_iterations_per_epoch", "2", "-num_val_iterations_per_epoch", "1", "-num_epochs", "1", "-device", "cpu"]

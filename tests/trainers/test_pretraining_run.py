@@ -21,6 +21,8 @@ from nnunet_dataset import NAME
 from nnunetv2.run.run_training import get_trainer_from_args
 from torch import nn
 
+from nnunetv2_misfm.checkpoints.checkpoint import read_checkpoint
+from nnunetv2_misfm.checkpoints.shrunk_weights import shrunk_alarm
 from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
 from nnunetv2_misfm.files import LockedError
 from nnunetv2_misfm.pretrain.task import Scores
@@ -29,8 +31,6 @@ from nnunetv2_misfm.start_up import add_plugin_folder
 from nnunetv2_misfm.trainers.epoch_clock import EpochClock
 from nnunetv2_misfm.trainers.pretext_data import hold_out
 from nnunetv2_misfm.trainers.step_guard import MOST_IN_A_ROW, StepGuard, TrainingDivergedError
-from nnunetv2_misfm.transfer.checkpoint import read_checkpoint
-from nnunetv2_misfm.transfer.shrunk_weights import shrunk_alarm
 
 SMALL = [
     "-patch_size",

@@ -20,6 +20,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from program_end import ends_as_a_program
 
 from nnunetv2_misfm.architectures.memory import estimate_training_memory
+from nnunetv2_misfm.checkpoints.checkpoint import CheckpointError, read_checkpoint
 from nnunetv2_misfm.commands.plan import plan_main as misfm_plan
 from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
 from nnunetv2_misfm.commands.report import main as misfm_report
@@ -28,7 +29,6 @@ from nnunetv2_misfm.plans.settings import SettingsError
 from nnunetv2_misfm.start_up import add_plugin_folder
 from nnunetv2_misfm.trainers.base import BaseTrainer
 from nnunetv2_misfm.trainers.metrics_file import read_rows
-from nnunetv2_misfm.transfer.checkpoint import CheckpointError, read_checkpoint
 from nnunetv2_misfm.transfer.transfer import TransferError
 
 CPU = torch.device("cpu")

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from nnunetv2_misfm.checkpoints.checkpoint import CheckpointInfo
+from nnunetv2_misfm.checkpoints.inspection import describe
+from nnunetv2_misfm.checkpoints.source import Source
 from nnunetv2_misfm.plans.normalisation import intensity_properties
-from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo
 from nnunetv2_misfm.transfer.images import keep_normalisation, take_window
-from nnunetv2_misfm.transfer.inspection import describe
-from nnunetv2_misfm.transfer.pretrained import Source
 
 WINDOWS = "foreground_intensity_properties_per_channel"
 OWN = {"percentile_00_5": -900.0, "percentile_99_5": 200.0, "mean": -300.0, "std": 350.0, "min": -1024.0}

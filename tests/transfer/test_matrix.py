@@ -16,13 +16,13 @@ import pytest
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
+from nnunetv2_misfm.checkpoints.checkpoint import WEIGHTS, CheckpointInfo, write_checkpoint
+from nnunetv2_misfm.checkpoints.source import Source, read_source
 from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.plans.network_entry import architecture_entry
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings
 from nnunetv2_misfm.pretrain.planning import plain_unet_entry
-from nnunetv2_misfm.transfer.checkpoint import WEIGHTS, CheckpointInfo, write_checkpoint
 from nnunetv2_misfm.transfer.planning import PlanRequest, check_fit, finetuning_plans
-from nnunetv2_misfm.transfer.pretrained import Source, read_source
 from nnunetv2_misfm.transfer.transfer import TransferReport
 
 pytestmark = pytest.mark.matrix

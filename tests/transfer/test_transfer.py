@@ -15,11 +15,11 @@ from torch import nn
 
 from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.checkpoints.checkpoint import CheckpointInfo
+from nnunetv2_misfm.checkpoints.names import names_of
+from nnunetv2_misfm.checkpoints.source import Source
+from nnunetv2_misfm.checkpoints.state_dicts import find_weights
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings
-from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo
-from nnunetv2_misfm.transfer.names import names_of
-from nnunetv2_misfm.transfer.pretrained import Source
-from nnunetv2_misfm.transfer.state_dicts import find_weights
 from nnunetv2_misfm.transfer.transfer import TransferError, transfer
 
 SMALL = {"features_per_stage": (4, 4, 8, 16, 32), "num_heads": (2, 2, 4), "window_size": 3}

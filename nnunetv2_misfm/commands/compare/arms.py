@@ -78,7 +78,7 @@ class Run:
 
 def named_weights(given_weights: list[str]) -> tuple[dict[str, str], list[str]]:
     """The checkpoint of each arm by the arm's name, from words like NAME=FILE, and what is wrong with them."""
-    from nnunetv2_misfm.transfer.hub import is_hub_name  # loads torch, which takes seconds
+    from nnunetv2_misfm.checkpoints.hub import is_hub_name  # loads torch, which takes seconds
 
     named: dict[str, str] = {}
     problems = []
@@ -103,7 +103,7 @@ def named_weights(given_weights: list[str]) -> tuple[dict[str, str], list[str]]:
 
 def _name_of(path: str) -> str:
     """The repository's or the file's name; for a checkpoint in a results folder of nnU-Net that of its dataset."""
-    from nnunetv2_misfm.transfer.hub import is_hub_name, repository_name
+    from nnunetv2_misfm.checkpoints.hub import is_hub_name, repository_name
 
     if is_hub_name(path):
         return repository_name(path)

@@ -21,14 +21,14 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
+from nnunetv2_misfm.checkpoints.described import channel_names
+from nnunetv2_misfm.checkpoints.source import load_source
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import read_json
 from nnunetv2_misfm.plans.network_entry import with_own_network
 from nnunetv2_misfm.plans.run_settings import PRETRAIN_INFO, FinetuningSettings, run_settings
 from nnunetv2_misfm.start_up import add_plugin_folder
 from nnunetv2_misfm.trainers.misfm_trainer import MisFMTrainer
-from nnunetv2_misfm.transfer.described import channel_names
-from nnunetv2_misfm.transfer.pretrained import load_source
 from nnunetv2_misfm.transfer.transfer import transfer
 
 PATCHES_OF_A_CASE = 6

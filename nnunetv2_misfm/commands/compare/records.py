@@ -73,7 +73,7 @@ def mean(values: Iterable[float | None]) -> float:
 
 def versions() -> str:
     """Of the packages that a run depends on, as they are now."""
-    from nnunetv2_misfm.transfer.checkpoint import installed_versions  # loads torch, which takes seconds
+    from nnunetv2_misfm.checkpoints.checkpoint import installed_versions  # loads torch, which takes seconds
 
     return ", ".join(f"{name} {version}" for name, version in installed_versions().items())
 

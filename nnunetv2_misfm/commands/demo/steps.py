@@ -15,6 +15,7 @@ from nnunetv2.experiment_planning.plan_and_preprocess_api import (
     preprocess,
 )
 
+from nnunetv2_misfm.checkpoints.checkpoint import DESCRIPTION, LEARNT, read_checkpoint
 from nnunetv2_misfm.commands.compare.cli import run_and_report
 from nnunetv2_misfm.commands.compare.options import read_options
 from nnunetv2_misfm.commands.compare.page import Section
@@ -32,7 +33,6 @@ from nnunetv2_misfm.plans.files import FINAL
 from nnunetv2_misfm.pretrain.planning import plain_unet_stages
 from nnunetv2_misfm.pretrain.vox2vec import Vox2Vec
 from nnunetv2_misfm.start_up import add_plugin_folder
-from nnunetv2_misfm.transfer.checkpoint import DESCRIPTION, LEARNT, read_checkpoint
 
 _POOL_ID, _POOL_NAME = "998", "MisFMDemoPool"
 _DATASET_ID, _DATASET = "999", "Dataset999_MisFMDemo"

@@ -19,6 +19,7 @@ from nnunet_dataset import NAME
 
 from nnunetv2_misfm.architectures.pct_net import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.checkpoints.checkpoint import CheckpointInfo, write_checkpoint
 from nnunetv2_misfm.commands.compare import one_run
 from nnunetv2_misfm.commands.compare.cli import compare
 from nnunetv2_misfm.commands.compare.one_run import _is_whole, _use_onednn
@@ -32,7 +33,6 @@ from nnunetv2_misfm.commands.compare.workspace import Workspace
 from nnunetv2_misfm.errors import PlanError, UserError
 from nnunetv2_misfm.files import LockedError, locked
 from nnunetv2_misfm.plans.network_entry import NETWORKS
-from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo, write_checkpoint
 
 WORDS = ["-d", "4", "--from_scratch", "--nnunet", "-num_labelled", "1", "2", "-num_test", "2", "-num_validation", "1"]
 

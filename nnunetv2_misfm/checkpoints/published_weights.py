@@ -17,17 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nnunetv2_misfm.architectures.resolution import DEGREES_OF_ANISOTROPY
-from nnunetv2_misfm.plans.checks import INTENSITIES
-from nnunetv2_misfm.transfer.checkpoint import (
+from nnunetv2_misfm.checkpoints.checkpoint import (
     WEIGHTS,
     CheckpointError,
     CheckpointInfo,
     read_checkpoint,
     write_checkpoint,
 )
-from nnunetv2_misfm.transfer.foreign import PUBLISHED_FMUNET, PUBLISHED_PCTNET
-from nnunetv2_misfm.transfer.own_weights import check_complete, told_fmunet, told_pctnet
-from nnunetv2_misfm.transfer.state_dicts import find_weights
+from nnunetv2_misfm.checkpoints.foreign import PUBLISHED_FMUNET, PUBLISHED_PCTNET
+from nnunetv2_misfm.checkpoints.own_weights import check_complete, told_fmunet, told_pctnet
+from nnunetv2_misfm.checkpoints.state_dicts import find_weights
+from nnunetv2_misfm.plans.checks import INTENSITIES
 
 _PUBLISHED_WINDOW = {"percentile_00_5": -1000.0, "percentile_99_5": 1000.0, "mean": 0.0, "std": 1000.0}
 

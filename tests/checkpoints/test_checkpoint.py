@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunetv2_misfm.transfer.checkpoint import (
+from nnunetv2_misfm.checkpoints.checkpoint import (
     CheckpointError,
     CheckpointInfo,
     checkpoint_info,

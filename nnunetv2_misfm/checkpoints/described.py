@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
+from nnunetv2_misfm.checkpoints.checkpoint import ADAPTATION, CHANNEL_NAMES, CheckpointInfo, plain, preprocessing_of
+from nnunetv2_misfm.checkpoints.foreign import GENERIC_UNET_CLASS, RESIDUAL_UNET
+from nnunetv2_misfm.checkpoints.unet_weights import unet_description
 from nnunetv2_misfm.plans.checks import INTENSITIES, WINDOW, with_present_names
-from nnunetv2_misfm.plans.network_entry import UNET_ARGUMENTS
+from nnunetv2_misfm.plans.network_entry import PLAIN_UNET, UNET_ARGUMENTS
 from nnunetv2_misfm.plans.settings import is_number
-from nnunetv2_misfm.transfer.checkpoint import ADAPTATION, CHANNEL_NAMES, CheckpointInfo, plain, preprocessing_of
-from nnunetv2_misfm.transfer.foreign import RESIDUAL_UNET
-from nnunetv2_misfm.transfer.unet_weights import unet_description
 
 # Of nnssl's presets (architectures/architecture_registry.py), what no weights tell.
 _PRESET_STRIDES = {
@@ -62,6 +62,11 @@ def describe_unet(
     if isinstance(epochs, int):
         training["epochs_done"] = epochs
     return CheckpointInfo(task, class_name, arguments, channels, classes, well_formed(preprocessing), training)
+
+
+def is_complete_unet(info: CheckpointInfo) -> bool:
+    """Whether a checkpoint describes a U-Net of nnU-Net's wholly, so that `-network pretrained` can plan it."""
+    return info.network_class_name in (PLAIN_UNET, RESIDUAL_UNET, GENERIC_UNET_CLASS) and "strides" in info.arch_kwargs
 
 
 def told_preprocessing(checkpoint: Mapping[str, Any], beside: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from nnunetv2_misfm.transfer.unet_weights import is_alias
+from nnunetv2_misfm.checkpoints.unet_weights import is_alias
 
 # Root mean square times the square root of the inputs of a unit: 0.58 as PyTorch draws weights, 1.41 as nnU-Net does.
 _SHRUNK = 0.05

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnunetv2_misfm.checkpoints.foreign import GENERIC_UNET_CLASS, RESIDUAL_UNET
 from nnunetv2_misfm.plans.network_entry import PLAIN_UNET
-from nnunetv2_misfm.transfer.foreign import GENERIC_UNET_CLASS, RESIDUAL_UNET
 
 _ENCODER_OF_DECODER, _IN_ORDER = "decoder.encoder.", ".all_modules."
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

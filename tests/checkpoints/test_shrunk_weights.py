@@ -7,8 +7,8 @@ from torch import nn
 
 from nnunetv2_misfm.architectures import FMUNet, PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.checkpoints.shrunk_weights import shrunk_weights
 from nnunetv2_misfm.pretrain.planning import plain_unet_entry
-from nnunetv2_misfm.transfer.shrunk_weights import shrunk_weights
 
 
 def unet() -> nn.Module:

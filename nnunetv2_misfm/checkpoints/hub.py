@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
+from nnunetv2_misfm.checkpoints.checkpoint import CHECKPOINT_ENDINGS, CheckpointError
 from nnunetv2_misfm.errors import first_line
 from nnunetv2_misfm.files import disk_is_full
 from nnunetv2_misfm.plans.files import FINAL
-from nnunetv2_misfm.transfer.checkpoint import CHECKPOINT_ENDINGS, CheckpointError
 
 EXPORTED = "model.safetensors"
 """The name of our exported checkpoints."""

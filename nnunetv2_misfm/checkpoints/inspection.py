@@ -8,18 +8,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_misfm.checkpoints.checkpoint import LEARNT, CheckpointError, CheckpointInfo
+from nnunetv2_misfm.checkpoints.described import is_complete_unet
+from nnunetv2_misfm.checkpoints.hub import EXPORTED
+from nnunetv2_misfm.checkpoints.names import LEARNING_PARTS, OTHER, PARTS, Names
+from nnunetv2_misfm.checkpoints.safetensors_file import write_safetensors
+from nnunetv2_misfm.checkpoints.shrunk_weights import shrunk_weights
+from nnunetv2_misfm.checkpoints.source import Source, file_sha256, read_source
+from nnunetv2_misfm.checkpoints.unet_weights import is_statistic
 from nnunetv2_misfm.plans.checks import INTENSITIES
 from nnunetv2_misfm.plans.network_entry import UNET_ARGUMENTS, own_network_name
 from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS
-from nnunetv2_misfm.transfer.checkpoint import LEARNT, CheckpointError, CheckpointInfo
-from nnunetv2_misfm.transfer.hub import EXPORTED
-from nnunetv2_misfm.transfer.names import OTHER, PARTS, Names
-from nnunetv2_misfm.transfer.planning import is_complete_unet
-from nnunetv2_misfm.transfer.pretrained import Source, file_sha256, read_source
-from nnunetv2_misfm.transfer.report import LEARNING_PARTS
-from nnunetv2_misfm.transfer.safetensors_file import write_safetensors
-from nnunetv2_misfm.transfer.shrunk_weights import shrunk_weights
-from nnunetv2_misfm.transfer.unet_weights import is_statistic
 
 # Constructor arguments that hardly differ from one of nnU-Net's networks to another.
 _USUAL = ("n_stages", "conv_op", "conv_bias", "kernel_sizes", "dropout_op", "dropout_op_kwargs")

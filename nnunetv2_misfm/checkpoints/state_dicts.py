@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nnunetv2_misfm.transfer.checkpoint import CheckpointError
-from nnunetv2_misfm.transfer.foreign import GENERIC_UNET, Kind, names_in, recognised
-from nnunetv2_misfm.transfer.names import SEG_LAYERS, is_copy
-from nnunetv2_misfm.transfer.unet_weights import each_once, from_generic_unet
+from nnunetv2_misfm.checkpoints.checkpoint import CheckpointError
+from nnunetv2_misfm.checkpoints.foreign import GENERIC_UNET, Kind, names_in, recognised
+from nnunetv2_misfm.checkpoints.names import SEG_LAYERS, is_copy
+from nnunetv2_misfm.checkpoints.unet_weights import each_once, from_generic_unet
 
 _CONTAINERS = ("network_weights", "model_state_dict", "state_dict", "model", "net", "network", "student", "module")
 _NOT_WEIGHTS = ("optim", "sched", "scaler", "amp", "logging", "init_args")

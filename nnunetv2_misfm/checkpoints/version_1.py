@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from nnunetv2_misfm.checkpoints.checkpoint import name_in_archive, plain
 from nnunetv2_misfm.errors import first_line
 from nnunetv2_misfm.plans.checks import INTENSITIES
-from nnunetv2_misfm.transfer.checkpoint import name_in_archive, plain
 
 _SCHEMES = {"CT": "CTNormalization", "nonCT": "ZScoreNormalization", "noNorm": "NoNormalization"}
 _INTENSITIES = {"mean": "mean", "sd": "std", "median": "median", "mn": "min", "mx": "max"} | {

@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnunetv2_misfm.errors import first_line
-from nnunetv2_misfm.files import written_whole
-from nnunetv2_misfm.transfer.checkpoint import (
+from nnunetv2_misfm.checkpoints.checkpoint import (
     CHANNEL_NAMES,
     DESCRIPTION,
     FORMAT_VERSION,
@@ -24,6 +22,8 @@ from nnunetv2_misfm.transfer.checkpoint import (
     CheckpointInfo,
     not_written,
 )
+from nnunetv2_misfm.errors import first_line
+from nnunetv2_misfm.files import written_whole
 
 
 def is_safetensors(path: Path) -> bool:

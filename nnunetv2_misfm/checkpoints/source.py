@@ -12,9 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nnunetv2_misfm.files import json_or_nothing
-from nnunetv2_misfm.plans.network_entry import DECODER, NETWORKS, own_class
-from nnunetv2_misfm.transfer.checkpoint import (
+from nnunetv2_misfm.checkpoints.checkpoint import (
     ADAPTATION,
     LEARNT,
     TRAINED_PARTS,
@@ -25,22 +23,23 @@ from nnunetv2_misfm.transfer.checkpoint import (
     checkpoints_in_archive,
     read_checkpoint,
 )
-from nnunetv2_misfm.transfer.described import (
+from nnunetv2_misfm.checkpoints.described import (
     channels_of_checkpoint,
     describe_unet,
     how_well_learnt,
     told_preprocessing,
     well_formed,
 )
-from nnunetv2_misfm.transfer.foreign import FMUNET, GENERIC_UNET, PCTNET, PUBLISHED_FMUNET, PUBLISHED_PCTNET, Kind
-from nnunetv2_misfm.transfer.hub import ADAPTATION_PLAN, download, is_hub_name
-from nnunetv2_misfm.transfer.names import SEG_LAYERS, Names, names_in_class
-from nnunetv2_misfm.transfer.own_weights import describe_own
-from nnunetv2_misfm.transfer.published_weights import read_published
-from nnunetv2_misfm.transfer.report import LEARNING_PARTS
-from nnunetv2_misfm.transfer.safetensors_file import is_safetensors, read_safetensors
-from nnunetv2_misfm.transfer.state_dicts import Found, find_weights
-from nnunetv2_misfm.transfer.version_1 import init_args_beside
+from nnunetv2_misfm.checkpoints.foreign import FMUNET, GENERIC_UNET, PCTNET, PUBLISHED_FMUNET, PUBLISHED_PCTNET, Kind
+from nnunetv2_misfm.checkpoints.hub import ADAPTATION_PLAN, download, is_hub_name
+from nnunetv2_misfm.checkpoints.names import LEARNING_PARTS, SEG_LAYERS, Names, names_in_class
+from nnunetv2_misfm.checkpoints.own_weights import describe_own
+from nnunetv2_misfm.checkpoints.published_weights import read_published
+from nnunetv2_misfm.checkpoints.safetensors_file import is_safetensors, read_safetensors
+from nnunetv2_misfm.checkpoints.state_dicts import Found, find_weights
+from nnunetv2_misfm.checkpoints.version_1 import init_args_beside
+from nnunetv2_misfm.files import json_or_nothing
+from nnunetv2_misfm.plans.network_entry import DECODER, NETWORKS, own_class
 
 
 @dataclass(frozen=True)

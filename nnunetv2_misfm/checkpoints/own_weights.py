@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
+from nnunetv2_misfm.checkpoints.checkpoint import CheckpointInfo
+from nnunetv2_misfm.checkpoints.foreign import FMUNET, Kind
 from nnunetv2_misfm.plans.checks import build_on_meta
 from nnunetv2_misfm.plans.network_entry import architecture_entry
-from nnunetv2_misfm.transfer.checkpoint import CheckpointInfo
-from nnunetv2_misfm.transfer.foreign import FMUNET, Kind
 
 _USUAL = {"window_size": 6, "n_swin_blocks": 2, "mlp_ratio": 4.0}  # PCTNet's defaults
 

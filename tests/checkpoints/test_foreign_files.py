@@ -18,19 +18,19 @@ from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
 from nnunetv2_misfm.architectures import FMUNet, PCTNet
-from nnunetv2_misfm.plans.network_entry import architecture_entry
-from nnunetv2_misfm.plans.run_settings import FinetuningSettings
-from nnunetv2_misfm.transfer.checkpoint import CheckpointError, CheckpointInfo, read_checkpoint, write_checkpoint
-from nnunetv2_misfm.transfer.foreign import KINDS, recognised
-from nnunetv2_misfm.transfer.images import about_channels
-from nnunetv2_misfm.transfer.inspection import export
-from nnunetv2_misfm.transfer.pretrained import (
+from nnunetv2_misfm.checkpoints.checkpoint import CheckpointError, CheckpointInfo, read_checkpoint, write_checkpoint
+from nnunetv2_misfm.checkpoints.foreign import KINDS, recognised
+from nnunetv2_misfm.checkpoints.inspection import export
+from nnunetv2_misfm.checkpoints.source import (
     Source,
     load_network,
     load_source,
     portable_path,
     read_source,
 )
+from nnunetv2_misfm.plans.network_entry import architecture_entry
+from nnunetv2_misfm.plans.run_settings import FinetuningSettings
+from nnunetv2_misfm.transfer.images import about_channels
 from nnunetv2_misfm.transfer.report import TransferReport
 from nnunetv2_misfm.transfer.transfer import TransferError, transfer
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
-from nnunetv2_misfm.transfer.names import OF_FMUNET, OF_PCTNET, OF_PLAIN_UNET, OF_RESIDUAL_UNET, Names
+from nnunetv2_misfm.checkpoints.names import OF_FMUNET, OF_PCTNET, OF_PLAIN_UNET, OF_RESIDUAL_UNET, Names
 
 GENERIC_UNET_CLASS = "nnunetv2_misfm.architectures.generic_unet.GenericUNet"
 RESIDUAL_UNET = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"

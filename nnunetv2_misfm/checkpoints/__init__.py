@@ -1,0 +1,1 @@
+"""What a checkpoint file holds, whoever has written it, and how ours are written."""
