@@ -41,8 +41,6 @@ TRAINED_PARTS = "trained_parts"
 """Beside the weights: the parts of the network that learnt in pretraining; all of them where it is missing."""
 CHANNEL_NAMES = "misfm_channel_names"
 """Beside exported weights: the names of the image channels, which nnU-Net's checkpoints keep in `init_args`."""
-ADAPTATION = "nnssl_adaptation_plan"
-"""Beside the weights, in nnssl's checkpoints and ours: what nnssl tells of network and images."""
 _READ_BY_TORCH = (".pth", ".pt", ".model", ".ckpt")
 CHECKPOINT_ENDINGS = (".safetensors", *_READ_BY_TORCH)
 _CONFIGURATIONS = ("3d_fullres", "3d_cascade_fullres", "3d_lowres", "2d")  # of nnU-Net, the most useful first

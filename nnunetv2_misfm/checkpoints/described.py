@@ -11,18 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from nnunetv2_misfm.checkpoints.checkpoint import ADAPTATION, CHANNEL_NAMES, CheckpointInfo, plain, preprocessing_of
+from nnunetv2_misfm.checkpoints.checkpoint import CHANNEL_NAMES, CheckpointInfo, plain, preprocessing_of
 from nnunetv2_misfm.checkpoints.foreign import GENERIC_UNET_CLASS, RESIDUAL_UNET
+from nnunetv2_misfm.checkpoints.nnssl import read_adaptation_plan
 from nnunetv2_misfm.checkpoints.unet_weights import unet_description
 from nnunetv2_misfm.plans.checks import INTENSITIES, WINDOW, with_present_names
 from nnunetv2_misfm.plans.network_entry import PLAIN_UNET, UNET_ARGUMENTS
 from nnunetv2_misfm.plans.settings import is_number
-
-# Of nnssl's presets (architectures/architecture_registry.py), what no weights tell.
-_PRESET_STRIDES = {
-    "ResEncL": [[1, 1, 1], *[[2, 2, 2]] * 5],
-    "NoSkipResEncL": [[1, 1, 1], *[[2, 2, 2]] * 5],
-}
 
 
 def describe_unet(
@@ -41,7 +36,7 @@ def describe_unet(
     if told is None:
         return None
     class_name, arguments, channels, classes = told
-    nnunet, nnssl = _nnunet(checkpoint), _nnssl(checkpoint, beside)
+    nnunet, nnssl = _nnunet(checkpoint), read_adaptation_plan(checkpoint, beside)
     planned, preprocessing = nnunet or nnssl or ({}, {})
     lengths = {"strides": arguments["n_stages"], "n_conv_per_stage_decoder": arguments["n_stages"] - 1}
     # Trainers may build another kind of U-Net than their plans name.
@@ -76,7 +71,7 @@ def told_preprocessing(checkpoint: Mapping[str, Any], beside: Mapping[str, Any])
         checkpoint: the file's content.
         beside: nnssl's adaptation plan, which lies beside the file; empty if there is none.
     """
-    return well_formed((_nnunet(checkpoint) or _nnssl(checkpoint, beside) or ({}, {}))[1])
+    return well_formed((_nnunet(checkpoint) or read_adaptation_plan(checkpoint, beside) or ({}, {}))[1])
 
 
 def channel_names(dataset_json: object) -> tuple[str, ...]:
@@ -113,10 +108,7 @@ def how_well_learnt(checkpoint: Mapping[str, Any]) -> str:
     return f"score (nnU-Net's pseudo Dice) {last:.3f} in the last of {len(scores)} epochs, {best:.3f} at best"
 
 
-_Described = tuple[dict[str, Any], dict[str, Any]]
-
-
-def _nnunet(checkpoint: Mapping[str, Any]) -> _Described | None:
+def _nnunet(checkpoint: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]] | None:
     """Constructor arguments and preprocessing from nnU-Net's `init_args`, whose plans may be of the old format."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager  # takes seconds
 
@@ -130,21 +122,6 @@ def _nnunet(checkpoint: Mapping[str, Any]) -> _Described | None:
     except Exception:  # whatever a foreign file makes nnU-Net stumble over
         return None
     return plain(arguments), plain(preprocessing_of(plans, configuration))
-
-
-def _nnssl(checkpoint: Mapping[str, Any], beside: Mapping[str, Any]) -> _Described | None:
-    """The same from nnssl's adaptation plan (adaptation_planning/adaptation_plan.py), in the file or beside it."""
-    adaptation = checkpoint.get(ADAPTATION) or beside
-    try:
-        architecture, plans = adaptation["architecture_plans"], adaptation["pretrain_plan"]
-        configuration = next(iter(plans["configurations"].values()))
-        preset = str(architecture["arch_class_name"])
-        arguments = dict(architecture.get("arch_kwargs") or {})
-        if preset in _PRESET_STRIDES:
-            arguments["strides"] = _PRESET_STRIDES[preset]
-        return plain(arguments), plain(preprocessing_of(plans, configuration))
-    except Exception:  # whatever the block of a foreign file lacks or has too much
-        return None
 
 
 def well_formed(preprocessing: Mapping[str, Any]) -> dict[str, Any]:

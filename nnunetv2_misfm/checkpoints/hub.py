@@ -14,14 +14,13 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from nnunetv2_misfm.checkpoints.checkpoint import CHECKPOINT_ENDINGS, CheckpointError
+from nnunetv2_misfm.checkpoints.nnssl import ADAPTATION_FILE
 from nnunetv2_misfm.errors import first_line
 from nnunetv2_misfm.files import disk_is_full
 from nnunetv2_misfm.plans.files import FINAL
 
 EXPORTED = "model.safetensors"
 """The name of our exported checkpoints."""
-ADAPTATION_PLAN = "adaptation_plan.json"
-"""What lies beside nnssl's checkpoints on the OpenMind pages."""
 _OF_VERSION_1 = ".model"  # nnU-Net v1's checkpoints, with a pickle beside each
 _USUAL_FILES = (EXPORTED, FINAL)
 _NAME = re.compile(r"hf:(?://)?(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:]+))?(?::(?P<file>.+))?")
@@ -86,11 +85,11 @@ def download(name: str) -> HubFile:
         file, path = repository.checkpoint()
     commit = path.parts[-1 - len(Path(file).parts)]
     if file != EXPORTED and repository.is_reached:
-        described_by = f"{Path(file).name}.pkl" if file.endswith(_OF_VERSION_1) else ADAPTATION_PLAN
+        described_by = f"{Path(file).name}.pkl" if file.endswith(_OF_VERSION_1) else ADAPTATION_FILE
         if not path.with_name(described_by).is_file():
             with suppress(CheckpointError):  # the weights are there already, and tell most of it themselves
                 _Repository(repository.name, commit).fetch(str(Path(file).with_name(described_by)))
-    beside = path.with_name(ADAPTATION_PLAN)
+    beside = path.with_name(ADAPTATION_FILE)
     return HubFile(path, f"hf:{repository.name}@{commit}:{file}", beside if beside.is_file() else None)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from nnunetv2_misfm.checkpoints.checkpoint import (
-    ADAPTATION,
     LEARNT,
     TRAINED_PARTS,
     WEIGHTS,
@@ -31,8 +30,9 @@ from nnunetv2_misfm.checkpoints.described import (
     well_formed,
 )
 from nnunetv2_misfm.checkpoints.foreign import FMUNET, GENERIC_UNET, PCTNET, PUBLISHED_FMUNET, PUBLISHED_PCTNET, Kind
-from nnunetv2_misfm.checkpoints.hub import ADAPTATION_PLAN, download, is_hub_name
+from nnunetv2_misfm.checkpoints.hub import download, is_hub_name
 from nnunetv2_misfm.checkpoints.names import LEARNING_PARTS, SEG_LAYERS, Names, names_in_class
+from nnunetv2_misfm.checkpoints.nnssl import ADAPTATION, ADAPTATION_FILE
 from nnunetv2_misfm.checkpoints.own_weights import describe_own
 from nnunetv2_misfm.checkpoints.published_weights import read_published
 from nnunetv2_misfm.checkpoints.safetensors_file import is_safetensors, read_safetensors
@@ -118,7 +118,7 @@ def read_source(given: str | os.PathLike[str]) -> Source:
         CheckpointError: if the file cannot be read; the message says why and what to do.
     """
     path, name = Path(given), ""
-    beside: Path | None = path.with_name(ADAPTATION_PLAN)
+    beside: Path | None = path.with_name(ADAPTATION_FILE)
     if is_hub_name(str(given)):
         file = download(str(given))
         path, name, beside = file.path, file.name, file.adaptation_plan
@@ -129,7 +129,7 @@ def read_source(given: str | os.PathLike[str]) -> Source:
     found = find_weights(content, path, as_they_are=of_other_class)
     weights, info, notes = found.weights, own, [*_of_archive(path), *found.notes]
     if plan and own is None:
-        notes.append(f"Its images are described by {ADAPTATION_PLAN}, which lies beside it.")
+        notes.append(f"Its images are described by {ADAPTATION_FILE}, which lies beside it.")
     if own is None and found.kind is GENERIC_UNET and "init_args" not in content:
         init_args, note = init_args_beside(path)
         content, notes = {**content, "init_args": init_args}, [*notes, *([note] if note else [])]

@@ -18,8 +18,8 @@ from nnunetv2.utilities.helpers import dummy_context
 from torch import Tensor, autocast, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from nnunetv2_misfm.checkpoints.adaptation_plan import nnssl_adaptation_plan
-from nnunetv2_misfm.checkpoints.checkpoint import ADAPTATION, DESCRIPTION, LEARNT, TRAINED_PARTS
+from nnunetv2_misfm.checkpoints.checkpoint import DESCRIPTION, LEARNT, TRAINED_PARTS
+from nnunetv2_misfm.checkpoints.nnssl import ADAPTATION, adaptation_plan
 from nnunetv2_misfm.checkpoints.shrunk_weights import shrunk_alarm
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.checks import configuration_3d
@@ -285,7 +285,7 @@ class PretrainingTrainer(BaseTrainer):
             more[_HEAD] = self.bare_model.head.state_dict()
         if self._interrupted is not None:
             more["interrupted_epoch"] = asdict(self._interrupted)
-        plan = nnssl_adaptation_plan(self.bare_network, self.plans_manager.plans, self.configuration_name)
+        plan = adaptation_plan(self.bare_network, self.plans_manager.plans, self.configuration_name)
         return more if plan is None else {**more, ADAPTATION: plan}
 
     def _more_to_say(self) -> dict[str, Any]:
