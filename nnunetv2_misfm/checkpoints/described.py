@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from nnunetv2_misfm.checkpoints.checkpoint import CHANNEL_NAMES, CheckpointInfo, plain, preprocessing_of
 from nnunetv2_misfm.checkpoints.foreign import GENERIC_UNET_CLASS, RESIDUAL_UNET
 from nnunetv2_misfm.checkpoints.nnssl import read_adaptation_plan
-from nnunetv2_misfm.checkpoints.unet_weights import unet_description
+from nnunetv2_misfm.checkpoints.unet_weights import told_unet
 from nnunetv2_misfm.plans.checks import INTENSITIES, WINDOW, with_present_names
 from nnunetv2_misfm.plans.network_entry import PLAIN_UNET, UNET_ARGUMENTS
 from nnunetv2_misfm.plans.settings import is_number
@@ -32,10 +33,10 @@ def describe_unet(
         weights: each under the first of its names.
         beside: nnssl's adaptation plan, which lies beside the file; empty if there is none.
     """
-    told = unet_description(weights)
+    told = told_unet(weights)
     if told is None:
         return None
-    class_name, arguments, channels, classes = told
+    arguments = told.arch_kwargs
     nnunet, nnssl = _nnunet(checkpoint), read_adaptation_plan(checkpoint, beside)
     planned, preprocessing = nnunet or nnssl or ({}, {})
     lengths = {"strides": arguments["n_stages"], "n_conv_per_stage_decoder": arguments["n_stages"] - 1}
@@ -47,16 +48,16 @@ def describe_unet(
         if name not in of_the_other_kind
         and (not isinstance(value, (list, tuple)) or len(value) == lengths.get(name, len(value)))
     }
-    usual_convolutions = 1 if class_name == RESIDUAL_UNET else 2
+    usual_convolutions = 1 if told.network_class_name == RESIDUAL_UNET else 2
     usual = {**UNET_ARGUMENTS, "n_conv_per_stage_decoder": [usual_convolutions] * (arguments["n_stages"] - 1)}
     arguments = {**usual, **planned, **arguments}
     trainer = str(checkpoint.get("trainer_name") or beside.get("trainer_name") or "")
-    task = "segmentation" if nnunet is not None else "pretraining" if nnssl is not None else "unknown"
+    task = "segmentation" if nnunet is not None else "pretraining" if nnssl is not None else told.task
     training: dict[str, Any] = {"trainer": trainer} if trainer else {}
     epochs = checkpoint.get("current_epoch", checkpoint.get("epoch"))
     if isinstance(epochs, int):
         training["epochs_done"] = epochs
-    return CheckpointInfo(task, class_name, arguments, channels, classes, well_formed(preprocessing), training)
+    return replace(told, task=task, arch_kwargs=arguments, preprocessing=well_formed(preprocessing), training=training)
 
 
 def is_complete_unet(info: CheckpointInfo) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -16,38 +15,21 @@ from nnunetv2_misfm.plans.network_entry import architecture_entry
 _USUAL = {"window_size": 6, "n_swin_blocks": 2, "mlp_ratio": 4.0}  # PCTNet's defaults
 
 
-@dataclass(frozen=True)
-class Told:
-    """A network as its weights tell it.
-
-    Attributes:
-        entry: as a plan's configuration holds it under `architecture`.
-        input_channels, num_classes: of the network.
-    """
-
-    entry: dict[str, Any]
-    input_channels: int
-    num_classes: int
-
-
 def describe_own(weights: Mapping[str, Tensor], kind: Kind) -> CheckpointInfo | None:
     """The description of a PCT-Net or FMUNet whose file has none; None if its weights are not complete.
 
     Nothing is known of the images that it was trained on, and of dropout.
     """
     try:
-        told = told_fmunet(weights) if kind is FMUNET else told_pctnet(weights)
-        check_complete(weights, told)
+        info = told_fmunet(weights) if kind is FMUNET else told_pctnet(weights)
+        check_complete(weights, info)
     except (KeyError, IndexError, ValueError):
         return None
-    entry = told.entry
-    return CheckpointInfo(
-        "unknown", entry["network_class_name"], entry["arch_kwargs"], told.input_channels, told.num_classes, {}, {}
-    )
+    return info
 
 
-def told_pctnet(weights: Mapping[str, Tensor]) -> Told:
-    """A PCT-Net by its weights; raises a KeyError or IndexError if it is not complete."""
+def told_pctnet(weights: Mapping[str, Tensor]) -> CheckpointInfo:
+    """What the weights of a PCT-Net tell of it; raises a KeyError or IndexError if they are not complete."""
     stems = sorted({int(name.split(".")[2]) for name in weights if name.startswith("encoder.stems.")})
     stem = f"encoder.stems.{stems[0]}"
     convolutions = (f"{stem}.project", f"{stem}.down1.3", f"{stem}.down2.3", "encoder.down3.3", "encoder.down4.3")
@@ -66,30 +48,31 @@ def told_pctnet(weights: Mapping[str, Tensor]) -> Told:
         "stems": stems,
         **{name: value for name, value in found.items() if value != _USUAL[name]},
     }
-    return Told(
-        architecture_entry("pctnet", stems[0], **arguments),
-        weights[f"{stem}.project.weight"].shape[1],
-        weights["decoder.seg_layers.0.weight"].shape[0],
-    )
+    entry = architecture_entry("pctnet", stems[0], **arguments)
+    return _told(entry, weights[f"{stem}.project.weight"], weights["decoder.seg_layers.0.weight"])
 
 
-def told_fmunet(weights: Mapping[str, Tensor]) -> Told:
-    """An FMUNet by its weights; raises a KeyError if it is not complete."""
+def told_fmunet(weights: Mapping[str, Tensor]) -> CheckpointInfo:
+    """What the weights of an FMUNet tell of it; raises a KeyError if they are not complete."""
     # It has one stem; which degree it was trained for shows in the kernels of its first two stages.
     first = [weights[f"encoder.stages.{i}.convs.0.3.weight"] for i in range(5)]
     degree = sum(kernel.shape[2] == 1 for kernel in first[:2])
     depth = len({name.split(".")[4] for name in weights if name.startswith("encoder.stages.") and ".convs." in name})
     arguments = {"features_per_stage": [kernel.shape[0] for kernel in first], "depth": depth}
-    return Told(
-        architecture_entry("fmunet", degree, **arguments),
-        weights["encoder.stem.weight"].shape[1],
-        weights["decoder.seg_layers.0.weight"].shape[0],
-    )
+    entry = architecture_entry("fmunet", degree, **arguments)
+    return _told(entry, weights["encoder.stem.weight"], weights["decoder.seg_layers.0.weight"])
 
 
-def check_complete(weights: Mapping[str, Tensor], told: Told) -> None:
+def _told(entry: Mapping[str, Any], first: Tensor, last: Tensor) -> CheckpointInfo:
+    """A network by its entry in plans, the kernel of its first convolution and that of a segmentation layer."""
+    name, arguments = entry["network_class_name"], entry["arch_kwargs"]
+    return CheckpointInfo("unknown", name, arguments, first.shape[1], last.shape[0], {}, {})
+
+
+def check_complete(weights: Mapping[str, Tensor], info: CheckpointInfo) -> None:
     """Raise a ValueError unless these are all tensors of the network, each in its shape."""
-    expected = build_on_meta(told.entry, told.input_channels, told.num_classes).state_dict()
+    entry = {"network_class_name": info.network_class_name, "arch_kwargs": info.arch_kwargs, "_kw_requires_import": []}
+    expected = build_on_meta(entry, info.input_channels, info.num_classes).state_dict()
     missing = sorted(set(expected) - set(weights))
     if missing:
         raise ValueError(f"it lacks {len(missing)} of {len(expected)} tensors, here called {_first(missing)}")

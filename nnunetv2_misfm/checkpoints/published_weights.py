@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,23 +211,16 @@ def read_published(
     try:
         if "embeddings.0.proj.weight" in state_dict:
             weights = convert_pctnet(state_dict, stems)
-            told = told_pctnet(weights)
+            info = told_pctnet(weights)
         else:
             weights = convert_fmunet(state_dict)
-            told = told_fmunet(weights)
-        check_complete(weights, told)
+            info = told_fmunet(weights)
+        check_complete(weights, info)
     except (KeyError, IndexError, ValueError) as error:
         raise CheckpointError(f"{path} is not a complete published network: {error}") from None
-    info = CheckpointInfo(
-        task="volume_fusion",
-        network_class_name=told.entry["network_class_name"],
-        arch_kwargs=told.entry["arch_kwargs"],
-        input_channels=told.input_channels,
-        num_classes=told.num_classes,
-        preprocessing=_published_preprocessing(told.input_channels),
-        training={"published": "openmedlab/MIS-FM"},
-    )
-    return weights, info
+    preprocessing = _published_preprocessing(info.input_channels)
+    training = {"published": "openmedlab/MIS-FM"}
+    return weights, replace(info, task="volume_fusion", preprocessing=preprocessing, training=training)
 
 
 def _published_preprocessing(input_channels: int) -> dict[str, Any]:

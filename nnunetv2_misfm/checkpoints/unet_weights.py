@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nnunetv2_misfm.checkpoints.checkpoint import CheckpointInfo
 from nnunetv2_misfm.checkpoints.foreign import GENERIC_UNET_CLASS, RESIDUAL_UNET
 from nnunetv2_misfm.plans.network_entry import PLAIN_UNET
 
@@ -85,16 +86,16 @@ def _difference(one: Tensor, other: Tensor) -> float:
     return float((one - other).norm()) / size if size else float(bool(one.any()))
 
 
-def unet_description(weights: Mapping[str, Tensor]) -> tuple[str, dict[str, Any], int, int] | None:
-    """The class of a U-Net of nnU-Net, and the arguments that its weights tell.
+def told_unet(weights: Mapping[str, Tensor]) -> CheckpointInfo | None:
+    """What the weights of a U-Net of nnU-Net tell of it.
 
     Args:
         weights: each under the first of its names.
 
     Returns:
-        Class name, constructor arguments (without what no weight tells, such as dropout, and without those of the
-        decoder, strides among them, where there is none), input channels and classes (0 without segmentation layers);
-        None for weights that do not make up such a network.
+        Its arguments lack what no weight tells, such as dropout, and those of the decoder, strides among them, where
+        there is none; without segmentation layers there are 0 classes. None for weights that do not make up such a
+        network.
     """
     residual = "encoder.stem.convs.0.conv.weight" in weights
     blocks = "encoder.stages.{}.blocks.{}.conv1.conv.weight" if residual else "encoder.stages.{}.0.convs.{}.conv.weight"
@@ -130,7 +131,7 @@ def unet_description(weights: Mapping[str, Tensor]) -> tuple[str, dict[str, Any]
     # From coarse to fine: those of the next coarser stages in v1, of the same stages in v2.
     if not residual and in_decoder_kernels == kernels[:0:-1] != kernels[-2::-1]:
         class_name = GENERIC_UNET_CLASS
-    return class_name, arguments, stem.shape[1], classes
+    return CheckpointInfo("unknown", class_name, arguments, stem.shape[1], classes, {}, {})
 
 
 def _counts(weights: Mapping[str, Tensor], pattern: str) -> list[int]:
