@@ -24,6 +24,7 @@ from nnunetv2_misfm.plans.network_entry import ENCODER, NETWORKS, STEM
 from nnunetv2_misfm.plans.run_settings import (
     DEFAULT_BASELINE_PLANS,
     DEFAULT_FINETUNING_PLANS,
+    PRETEXT_TASKS,
     SCHEDULE_WITH_WEIGHTS,
     SEGMENTATION,
     FinetuningSettings,
@@ -215,10 +216,16 @@ def _check_frozen(request: PlanRequest, name: str, report: TransferReport | None
 def _about_the_weights(options: argparse.Namespace, request: PlanRequest, source: Source | None) -> Iterator[str]:
     """Remarks on what the weights can be expected to do."""
     from nnunetv2_misfm.checkpoints.shrunk_weights import shrunk_weights
+    from nnunetv2_misfm.pretrain.tasks import too_short
 
     if source is None or request.from_scratch:
         return
     yield from source.notes
+    told = source.info
+    if told is not None and told.task in PRETEXT_TASKS:
+        epochs, iterations = (told.training.get(name) for name in ("epochs_done", "num_iterations_per_epoch"))
+        if isinstance(epochs, int) and isinstance(iterations, int):
+            yield from filter(None, [too_short(told.task, epochs * iterations)])
     if (shrunk := shrunk_weights(source.weights)) is not None:
         yield f"{source.path} starts from zero in {shrunk}: weight decay has shrunk its weights to nothing."
 

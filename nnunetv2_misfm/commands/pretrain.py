@@ -125,7 +125,7 @@ def describe_choices(options: PretrainOptions, plans: Mapping[str, Any]) -> str:
     """Lines that tell what will be trained: network and sizes, what was given, and what else is not the default."""
     from nnunetv2_misfm.plans.run_settings import BLOCK
     from nnunetv2_misfm.pretrain.planning import enough_samples
-    from nnunetv2_misfm.pretrain.tasks import settings_of
+    from nnunetv2_misfm.pretrain.tasks import settings_of, too_short
 
     entry, block = plans["configurations"][options.configuration], plans[BLOCK]
     network = entry["architecture"]["network_class_name"].rpartition(".")[2]
@@ -136,7 +136,8 @@ def describe_choices(options: PretrainOptions, plans: Mapping[str, Any]) -> str:
     # No two settings share a name, whatever group they are in.
     asked = {**options.run, **options.of_tasks[block["task"]], **options.augmentation}
     given, kept = [], []
-    for _, name, value, default in settings_of(block):
+    settings = {name: (value, default) for _, name, value, default in settings_of(block)}
+    for name, (value, default) in settings.items():
         if name in asked:
             given.append(f"{name} {value}")
         elif value != default:
@@ -149,6 +150,8 @@ def describe_choices(options: PretrainOptions, plans: Mapping[str, Any]) -> str:
             f"Patch size {entry['patch_size']} is larger than the median volume, {[round(n) for n in median]} voxels: "
             f"{1 - filled:.0%} of such a patch is padding. Give a smaller -patch_size, or leave it out for a new pool."
         )
+    if few := too_short(block["task"], settings["num_epochs"][0] * settings["num_iterations_per_epoch"][0]):
+        lines.append(few)
     enough = enough_samples(entry["architecture"], entry["patch_size"])
     if entry["batch_size"] < enough:
         lines.append(

@@ -33,6 +33,18 @@ def default_settings(name: str) -> dict[str, Any]:
     return {"run": kind.run_defaults, kind.group(): kind.Settings(), AUGMENTATION: kind.augmentation_defaults}
 
 
+def too_short(task: str, num_iterations: int) -> str:
+    """A sentence about a pretraining of so few iterations that its weights may do harm; empty if it is long enough."""
+    least = task_class(task).least_iterations
+    if num_iterations >= least:
+        return ""
+    return (
+        f"{num_iterations:,} iterations of {task} are few: where it had hardly learnt its task, its weights made "
+        f"fine-tuning worse in a study. Give it {least:,} or more (-num_epochs of misfm_pretrain), or take another "
+        f"-pretext for short runs."
+    )
+
+
 def settings_of(block: Mapping[str, Any]) -> Iterator[tuple[str, str, Any, Any]]:
     """The group (empty for the run's own), name, value and default of each setting in the block of a pretraining."""
     groups = default_settings(block["task"])

@@ -212,6 +212,7 @@ class VolumeFusion(PretextTask[FusionSettings]):
     title = "Volume Fusion; sizes in plans axis order"
     Settings = FusionSettings
     deep_supervision = True
+    least_iterations = 10_000  # 1,500 did harm on ACDC, 6,000 did not help: benchmarks/results/three_sets_recipe.md
     picture_name = "fused_samples.png"
     picture_caption = (
         "Each row is a sample: the fused image, the fusion class of each voxel, and the class that the network "

@@ -35,10 +35,10 @@ def plans(nnunet: Path, name: str = "nnUNetMisFMPlans") -> dict:
     return json.loads((nnunet / "nnUNet_preprocessed" / DATASET / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def save_pctnet(path: Path) -> None:
+def save_pctnet(path: Path, training: dict | None = None) -> None:
     arguments = {"strides": strides_of(0), "features_per_stage": [4, 4, 8, 16, 32]}
     preprocessing = {"normalization_schemes": ["ZScoreNormalization"], "patch_size": [8, 32, 32], "spacing": [2, 2, 2]}
-    info = CheckpointInfo("volume_fusion", NETWORKS["pctnet"], arguments, 1, 5, preprocessing, {})
+    info = CheckpointInfo("volume_fusion", NETWORKS["pctnet"], arguments, 1, 5, preprocessing, training or {})
     weights = PCTNet(1, 5, **arguments).state_dict()  # type: ignore[arg-type]
     write_checkpoint({"network_weights": weights}, info, path)
 
@@ -57,6 +57,15 @@ def save_unet(path: Path, conv: type = torch.nn.Conv3d, residual: bool = False) 
 def network_of(architecture: dict) -> torch.nn.Module:
     names = ("network_class_name", "arch_kwargs", "_kw_requires_import")
     return get_network_from_plans(*(architecture[name] for name in names), 1, 3)
+
+
+@pytest.mark.parametrize(("epochs", "few"), [(30, True), (200, False), ("?", False)])
+def test_weights_of_a_pretraining_too_short_for_its_task_are_told(
+    nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], epochs: int | str, few: bool
+) -> None:
+    save_pctnet(tmp_path / "c.pth", {"epochs_done": epochs, "num_iterations_per_epoch": 50})
+    plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pth"), "--no_pp"])
+    assert ("Note: 1,500 iterations of volume_fusion are few" in capsys.readouterr().out) == few
 
 
 def test_the_network_of_a_foreign_checkpoint_can_be_trained(

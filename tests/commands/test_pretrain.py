@@ -216,6 +216,23 @@ def test_a_patch_that_is_mostly_padding_is_told(patch: list[int]) -> None:
     assert is_told == (patch[0] == 32)
 
 
+@pytest.mark.parametrize(
+    ("task", "settings", "few"),
+    [
+        ("volume_fusion", {"num_epochs": 30, "num_iterations_per_epoch": 50}, True),
+        ("volume_fusion", {"num_epochs": 40}, False),
+        ("volume_fusion", {}, False),
+        ("patch_swap", {"num_epochs": 30, "num_iterations_per_epoch": 50}, False),
+    ],
+)
+def test_a_pretraining_too_short_for_its_task_is_told(task: str, settings: dict, few: bool) -> None:
+    entry = {"architecture": architecture_entry("pctnet", 0), "patch_size": [32, 32, 32], "batch_size": 4}
+    plans = {"plans_name": "P", "misfm": {"task": task, **settings}, "configurations": {"3d_fullres": entry}}
+    told = describe_choices(read_options(["-d", "4", "-device", "cpu"], under_torchrun=False), plans)
+    assert ("1,500 iterations of volume_fusion are few" in told) == few
+    assert ("Give it 10,000 or more" in told) == few
+
+
 def test_a_pool_that_is_not_complete_is_named(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """As while other parts of it are being prepared: its plans are there, its fingerprint comes last."""
     pool = nnunet / "nnUNet_preprocessed" / "Dataset004_Small"
