@@ -29,7 +29,8 @@ def check_device(device: str, num_gpus: int) -> None:
     if device == "cuda":
         if (there := usable_gpus()) < num_gpus:
             asked = f" with -num_gpus {num_gpus}" if num_gpus > 1 else ""
-            raise PlanError(f"-device cuda{asked}: there are {there} usable GPUs. Use -device cpu.")
+            remedy = f"Give -num_gpus {there}." if there else "Use -device cpu."
+            raise PlanError(f"-device cuda{asked}: there are {there} usable GPUs. {remedy}")
     if device == "mps" and not torch.backends.mps.is_available():
         raise PlanError("-device mps: PyTorch has no MPS device here. Use -device cpu.")
 

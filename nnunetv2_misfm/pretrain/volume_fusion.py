@@ -282,10 +282,11 @@ class VolumeFusion(PretextTask[FusionSettings]):
         return total
 
     def _one_resolution(self, output: Tensor, labels: Tensor) -> Tensor:
-        # nnU-Net's DC_and_CE_loss with an ignore label makes the processor wait for the GPU.
         told = labels != UNTOLD
         dice: Tensor = self._dice(output, torch.where(told, labels, 0), loss_mask=told)
-        return 0.5 * dice + 0.5 * F.cross_entropy(output, labels[:, 0].long(), ignore_index=UNTOLD)
+        entropy = F.cross_entropy(output, labels[:, 0].long(), ignore_index=UNTOLD, reduction="none").flatten(1).sum(1)
+        # Each sample weighs the same, so that processes may share a batch; a coarse map may have none that is told.
+        return 0.5 * dice + 0.5 * (entropy / told.flatten(1).sum(1).clamp(min=1)).mean()
 
     def compile(self) -> None:
         """The Dice loss, as nnU-Net does."""
@@ -316,7 +317,7 @@ class VolumeFusion(PretextTask[FusionSettings]):
         tp, fp, fn = sums["tp"], sums["fp"], sums["fn"]
         dice = [float(d) for d in 2 * tp / np.maximum(2 * tp + fp + fn, 1)]
         predicted = [float(share) for share in (tp + fp) / max(1, np.sum(tp + fp))]
-        accuracy = sums["correct"] / sums["voxels"]
+        accuracy = sums["correct"] / max(1, sums["voxels"])
         there = 2 * tp + fp + fn > 0
         parts = np.where(there, dice, np.nan)[1:]
         return Scores(

@@ -47,9 +47,9 @@ class MisFMTrainer(BaseTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
 
     def _check_data(self) -> None:
-        name, configuration = self.plans_manager.plans_name, self.configuration_name
+        folder = Path(self.preprocessed_dataset_folder)
         try:
-            check_data_unchanged(Path(self.preprocessed_dataset_folder), name, configuration)
+            check_data_unchanged(folder, self.plans_manager.plans, self.configuration_name)
         except PlanError as error:
             if not self._continues:
                 raise

@@ -74,7 +74,6 @@ def _provide(
     same = known.get("preprocessing") == wanted
     if same and (as_stock or not shared) and not changed.labels and not changed.cases:
         return f"{folder} is up to date."
-    record.unlink(missing_ok=True)
     raw = nnunet_folder("nnUNet_raw") / dataset_folder.name
     # Of nnU-Net's own arrays it is not known from which files they were made.
     made_from = {} if shared else raw_files(raw)
@@ -259,13 +258,19 @@ def _changed_cases(folder: Path, record: Mapping[str, Any]) -> tuple[Path, list[
     return source, sorted(name for name, size in before.items() if now and now.get(name) != size)
 
 
-def check_data_unchanged(folder: Path, plans_name: str, configuration: str) -> None:
-    """Raise a PlanError if a data folder is not there, or holds labels or images that have been corrected since."""
+def check_data_unchanged(folder: Path, plans: Mapping[str, Any], configuration: str) -> None:
+    """Raise a PlanError if a data folder is not there, or was made by other plans, labels or images than these."""
+    plans_name = plans["plans_name"]
     anew = f"nnUNetv2_preprocess -d {folder.parent.name} -plans_name {plans_name} -c {configuration}"
     if not folder.is_dir():
         raise PlanError(f"{folder} is not there. Repeat the misfm_plan that made {plans_name}, or run: {anew}")
-    changed = changed_since(folder)
+    record = _record_of(record_of(folder), listing(folder))
+    wanted = json.loads(json.dumps(preprocessing_key(plans, configuration)))
+    made = record.get("preprocessing", wanted)  # of arrays that nnU-Net has made anew nothing is known
+    others = [f"{key} was {made.get(key)}, is {wanted.get(key)}" for key in wanted if made.get(key) != wanted[key]]
+    changed = _changed(folder, record)
     for names, problem in (
+        (others, f"was preprocessed by other plans than {plans_name} are now"),
         (changed.labels, f"was made with other labels than {folder.parent / 'gt_segmentations'} holds now"),
         (changed.cases, f"was made from other files than {changed.source} holds now"),
     ):

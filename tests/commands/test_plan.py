@@ -351,32 +351,57 @@ def test_corrected_images_and_withdrawn_cases_are_not_trained_on(
     capsys.readouterr()
     folder = nnunet / "nnUNet_preprocessed" / DATASET
     ours, raw = folder / "nnUNetMisFMPlans_3d_fullres", nnunet / "nnUNet_raw" / DATASET / "imagesTr"
-    check_data_unchanged(ours, "nnUNetMisFMPlans", "3d_fullres")
+    check_data_unchanged(ours, plans(nnunet), "3d_fullres")
     image, array = raw / "case_0_0000.nii.gz", folder / "nnUNetPlans_3d_fullres" / "case_0.b2nd"
     source = image if own_arrays else array
     place = raw.parent if own_arrays else array.parent
     content = source.read_bytes()
     source.unlink()
     source.write_bytes(content)  # a copy has another time
-    check_data_unchanged(ours, "nnUNetMisFMPlans", "3d_fullres")
+    check_data_unchanged(ours, plans(nnunet), "3d_fullres")
     source.write_bytes(content + b" ")
     with pytest.raises(PlanError, match=rf"other files than .*{place.name} holds now \(.*{source.name}\)"):
-        check_data_unchanged(ours, "nnUNetMisFMPlans", "3d_fullres")
+        check_data_unchanged(ours, plans(nnunet), "3d_fullres")
     if own_arrays:
         # The first remedy helps: what has changed is preprocessed.
         source.write_bytes(content)
         brighter = sitk.ReadImage(str(source)) + 3
         sitk.WriteImage(brighter, str(source))
         plan_main(again)
-        check_data_unchanged(ours, "nnUNetMisFMPlans", "3d_fullres")
+        check_data_unchanged(ours, plans(nnunet), "3d_fullres")
         assert "was preprocessed" in capsys.readouterr().out
         plan_main(again)
         assert "is up to date" in capsys.readouterr().out
     source.unlink()
     with pytest.raises(PlanError, match=f"{source.name}.*Repeat the misfm_plan that made nnUNetMisFMPlans"):
-        check_data_unchanged(ours, "nnUNetMisFMPlans", "3d_fullres")
+        check_data_unchanged(ours, plans(nnunet), "3d_fullres")
     with pytest.raises(PlanError, match="is not there.*nnUNetv2_preprocess -d .* -plans_name Others -c 3d_fullres"):
-        check_data_unchanged(folder / "Others_3d_fullres", "Others", "3d_fullres")
+        check_data_unchanged(folder / "Others_3d_fullres", {"plans_name": "Others"}, "3d_fullres")
+
+
+def test_arrays_of_another_preprocessing_are_not_trained_on(
+    nnunet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Plans that were replaced and not preprocessed: by --no_pp, or because the raw dataset is away."""
+    again = ["-d", "4", "-np", "1", "-spacing", "1.2", "1.2", "1.2"]
+    plan_main(again)
+    ours = nnunet / "nnUNet_preprocessed" / DATASET / "nnUNetMisFMPlans_3d_fullres"
+    check_data_unchanged(ours, plans(nnunet), "3d_fullres")
+    other = ["-d", "4", "-np", "1", "-spacing", "1.4", "1.4", "1.4"]
+    plan_main([*other, "--no_pp"])
+    told = r"by other plans than nnUNetMisFMPlans are now \(spacing was \[1.2, 1.2, 1.2\], is \[1.4, 1.4, 1.4\]"
+    with pytest.raises(PlanError, match=told):
+        check_data_unchanged(ours, plans(nnunet), "3d_fullres")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("nnUNet_raw", str(tmp_path))
+        capsys.readouterr()
+        with pytest.raises(SystemExit):
+            plan_main(other)
+        assert "has to be preprocessed" in capsys.readouterr().err
+    with pytest.raises(PlanError, match=told):
+        check_data_unchanged(ours, plans(nnunet), "3d_fullres")
+    plan_main(other)  # the remedy helps
+    check_data_unchanged(ours, plans(nnunet), "3d_fullres")
 
 
 def test_a_copy_of_the_preprocessed_data_is_up_to_date(

@@ -202,15 +202,38 @@ def small_batch(num_fusion_classes: int = 3) -> tuple[list[torch.Tensor], torch.
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_loss_is_nnunets_with_padding_ignored(padded: bool) -> None:
+    """As much of each sample: then the mean over samples is that over voxels."""
     task = VolumeFusion(FusionSettings(num_fusion_classes=3))
     (output, _), labels = small_batch()
     if padded:
-        labels[:, :, :2] = UNTOLD
-        labels[1, :, :, 5:] = UNTOLD
+        labels[0, :, :2] = UNTOLD
+        labels[1, ..., 4:] = UNTOLD
     dice = {"batch_dice": True, "do_bg": True, "smooth": 1e-5, "ddp": False}
     options = {"weight_ce": 0.5, "weight_dice": 0.5, "dice_class": MemoryEfficientSoftDiceLoss}
     nnunets = DC_and_CE_loss(dice, {}, ignore_label=UNTOLD if padded else None, **options)
     assert task.loss([output], labels).item() == pytest.approx(nnunets(output, labels).item(), rel=1e-6)
+
+
+def test_processes_that_share_a_batch_have_its_cross_entropy_together() -> None:
+    """However much of a sample is padding; nnU-Net's Dice is gathered from all of them."""
+    task = VolumeFusion(FusionSettings(num_fusion_classes=3))
+    task._dice = lambda *given, **more: torch.zeros(())
+    outputs, labels = small_batch()
+    labels[0, ..., 1:] = UNTOLD
+    alone = [task.loss([output[[i]] for output in outputs], labels[[i]]) for i in range(2)]
+    assert torch.stack(alone).mean().item() == pytest.approx(task.loss(outputs, labels).item(), rel=1e-6)
+
+
+def test_a_batch_of_nothing_but_padding_has_a_loss_scores_and_gradients() -> None:
+    """As coarse maps of volumes of a slice or two may be."""
+    task = VolumeFusion(FusionSettings(num_fusion_classes=3))
+    outputs, labels = small_batch()
+    labels[:] = UNTOLD
+    outputs = [output.requires_grad_() for output in outputs]
+    loss = task.loss(outputs, labels)
+    loss.backward()
+    assert loss.isfinite() and all(not output.grad.any() for output in outputs)
+    assert np.isfinite(task.scores(task.count(outputs, labels)).main)
 
 
 def test_what_a_network_says_of_padding_changes_nothing() -> None:
