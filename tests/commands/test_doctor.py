@@ -130,6 +130,8 @@ def test_the_doctor_knows_the_device_that_the_commands_use(monkeypatch: pytest.M
     assert Demo(Path("unused"), None, 0).device == best_device() == ("cuda" if usable else "cpu")
     if usable:
         check_device("cuda", 1)
+        with pytest.raises(PlanError, match="there are 1 usable GPUs. Give -num_gpus 1"):
+            check_device("cuda", 4)
     else:
         with pytest.raises(PlanError, match="Use -device cpu"):
             check_device("cuda", 1)
