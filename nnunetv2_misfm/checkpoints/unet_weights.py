@@ -17,6 +17,7 @@ from nnunetv2_misfm.checkpoints.foreign import GENERIC_UNET_CLASS, RESIDUAL_UNET
 from nnunetv2_misfm.plans.network_entry import PLAIN_UNET
 
 _ENCODER_OF_DECODER, _IN_ORDER = "decoder.encoder.", ".all_modules."
+_IN_DECODER = "decoder.stages.{}.convs.{}.conv.weight"
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -103,7 +104,6 @@ def told_unet(weights: Mapping[str, Tensor]) -> CheckpointInfo | None:
     if not in_encoder or any(".conv3." in name for name in weights):  # bottleneck blocks have other arguments
         return None
     first = [weights[blocks.format(stage, 0)] for stage in range(len(in_encoder))]
-    in_decoder = _counts(weights, "decoder.stages.{}.convs.{}.conv.weight")
     kernels = [list(kernel.shape[2:]) for kernel in first]
     dim = first[0].ndim - 2
     norm = "batchnorm.BatchNorm" if any(is_statistic(name) for name in weights) else "instancenorm.InstanceNorm"
@@ -116,22 +116,29 @@ def told_unet(weights: Mapping[str, Tensor]) -> CheckpointInfo | None:
         "conv_bias": blocks.format(0, 0).replace(".weight", ".bias") in weights,
         "norm_op": f"torch.nn.modules.{norm}{dim}d",
     }
-    upsampling = [weights.get(f"decoder.transpconvs.{stage}.weight") for stage in range(len(in_encoder) - 1)]
-    if all(kernel is not None for kernel in upsampling):
-        arguments["strides"] = [[1] * dim, *(list(k.shape[2:]) for k in reversed(upsampling) if k is not None)]
-    if len(in_decoder) == len(in_encoder) - 1:
-        arguments["n_conv_per_stage_decoder"] = in_decoder
+    arguments |= _of_decoder(weights, len(in_encoder), dim)
     seg_layer = weights.get("decoder.seg_layers.0.weight")
     stem = weights["encoder.stem.convs.0.conv.weight"] if residual else first[0]
     classes = 0 if seg_layer is None else seg_layer.shape[0]
     class_name = RESIDUAL_UNET if residual else PLAIN_UNET
-    in_decoder_kernels = [
-        list(weights[f"decoder.stages.{stage}.convs.0.conv.weight"].shape[2:]) for stage in range(len(in_decoder))
-    ]
+    in_decoder = [weights[_IN_DECODER.format(i, 0)] for i in range(len(_counts(weights, _IN_DECODER)))]
+    in_decoder_kernels = [list(kernel.shape[2:]) for kernel in in_decoder]
     # From coarse to fine: those of the next coarser stages in v1, of the same stages in v2.
     if not residual and in_decoder_kernels == kernels[:0:-1] != kernels[-2::-1]:
         class_name = GENERIC_UNET_CLASS
     return CheckpointInfo("unknown", class_name, arguments, stem.shape[1], classes, {}, {})
+
+
+def _of_decoder(weights: Mapping[str, Tensor], num_stages: int, dim: int) -> dict[str, Any]:
+    """The arguments that the weights of a whole decoder tell, for images of `dim` axes; empty where there is none."""
+    arguments: dict[str, Any] = {}
+    upsampling = [weights.get(f"decoder.transpconvs.{stage}.weight") for stage in range(num_stages - 1)]
+    if all(kernel is not None for kernel in upsampling):
+        arguments["strides"] = [[1] * dim, *(list(k.shape[2:]) for k in reversed(upsampling) if k is not None)]
+    convolutions = _counts(weights, _IN_DECODER)
+    if len(convolutions) == num_stages - 1:
+        arguments["n_conv_per_stage_decoder"] = convolutions
+    return arguments
 
 
 def _counts(weights: Mapping[str, Tensor], pattern: str) -> list[int]:

@@ -62,16 +62,14 @@ def _provide(
 ) -> str:
     dataset_folder = folder.parent
     stock = dataset_folder / configuration_3d(base, configuration)["data_identifier"]
-    key = preprocessing_key(plans, configuration)
-    shared = key == preprocessing_key(base, configuration) and _looks_complete(stock, dataset_folder)
+    wanted = _as_recorded(plans, configuration)
+    shared = wanted == _as_recorded(base, configuration) and _looks_complete(stock, dataset_folder)
     record = record_of(folder)
-    wanted = json.loads(json.dumps(key))
     files, of_stock = listing(folder), listing(stock) if shared else {}
-    known = _record_of(record, files)
-    as_stock, changed = shared and same_files(files, of_stock), _changed(folder, known)
+    as_stock, changed = shared and same_files(files, of_stock), _changed(folder, _record_of(record, files))
     if as_stock and changed.labels:
         shared = False  # nnU-Net's arrays are those that were made with the labels of before
-    same = known.get("preprocessing") == wanted
+    same = changed.preprocessing == wanted
     if same and (as_stock or not shared) and not changed.labels and not changed.cases:
         return f"{folder} is up to date."
     raw = nnunet_folder("nnUNet_raw") / dataset_folder.name
@@ -95,6 +93,12 @@ def _provide(
         made["shared_with"] = stock.name
     write_json(made, record)
     return done
+
+
+def _as_recorded(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    """What a record says of the preprocessing of such plans, whose tuples JSON makes lists."""
+    recorded: dict[str, Any] = json.loads(json.dumps(preprocessing_key(plans, configuration)))
+    return recorded
 
 
 def _with_record(folder: Path, recorded: Mapping[str, Any]) -> Path | None:
@@ -212,17 +216,19 @@ def raw_files(raw: Path) -> dict[str, list[int]]:
 
 
 class Changed(NamedTuple):
-    """What has been corrected since the arrays in a data folder of ours were made.
+    """How the arrays in a data folder of ours were made, and what has been corrected since.
 
     Attributes:
         labels: names of the label files that are others now; those that are gone do not count.
         source: what the arrays were made of, or linked from.
         cases: names of the files there that are others now, or gone: corrected images, and cases that were withdrawn.
+        preprocessing: what they were made with, as in `_as_recorded`; empty if that is not known.
     """
 
     labels: list[str]
     source: Path
     cases: list[str]
+    preprocessing: Mapping[str, Any]
 
 
 def changed_since(folder: Path) -> Changed:
@@ -231,7 +237,7 @@ def changed_since(folder: Path) -> Changed:
 
 
 def _changed(folder: Path, record: Mapping[str, Any]) -> Changed:
-    return Changed(_changed_labels(folder, record), *_changed_cases(folder, record))
+    return Changed(_changed_labels(folder, record), *_changed_cases(folder, record), record.get("preprocessing", {}))
 
 
 def _changed_labels(folder: Path, record: Mapping[str, Any]) -> list[str]:
@@ -264,11 +270,9 @@ def check_data_unchanged(folder: Path, plans: Mapping[str, Any], configuration: 
     anew = f"nnUNetv2_preprocess -d {folder.parent.name} -plans_name {plans_name} -c {configuration}"
     if not folder.is_dir():
         raise PlanError(f"{folder} is not there. Repeat the misfm_plan that made {plans_name}, or run: {anew}")
-    record = _record_of(record_of(folder), listing(folder))
-    wanted = json.loads(json.dumps(preprocessing_key(plans, configuration)))
-    made = record.get("preprocessing", wanted)  # of arrays that nnU-Net has made anew nothing is known
+    changed, wanted = changed_since(folder), _as_recorded(plans, configuration)
+    made = changed.preprocessing or wanted
     others = [f"{key} was {made.get(key)}, is {wanted.get(key)}" for key in wanted if made.get(key) != wanted[key]]
-    changed = _changed(folder, record)
     for names, problem in (
         (others, f"was preprocessed by other plans than {plans_name} are now"),
         (changed.labels, f"was made with other labels than {folder.parent / 'gt_segmentations'} holds now"),
