@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import ExitStack
 from shlex import quote
 from typing import Any
 
@@ -40,24 +39,23 @@ def pretrain(arguments: list[str] | None = None) -> None:
     if not (options.only_prepare or options.dry_run):
         check_device(options.device, max(options.num_gpus, processes.on_this_machine))
     num_processes = max(options.num_gpus, processes.count)
-    with ExitStack() as until_it_ends:
-        planned = processes.first_does(lambda: plan_and_prepare(options, num_processes, until_it_ends))
-        if planned is None:
-            return
-        task, dataset, plans = planned
-        from nnunetv2_misfm.pretrain.tasks import task_class
+    planned = processes.first_does(lambda: plan_and_prepare(options, num_processes))
+    if planned is None:
+        return
+    task, dataset, plans = planned
+    from nnunetv2_misfm.pretrain.tasks import task_class
 
-        with processes.training(options.device):
-            # nnU-Net finds the trainer by the name of its class; what follows is in trainers/pretraining_trainer.py.
-            launch(
-                task_class(task).trainer(),
-                dataset,
-                plans,
-                options.configuration,
-                options.device,
-                options.num_gpus,
-                options.continue_training,
-            )
+    with processes.training(options.device):
+        # nnU-Net finds the trainer by the name of its class; what follows is in trainers/pretraining_trainer.py.
+        launch(
+            task_class(task).trainer(),
+            dataset,
+            plans,
+            options.configuration,
+            options.device,
+            options.num_gpus,
+            options.continue_training,
+        )
     if processes.rank == 0:
         weights = run_folder(task, dataset, plans, options.configuration) / FINAL
         print(f"Pretrained weights: {weights}")
@@ -66,15 +64,12 @@ def pretrain(arguments: list[str] | None = None) -> None:
         print(f"Whether -network pretrained fits that dataset better says: misfm_inspect {file} -d DATASET_ID")
 
 
-def plan_and_prepare(
-    options: PretrainOptions, num_processes: int, until_it_ends: ExitStack
-) -> tuple[str, str, str] | None:
+def plan_and_prepare(options: PretrainOptions, num_processes: int) -> tuple[str, str, str] | None:
     """Plan the run and provide its data.
 
     Args:
         options: of the command.
         num_processes: that will share each batch.
-        until_it_ends: closed when the training has ended; then an earlier run is deleted or comes back.
 
     Returns:
         The names of the task, of the dataset and of the plans to train, or None if there is nothing to train now.
@@ -113,9 +108,7 @@ def plan_and_prepare(
         print(f"Train with: {command}")
         return None
     print(describe_choices(options, prepared))
-    if options.overwrite:
-        until_it_ends.enter_context(run.put_aside())
-    elif options.continue_training and run.is_finished(prepared):
+    if options.continue_training and run.is_finished(prepared):
         print(f"{run.folder} is finished; give a larger -num_epochs to go on.")
         return None
     return source.task, source.dataset_name, source.plans_name

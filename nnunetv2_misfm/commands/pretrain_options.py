@@ -269,5 +269,5 @@ def _add_work(parser: argparse.ArgumentParser) -> None:
     add(
         "--overwrite",
         action="store_true",
-        help="start anew; an earlier run is deleted when this one ends and has saved a checkpoint",
+        help="start anew; the files of an earlier run are moved into a folder earlier_N there, and can be deleted",
     )

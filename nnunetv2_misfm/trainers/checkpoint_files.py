@@ -1,4 +1,4 @@
-"""The checkpoints in a results folder: nnU-Net's files, and the one before the latest.
+"""The checkpoints in a results folder: nnU-Net's files, the one before the latest, and what earlier runs have left.
 
 nnU-Net continues from checkpoint_final.pth, else from checkpoint_latest.pth, else from checkpoint_best.pth. What an
 earlier run left under these names must not be taken for the present one.
@@ -14,25 +14,38 @@ from typing import Any
 from nnunetv2_misfm.checkpoints.checkpoint import CheckpointError, read_checkpoint
 from nnunetv2_misfm.plans.files import FINAL, LATEST
 from nnunetv2_misfm.trainers.distributed import from_all_processes
+from nnunetv2_misfm.trainers.metrics_file import METRICS
+from nnunetv2_misfm.trainers.run_page import PAGE, PICTURES
 
 PREVIOUS = "checkpoint_previous.pth"
-_ALL = (FINAL, LATEST, PREVIOUS, "checkpoint_best.pth")
+_CHECKPOINTS = "checkpoint_*.pth"
+# What tells one run from another on its page and to nnU-Net's commands; what is written when a run starts is replaced.
+_OF_A_RUN = (_CHECKPOINTS, METRICS, PAGE, "*.png", PICTURES, "validation", "training_log_*.txt")
 
 
 def left_by_earlier_runs(folder: Path) -> list[str]:
-    """The names of the checkpoints in a folder, also of those that were ever put aside there."""
-    there = [name for name in _ALL if (folder / name).is_file()]
-    return sorted([*there, *(path.name for path in folder.glob("earlier_*_checkpoint_*.pth"))])
+    """The checkpoints in a folder, also those that were ever put aside there, by their paths in it."""
+    found = (*folder.glob(_CHECKPOINTS), *folder.glob(f"earlier_*/{_CHECKPOINTS}"))
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
-def put_aside(folder: Path) -> None:
-    """Rename the checkpoints that another run has left, for a new run in the same folder; none replaces another."""
+def put_aside(folder: Path, log: Path) -> None:
+    """Move what another run has left into a folder `earlier_N` beside it, for a new run in the same folder.
+
+    Args:
+        folder: results folder of a fold.
+        log: of the new run, which stays.
+    """
+    left = sorted(path for pattern in _OF_A_RUN for path in folder.glob(pattern) if path.name != log.name)
+    if all(path.name.startswith("training_log_") for path in left):  # of a run that ended in its first epoch
+        return
     number = 1
-    while any(folder.glob(f"earlier_{number}_*")):
+    while (folder / f"earlier_{number}").exists():
         number += 1
-    for path in [folder / name for name in _ALL]:
-        if path.is_file():
-            path.replace(folder / f"earlier_{number}_{path.name}")
+    aside = folder / f"earlier_{number}"
+    aside.mkdir()
+    for path in left:
+        path.replace(aside / path.name)
 
 
 def reopen(folder: Path) -> None:

@@ -147,10 +147,22 @@ class ResumableTrainer(nnUNetTrainer):
         self._to_put_aside = True
         if earlier := left_by_earlier_runs(folder):
             self.print_to_log_file(
-                f"This run starts anew; earlier ones have left {', '.join(earlier)}. What is not called 'earlier_N_' "
-                f"yet is renamed when this run saves its first checkpoint. To continue one of those instead, stop this "
-                f"run, take 'earlier_N_' off its name, and use --c with the plans it was trained with."
+                f"This run starts anew; earlier ones have left {', '.join(earlier)}. What is not in a folder "
+                f"'earlier_N' yet is moved into one when this run has done something worth saving. To continue one of "
+                f"those instead, stop this run, move the files of its folder back, and use --c with the plans it was "
+                f"trained with."
             )
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """As in nnU-Net, after the first epoch in the place of an earlier run."""
+        self._put_earlier_run_aside()
+        super().on_train_epoch_end(train_outputs)
+
+    def _put_earlier_run_aside(self) -> None:
+        """Not before there is something to save: a run that cannot start leaves the one before where it is."""
+        if self._to_put_aside and not self.disable_checkpointing:
+            put_aside(Path(self.output_folder), Path(self.log_file))
+            self._to_put_aside = False
 
     # ---------------------------------------------------------------- checkpoint files
 
@@ -177,9 +189,7 @@ class ResumableTrainer(nnUNetTrainer):
             "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
             **self._more_to_save(),
         }
-        if self._to_put_aside:  # not before: a run that ends without a checkpoint leaves those of the run before
-            put_aside(Path(self.output_folder))
-            self._to_put_aside = False
+        self._put_earlier_run_aside()
         is_latest = Path(filename).name == LATEST
         write_checkpoint(checkpoint, self._describe(), filename, keep_as=PREVIOUS if is_latest else None)
 

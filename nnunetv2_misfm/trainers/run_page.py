@@ -137,7 +137,7 @@ def write_run_page(folder: Path, goes_on: bool = False) -> Path:
 
 def _where_runs_are(folder: Path) -> str:
     """What to give instead of a folder that is none of a run's."""
-    runs = sorted({path.parent for path in folder.rglob(METRICS)})
+    runs = sorted(path.parent for path in folder.rglob(METRICS) if (path.parents[1] / "plans.json").is_file())
     if runs:
         return "Runs in this folder:\n" + "\n".join(f"  {run}" for run in runs)
     return "Give a folder like nnUNet_results/DATASET/TRAINER__PLANS__CONFIGURATION/fold_0."

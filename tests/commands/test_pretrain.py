@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
+import os
+import signal
 from pathlib import Path
 
 import blosc2
@@ -12,12 +13,12 @@ import pytest
 from phantoms import ct, labels, mr, write
 
 from nnunetv2_misfm.checkpoints.checkpoint import read_checkpoint
-from nnunetv2_misfm.commands.earlier_run import EarlierRun
 from nnunetv2_misfm.commands.pretrain import describe_choices, main
 from nnunetv2_misfm.commands.pretrain_options import read_options
 from nnunetv2_misfm.files import training_lock
 from nnunetv2_misfm.plans.network_entry import architecture_entry
 from nnunetv2_misfm.start_up import add_plugin_folder
+from nnunetv2_misfm.trainers.pretraining_trainer import PretrainingTrainer
 
 TINY = ["-features_per_stage", "4", "8", "16", "32", "64", "-batch_size", "2", "-device", "cpu", "-np", "1"]
 SHORT = ["-num_epochs", "1", "-num_iterations_per_epoch", "1", "-num_val_iterations_per_epoch", "1"]
@@ -131,22 +132,32 @@ def test_a_run_that_cannot_start_deletes_nothing(
         patched.setattr("nnunetv2_misfm.trainers.base.available_memory", lambda _: 2**20)
         assert "even with activation checkpointing" in refused(capsys, "-d", "4", "--overwrite")
     assert checkpoint.read_bytes() == before
-    run("-d", "4", "--overwrite", "-seed", "1")
-    assert checkpoint.read_bytes() != before
-    assert [path.name for path in checkpoint.parents[1].iterdir() if path.is_dir()] == ["fold_all"]
-    # As a new run that was killed before it saved anything has left it: what it was to replace comes back.
-    saved, folder = checkpoint.read_bytes(), checkpoint.parent
-    folder.rename(folder.with_name(".fold_all_before"))
-    folder.mkdir()
-    with monkeypatch.context() as patched:
-        patched.setattr("nnunetv2_misfm.trainers.base.available_memory", lambda _: 2**20)
-        refused(capsys, "-d", "4", "--overwrite")
-    assert checkpoint.read_bytes() == saved
-    # Without --overwrite too: it must not be deleted once another run has saved something.
-    folder.rename(folder.with_name(".fold_all_before"))
-    folder.mkdir()
-    assert "holds a finished run" in refused(capsys, "-d", "4")
-    assert checkpoint.read_bytes() == saved
+
+
+def test_a_run_that_is_overwritten_is_kept_whole(nnunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever the new one ends: the weights of days are not lost to a Ctrl-C, and no page mixes two runs."""
+    add_plugin_folder()
+    main(["-d", "4", *TINY, *SHORT, "-num_epochs", "2"])
+    folder = run_folder(nnunet, "Dataset004_Small", "nnUNetMisFMPretrainPlans")
+    of_the_first = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    (log,) = folder.glob("training_log_*.txt")
+    unpatched = PretrainingTrainer.train_step
+
+    def ctrl_c(self: PretrainingTrainer, batch: object) -> dict:
+        os.kill(os.getpid(), signal.SIGINT)
+        return unpatched(self, batch)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(PretrainingTrainer, "train_step", ctrl_c)
+        run("-d", "4", "--overwrite", "-seed", "1")
+    kept = folder / "earlier_1"
+    for name in ("checkpoint_final.pth", "metrics.csv", "run.html", "pictures/epoch_0001.png", log.name):
+        assert (kept / name).read_bytes() == of_the_first[Path(name)], name
+        assert not (folder / name).exists(), name
+    main(["-d", "4", "--c", "-device", "cpu"])
+    assert read_checkpoint(folder / "checkpoint_final.pth")["current_epoch"] == 1
+    assert [path.name for path in (folder / "pictures").iterdir()] == ["epoch_0000.png"]
+    assert not (folder / "earlier_2").exists()
 
 
 def test_a_second_command_leaves_the_folder_of_a_running_training_alone(
@@ -154,33 +165,11 @@ def test_a_second_command_leaves_the_folder_of_a_running_training_alone(
 ) -> None:
     run("-d", "4")
     folder = run_folder(nnunet, "Dataset004_Small", "nnUNetMisFMPretrainPlans")
-    folder.rename(folder.with_name(".fold_all_before"))  # as --overwrite does
-    folder.mkdir()
-    (folder / "training_log.txt").touch()
+    before = {path.name for path in folder.iterdir()}
     with training_lock(folder):
         for options in ([], ["--overwrite"], ["--c"]):
             assert "another process trains in this results folder" in refused(capsys, "-d", "4", *options)
-        assert sorted(path.name for path in folder.iterdir()) == [".training.lock", "training_log.txt"]
-    assert folder.with_name(".fold_all_before").is_dir()
-
-
-def test_a_second_command_does_not_bring_back_a_run_that_is_being_replaced(
-    nnunet: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Before the training has its lock: PyTorch is still being loaded, say."""
-    run("-d", "4")
-    folder = run_folder(nnunet, "Dataset004_Small", "nnUNetMisFMPretrainPlans")
-    before = (folder / "checkpoint_final.pth").read_bytes()
-    with EarlierRun(folder).put_aside():
-        for options in ([], ["--overwrite"], ["--c"]):
-            assert "another process replaces this run" in refused(capsys, "-d", "4", *options)
-        assert not folder.exists()
-    assert (folder / "checkpoint_final.pth").read_bytes() == before
-    # A command that was killed since this one looked has left a run aside.
-    shutil.copytree(folder, folder.with_name(".fold_all_before"))
-    with EarlierRun(folder).put_aside():
-        assert not folder.exists()
-    assert (folder / "checkpoint_final.pth").read_bytes() == before
+    assert {path.name for path in folder.iterdir()} == before
 
 
 def test_continuing_keeps_the_run_what_it_was(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -464,18 +464,19 @@ def test_new_runs_put_the_checkpoints_of_earlier_ones_aside(nnunet: Path) -> Non
         new.save_checkpoint(str(folder / "checkpoint_latest.pth"))
         new.save_checkpoint(str(folder / "checkpoint_best.pth"))
         assert not list(folder.glob(".checkpoint*")) and not (folder / left[0]).exists()
+        assert Path(new.log_file).is_file()
         for name in ("checkpoint_latest.pth", "checkpoint_best.pth"):
             (folder / name).unlink()
-    there = {path.name: path.read_text(encoding="utf-8") for path in folder.rglob("*checkpoint*")}
-    assert there == {
-        "earlier_1_checkpoint_best.pth": "first",
-        "earlier_1_checkpoint_final.pth": "first",
-        "earlier_2_checkpoint_best.pth": "second",
-        "earlier_2_checkpoint_final.pth": "second",
+    found = folder.rglob("*checkpoint*")
+    assert {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in found} == {
+        "earlier_1/checkpoint_best.pth": "first",
+        "earlier_1/checkpoint_final.pth": "first",
+        "earlier_2/checkpoint_best.pth": "second",
+        "earlier_2/checkpoint_final.pth": "second",
     }
     again = trainer("MisFMTrainer", "nnUNetMisFMPlans")
     again.on_train_start()  # there is nothing to put aside, but --c without a checkpoint ends here as well
-    assert "earlier_1_checkpoint_final.pth" in Path(again.log_file).read_text(encoding="utf-8")
+    assert "earlier_1/checkpoint_final.pth" in Path(again.log_file).read_text(encoding="utf-8")
 
 
 def test_a_run_does_not_go_on_under_plans_that_make_it_another_one(nnunet: Path) -> None:
