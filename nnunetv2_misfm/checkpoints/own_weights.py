@@ -12,13 +12,16 @@ from nnunetv2_misfm.checkpoints.foreign import FMUNET, Kind
 from nnunetv2_misfm.plans.checks import build_on_meta
 from nnunetv2_misfm.plans.network_entry import architecture_entry
 
+_HEADS = "decoder.seg_layers."
+_MAY_BE_LEFT_OUT = (_HEADS, "decoder.")
 _USUAL = {"window_size": 6, "n_swin_blocks": 2, "mlp_ratio": 4.0}  # PCTNet's defaults
 
 
 def describe_own(weights: Mapping[str, Tensor], kind: Kind) -> CheckpointInfo | None:
     """The description of a PCT-Net or FMUNet whose file has none; None if its weights are not complete.
 
-    Nothing is known of the images that it was trained on, and of dropout.
+    Its segmentation layers or its decoder may be left out, as where only features are given away. Nothing is known of
+    the images that it was trained on, and of dropout.
     """
     try:
         info = told_fmunet(weights) if kind is FMUNET else told_pctnet(weights)
@@ -49,7 +52,7 @@ def told_pctnet(weights: Mapping[str, Tensor]) -> CheckpointInfo:
         **{name: value for name, value in found.items() if value != _USUAL[name]},
     }
     entry = architecture_entry("pctnet", stems[0], **arguments)
-    return _told(entry, weights[f"{stem}.project.weight"], weights["decoder.seg_layers.0.weight"])
+    return _told(entry, weights[f"{stem}.project.weight"], weights)
 
 
 def told_fmunet(weights: Mapping[str, Tensor]) -> CheckpointInfo:
@@ -60,26 +63,29 @@ def told_fmunet(weights: Mapping[str, Tensor]) -> CheckpointInfo:
     depth = len({name.split(".")[4] for name in weights if name.startswith("encoder.stages.") and ".convs." in name})
     arguments = {"features_per_stage": [kernel.shape[0] for kernel in first], "depth": depth}
     entry = architecture_entry("fmunet", degree, **arguments)
-    return _told(entry, weights["encoder.stem.weight"], weights["decoder.seg_layers.0.weight"])
+    return _told(entry, weights["encoder.stem.weight"], weights)
 
 
-def _told(entry: Mapping[str, Any], first: Tensor, last: Tensor) -> CheckpointInfo:
-    """A network by its entry in plans, the kernel of its first convolution and that of a segmentation layer."""
+def _told(entry: Mapping[str, Any], first: Tensor, weights: Mapping[str, Tensor]) -> CheckpointInfo:
+    """A network by its entry in plans, the kernel of its first convolution and its weights: no heads, no classes."""
     name, arguments = entry["network_class_name"], entry["arch_kwargs"]
-    return CheckpointInfo("unknown", name, arguments, first.shape[1], last.shape[0], {}, {})
+    head = weights.get(f"{_HEADS}0.weight")
+    classes = 0 if head is None else head.shape[0]
+    return CheckpointInfo("unknown", name, arguments, first.shape[1], classes, {}, {})
 
 
 def check_complete(weights: Mapping[str, Tensor], info: CheckpointInfo) -> None:
     """Raise a ValueError unless these are all tensors of the network, each in its shape."""
     entry = {"network_class_name": info.network_class_name, "arch_kwargs": info.arch_kwargs, "_kw_requires_import": []}
-    expected = build_on_meta(entry, info.input_channels, info.num_classes).state_dict()
-    missing = sorted(set(expected) - set(weights))
+    expected = build_on_meta(entry, info.input_channels, max(1, info.num_classes)).state_dict()
+    absent = tuple(part for part in _MAY_BE_LEFT_OUT if not any(name.startswith(part) for name in weights))
+    missing = sorted(name for name in set(expected) - set(weights) if not name.startswith(absent))
     if missing:
         raise ValueError(f"it lacks {len(missing)} of {len(expected)} tensors, here called {_first(missing)}")
     wrong = [
         f"{name} {list(weights[name].shape)} for {list(shape.shape)}"
         for name, shape in expected.items()
-        if weights[name].shape != shape.shape
+        if name in weights and weights[name].shape != shape.shape
     ]
     wrong += [f"{name}, which there should not be" for name in sorted(set(weights) - set(expected))]
     if wrong:

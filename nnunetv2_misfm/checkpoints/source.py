@@ -59,6 +59,8 @@ class Source:
         untrained: the parts of the network that did not learn, each with the reason.
         learnt: how well, in words; empty if it is not known.
         unused: names in the file that do not belong to this network, with the reasons.
+        whole: if there are such, all weights under their names in the file: a network of one's own around the known
+            one can start from all of them.
         notes: what had to be decided when the file was read.
     """
 
@@ -74,6 +76,7 @@ class Source:
     untrained: Mapping[str, str] = field(default_factory=dict)
     learnt: str = ""
     unused: Mapping[str, str] = field(default_factory=dict)
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -149,6 +152,7 @@ def read_source(given: str | os.PathLike[str]) -> Source:
         untrained=_untrained(content, path, info, weights),
         learnt=(info.training.get(LEARNT) if info else None) or how_well_learnt(content),
         unused=found.unused,
+        whole=_whole(content, path) if found.unused else {},
         notes=tuple(notes),
     )
 
@@ -162,6 +166,13 @@ def _told_by_weights(
     if found.kind in (PCTNET, FMUNET):
         return found.weights, describe_own(found.weights, found.kind)
     return found.weights, describe_unet(content, found.weights, plan)
+
+
+def _whole(content: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    try:
+        return find_weights(content, path, as_they_are=True).weights
+    except CheckpointError:  # no network can start from them, but from those of the known one
+        return {}
 
 
 def load_source(info: Mapping[str, Any]) -> Source:

@@ -16,7 +16,6 @@ from nnunetv2_misfm.plans.checks import (
     check_labels,
     check_replaceable,
     configuration_3d,
-    without_trainer,
 )
 from nnunetv2_misfm.plans.compare import is_complete, what_changes
 from nnunetv2_misfm.plans.files import dataset_number, folds, preprocessed_dataset, read_dataset_json, read_plans
@@ -164,7 +163,6 @@ class TargetDataset:
         for name in request.kept:
             if source is not None and not request.from_scratch and is_complete(plans, name):
                 entry = configuration_3d(plans, name)
-                entry["architecture"] = without_trainer(entry["architecture"])
                 try:
                     check_fit({**plans, "configurations": {name: entry}}, name, self.dataset_json, source)
                 except UserError as error:

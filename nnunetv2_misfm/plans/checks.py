@@ -22,6 +22,7 @@ _OLD_INTENSITIES = "foreground_intensity_properties_by_modality"
 INTENSITIES = "foreground_intensity_properties_per_channel"
 WINDOW = ("percentile_00_5", "percentile_99_5", "mean", "std")
 """What of a channel's intensities nnU-Net clips and scales CT by."""
+_CT = "CTNormalization"
 _PLANS_KEYS = (
     "dataset_name",
     "plans_name",
@@ -106,12 +107,14 @@ def check_complete(plans: Mapping[str, Any], path: Path, remedy: str, wanted: Co
         elif "inherits_from" not in configuration:
             missing += [f"configurations.{name}.{key}" for key in _keys(configuration) if key not in configuration]
             missing += [f"configurations.{name}.{entry}" for entry in _unusable_entries(configuration)]
+            missing += _windows_missing(plans, configuration)
         elif not _has_ancestor(configurations, name):
             missing.append(f"configurations.{name}.inherits_from that names another configuration")
     if BLOCK in plans and not isinstance(plans[BLOCK], Mapping):
         missing.append(f"an object under {BLOCK}")
     if missing:
-        raise PlanError(f"{path} is not a complete plans file; it lacks: {', '.join(missing)}. {remedy}")
+        lacks = ", ".join(dict.fromkeys(missing))
+        raise PlanError(f"{path} is not a complete plans file; it lacks: {lacks}. {remedy}")
 
 
 def _with_ancestors(configurations: Mapping[str, Any], wanted: Collection[str] | None) -> list[str]:
@@ -151,6 +154,19 @@ def _unusable_entries(configuration: Mapping[str, Any]) -> list[str]:
         if not isinstance(strides, (list, tuple)) or not all(isinstance(stride, (list, tuple)) for stride in strides):
             found.append("architecture.arch_kwargs.strides (a list for each stage)")
     return found
+
+
+def _windows_missing(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> list[str]:
+    """The CT channels of a configuration for which the plans do not say how nnU-Net is to clip and scale them."""
+    schemes, known = configuration.get("normalization_schemes"), plans.get(INTENSITIES)
+    if not isinstance(schemes, (list, tuple)) or not isinstance(known, Mapping):
+        return []
+    windows = {channel: known.get(str(channel)) for channel, scheme in enumerate(schemes) if scheme == _CT}
+    return [
+        f"{INTENSITIES}.{channel} with {', '.join(WINDOW)}"
+        for channel, window in windows.items()
+        if not isinstance(window, Mapping) or not set(WINDOW) <= set(window)
+    ]
 
 
 def _has_ancestor(configurations: Mapping[str, Any], name: str) -> bool:

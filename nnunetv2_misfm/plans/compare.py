@@ -130,8 +130,8 @@ def what_changes(
     weights = before.get("checkpoint_path"), now.get("checkpoint_path")
     if weights[0] is not None and weights[1] is None:
         raise PlanError(
-            f"The plans in {path} start from {weights[0]}, and no -pretrained_weights was given now. Give them again "
-            f"(with --from_scratch for the baseline, which has plans of its own), or another -overwrite_plans_name."
+            f"The plans in {path} start from {weights[0]}, those asked for now from no weights. Give "
+            f"-pretrained_weights without --from_scratch, or another -overwrite_plans_name."
         )
     changed = [f"weights: {weights[0]} becomes {weights[1]}"] if weights[0] != weights[1] else []
     if weights[0] == weights[1] and before.get("sha256") != now.get("sha256"):

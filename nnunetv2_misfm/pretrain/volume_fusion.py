@@ -339,8 +339,9 @@ class VolumeFusion(PretextTask[FusionSettings]):
             )
         # Late in a good run the loss moves little too; there the classes are told apart.
         if dice.min() < _TOLD_APART and (still := not_moving(losses)):
+            other = "blocks" if self.settings.geometry == "boxes" else "boxes"
             found.append(
-                f"{still}. Try another -initial_lr, -geometry blocks, or look at {self.picture_name} for volumes "
+                f"{still}. Try another -initial_lr, -geometry {other}, or look at {self.picture_name} for volumes "
                 f"without contrast."
             )
         return found

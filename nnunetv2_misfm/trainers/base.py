@@ -33,7 +33,7 @@ from nnunetv2_misfm.plans.network_entry import ENCODER, STEM, with_own_network
 from nnunetv2_misfm.plans.run_settings import RunSettings, run_settings
 from nnunetv2_misfm.trainers.device_memory import available_memory
 from nnunetv2_misfm.trainers.distributed import any_process, check_batch_size, device_of_process, wrap
-from nnunetv2_misfm.trainers.metrics_file import METRICS, append_row
+from nnunetv2_misfm.trainers.metrics_file import METRICS, append_row, as_columns
 from nnunetv2_misfm.trainers.resumable import ResumableTrainer
 from nnunetv2_misfm.trainers.run_page import update_run_page
 from nnunetv2_misfm.trainers.schedules import Stage, StagedSchedule, parameter_groups
@@ -82,6 +82,7 @@ class BaseTrainer(ResumableTrainer):
         self.num_val_iterations_per_epoch = self.settings.num_val_iterations_per_epoch
         self.initial_lr = self.settings.initial_lr
         self.weight_decay = self.settings.weight_decay
+        self.num_processes = dist.get_world_size() if self.is_ddp else 1  # for debug.json
         self._steps_done = 0
         self._iteration = 0  # of the epoch, counted from 1
         self._stage: Stage | None = None
@@ -179,7 +180,7 @@ class BaseTrainer(ResumableTrainer):
             }
             append_row(Path(self.output_folder) / METRICS, self.current_epoch, row)
             for logger in self.logger.loggers:
-                for name, value in row.items():
+                for name, value in as_columns(row).items():
                     if isinstance(value, Real):
                         logger.log(name, value, self.current_epoch)
         is_last = self.current_epoch + 1 == self.num_epochs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,24 @@ METRICS = "metrics.csv"
 """In a results folder."""
 
 
+def as_columns(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers, words or None by column; a list fills the columns name_0, name_1, ..."""
+    columns: dict[str, Any] = {}
+    for name, value in values.items():
+        several = isinstance(value, (list, tuple))
+        columns |= {f"{name}_{i}": one for i, one in enumerate(value)} if several else {name: value}
+    return columns
+
+
 def append_row(path: Path, epoch: int, values: Mapping[str, Any]) -> None:
     """Write the row of an epoch; rows of this and later epochs, left by an interrupted run, are dropped.
 
     Args:
         path: of the file; it is created with the first row.
         epoch: from 0.
-        values: numbers, words or None, by column; a list fills the columns name_0, name_1, ...
+        values: see `as_columns`.
     """
-    columns = dict(pair for name, value in values.items() for pair in _columns(name, value))
+    columns = as_columns(values)
     rows = [row for row in read_rows(path) if int(row["epoch"]) < epoch]
     rows.append({"epoch": str(epoch), **{key: _as_text(value) for key, value in columns.items()}})
     with written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
@@ -36,12 +45,6 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return []
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-def _columns(name: str, value: Any) -> Iterable[tuple[str, Any]]:
-    if not isinstance(value, (list, tuple)):
-        return [(name, value)]
-    return [(f"{name}_{i}", one) for i, one in enumerate(value)]
 
 
 def _as_text(value: Any) -> str:

@@ -149,7 +149,10 @@ class PretrainingTrainer(BaseTrainer):
             self.bare_network.use_anisotropy(degree)  # type: ignore[operator]
 
     def _trained_module(self) -> nn.Module:
-        return self._with_head(self._new_network())
+        network = self._new_network()
+        if self._degrees:  # with the largest maps, whose stem halves the fewest axes
+            network.use_anisotropy(max(self._degrees))  # type: ignore[operator]
+        return self._with_head(network)
 
     def _inputs_of_a_step(self) -> int:
         return super()._inputs_of_a_step() * self.task.inputs_per_sample

@@ -146,7 +146,10 @@ def _where_runs_are(folder: Path) -> str:
 def _device_option(started: Mapping[str, Any]) -> str:
     """The option that the run was started with."""
     device = str(started.get("device", "cuda"))
-    return "" if device.startswith("cuda") else f" -device {device}"
+    if not device.startswith("cuda"):
+        return f" -device {device}"
+    processes = str(started.get("num_processes", "1"))
+    return "" if processes == "1" else f" -num_gpus {processes}"
 
 
 def _state(rows: Sequence[Mapping[str, str]], done: int, num_epochs: int, what_became_of_it: str) -> str:

@@ -72,9 +72,8 @@ def _provide(
     same = changed.preprocessing == wanted
     if same and (as_stock or not shared) and not changed.labels and not changed.cases:
         return f"{folder} is up to date."
-    raw = nnunet_folder("nnUNet_raw") / dataset_folder.name
     # Of nnU-Net's own arrays it is not known from which files they were made.
-    made_from = {} if shared else raw_files(raw)
+    made_from = {} if shared else raw_files(nnunet_folder("nnUNet_raw") / dataset_folder.name)
     recorded = {"preprocessing": wanted, **({"files": of_stock} if shared else {"raw": made_from})}
     source = stock if shared else None
     if shared or made_from:
@@ -84,6 +83,7 @@ def _provide(
         how = "hard links, no further disk space" if linked else "copied: another disk, or one without hard links"
         done = f"{folder} shares the arrays of {source.name} ({how})."
     else:
+        raw = nnunet_folder("nnUNet_raw") / dataset_folder.name
         if not (raw / "dataset.json").is_file():
             raise PlanError(f"{folder} has to be preprocessed, but {raw} is not there. Put the raw dataset back.")
         _preprocess(folder, plans, configuration, num_processes)
@@ -162,9 +162,11 @@ def _made_whole(folder: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
+        before = folder.with_name(f"{start}{uuid4().hex}.tmp")
+        if folder.is_dir():  # removing it takes time, in which there would be neither
+            folder.rename(before)
+        temporary.rename(folder)
+        shutil.rmtree(before, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -203,16 +205,16 @@ def label_files(dataset_folder: Path) -> dict[str, list[int]]:
     """Size, time of last change and checksum of each label file of a preprocessed dataset."""
     folder = dataset_folder / "gt_segmentations"
     files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-    return {path.name: [*_size_and_time(path), crc32(path.read_bytes())] for path in files}
+    return {path.name: [*_size_and_time(path), _checksum(path)] for path in files}
 
 
 def raw_files(raw: Path) -> dict[str, list[int]]:
-    """Size and time of last change of each image and label file of a raw dataset; empty if they lie elsewhere."""
+    """Size, time of last change and checksum of each file of a raw dataset's cases; empty if they lie elsewhere."""
     description = json_or_nothing(raw / "dataset.json")
     if "dataset" in description:  # which names the files of each case
         return {}
     files = [path for name in ("imagesTr", "labelsTr") for path in (raw / name).glob("*") if path.is_file()]
-    return {f"{path.parent.name}/{path.name}": _size_and_time(path) for path in sorted(files)}
+    return {f"{path.parent.name}/{path.name}": [*_size_and_time(path), _checksum(path)] for path in sorted(files)}
 
 
 class Changed(NamedTuple):
@@ -247,8 +249,7 @@ def _changed_labels(folder: Path, record: Mapping[str, Any]) -> list[str]:
     changed = []
     for path in sorted((folder.parent / "gt_segmentations").glob("*")):
         before = known.get(path.name)
-        # Copies of a dataset have other times: then the content tells.
-        if before is None or (before[:2] != _size_and_time(path) and before[2] != crc32(path.read_bytes())):
+        if before is None or _is_changed(path, before):
             changed.append(path.name)
     return changed
 
@@ -257,11 +258,14 @@ def _changed_cases(folder: Path, record: Mapping[str, Any]) -> tuple[Path, list[
     if "shared_with" in record:
         source = folder.with_name(record["shared_with"])
         before, now = _sizes(record["files"]), _sizes(listing(source))
+        changed = [name for name, size in before.items() if now.get(name) != size]
     else:
         source = Path(os.environ.get("nnUNet_raw", ""), folder.parent.name)
-        before, now = _sizes(record.get("raw", {})), _sizes(raw_files(source))
+        made_from = record.get("raw", {})
+        now = {name: 0 for name in made_from if (source / name).is_file()}
+        changed = [name for name, marks in made_from.items() if name not in now or _is_changed(source / name, marks)]
     # Where nothing is left, the files lie elsewhere now.
-    return source, sorted(name for name, size in before.items() if now and now.get(name) != size)
+    return source, sorted(changed) if now else []
 
 
 def check_data_unchanged(folder: Path, plans: Mapping[str, Any], configuration: str) -> None:
@@ -284,6 +288,19 @@ def check_data_unchanged(folder: Path, plans: Mapping[str, Any], configuration: 
                 f"{folder} {problem} ({names[0]}{more}). Repeat the misfm_plan that made {plans_name}, or preprocess "
                 f"it anew: {anew}"
             )
+
+
+def _is_changed(path: Path, before: list[int]) -> bool:
+    """Whether a file is not the one whose size, time and checksum are known; copies of a dataset have other times."""
+    return before[:2] != _size_and_time(path) and before[2:] != [_checksum(path)]
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            checksum = crc32(block, checksum)
+    return checksum
 
 
 def _size_and_time(path: Path) -> list[int]:

@@ -17,7 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_misfm.architectures.memory import estimate_training_memory
 from nnunetv2_misfm.architectures.resolution import total_strides
 from nnunetv2_misfm.errors import PlanError, first_line
-from nnunetv2_misfm.plans.checks import build_network
+from nnunetv2_misfm.plans.checks import build_network, build_on_meta
 from nnunetv2_misfm.plans.files import nnunet_folder
 from nnunetv2_misfm.plans.network_entry import (
     enlarge_for_augmentation,
@@ -42,8 +42,8 @@ def fit_to_memory(plans: dict[str, Any], configuration: str, dataset_json: Mappi
         One sentence with the choice and its estimated memory.
 
     Raises:
-        PlanError: if not even the smallest patch fits, the plans do not know the median image, or the raw dataset,
-            which nnU-Net's planners read, is missing.
+        PlanError: if the network cannot be built, not even the smallest patch fits, the plans do not know the median
+            image, or the fingerprint or raw dataset, which nnU-Net's planners read, is missing.
     """
     if not 0 < gigabytes < float("inf"):
         raise PlanError(f"-gpu_memory_target {gigabytes} must be a number of gigabytes above 0.")
@@ -56,11 +56,17 @@ def fit_to_memory(plans: dict[str, Any], configuration: str, dataset_json: Mappi
     manager = PlansManager(plans)
     heads = manager.get_label_manager(dict(dataset_json)).num_segmentation_heads
     channels = determine_num_input_channels(manager, manager.get_configuration(configuration), dict(dataset_json))
+    build_on_meta(entry["architecture"], channels, heads)
     budget = MemoryBudget(gigabytes, entry["architecture"], channels, heads, plans[BLOCK]["checkpointing"])
     if is_own_network(entry["architecture"]):
-        raw = nnunet_folder("nnUNet_raw") / plans["dataset_name"] / "dataset.json"
-        if not raw.is_file():
-            raise PlanError(f"-gpu_memory_target needs the raw dataset, but {raw} does not exist. Put it back.")
+        needed = {
+            nnunet_folder("nnUNet_raw") / plans["dataset_name"] / "dataset.json": "Put the raw dataset back.",
+            nnunet_folder("nnUNet_preprocessed") / plans["dataset_name"] / "dataset_fingerprint.json": "Run "
+            f"nnUNetv2_extract_fingerprint -d {plans['dataset_name']}.",
+        }
+        for path, remedy in needed.items():
+            if not path.is_file():
+                raise PlanError(f"-gpu_memory_target needs {path}, which does not exist. {remedy}")
         planner = MisFMPlanner(plans["dataset_name"], budget)
         sized = planner.sizes_for(entry)
     else:
@@ -105,7 +111,7 @@ class MemoryBudget:
     def needed(self, entry: Mapping[str, Any]) -> float:
         """GB of a training step with the patch and batch size of a configuration."""
         shape = (entry["batch_size"], self._channels, *entry["patch_size"])
-        on = self.checkpointing == "on"
+        on = self.checkpointing == "on" and self._can_checkpoint
         try:
             return estimate_training_memory(self._build, shape, checkpointing=on, autocast=True).total / 2**30
         except RuntimeError as error:

@@ -265,6 +265,13 @@ def _architecture(
         if request.network == "pretrained":
             return _held_architecture(source)
         _check_same_kind(planned, source, request)
+    of_plans = planned["network_class_name"]
+    if network == "plan" and source is not None and _network_of(source) and own_network_name(of_plans) is None:
+        if names_in_class(of_plans) is not None:  # a class of one's own may hold a network of this package
+            raise PlanError(
+                f"{source.path} holds a {source.network_name}, which -network plan cannot use: the dataset's plans "
+                f"name a {of_plans.rpartition('.')[2]}. Leave -network out."
+            )
     if network in (None, "plan"):
         remarks += (f"{name}: {remark}" for remark in _about_activations(planned, source))
         return planned
@@ -334,7 +341,7 @@ def _check_same_kind(planned: Mapping[str, Any], source: Source, request: PlanRe
         return
     kinds = [_LIKE.get(name, name) for name in (source.info.network_class_name, planned["network_class_name"])]
     held, wanted = (name.rpartition(".")[2] for name in kinds)
-    if held == wanted:
+    if held == wanted or (source.whole and names_in_class(wanted) is None):
         return
     planner = _PLANNERS.get(kinds[0])
     if planner is None:

@@ -13,6 +13,11 @@ _MOST_LINES = 12
 _NEARLY_ALL = 0.9  # stems for other anisotropies, statistics
 
 
+def percent(share: float) -> float:
+    """A share in percent, which is 100 only for all: what a report says is whole has nothing fresh in it."""
+    return 100.0 if share == 1 else min(100 * share, 99.99)
+
+
 @dataclass(frozen=True)
 class Entry:
     """What happened to one parameter of the target.
@@ -98,11 +103,11 @@ class TransferReport:
     def share(self) -> str:
         """One line: how much of what can be expected comes from the checkpoint, of which part, and if much is left."""
         by_part = [
-            f"{part} {100 * self.coverage([part]):.4g} %"
+            f"{part} {percent(self.coverage([part])):.4g} %"
             for part in LEARNING_PARTS
             if any(entry.part == part for entry in self.entries)
         ]
-        found = f"{100 * self.coverage(self.expected):.4g} % of {', '.join(self.expected)} ({', '.join(by_part)})"
+        found = f"{percent(self.coverage(self.expected)):.4g} % of {', '.join(self.expected)} ({', '.join(by_part)})"
         share = self.share_of_source()
         if share > _NEARLY_ALL:
             return found
@@ -156,7 +161,7 @@ class TransferReport:
 def _row(name: str, entries: list[Entry]) -> str:
     by_status = {s: sum(e.numel for e in entries if e.status == s) for s in (TRANSFERRED, ADAPTED, FRESH)}
     total = sum(by_status.values())
-    used = 100 * (total - by_status[FRESH]) / total if total else 100.0
+    used = percent((total - by_status[FRESH]) / total if total else 1.0)
     return (
         f"{name:<20}{total:>12,}{by_status[TRANSFERRED]:>13,}{by_status[ADAPTED]:>10,}{by_status[FRESH]:>10,}"
         f"{used:>8.2f}%"

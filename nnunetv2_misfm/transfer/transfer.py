@@ -8,6 +8,7 @@ is loaded and nothing is left out silently: each parameter of the target ends as
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -19,7 +20,7 @@ from nnunetv2_misfm.plans.network_entry import DECODER
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings
 from nnunetv2_misfm.transfer.adaptation import fit_bias_table, fit_input_channels, fit_kernel, fit_upsampling_kernel
 from nnunetv2_misfm.transfer.alignment import matching_names
-from nnunetv2_misfm.transfer.report import ADAPTED, FRESH, TRANSFERRED, Entry, TransferReport, Unused
+from nnunetv2_misfm.transfer.report import ADAPTED, FRESH, TRANSFERRED, Entry, TransferReport, Unused, percent
 
 MIX_CHANNELS = "--mix_input_channels"
 _MOST_MISMATCHES = 5
@@ -57,6 +58,8 @@ def transfer(
     """
     settings = settings or FinetuningSettings()
     names = names_of(target, rebuilt)
+    if _num_found(source.whole, source, target, names) > _num_found(source.weights, source, target, names):
+        source = replace(source, weights=dict(source.whole), kind=None, info=None, unused={})
     fit = _Fitting(source, target, names, settings, channels)
     entries = fit.take_parameters()
     without_statistics = fit.take_statistics()
@@ -70,6 +73,12 @@ def transfer(
     report = TransferReport(str(source.path), entries, expected, unused, notes)
     _require(report, source, settings.min_coverage)
     return fit.result, report
+
+
+def _num_found(weights: Mapping[str, Tensor], source: Source, target: nn.Module, names: Names) -> int:
+    """How many parameters of the target have a counterpart among weights of the source."""
+    find = matching_names(weights, source.arch_kwargs, target, names)
+    return sum(find(name) in weights for name, _ in target.named_parameters())
 
 
 class _Fitting:
@@ -100,7 +109,12 @@ class _Fitting:
         self.find = matching_names(source.weights, source.arch_kwargs, target, names)
         self.aliases = _names_by_identity(target)
         self.input_layers = {f"{key}.weight" for key in names.in_proj}
-        self.upsampling = {f"{n}.weight" for n, m in target.named_modules() if isinstance(m, nn.ConvTranspose3d)}
+        # Other parameters with five axes, such as a position embedding, mean something else by their last three.
+        self.fit_kernels = {
+            f"{name}.weight": fit_upsampling_kernel if isinstance(module, nn.ConvTranspose3d) else fit_kernel
+            for name, module in target.named_modules()
+            if isinstance(module, (nn.Conv3d, nn.ConvTranspose3d))
+        }
 
     def take_parameters(self) -> tuple[Entry, ...]:
         """Take every parameter that fits into the result; what became of each."""
@@ -163,9 +177,8 @@ class _Fitting:
         if name.endswith("relative_position_bias_table") and value.ndim == 2 and value.shape != parameter.shape:
             fitted = fit_bias_table(value, parameter.shape[0])
             steps.append(f"interpolated from {value.shape[0]} to {parameter.shape[0]} relative positions")
-        elif value.ndim == parameter.ndim == 5 and value.shape[2:] != parameter.shape[2:]:
-            fit = fit_upsampling_kernel if name in self.upsampling else fit_kernel
-            fitted = fit(value, parameter.shape[2:])
+        elif name in self.fit_kernels and value.ndim == 5 and value.shape[2:] != parameter.shape[2:]:
+            fitted = self.fit_kernels[name](value, parameter.shape[2:])
             steps.append(f"kernel {list(value.shape[2:])} to {list(parameter.shape[2:])}")
         if fitted is not None and name in self.input_layers and value.ndim == parameter.ndim > 2:
             # It sees images and, in a cascade, labels after them.
@@ -291,6 +304,6 @@ def _require(report: TransferReport, source: Source, min_coverage: float) -> Non
         remedy += " -network pretrained trains the checkpoint's own network."
     asked_for = f"; the plan asks for {100 * min_coverage:.2f} %" if used > 0 else ""
     raise TransferError(
-        f"{report.source} covers {100 * coverage:.2f} % of the network's {', '.join(report.expected)} (it holds a "
+        f"{report.source} covers {percent(coverage):.2f} % of the network's {', '.join(report.expected)} (it holds a "
         f"{source.network_name}){asked_for}. First mismatches:\n" + "\n".join([*lines, remedy])
     )

@@ -231,6 +231,19 @@ def test_a_memory_target_chooses_patch_and_checkpointing(
     assert f"of {gigabytes} GB" in capsys.readouterr().out
 
 
+def test_a_memory_target_needs_what_nnunets_planner_reads(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (nnunet / "nnUNet_preprocessed" / DATASET / "dataset_fingerprint.json").unlink()
+    with pytest.raises(SystemExit):
+        plan_main(["-d", "4", "-gpu_memory_target", "8", "--no_pp"])
+    assert f"does not exist. Run nnUNetv2_extract_fingerprint -d {DATASET}" in capsys.readouterr().err
+
+
+def test_a_memory_target_of_a_network_without_checkpointing(nnunet: Path) -> None:
+    asked = ["-network", "plan", "-checkpointing", "on", "-gpu_memory_target", "8"]
+    plan_main(["-d", "4", *asked, "--no_pp"])
+    assert plans(nnunet)["misfm"]["checkpointing"] == "on"  # the trainer says that this network has none
+
+
 def test_a_memory_target_leaves_what_the_augmentation_needs() -> None:
     """4 slices, which nnU-Net blurs, for a network that pools in plane only."""
     arguments = {
@@ -359,7 +372,8 @@ def test_corrected_images_and_withdrawn_cases_are_not_trained_on(
     source.unlink()
     source.write_bytes(content)  # a copy has another time
     check_data_unchanged(ours, plans(nnunet), "3d_fullres")
-    source.write_bytes(content + b" ")
+    # nnU-Net compresses arrays, so that others have other sizes; corrected images may be as long as those before.
+    source.write_bytes(content[:-1] + bytes([content[-1] ^ 1]) if own_arrays else content + b" ")
     with pytest.raises(PlanError, match=rf"other files than .*{place.name} holds now \(.*{source.name}\)"):
         check_data_unchanged(ours, plans(nnunet), "3d_fullres")
     if own_arrays:
@@ -523,10 +537,38 @@ def test_plans_with_weights_are_not_replaced_by_plans_without(
     save_pctnet(tmp_path / "c.pth")
     plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pth"), "--no_pp"])
     before = plans(nnunet)
+    names = ["-overwrite_plans_name", "nnUNetMisFMPlans"]
+    for without in ([], ["-pretrained_weights", str(tmp_path / "c.pth"), "--from_scratch", *names]):
+        with pytest.raises(SystemExit):
+            plan_main(["-d", "4", "--no_pp", *without])
+        assert "Give -pretrained_weights without --from_scratch, or another" in capsys.readouterr().err
+        assert plans(nnunet) == before
+
+
+@pytest.mark.parametrize("left_out", ["decoder.seg_layers.", "decoder."])
+def test_features_of_a_pctnet_without_a_head_plan_a_pctnet(
+    nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], left_out: str
+) -> None:
+    """Weights as people give them away: those that nobody else has a use for are left out."""
+    arguments = {"strides": strides_of(0), "features_per_stage": [4, 8, 16, 32, 64]}
+    weights = PCTNet(1, 5, **arguments).state_dict()  # type: ignore[arg-type]
+    kept = {name: value for name, value in weights.items() if not name.startswith(left_out)}
+    torch.save({"state_dict": kept}, tmp_path / "c.pth")
+    plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pth"), "--no_pp"])
+    parts = "stem, encoder, decoder" if left_out.endswith("layers.") else "stem, encoder"
+    assert f"the weights give 100 % of {parts} (" in capsys.readouterr().out
+    architecture = plans(nnunet)["configurations"]["3d_fullres"]["architecture"]
+    assert architecture["network_class_name"] == NETWORKS["pctnet"]
+    assert architecture["arch_kwargs"]["features_per_stage"] == [4, 8, 16, 32, 64]
+
+
+def test_a_network_of_this_package_is_not_taken_for_that_of_the_plans(
+    nnunet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_pctnet(tmp_path / "c.pth")
     with pytest.raises(SystemExit):
-        plan_main(["-d", "4", "--no_pp"])
-    assert "no -pretrained_weights was given now" in capsys.readouterr().err
-    assert plans(nnunet) == before
+        plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pth"), "-network", "plan", "--no_pp"])
+    assert "the dataset's plans name a PlainConvUNet. Leave -network out" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_names_no_network_asks_for_the_plans(

@@ -87,6 +87,7 @@ PLANS: dict[str, Mapping[str, Any]] = {
     "NoPatch": {"patch_size": None},
     "NoSpacing": {"spacing": None},
     "NoNormalization": {"normalization_schemes": []},
+    "NoWindow": {"normalization_schemes": ["CTNormalization", "CTNormalization"]},
     "NoMedian": {"median_image_size_in_voxels": None},
     "FlatStrides": {"architecture": {"network_class_name": "x", "arch_kwargs": {"strides": [1, 2, 2, 2, 2]}}},
     "TwoSpacings": {"spacing": [1, 1]},

@@ -18,6 +18,8 @@ from nnunetv2_misfm.checkpoints.checkpoint import read_checkpoint
 from nnunetv2_misfm.commands.checkpoints import export_main, inspect_main
 from nnunetv2_misfm.commands.plan import plan_main
 from nnunetv2_misfm.commands.pretrain import main as misfm_pretrain
+from nnunetv2_misfm.plans.checks import build_network
+from nnunetv2_misfm.plans.network_entry import PLAIN_UNET
 from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS
 from nnunetv2_misfm.pretrain.reconstruction import ReconstructionTask
 from nnunetv2_misfm.pretrain.tasks import task_class
@@ -168,6 +170,32 @@ def test_a_network_of_ones_own_is_pretrained_planned_transferred_and_trained(
     export_main(["-i", str(checkpoint), "-o", str(tmp_path / "card")])
     card = (tmp_path / "card" / "README.md").read_text(encoding="utf-8")
     assert f"-p PLANS  # which name own_networks_for_plans.{name}\n" in card and "-network pretrained" not in card
+
+
+@pytest.mark.parametrize("of_nnunet", [False, True])
+def test_a_network_around_a_known_one_takes_all_of_what_another_trainer_has_saved(
+    preprocessed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], of_nnunet: bool
+) -> None:
+    """Its U-Net is recognised, and is not all of it."""
+    name_own(preprocessed, "Around")
+    plans = json.loads((preprocessed / "ownPlans.json").read_text(encoding="utf-8"))
+    network = build_network(plans["configurations"]["3d_fullres"]["architecture"], 1, 3)
+    content: dict[str, Any] = {"network_weights": network.state_dict()}
+    if of_nnunet:
+        content |= {"init_args": {"plans": plans, "configuration": "3d_fullres"}, "trainer_name": "nnUNetTrainer"}
+    torch.save(content, tmp_path / "c.pth")
+    command = ["-d", "4", "--no_pp", "-pretrained_weights", str(tmp_path / "c.pth")]
+    plan_main([*command, "-p", "ownPlans"])
+    assert "the weights give 100 % of stem, encoder, decoder (" in capsys.readouterr().out
+    # A U-Net as in it takes what it has.
+    unet = {"conv_op": "torch.nn.modules.conv.Conv3d", "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d"}
+    unet |= {"n_stages": 3, "features_per_stage": [4, 8, 8], "kernel_sizes": [[3, 3, 3]] * 3, "conv_bias": True}
+    unet |= {"strides": [[1, 1, 1], [2, 2, 2], [2, 2, 2]], "n_conv_per_stage": [1] * 3, "nonlin": "torch.nn.ReLU"}
+    name_in_plans(
+        preprocessed, PLAIN_UNET, {**unet, "n_conv_per_stage_decoder": [1] * 2}, ("conv_op", "norm_op", "nonlin")
+    )
+    plan_main([*command, "-p", "ownPlans", "-overwrite_plans_name", "Inner"])
+    assert "the weights give 100 % of stem, encoder, decoder (" in capsys.readouterr().out
 
 
 def test_weights_of_nnssls_primus_fill_the_encoder_of_a_primus_in_plans(

@@ -187,17 +187,30 @@ def test_all_stems_are_trained_in_turn(nnunet: Path) -> None:
     for degree in "012":
         for part in (f"encoder.stems.{degree}.project.weight", f"decoder.heads.{degree}.up0.merge.2.weight"):
             assert not torch.equal(content["network_weights"][part], initial[part]), part
+    # The memory of a step is that of the stem with the largest maps.
+    by_stem = {}
+    for degree in (0, 1, 2):
+        run._degrees = (degree,)
+        by_stem[degree] = run._bytes_of_a_step(checkpointing=False)
+    assert by_stem[0] < by_stem[1] < by_stem[2]
+    run._degrees = (0, 1, 2)
+    assert run._bytes_of_a_step(checkpointing=False) == by_stem[2]
 
 
 def test_alarms_name_the_trouble_and_what_to_try() -> None:
     def alarms(losses: list[float], predicted: list[float], dice: list[float]) -> list[str]:
         scores = Scores(0.0, [0.0], {"predicted": predicted, "dice": dice}, "")
-        return VolumeFusion(FusionSettings()).alarms(losses, scores)
+        return VolumeFusion(settings).alarms(losses, scores)
+
+    settings = FusionSettings()
 
     fine = [0.2] * 5
     assert alarms([1.0, 0.9, 0.8], fine, fine) == []
     assert "class 2 only" in alarms([1.0, 0.9, 0.8], [0, 0, 1.0, 0, 0], [0.0] * 5)[0]
     assert "has not moved" in alarms([1.0] * 10, fine, [0.4, 0, 0, 0, 0])[0]
+    assert "-geometry blocks" in alarms([1.0] * 10, fine, [0.0] * 5)[0]
+    settings = FusionSettings(geometry="blocks")
+    assert "-geometry boxes" in alarms([1.0] * 10, fine, [0.0] * 5)[0]
     assert alarms([0.1] * 10, fine, [0.9] * 5) == []
 
 

@@ -81,8 +81,13 @@ def test_a_run_that_was_killed_does_not_look_alive(tmp_path: Path) -> None:
 
 def test_the_command_that_continues_a_run_takes_its_device(tmp_path: Path) -> None:
     folder = make_run(tmp_path, {"task": "volume_fusion", "num_epochs": 4}, 2)
-    for device, words in (("cuda:0", "-p P --c"), ("cpu", "-p P -device cpu --c")):
-        (folder / "debug.json").write_text(json.dumps({"device": device}), encoding="utf-8")
+    for device, processes, words in (
+        ("cuda:0", "1", "-p P --c"),
+        ("cuda:0", "4", "-p P -num_gpus 4 --c"),
+        ("cpu", "1", "-p P -device cpu --c"),
+    ):
+        started = {"device": device, "num_processes": processes}
+        (folder / "debug.json").write_text(json.dumps(started), encoding="utf-8")
         assert words in text_of(write_run_page(folder))
 
 

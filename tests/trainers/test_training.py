@@ -533,7 +533,7 @@ def test_tensorboard_gets_what_metrics_csv_gets(nnunet: Path, monkeypatch: pytes
     monkeypatch.setenv("nnUNet_tensorboard_enabled", "1")
     folder = pretrain(2).parent
     rows = read_rows(folder / "metrics.csv")
-    for column in ("train_loss", "iterations_per_s", "lr"):
+    for column in ("train_loss", "iterations_per_s", "lr", "dice_0", "predicted_4"):
         assert [scalars[column][epoch] for epoch in (0, 1)] == pytest.approx([float(row[column]) for row in rows], 1e-5)
 
 

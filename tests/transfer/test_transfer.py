@@ -20,6 +20,7 @@ from nnunetv2_misfm.checkpoints.names import names_of
 from nnunetv2_misfm.checkpoints.source import Source
 from nnunetv2_misfm.checkpoints.state_dicts import find_weights
 from nnunetv2_misfm.plans.run_settings import FinetuningSettings
+from nnunetv2_misfm.transfer.report import Entry, TransferReport
 from nnunetv2_misfm.transfer.transfer import TransferError, transfer
 
 SMALL = {"features_per_stage": (4, 4, 8, 16, 32), "num_heads": (2, 2, 4), "window_size": 3}
@@ -179,6 +180,33 @@ def test_parameters_that_nnunet_lists_twice_are_counted_once() -> None:
     assert torch.equal(
         target.decoder.encoder.stages[0][0].convs[0].conv.weight, source.encoder.stages[0][0].convs[0].conv.weight
     )
+
+
+def test_only_all_is_100_percent() -> None:
+    """Of 70 million parameters a layer that stays random is soon lost in rounding."""
+    entries = (Entry("a", "encoder", "transferred", "", 999_999, (1,)), Entry("b", "encoder", "fresh", "why", 1, (1,)))
+    report = TransferReport("source", entries, ("encoder",))
+    assert report.share() == "99.99 % of encoder (encoder 99.99 %)"
+    assert "99.99%" in report.table() and "100.00%" not in report.table()
+    assert "100 % of encoder" in TransferReport("source", entries[:1], ("encoder",)).share()
+
+
+class WithPositions(nn.Module):
+    """A patch embedding with one value for each place in the patch, and a convolution."""
+
+    def __init__(self, *places: int):
+        super().__init__()
+        self.encoder = nn.Conv3d(1, 4, 2, 2)
+        self.positions = nn.Parameter(torch.randn(1, 4, *places))
+
+
+def test_only_kernels_are_adapted_like_kernels() -> None:
+    source, target = WithPositions(5, 5, 5), WithPositions(7, 7, 7)
+    weights, report = transfer(source_of(source.state_dict()), target, FinetuningSettings(min_coverage=0))
+    assert torch.equal(weights["encoder.weight"], source.encoder.weight)
+    assert torch.equal(weights["positions"], target.positions)
+    (entry,) = (entry for entry in report.entries if entry.name == "positions")
+    assert (entry.status, entry.reason) == ("fresh", "shape [1, 4, 5, 5, 5] in the source")
 
 
 def test_table_fits_a_terminal_and_names_every_part() -> None:
