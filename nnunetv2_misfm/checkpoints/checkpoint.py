@@ -203,9 +203,9 @@ def _check_kind_of_file(path: Path) -> None:
 
 def _check_sums(path: Path) -> None:
     """Raise a CheckpointError if the parts of a zip file do not have its checksums, which PyTorch does not look at."""
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
             for part in archive.infolist():
                 # Files can be written without; those have zeros.

@@ -16,7 +16,7 @@ from nnunetv2_misfm.checkpoints.checkpoint import CHANNEL_NAMES, CheckpointInfo,
 from nnunetv2_misfm.checkpoints.foreign import GENERIC_UNET_CLASS, RESIDUAL_UNET
 from nnunetv2_misfm.checkpoints.nnssl import read_adaptation_plan
 from nnunetv2_misfm.checkpoints.unet_weights import told_unet
-from nnunetv2_misfm.plans.checks import INTENSITIES, WINDOW, with_present_names
+from nnunetv2_misfm.plans.checks import INTENSITIES, WINDOW, channel_names, with_present_names
 from nnunetv2_misfm.plans.network_entry import PLAIN_UNET, UNET_ARGUMENTS
 from nnunetv2_misfm.plans.settings import is_number
 
@@ -73,16 +73,6 @@ def told_preprocessing(checkpoint: Mapping[str, Any], beside: Mapping[str, Any])
         beside: nnssl's adaptation plan, which lies beside the file; empty if there is none.
     """
     return well_formed((_nnunet(checkpoint) or read_adaptation_plan(checkpoint, beside) or ({}, {}))[1])
-
-
-def channel_names(dataset_json: object) -> tuple[str, ...]:
-    """The names of a dataset's image channels, in order; empty if they are not known."""
-    channels = (
-        dataset_json.get("channel_names") or dataset_json.get("modality") if isinstance(dataset_json, dict) else None
-    )
-    if not isinstance(channels, Mapping):
-        return ()
-    return tuple(str(name) for name in channels.values())
 
 
 def channels_of_checkpoint(checkpoint: Mapping[str, Any]) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from nnunetv2_misfm.checkpoints.source import Source, file_sha256, read_source
 from nnunetv2_misfm.checkpoints.unet_weights import is_statistic
 from nnunetv2_misfm.plans.checks import INTENSITIES
 from nnunetv2_misfm.plans.network_entry import UNET_ARGUMENTS, own_network_name
+from nnunetv2_misfm.plans.normalisation import CT
 from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS
 
 # Constructor arguments that hardly differ from one of nnU-Net's networks to another.
@@ -114,7 +115,7 @@ def _preprocessing(preprocessing: Mapping[str, Any]) -> list[tuple[str, str]]:
     schemes, windows = preprocessing.get("normalization_schemes", ()), preprocessing.get(INTENSITIES, {})
     for channel, scheme in enumerate(schemes):
         window = windows.get(str(channel))
-        if scheme == "CTNormalization" and window is not None:
+        if scheme == CT and window is not None:
             of_channel = f" of channel {channel}" if len(schemes) > 1 else ""
             told = f"{window['percentile_00_5']:g} to {window['percentile_99_5']:g} HU, mean {window['mean']:g}"
             rows.append((f"CT window{of_channel}", f"{told}, standard deviation {window['std']:g}"))

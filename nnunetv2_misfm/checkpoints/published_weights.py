@@ -29,6 +29,7 @@ from nnunetv2_misfm.checkpoints.foreign import PUBLISHED_FMUNET, PUBLISHED_PCTNE
 from nnunetv2_misfm.checkpoints.own_weights import check_complete, told_fmunet, told_pctnet
 from nnunetv2_misfm.checkpoints.state_dicts import find_weights
 from nnunetv2_misfm.plans.checks import INTENSITIES
+from nnunetv2_misfm.plans.normalisation import CT
 
 _PUBLISHED_WINDOW = {"percentile_00_5": -1000.0, "percentile_99_5": 1000.0, "mean": 0.0, "std": 1000.0}
 
@@ -227,7 +228,7 @@ def _published_preprocessing(input_channels: int) -> dict[str, Any]:
     """The authors' CT recipe: clip to [-1000, 1000] HU, scale to [-1, 1], 64 x 128 x 128 patches; as in plans."""
     return {
         "patch_size": [64, 128, 128],
-        "normalization_schemes": ["CTNormalization"] * input_channels,
+        "normalization_schemes": [CT] * input_channels,
         "transpose_forward": [0, 1, 2],
         INTENSITIES: {str(channel): dict(_PUBLISHED_WINDOW) for channel in range(input_channels)},
     }

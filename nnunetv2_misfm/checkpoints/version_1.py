@@ -21,8 +21,9 @@ import numpy as np
 from nnunetv2_misfm.checkpoints.checkpoint import name_in_archive, plain
 from nnunetv2_misfm.errors import first_line
 from nnunetv2_misfm.plans.checks import INTENSITIES
+from nnunetv2_misfm.plans.normalisation import CT
 
-_SCHEMES = {"CT": "CTNormalization", "nonCT": "ZScoreNormalization", "noNorm": "NoNormalization"}
+_SCHEMES = {"CT": CT, "nonCT": "ZScoreNormalization", "noNorm": "NoNormalization"}
 _INTENSITIES = {"mean": "mean", "sd": "std", "median": "median", "mn": "min", "mx": "max"} | {
     name: name for name in ("percentile_00_5", "percentile_99_5")
 }

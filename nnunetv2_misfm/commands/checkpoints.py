@@ -203,8 +203,8 @@ def _request(
     network: str | None,
     mix_input_channels: bool | None,
 ) -> PlanRequest:
-    from nnunetv2_misfm.checkpoints.described import channel_names
     from nnunetv2_misfm.commands.setting_options import given
+    from nnunetv2_misfm.plans.checks import channel_names
     from nnunetv2_misfm.plans.run_settings import FinetuningSettings
     from nnunetv2_misfm.plans.settings import read_settings
     from nnunetv2_misfm.transfer.planning import PlanRequest

@@ -12,6 +12,7 @@ from nnunetv2_misfm.commands.setting_options import add_setting_options, given
 from nnunetv2_misfm.errors import PlanError, UserError, exit_with_message
 from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.plans.checks import (
+    channel_names,
     check_channels,
     check_labels,
     check_replaceable,
@@ -112,7 +113,6 @@ class TargetDataset:
 
     def request(self, options: argparse.Namespace, source: Source | None) -> PlanRequest:
         """What the options ask for."""
-        from nnunetv2_misfm.checkpoints.described import channel_names
         from nnunetv2_misfm.transfer.planning import PlanRequest
 
         scratch = options.from_scratch or source is None

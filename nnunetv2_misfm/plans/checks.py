@@ -10,6 +10,7 @@ from typing import Any
 
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import read_json
+from nnunetv2_misfm.plans.normalisation import CT
 from nnunetv2_misfm.plans.run_settings import BLOCK, pretext_task_of
 from nnunetv2_misfm.plans.settings import is_number
 
@@ -22,7 +23,6 @@ _OLD_INTENSITIES = "foreground_intensity_properties_by_modality"
 INTENSITIES = "foreground_intensity_properties_per_channel"
 WINDOW = ("percentile_00_5", "percentile_99_5", "mean", "std")
 """What of a channel's intensities nnU-Net clips and scales CT by."""
-_CT = "CTNormalization"
 _PLANS_KEYS = (
     "dataset_name",
     "plans_name",
@@ -158,15 +158,19 @@ def _unusable_entries(configuration: Mapping[str, Any]) -> list[str]:
 
 def _windows_missing(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> list[str]:
     """The CT channels of a configuration for which the plans do not say how nnU-Net is to clip and scale them."""
-    schemes, known = configuration.get("normalization_schemes"), plans.get(INTENSITIES)
-    if not isinstance(schemes, (list, tuple)) or not isinstance(known, Mapping):
+    schemes = configuration.get("normalization_schemes")
+    if not isinstance(schemes, (list, tuple)) or not isinstance(plans.get(INTENSITIES), Mapping):
         return []
-    windows = {channel: known.get(str(channel)) for channel, scheme in enumerate(schemes) if scheme == _CT}
     return [
         f"{INTENSITIES}.{channel} with {', '.join(WINDOW)}"
-        for channel, window in windows.items()
+        for channel, window in ct_windows(plans, schemes).items()
         if not isinstance(window, Mapping) or not set(WINDOW) <= set(window)
     ]
+
+
+def ct_windows(plans: Mapping[str, Any], schemes: Sequence[str]) -> dict[int, Any]:
+    """What plans say of the intensities of each channel that is normalised as CT; None where they say nothing."""
+    return {channel: plans[INTENSITIES].get(str(channel)) for channel, scheme in enumerate(schemes) if scheme == CT}
 
 
 def _has_ancestor(configurations: Mapping[str, Any], name: str) -> bool:
@@ -235,7 +239,7 @@ def without_trainer(architecture: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_dataset(dataset_json: Mapping[str, Any], path: Path) -> None:
     """Raise a PlanError unless a dataset.json names its channels, its labels and the number of training cases."""
-    channels = dataset_json.get("channel_names", dataset_json.get("modality"))
+    channels = dataset_json.get("channel_names") or dataset_json.get("modality")
     entries = {"channel_names": channels, "labels": dataset_json.get("labels")}
     missing = [key for key, value in entries.items() if not (isinstance(value, Mapping) and value)]
     if not isinstance(dataset_json.get("numTraining"), int):
@@ -244,15 +248,23 @@ def check_dataset(dataset_json: Mapping[str, Any], path: Path) -> None:
         raise PlanError(f"{path} lacks: {', '.join(missing)}. Complete it as nnU-Net's documentation describes.")
 
 
+def channel_names(dataset_json: object) -> tuple[str, ...]:
+    """The names of a dataset's image channels, in order; empty if they are not known."""
+    channels = (
+        dataset_json.get("channel_names") or dataset_json.get("modality") if isinstance(dataset_json, Mapping) else None
+    )
+    return tuple(map(str, channels.values())) if isinstance(channels, Mapping) else ()
+
+
 def check_channels(plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any]) -> None:
     """Raise a PlanError unless a configuration normalises as many channels as a dataset has."""
-    channels = dataset_json.get("channel_names", dataset_json.get("modality")) or {}
+    channels = channel_names(dataset_json)
     entry = configuration_3d(plans, configuration)
     for key in ("normalization_schemes", "use_mask_for_norm"):
         if len(entry[key]) != len(channels):
             raise PlanError(
                 f"{configuration} of the plans {plans['plans_name']} has {len(entry[key])} {key}, but "
-                f"{plans['dataset_name']} has {len(channels)} channels ({', '.join(map(str, channels.values()))}). "
+                f"{plans['dataset_name']} has {len(channels)} channels ({', '.join(channels)}). "
                 f"Plan from plans that were made for this dataset (-p)."
             )
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.plans.checks import INTENSITIES, WINDOW, check_complete, configuration_3d
-from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, RUNS, RunSettings
+from nnunetv2_misfm.plans.checks import INTENSITIES, WINDOW, check_complete, configuration_3d, ct_windows
+from nnunetv2_misfm.plans.files import weights_of
+from nnunetv2_misfm.plans.normalisation import CT
+from nnunetv2_misfm.plans.run_settings import BLOCK, RUNS, RunSettings, pretrain_info
 from nnunetv2_misfm.plans.settings import Settings, as_of_today, declared, write_settings
 
 _OF_THE_DATA = ("patch_size", "batch_size", "spacing", "data_identifier")
@@ -40,7 +42,7 @@ def preprocessing_key(plans: Mapping[str, Any], configuration: str) -> dict[str,
     key = {name: resolved.get(name) for name in _PREPROCESSING_KEYS}
     key["transpose_forward"] = plans["transpose_forward"]
     key["image_reader_writer"] = plans["image_reader_writer"]
-    if "CTNormalization" in resolved["normalization_schemes"]:
+    if CT in resolved["normalization_schemes"]:
         key["intensities"] = plans[INTENSITIES]
     return key
 
@@ -77,9 +79,8 @@ def what_a_run_must_keep(
     if "task" in changed:  # the settings of one task say nothing about another
         changed = {"task": changed["task"]}
     free = _may_change((now.get(BLOCK) or {}).get("task"), groups)
-    if weights_differ(before, now):
-        names = [(one.get(PRETRAIN_INFO) or {}).get("checkpoint_path") or "none" for one in (before, now)]
-        changed["pretrained weights"] = names[0], names[1] if names[1] != names[0] else f"{names[1]}, written anew"
+    if weights := weights_then_and_now(before, now):
+        changed["pretrained weights"] = weights
     return _then_and_now({name: values for name, values in changed.items() if name not in free})
 
 
@@ -94,11 +95,14 @@ def _then_and_now(changed: Mapping[str, tuple[Any, Any]]) -> list[str]:
     return [f"{name}: {old} then, {new} now" for name, (old, new) in changed.items()]
 
 
-def weights_differ(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether plans start from other weights; a file may have another place."""
-    old, new = (one.get(PRETRAIN_INFO) or {} for one in (before, now))
+def weights_then_and_now(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The checkpoints of plans that start from other weights; None for the same, which may have another place."""
+    old, new = pretrain_info(before), pretrain_info(now)
     key = "sha256" if old.get("sha256") and new.get("sha256") else "checkpoint_path"
-    return bool(old.get(key) != new.get(key))
+    if old.get(key) == new.get(key):
+        return None
+    then, today = (one.get("checkpoint_path") or "none" for one in (old, new))
+    return then, f"{today}, written anew" if today == then else today
 
 
 def _may_change(task: str | None, groups: Mapping[str, Settings]) -> set[str]:
@@ -126,16 +130,13 @@ def what_changes(
         PlanError: if the old ones start from weights and the new ones from none, or if the data of a configuration
             that stays would not be what the plans say.
     """
-    before, now = (one.get(PRETRAIN_INFO) or {} for one in (replaced, plans))
-    weights = before.get("checkpoint_path"), now.get("checkpoint_path")
-    if weights[0] is not None and weights[1] is None:
+    if weights_of(replaced) and not weights_of(plans):
         raise PlanError(
-            f"The plans in {path} start from {weights[0]}, those asked for now from no weights. Give "
+            f"The plans in {path} start from {weights_of(replaced)}, those asked for now from no weights. Give "
             f"-pretrained_weights without --from_scratch, or another -overwrite_plans_name."
         )
-    changed = [f"weights: {weights[0]} becomes {weights[1]}"] if weights[0] != weights[1] else []
-    if weights[0] == weights[1] and before.get("sha256") != now.get("sha256"):
-        changed.append(f"weights: {weights[1]} has been written anew")
+    weights = weights_then_and_now(replaced, plans)
+    changed = [f"weights: {weights[0]} becomes {weights[1]}"] if weights else []
     kept = [name for name in replaced["configurations"] if name not in configurations]
     if kept:
         changed.append(f"the plans that are replaced also had {', '.join(kept)}, which stay as they are")
@@ -190,18 +191,15 @@ def _preprocessing(plans: Mapping[str, Any], configuration: str) -> dict[str, An
     """`preprocessing_key`, of the intensities only what nnU-Net clips and scales CT by."""
     found = preprocessing_key(plans, configuration)
     if found.pop("intensities", None) is not None:
-        of_channels = enumerate(found["normalization_schemes"])
-        ct = [plans[INTENSITIES].get(str(channel), {}) for channel, name in of_channels if name == "CTNormalization"]
-        found["ct_intensities"] = [{name: values.get(name) for name in WINDOW} for values in ct]
+        windows = ct_windows(plans, found["normalization_schemes"]).values()
+        found["ct_intensities"] = [{name: (values or {}).get(name) for name in WINDOW} for values in windows]
     return found
 
 
 def _everything(
     plans: Mapping[str, Any], configuration: str, run: RunSettings | None, groups: Mapping[str, Settings]
 ) -> dict[str, Any]:
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager  # takes seconds
-
-    entry = PlansManager(dict(plans)).get_configuration(configuration).configuration
+    entry = configuration_3d(plans, configuration)
     architecture, settings = entry["architecture"], dict(plans.get(BLOCK, {}))
     # The volumes of a pool may become more; each is normalised as what it is, and `pool/plan.py` compares how.
     is_pool = settings.pop("pool", None) is not None

@@ -13,7 +13,7 @@ from nnunetv2_misfm.environment import without_quotes
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import json_or_nothing, read_json
 from nnunetv2_misfm.plans.checks import check_complete, check_dataset, with_present_names
-from nnunetv2_misfm.plans.run_settings import PRETRAIN_INFO
+from nnunetv2_misfm.plans.run_settings import PRETRAIN_INFO, pretrain_info
 
 FINAL, LATEST = "checkpoint_final.pth", "checkpoint_latest.pth"  # nnU-Net's, in a results folder
 _FOLDS = 5  # of nnU-Net's cross-validation
@@ -127,7 +127,7 @@ def foreground_labels(dataset_json: Mapping[str, Any]) -> dict[str, int | list[i
 
 def weights_of(plans: Mapping[str, Any]) -> str | None:
     """The checkpoint that a fine-tuning by these plans starts from."""
-    return (plans.get(PRETRAIN_INFO) or {}).get("checkpoint_path")
+    return pretrain_info(plans).get("checkpoint_path")
 
 
 def plans_with_weights(dataset_folder: Path) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-SCHEMES = {"ct": "CTNormalization", "mr": "ZScoreNormalization"}
+CT = "CTNormalization"
+SCHEMES = {"ct": CT, "mr": "ZScoreNormalization"}
 """By the modalities of `-modality`."""
 
 

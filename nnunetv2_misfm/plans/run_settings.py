@@ -6,7 +6,7 @@ A plans file with this block is one of ours. The results folder keeps plans.json
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from nnunetv2_misfm.plans.settings import Settings, SettingsError, read_settings, setting
 
@@ -112,7 +112,13 @@ class PretrainingSettings(RunSettings):
     )
 
 
+RunT = TypeVar("RunT", bound=RunSettings)
 RUNS = (FinetuningSettings, PretrainingSettings)
+
+
+def pretrain_info(plans: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What plans say about the weights that a fine-tuning by them starts from; empty for plans without weights."""
+    return plans.get(PRETRAIN_INFO) or {}
 
 
 def is_ours(plans: Mapping[str, Any]) -> bool:
@@ -138,7 +144,7 @@ def block_of(plans: Mapping[str, Any]) -> str:
     return f"The '{BLOCK}' block of the plans {plans.get('plans_name', '')}"
 
 
-def run_settings(plans: Mapping[str, Any], kind: type[RunSettings]) -> RunSettings:
+def run_settings(plans: Mapping[str, Any], kind: type[RunT]) -> RunT:
     """The settings a plan holds for this kind of run; defaults if the plan is nnU-Net's or made for the other kind.
 
     Raises:

@@ -24,7 +24,7 @@ from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_t
 from nnunetv2_misfm.files import read_json
 from nnunetv2_misfm.plans.checks import INTENSITIES, check_complete, configuration_3d
 from nnunetv2_misfm.plans.files import nnunet_folder
-from nnunetv2_misfm.plans.normalisation import SCHEMES, intensity_properties
+from nnunetv2_misfm.plans.normalisation import CT, SCHEMES, intensity_properties
 from nnunetv2_misfm.plans.run_settings import BLOCK
 from nnunetv2_misfm.plans.settings import SettingsError, write_settings
 from nnunetv2_misfm.pool.geometry import PoolGeometry, medians
@@ -34,7 +34,7 @@ from nnunetv2_misfm.pool.volumes import Volume
 from nnunetv2_misfm.pool.wanted import Wanted
 
 CHANNEL_NAMES = {
-    "CTNormalization": "CT",
+    CT: "CT",
     "ZScoreNormalization": "MR",
     "NoNormalization": "noNorm",
     "RescaleTo01Normalization": "rescale_to_0_1",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import scipy.ndimage
 
+from nnunetv2_misfm.plans.normalisation import CT
 from nnunetv2_misfm.pool.volume_files import VolumeProblem
 
 AIR_BELOW_HU = -500
@@ -119,7 +120,7 @@ def check_normalised(data: np.ndarray, voxels: np.ndarray, schemes: Sequence[str
     if not np.isfinite(data).all():
         raise VolumeProblem("NaN or infinity after normalisation: the intensities are too large for float32")
     for channel, before, scheme in zip(data, voxels, schemes, strict=True):
-        is_ct = scheme == "CTNormalization"
+        is_ct = scheme == CT
         sample, high = _sample(channel), channel.max()
         first, last = np.percentile(sample, (0.5, 99.5))
         clipped = float(np.mean(sample == high)) if is_ct else 0.0

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from nnunetv2_misfm.checkpoints.described import channel_names
 from nnunetv2_misfm.checkpoints.names import names_of
 from nnunetv2_misfm.checkpoints.source import load_source
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import json_or_nothing, write_json
-from nnunetv2_misfm.plans.checks import check_is_finetuning, check_labels, without_memory
-from nnunetv2_misfm.plans.compare import is_complete, weights_differ, what_a_model_must_keep
+from nnunetv2_misfm.plans.checks import channel_names, check_is_finetuning, check_labels, without_memory
+from nnunetv2_misfm.plans.compare import is_complete, weights_then_and_now, what_a_model_must_keep
 from nnunetv2_misfm.plans.files import check_dataset_of_plans, plans_with_weights, weights_of
-from nnunetv2_misfm.plans.run_settings import DEFAULT_FINETUNING_PLANS, PRETRAIN_INFO, FinetuningSettings
+from nnunetv2_misfm.plans.run_settings import (
+    DEFAULT_FINETUNING_PLANS,
+    PRETRAIN_INFO,
+    FinetuningSettings,
+    pretrain_info,
+)
 from nnunetv2_misfm.trainers.base import CUDA, BaseTrainer
 from nnunetv2_misfm.trainers.run_page import TRANSFER_REPORT, update_run_page
 from nnunetv2_misfm.trainers.schedules import parameter_groups
@@ -32,6 +36,7 @@ class MisFMTrainer(BaseTrainer):
     """
 
     SETTINGS = FinetuningSettings
+    settings: FinetuningSettings
 
     def __init__(
         self,
@@ -72,7 +77,7 @@ class MisFMTrainer(BaseTrainer):
                 f"by these:\n  {lines}\nGive the new plans a name of their own (-overwrite_plans_name), or remove "
                 f"those folds."
             )
-        if weights_differ(before, self.plans_manager.plans):
+        if weights_then_and_now(before, self.plans_manager.plans):
             self.print_to_log_file(
                 f"{there} started from {weights_of(before) or 'random weights'}; this fold does not."
             )
@@ -86,7 +91,7 @@ class MisFMTrainer(BaseTrainer):
         return sum(float(p.detach().double().abs().sum()) for p in self.bare_network.parameters())
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
-        settings = cast(FinetuningSettings, self.settings)
+        settings = self.settings
         # Networks are built anew to find segmentation layers that are not declared; nothing else needs that here.
         names = names_of(self.bare_network, self._rebuilt_network if settings.seg_layers_lr_factor != 1 else None)
         groups = parameter_groups(self.bare_network, settings.layer_decay, settings.seg_layers_lr_factor, names)
@@ -115,7 +120,7 @@ class MisFMTrainer(BaseTrainer):
     def _load_pretrained_weights(self) -> None:
         if self._continues:
             return
-        info: dict[str, Any] = self.plans_manager.plans.get(PRETRAIN_INFO) or {}
+        info = pretrain_info(self.plans_manager.plans)
         loaded = self._weights_checksum() != self._initial_weights
         if loaded and info.get("checkpoint_path") is not None:
             raise TransferError(
@@ -135,7 +140,7 @@ class MisFMTrainer(BaseTrainer):
         weights, report = transfer(
             load_source(info),
             self.bare_network,
-            cast(FinetuningSettings, self.settings),
+            self.settings,
             channel_names(self.dataset_json),
             self._rebuilt_network,
         )

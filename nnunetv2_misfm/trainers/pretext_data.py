@@ -11,6 +11,7 @@ from typing import Any
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnunetv2_misfm.errors import PlanError, UserError, first_line
+from nnunetv2_misfm.plans.checks import channel_names
 from nnunetv2_misfm.plans.run_settings import PretrainingSettings, block_for, pretext_task_of
 from nnunetv2_misfm.pretrain.task import PretextTask
 
@@ -86,7 +87,7 @@ def pretext_dataset_json(dataset_json: Mapping[str, Any], task: PretextTask) -> 
 
     nnU-Net's label manager then gives the network as many.
     """
-    channels = dataset_json.get("channel_names", dataset_json.get("modality", ()))
+    channels = channel_names(dataset_json)
     kept = {key: value for key, value in dataset_json.items() if key not in ("labels", "regions_class_order")}
     labels = {"background": 0} | {f"{task.group()}_{k}": k for k in range(1, task.num_outputs(len(channels)))}
     return {**kept, "labels": labels}

@@ -16,12 +16,12 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
-from nnunetv2_misfm.checkpoints.described import channel_names, is_complete_unet
+from nnunetv2_misfm.checkpoints.described import is_complete_unet
 from nnunetv2_misfm.checkpoints.foreign import GENERIC_UNET_CLASS, RESIDUAL_UNET
 from nnunetv2_misfm.checkpoints.names import Names, names_in_class
 from nnunetv2_misfm.checkpoints.source import Source, portable_path
 from nnunetv2_misfm.errors import PlanError
-from nnunetv2_misfm.plans.checks import build_on_meta, check_plans_name, configuration_3d, with_trainer
+from nnunetv2_misfm.plans.checks import build_on_meta, channel_names, check_plans_name, configuration_3d, with_trainer
 from nnunetv2_misfm.plans.network_entry import (
     PLAIN_UNET,
     UNET_CLASSES,

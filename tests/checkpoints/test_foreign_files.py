@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -568,6 +569,17 @@ def test_a_damaged_description_of_our_own_is_not_known(tmp_path: Path) -> None:
     info = CheckpointInfo("segmentation", "Own", {}, 1, 3, {"normalization_schemes": 5, "spacing": [1.0, 1.0, 1.0]}, {})
     write_checkpoint({"network_weights": OwnNetwork(1, 3).state_dict()}, info, tmp_path / "c.pth")
     assert read_source(tmp_path / "c.pth").preprocessing == {"spacing": [1.0, 1.0, 1.0]}
+
+
+def test_a_zip_file_of_several_disks_is_damaged(tmp_path: Path) -> None:
+    """As Python's zipfile takes the 64-bit end of an archive whose numbers are damaged."""
+    put(tmp_path / "c.pth", WEIGHTS)
+    content = (tmp_path / "c.pth").read_bytes()
+    end = content.rindex(b"PK\x05\x06")
+    locator = struct.pack("<4sLQL", b"PK\x06\x07", 7, 0, 1)
+    (tmp_path / "c.pth").write_bytes(content[:end] + locator + content[end:])
+    with pytest.raises(CheckpointError, match="c.pth is damaged .*Copy or download it again"):
+        read_source(tmp_path / "c.pth")
 
 
 def test_archives_of_other_things_are_refused(tmp_path: Path) -> None:

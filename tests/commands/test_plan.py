@@ -463,6 +463,10 @@ def test_replacing_plans_says_what_changes(nnunet: Path, tmp_path: Path, capsys:
     path = nnunet / "nnUNet_preprocessed" / DATASET / "nnUNetMisFMPlans.json"
     written = json.loads(path.read_text(encoding="utf-8"))
     written["pretrain_info"]["checkpoint_path"] = "somewhere/else.pth"
+    path.write_text(json.dumps(written), encoding="utf-8")
+    plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pth"), "--no_pp"])
+    assert "weights: " not in capsys.readouterr().out  # the same file in another place
+    written["pretrain_info"] |= {"checkpoint_path": "somewhere/else.pth", "sha256": 64 * "0"}
     written["configurations"]["3d_lowres"] = written["configurations"]["3d_fullres"]
     path.write_text(json.dumps(written), encoding="utf-8")
     plan_main(["-d", "4", "-pretrained_weights", str(tmp_path / "c.pth"), "-batch_size", "5", "--no_pp"])

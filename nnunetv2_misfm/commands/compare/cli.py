@@ -55,7 +55,8 @@ def compare(options: CompareOptions, words: list[str]) -> None:
         split.numbers(options.labelled)  # there are that many
         print(split.describe())
         return
-    check_device(options.device or best_device(), 1)
+    options = replace(options, device=options.device or best_device())
+    check_device(options.device, 1)
     check_gpus(options.gpus)
     if workspace.folder.is_file():
         raise PlanError(f"-o {workspace.folder} is a file. Give a folder.")
@@ -93,13 +94,11 @@ def run_and_report(
     """
     from nnunetv2_misfm.commands.compare.results import write_results
     from nnunetv2_misfm.commands.compare.runner import Runner
-    from nnunetv2_misfm.commands.compare.study import Study
+    from nnunetv2_misfm.commands.compare.study import planned_study
     from nnunetv2_misfm.commands.compare.timing import estimate_hours
 
-    device = options.device or best_device()
-    study = Study(replace(options, device=device), workspace)
-    study.plan_arms()
-    runner = Runner(device, options.gpus, options.jobs)
+    study = planned_study(options, workspace)
+    runner = Runner(options.device, options.gpus, options.jobs)
     left = study.left()
     if left and say_time:
         hours = estimate_hours(study, runner)
@@ -107,8 +106,8 @@ def run_and_report(
         finished = len(study.asked()) - len(left)
         beside = f", beside {finished} that are finished" if finished else ""
         print(
-            f"{len(left)} runs{at_once} on {device}{beside}: about {format_duration(hours)}. They can be stopped at "
-            f"any time; the same command goes on."
+            f"{len(left)} runs{at_once} on {options.device}{beside}: about {format_duration(hours)}. They can be "
+            f"stopped at any time; the same command goes on."
         )
     failures, chosen = study.perform(runner)
     written = write_results(study, chosen, words, title, more)

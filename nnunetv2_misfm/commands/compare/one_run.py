@@ -1,6 +1,6 @@
 """One run of a comparison: train with nnU-Net's trainer, predict with its predictor, evaluate with its metrics.
 
-    python -m nnunetv2_misfm.commands.compare.one_run REQUEST.json
+    python -m nnunetv2_misfm.commands.compare.one_run ORDER.json
 
 The environment names the comparison's folders. A run that was stopped goes on from its latest checkpoint; when it is
 finished its record is written last, whole.
@@ -8,7 +8,6 @@ finished its record is written last, whole.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -20,7 +19,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_misfm.commands.compare.records import versions
+from nnunetv2_misfm.commands.compare.records import RunOrder, versions
 from nnunetv2_misfm.commands.threads import in_this_process
 from nnunetv2_misfm.cpu_threads import keep_cores_free, training_threads
 from nnunetv2_misfm.errors import exit_with_message
@@ -40,8 +39,8 @@ def main() -> None:
     if END_WITH_PARENT in sys.argv:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     keep_cores_free()
-    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    exit_with_message("misfm_compare", lambda: perform(request))
+    order = RunOrder.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    exit_with_message("misfm_compare", lambda: perform(order))
 
 
 def _end_with_parent() -> None:
@@ -52,34 +51,30 @@ def _end_with_parent() -> None:
     os.killpg(0, signal.SIGKILL)  # with nnU-Net's worker processes, which would go on
 
 
-def perform(request: dict[str, Any]) -> None:
-    """Do a run, or what is left of it, and write its record to `request["record"]`.
-
-    Args:
-        request: as `Study.request` makes it.
-    """
+def perform(order: RunOrder) -> None:
+    """Do a run, or what is left of it, and write its record."""
     import torch
 
     began = time.time()
-    device = torch.device(request["device"])
+    device = torch.device(order.device)
     # nnU-Net's pools of processes cost more on a CPU, where the network is the slow part, than they give.
     without_pools: AbstractContextManager[Any] = in_this_process() if device.type == "cpu" else nullcontext()
     torch.set_num_threads(training_threads() if device.type == "cpu" else 1)
     with without_pools:
-        if request["probe"]:
+        if order.probe is not None:
             from nnunetv2_misfm.commands.compare.probe import fitted_predictor
 
             training: dict[str, Any] = {"curve": [], "training_seconds": 0.0}
-            predictor = fitted_predictor(request, device)
+            predictor = fitted_predictor(order, order.probe, device)
         else:
-            training = _train(request, device)
-            predictor = _predictor(request, device)
+            training = _train(order, device)
+            predictor = _predictor(order, device)
         if device.type == "cpu":
             _use_onednn(predictor)
         trained = time.time()
-        dice = _predict_and_evaluate(request, predictor, device)
+        dice = _predict_and_evaluate(order, predictor, device)
     record = {
-        **request["about"],
+        **order.about.model_dump(),
         **training,
         "dice": dice,
         "prediction_seconds": round(time.time() - trained, 1),
@@ -89,27 +84,27 @@ def perform(request: dict[str, Any]) -> None:
         "date": time.strftime("%Y-%m-%d"),
         "versions": versions(),
     }
-    write_json(record, request["record"])
-    if not request["keep_weights"] and not request["probe"]:
-        shutil.rmtree(request["results"])
-        Path(request["plans_file"]).unlink()
+    write_json(record, order.record)
+    if not order.keep_weights and order.probe is None:
+        shutil.rmtree(order.results)
+        order.plans_file.unlink()
 
 
-def _train(request: dict[str, Any], device: Any) -> dict[str, Any]:
+def _train(order: RunOrder, device: Any) -> dict[str, Any]:
     import torch
 
-    results = Path(request["results"])
+    results = order.results
     # What a stopped run, or one whose record was removed, has left there is this run's only if it was made alike.
-    made_with = {name: request["about"][name] for name in ("weights_sha256", "plans_sha256")}
+    made_with = order.about.model_dump(include={"weights_sha256", "plans_sha256"})
     if results.is_dir() and json_or_nothing(results / _MADE_WITH) != made_with:
         print(f"{results} is of other weights or plans, and is done again.")
         shutil.rmtree(results)
     results.mkdir(parents=True, exist_ok=True)
     write_json(made_with, results / _MADE_WITH)
-    fold = results / f"fold_{request['fold']}"
+    fold = results / f"fold_{order.fold}"
     final = fold / FINAL
-    if not _is_whole(final, request["trainer"]):
-        _trainer(request, device, _is_whole(fold / LATEST, request["trainer"])).run_training()
+    if not _is_whole(final, order.trainer):
+        _trainer(order, device, _is_whole(fold / LATEST, order.trainer)).run_training()
     logged = torch.load(final, map_location="cpu", weights_only=False)["logging"]  # written by this comparison
     seconds = [float(end) - float(start) for start, end in zip(logged[_STARTS], logged[_ENDS], strict=True)]
     return {
@@ -134,7 +129,7 @@ def _is_whole(checkpoint: Path, trainer: str) -> bool:
     return True
 
 
-def _trainer(request: dict[str, Any], device: Any, continues: bool) -> Any:
+def _trainer(order: RunOrder, device: Any, continues: bool) -> Any:
     """nnU-Net's trainer, ready to run."""
     import numpy as np
     import torch
@@ -144,31 +139,31 @@ def _trainer(request: dict[str, Any], device: Any, continues: bool) -> Any:
 
     add_plugin_folder()
     trainer = get_trainer_from_args(
-        request["dataset"],
-        request["configuration"],
-        request["fold"],
-        request["trainer"],
-        request["plans"],
+        order.dataset,
+        order.configuration,
+        order.fold,
+        order.trainer,
+        order.plans_file.stem,
         continue_training=continues,
         device=device,
     )
-    if request["trainer"] == "nnUNetTrainer":  # the others read all this from their plans
-        for name, value in request["stock"].items():
+    if order.trainer == "nnUNetTrainer":  # the others read all this from their plans
+        for name, value in order.stock.items():
             setattr(trainer, name, value)
         trainer.save_every = min(_MOST_EPOCHS_LOST, max(1, trainer.num_epochs // 20))
     maybe_load_checkpoint(trainer, continues, validation_only=False)
-    if request["trainer"] == "nnUNetTrainer":  # a run that goes on does not draw what its first epochs drew
-        seed = request["about"]["seed"] + _MOST_SEEDS * trainer.current_epoch
+    if order.trainer == "nnUNetTrainer":  # a run that goes on does not draw what its first epochs drew
+        seed = order.about.seed + _MOST_SEEDS * trainer.current_epoch
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
-    if not request["keep_weights"]:
+    if not order.keep_weights:
         # Drawing progress.png takes a second or two of each epoch, and the results folder does not stay.
         trainer.logger.plot_progress_png = lambda folder: None
     return trainer
 
 
-def _predictor(request: dict[str, Any], device: Any) -> Any:
+def _predictor(order: RunOrder, device: Any) -> Any:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     from nnunetv2_misfm.start_up import add_plugin_folder
@@ -176,11 +171,11 @@ def _predictor(request: dict[str, Any], device: Any) -> Any:
     add_plugin_folder()
     predictor = nnUNetPredictor(
         device=device,
-        use_mirroring=request["mirroring"],
+        use_mirroring=order.mirroring,
         perform_everything_on_device=device.type == "cuda",
         allow_tqdm=False,
     )
-    predictor.initialize_from_trained_model_folder(request["results"], (request["fold"],))
+    predictor.initialize_from_trained_model_folder(str(order.results), (order.fold,))
     return predictor
 
 
@@ -199,14 +194,14 @@ def _use_onednn(predictor: Any) -> None:
         predictor.network.register_forward_hook(lambda _, inputs, output: output[:1])
 
 
-def _predict_and_evaluate(request: dict[str, Any], predictor: Any, device: Any) -> dict[str, dict[str, float | None]]:
+def _predict_and_evaluate(order: RunOrder, predictor: Any, device: Any) -> dict[str, dict[str, float | None]]:
     """Dice by case and label; None where a label is neither in the truth nor in the prediction."""
     from nnunetv2.evaluation.evaluate_predictions import compute_metrics
 
-    predictions = Path(request["predictions"])
+    predictions = order.predictions
     predictions.mkdir(parents=True, exist_ok=True)
-    cases = request["cases"]
-    images = [files["images"] for files in cases.values()]
+    cases = order.cases
+    images = [list(files.images) for files in cases.values()]
     targets = [str(predictions / case) for case in cases]
     if device.type == "cpu":
         predictor.predict_from_files_sequential(images, targets, overwrite=True)
@@ -217,12 +212,10 @@ def _predict_and_evaluate(request: dict[str, Any], predictor: Any, device: Any) 
     reader = predictor.plans_manager.image_reader_writer_class()
     dice = {}
     for case, files in cases.items():
-        predicted = f"{predictions / case}{request['file_ending']}"
-        metrics = compute_metrics(files["label"], predicted, reader, labels, manager.ignore_label)["metrics"]
+        predicted = f"{predictions / case}{order.file_ending}"
+        metrics = compute_metrics(files.label, predicted, reader, labels, manager.ignore_label)["metrics"]
         values = [float(metrics[label]["Dice"]) for label in labels]
-        dice[case] = {
-            name: None if value != value else value for name, value in zip(request["labels"], values, strict=True)
-        }
+        dice[case] = {name: None if value != value else value for name, value in zip(order.labels, values, strict=True)}
     return dice
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ class CompareOptions:
         settings: of the runs, as given, with one schedule for all arms unless each is to have its own.
         planning: further options of misfm_plan.
         probe: score frozen features instead of fine-tuning.
-        device, gpus, jobs: where, and how many runs at once.
+        device, gpus, jobs: where (an empty device is the best there is), and how many runs at once.
         mirroring: at prediction.
         keep_weights: of finished runs.
         num_processes: to preprocess with.
@@ -64,16 +64,16 @@ class CompareOptions:
     num_validation: int | None
     rates: tuple[float, ...]
     nnunet_rates: tuple[float, ...]
-    settings: dict[str, Any] = field(default_factory=dict)
-    planning: tuple[str, ...] = ()
-    probe: bool = False
-    device: str | None = None
-    gpus: tuple[str, ...] = ()
-    jobs: int = 1
-    mirroring: bool = True
-    keep_weights: bool = False
-    num_processes: int = 2
-    dry_run: bool = False
+    settings: dict[str, Any]
+    planning: tuple[str, ...]
+    probe: bool
+    device: str
+    gpus: tuple[str, ...]
+    jobs: int
+    mirroring: bool
+    keep_weights: bool
+    num_processes: int
+    dry_run: bool
 
 
 def read_options(arguments: list[str] | None) -> CompareOptions:
@@ -111,7 +111,7 @@ def read_options(arguments: list[str] | None) -> CompareOptions:
         settings=settings,
         planning=_planning_options(options),
         probe=options.probe,
-        device="cuda" if options.gpus else options.device,
+        device="cuda" if options.gpus else options.device or "",
         gpus=tuple(options.gpus),
         jobs=options.jobs or max(1, len(options.gpus)),
         mirroring=not options.disable_tta,
@@ -360,7 +360,9 @@ def _add_place_and_plans(parser: argparse.ArgumentParser) -> None:
     )
     plan = parser.add_argument_group("plans, as in misfm_plan")
     plan.add_argument(
-        "-network", choices=[*NETWORKS, "plan"], help="network of all arms but --nnunet (default: the checkpoint's)"
+        "-network",
+        choices=[*NETWORKS, "plan", "pretrained"],
+        help="network of all arms but --nnunet (default: the checkpoint's)",
     )
     add_planning_options(plan)
     plan.set_defaults(spacing=None, ct_intensities=None)  # misfm_plan's own, unless they are given

@@ -7,10 +7,10 @@ The classifier stands behind the network as a last layer, so that nnU-Net predic
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,12 +21,14 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
-from nnunetv2_misfm.checkpoints.described import channel_names
 from nnunetv2_misfm.checkpoints.source import load_source
+from nnunetv2_misfm.commands.compare.records import ProbeOrder, RunOrder
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import read_json
+from nnunetv2_misfm.plans.checks import channel_names
+from nnunetv2_misfm.plans.files import weights_of
 from nnunetv2_misfm.plans.network_entry import with_own_network
-from nnunetv2_misfm.plans.run_settings import PRETRAIN_INFO, FinetuningSettings, run_settings
+from nnunetv2_misfm.plans.run_settings import FinetuningSettings, pretrain_info, run_settings
 from nnunetv2_misfm.start_up import add_plugin_folder
 from nnunetv2_misfm.trainers.misfm_trainer import MisFMTrainer
 from nnunetv2_misfm.transfer.transfer import transfer
@@ -98,37 +100,36 @@ def _resized(maps: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(maps, like.shape[2:], mode="trilinear")
 
 
-def fitted_predictor(request: Mapping[str, Any], device: torch.device) -> nnUNetPredictor:
+def fitted_predictor(order: RunOrder, fit: ProbeOrder, device: torch.device) -> nnUNetPredictor:
     """nnU-Net's predictor with a probed network, fitted to the labelled cases of a run.
 
     Args:
-        request: of the run.
+        order, fit: of the run.
         device: to compute on.
     """
     add_plugin_folder()
-    plans = read_json(Path(request["plans_file"]), "Start the comparison again.")
-    plans = with_own_network(plans, request["configuration"], FinetuningSettings)
+    plans = read_json(order.plans_file, "Start the comparison again.")
+    plans = with_own_network(plans, order.configuration, FinetuningSettings)
     manager = PlansManager(plans)
-    configuration = manager.get_configuration(request["configuration"])
-    dataset_json = read_json(Path(request["dataset_json"]), "Start the comparison again.")
+    configuration = manager.get_configuration(order.configuration)
+    dataset_json = read_json(fit.dataset_json, "Start the comparison again.")
     labels = manager.get_label_manager(dataset_json)
-    torch.manual_seed(request["about"]["seed"])
+    torch.manual_seed(order.about.seed)
     channels = determine_num_input_channels(manager, configuration, dataset_json)
     network = MisFMTrainer.build_network_architecture(manager, configuration, channels, labels.num_segmentation_heads)
-    info = plans.get(PRETRAIN_INFO) or {}
-    pretrained = info.get("checkpoint_path") is not None
+    pretrained = weights_of(plans) is not None
     if pretrained:
-        settings = cast(FinetuningSettings, run_settings(plans, FinetuningSettings))
-        weights, _ = transfer(load_source(info), network, settings, channel_names(dataset_json))
+        settings, source = run_settings(plans, FinetuningSettings), load_source(pretrain_info(plans))
+        weights, _ = transfer(source, network, settings, channel_names(dataset_json))
         network.load_state_dict(weights)
     probed = ProbedNetwork(network).to(device).eval()
     fit_classifier(
         probed,
-        Path(request["arrays"]),
-        request["labelled_cases"],
+        fit.arrays,
+        fit.labelled_cases,
         configuration.patch_size,
         labels.num_segmentation_heads,
-        request["about"]["seed"],
+        order.about.seed,
         with_statistics=not pretrained,
     )
     predictor = nnUNetPredictor(

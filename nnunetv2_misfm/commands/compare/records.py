@@ -1,4 +1,4 @@
-"""What finished runs leave: a record each, and all of them as a table."""
+"""What a run is asked to do, and what it leaves when it is finished: a record, and all records as a table."""
 
 from __future__ import annotations
 
@@ -13,19 +13,14 @@ from pydantic import BaseModel, ConfigDict
 from nnunetv2_misfm.files import written_whole
 
 
-class RunRecord(BaseModel):
-    """A finished run.
+class RunIdentity(BaseModel):
+    """Which run, and what it is made of.
 
     Attributes:
         arm, labelled, seed, rate, tuning: which run; see `arms.Run`.
-        dice: of each case and label, 0 to 1; None where the label is in neither truth nor prediction.
-        curve: pseudo Dice of the validation cases after each epoch, as nnU-Net logs it.
         iterations_per_epoch: of training.
-        training_seconds, prediction_seconds, seconds: for all epochs, for all cases, for everything.
-        last_epoch_seconds: for one epoch, when caches are warm.
         weights_sha256: of a pretrained arm's checkpoint.
-        plans_sha256: of the arm's plans, but for their names and weights.
-        device, date, versions: where, when, and of which packages; earlier records lack the last.
+        plans_sha256: of the arm's plans, but for their names and weights; earlier records lack it.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -35,15 +30,89 @@ class RunRecord(BaseModel):
     seed: int
     rate: float
     tuning: bool
+    iterations_per_epoch: int
+    weights_sha256: str | None = None
+    plans_sha256: str | None = None
+
+
+class CaseFiles(BaseModel):
+    """The files of a case: its channels, in nnU-Net's order, and its label."""
+
+    model_config = ConfigDict(frozen=True)
+
+    images: tuple[str, ...]
+    label: str
+
+
+class ProbeOrder(BaseModel):
+    """What a linear classifier is fitted to: labelled cases in a folder of preprocessed arrays."""
+
+    model_config = ConfigDict(frozen=True)
+
+    arrays: Path
+    dataset_json: Path
+    labelled_cases: tuple[str, ...]
+
+
+class RunOrder(BaseModel):
+    """All that the process of a run needs to know.
+
+    Attributes:
+        about: which run.
+        dataset, configuration, fold: as nnU-Net's training takes them.
+        trainer: name of its class.
+        plans_file: of the run's own plans, which have its name.
+        stock: attributes that nnU-Net's own trainer gets; the others read them from their plans.
+        results: folder over all folds.
+        cases: to predict and evaluate, by their names.
+        labels: names of the labels or regions, in the order of nnU-Net's scores.
+        file_ending: of label files.
+        predictions: folder for them.
+        record: file that is written last.
+        device: to train and predict on.
+        mirroring: in prediction.
+        keep_weights: do not delete the results folder in the end.
+        probe: what to fit in place of a training.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    about: RunIdentity
+    dataset: str
+    configuration: str
+    fold: int
+    trainer: str
+    plans_file: Path
+    stock: dict[str, int | float]
+    results: Path
+    cases: dict[str, CaseFiles]
+    labels: tuple[str, ...]
+    file_ending: str
+    predictions: Path
+    record: Path
+    device: str
+    mirroring: bool
+    keep_weights: bool
+    probe: ProbeOrder | None = None
+
+
+class RunRecord(RunIdentity):
+    """A finished run.
+
+    Attributes:
+        dice: of each case and label, 0 to 1; None where the label is in neither truth nor prediction.
+        curve: pseudo Dice of the validation cases after each epoch, as nnU-Net logs it.
+        training_seconds, prediction_seconds, seconds: for all epochs, for all cases, for everything.
+        last_epoch_seconds: for one epoch, when caches are warm.
+        device, date, versions: where, when, and of which packages; earlier records lack the last.
+    """
+
     dice: dict[str, dict[str, float | None]]
     curve: list[float]
-    iterations_per_epoch: int
     training_seconds: float
     prediction_seconds: float
     seconds: float
     last_epoch_seconds: float = 0.0
-    weights_sha256: str | None = None
-    plans_sha256: str | None = None
     device: str = ""
     date: str = ""
     versions: str = ""

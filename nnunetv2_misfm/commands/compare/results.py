@@ -41,7 +41,7 @@ def write_results(
         study: whose runs.
         chosen: learning rate of each arm and number of labelled cases.
         words: of the command line.
-        title: of the page, in place of the dataset's name.
+        title: of the page; None for the dataset's name.
         more: sections of the page that come first.
     """
     folder = study.workspace.folder
@@ -141,12 +141,13 @@ def _pictures(study: Study, summary: Summary, chosen: Mapping[tuple[str, int], f
         return
     seed = min(set(summary.scores(first.arm, first.labelled)) & set(summary.scores(first.other, first.labelled)))
     for case in summary.most_changed():
-        images, truth = study.cases[case]
-        shown = {"truth": Path(truth)}
+        images, truth = study.workspace.cases[case]
+        segmentations = [Path(truth)]
         for arm in (first.other, first.arm):
             run = Run(arm, first.labelled, seed, chosen[arm, first.labelled])
-            shown[arm] = study.workspace.run_folder(run) / "predictions" / f"{case}{study.file_ending}"
-        if not all(path.is_file() for path in [Path(images[0]), *shown.values()]):
+            predictions = study.workspace.run_folder(run) / "predictions"
+            segmentations.append(predictions / f"{case}{study.workspace.file_ending}")
+        if not all(path.is_file() for path in [Path(images[0]), *segmentations]):
             continue  # predictions that were removed since
-        picture = figures.case_picture(Path(images[0]), list(shown.values()), study.workspace.reader, study.ignored)
-        yield CasePicture(case, summary.cases[case].gain, tuple(shown), picture)
+        picture = figures.case_picture(Path(images[0]), segmentations, study.workspace.reader, study.ignored)
+        yield CasePicture(case, summary.cases[case].gain, ("truth", first.other, first.arm), picture)

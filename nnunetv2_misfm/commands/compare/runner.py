@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nnunetv2_misfm.commands.compare.one_run import END_WITH_PARENT
+from nnunetv2_misfm.commands.compare.records import RunOrder
 from nnunetv2_misfm.commands.launch import name_of_gpu
 from nnunetv2_misfm.cpu_threads import usable_cores
 from nnunetv2_misfm.files import write_json
@@ -55,23 +56,23 @@ class Runner:
         self._running: set[subprocess.Popen[str]] = set()
         self._stopping = threading.Event()
 
-    def perform(self, requests: Sequence[dict[str, Any]], what: str, epochs: int) -> list[Failure]:
+    def perform(self, orders: Sequence[RunOrder], what: str, epochs: int) -> list[Failure]:
         """Do the runs that are asked for; a run that fails does not keep the others from being done.
 
         Args:
-            requests: of the runs, in the order to do them in.
+            orders: for the runs, which are begun one after the other.
             what: they are, for the progress bar, such as "runs".
             epochs: of each; prediction counts as one more.
         """
         failures: list[Failure] = []
-        total = (epochs + 1) * len(requests)
-        title = what.capitalize() if total == len(requests) else f"Epochs of {len(requests)} {what}"
-        with progress_bar(total, title, unit="epoch", disable=not requests) as bar, self._ended_by_signals():
+        total = (epochs + 1) * len(orders)
+        title = what.capitalize() if total == len(orders) else f"Epochs of {len(orders)} {what}"
+        with progress_bar(total, title, unit="epoch", disable=not orders) as bar, self._ended_by_signals():
 
-            def do(request: dict[str, Any]) -> None:
+            def do(order: RunOrder) -> None:
                 place = self._places.get()
                 try:
-                    failure = None if self._stopping.is_set() else self._do(request, place, bar, epochs + 1)
+                    failure = None if self._stopping.is_set() else self._do(order, place, bar, epochs + 1)
                 finally:
                     self._places.put(place)
                 if failure is not None:
@@ -80,17 +81,18 @@ class Runner:
 
             with ThreadPoolExecutor(self.jobs) as pool:
                 try:
-                    list(pool.map(do, requests))
+                    list(pool.map(do, orders))
                 except BaseException:
                     self._stop()
                     raise
         return failures
 
-    def _do(self, request: dict[str, Any], place: str | None, bar: tqdm, share: int) -> Failure | None:
-        folder = Path(request["record"]).parent
+    def _do(self, order: RunOrder, place: str | None, bar: tqdm, share: int) -> Failure | None:
+        folder = order.record.parent
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(request, folder / "request.json")
-        command = [sys.executable, "-m", "nnunetv2_misfm.commands.compare.one_run", str(folder / "request.json")]
+        file_of_order = folder / "order.json"
+        write_json(order.model_dump(mode="json"), file_of_order)
+        command = [sys.executable, "-m", "nnunetv2_misfm.commands.compare.one_run", str(file_of_order)]
         log, counted = folder / "log.txt", 0
         last: list[str] = []
         with open(log, "a", encoding="utf-8", buffering=1) as file:

@@ -125,11 +125,9 @@ def split_cases(cases: Sequence[str], pattern: str | None, num_test: int | None,
 
 
 def patient_of(case: str, pattern: str) -> str | None:
-    """The patient that a case's name tells: the first group of the pattern, or all that it matches."""
+    """The patient that a case's name tells: the first group of the pattern, or all that it matches; None if nothing."""
     found = re.search(pattern, case)
-    if found is None:
-        return None
-    return found.group(1) if found.re.groups else found.group(0)
+    return (found.group(1 if found.re.groups else 0) or None) if found else None
 
 
 def _in_random_order(patients: Sequence[str], salt: str) -> list[str]:

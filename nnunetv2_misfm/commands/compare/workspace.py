@@ -85,6 +85,16 @@ class Workspace:
         return reader
 
     @cached_property
+    def raw_dataset_json(self) -> dict[str, Any]:
+        """The raw dataset's dataset.json."""
+        return read_json(self.users_raw / "dataset.json", "Put the raw dataset back.")
+
+    @property
+    def file_ending(self) -> str:
+        """Of the dataset's files."""
+        return str(self.raw_dataset_json["file_ending"])
+
+    @cached_property
     def cases(self) -> dict[str, tuple[list[str], str]]:
         """The image files and the label file of each case. Raises PlanError if some are not there."""
         from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets

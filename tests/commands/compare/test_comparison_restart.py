@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import SimpleITK as sitk
 import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from nnunet_dataset import NAME
 
 from nnunetv2_misfm.architectures.pct_net import PCTNet
@@ -24,15 +25,17 @@ from nnunetv2_misfm.commands.compare import one_run
 from nnunetv2_misfm.commands.compare.cli import compare
 from nnunetv2_misfm.commands.compare.one_run import _is_whole, _use_onednn
 from nnunetv2_misfm.commands.compare.options import read_options
-from nnunetv2_misfm.commands.compare.records import RunRecord
+from nnunetv2_misfm.commands.compare.planned_arms import made_of
+from nnunetv2_misfm.commands.compare.records import RunIdentity, RunOrder, RunRecord
 from nnunetv2_misfm.commands.compare.results import write_results
 from nnunetv2_misfm.commands.compare.runner import Failure, Runner
-from nnunetv2_misfm.commands.compare.study import Study
+from nnunetv2_misfm.commands.compare.study import Study, planned_study
 from nnunetv2_misfm.commands.compare.timing import estimate_hours
 from nnunetv2_misfm.commands.compare.workspace import Workspace
 from nnunetv2_misfm.errors import PlanError, UserError
 from nnunetv2_misfm.files import LockedError, locked
-from nnunetv2_misfm.plans.network_entry import NETWORKS
+from nnunetv2_misfm.plans.checks import configuration_3d
+from nnunetv2_misfm.plans.network_entry import NETWORKS, PLAIN_UNET
 
 WORDS = ["-d", "4", "--from_scratch", "--nnunet", "-num_labelled", "1", "2", "-num_test", "2", "-num_validation", "1"]
 
@@ -42,23 +45,23 @@ class FakeRunner:
 
     def __init__(self, stop_after: int | None = None):
         self.stop_after = stop_after
-        self.requests: list[dict[str, Any]] = []
+        self.orders: list[RunOrder] = []
 
-    def perform(self, requests: Sequence[dict[str, Any]], title: str, epochs: int) -> list[Any]:
-        for request in requests:
-            if len(self.requests) == self.stop_after:
+    def perform(self, orders: Sequence[RunOrder], title: str, epochs: int) -> list[Any]:
+        for order in orders:
+            if len(self.orders) == self.stop_after:
                 raise KeyboardInterrupt
-            self.requests.append(request)
+            self.orders.append(order)
             record = RunRecord(
-                **request["about"],
-                dice={case: {"inner": 0.5} for case in request["cases"]},
+                **order.about.model_dump(),
+                dice={case: {"inner": 0.5} for case in order.cases},
                 curve=[0.5],
                 training_seconds=1.0,
                 prediction_seconds=1.0,
                 seconds=3.0,
             )
-            Path(request["record"]).parent.mkdir(parents=True, exist_ok=True)
-            Path(request["record"]).write_text(record.model_dump_json(), encoding="utf-8")
+            order.record.parent.mkdir(parents=True, exist_ok=True)
+            order.record.write_text(record.model_dump_json(), encoding="utf-8")
         return []
 
 
@@ -69,9 +72,30 @@ def study(tmp_path: Path, users: Path, monkeypatch: pytest.MonkeyPatch, *more: s
     options = read_options([*WORDS, "-o", str(tmp_path / "comparison"), "-device", "cpu", *more])
     workspace = Workspace(options.folder, options.dataset, options.configuration, options.plans)
     workspace.prepare()
-    made = Study(options, workspace)
-    made.plan_arms()
-    return made
+    return planned_study(options, workspace)
+
+
+def order_in(folder: Path, weights_sha256: str | None = None) -> RunOrder:
+    """A run of our trainer."""
+    made_of = {"weights_sha256": weights_sha256, "plans_sha256": "p"}
+    return RunOrder(
+        about=RunIdentity(arm="a", labelled=1, seed=0, rate=1e-3, tuning=False, iterations_per_epoch=1, **made_of),
+        dataset=NAME,
+        configuration="3d_fullres",
+        fold=0,
+        trainer="MisFMTrainer",
+        plans_file=folder / "run.json",
+        stock={},
+        results=folder / "results",
+        cases={},
+        labels=(),
+        file_ending=".nii.gz",
+        predictions=folder / "run" / "predictions",
+        record=folder / "run" / "record.json",
+        device="cpu",
+        mirroring=False,
+        keep_weights=False,
+    )
 
 
 def files_of(folder: Path) -> dict[str, tuple[int, int]]:
@@ -94,14 +118,14 @@ def test_finished_runs_are_kept_and_the_others_done(
     again = study(tmp_path, nnunet, monkeypatch, "-seeds", "2")
     assert len(again.left()) == 5
     again.perform(second)  # type: ignore[arg-type]
-    done = [request["plans"] for request in first.requests + second.requests]
+    done = [order.plans_file.stem for order in first.orders + second.orders]
     assert len(done) == len(set(done)) == 8  # two arms, two numbers of labelled cases, two seeds
     assert again.left() == []
     assert files_of(nnunet) == before
 
     more = FakeRunner()
     study(tmp_path, nnunet, monkeypatch, "-seeds", "3").perform(more)  # type: ignore[arg-type]
-    assert len(more.requests) == 4
+    assert len(more.orders) == 4
 
 
 def test_both_arms_of_a_seed_have_the_same_cases(tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,15 +134,15 @@ def test_both_arms_of_a_seed_have_the_same_cases(tmp_path: Path, nnunet: Path, m
     made.perform(runner)  # type: ignore[arg-type]
     folds = json.loads((made.workspace.preprocessed / "splits_final.json").read_text(encoding="utf-8"))
     by_seed: dict[tuple[int, int], list[Any]] = {}
-    for request in runner.requests:
-        about, fold = request["about"], folds[request["fold"]]
-        assert fold["train"] == request["labelled_cases"]
-        assert not set(fold["train"]) & set(request["cases"]) and not set(fold["val"]) & set(request["cases"])
-        by_seed.setdefault((about["labelled"], about["seed"]), []).append((fold, list(request["cases"])))
+    for order in runner.orders:
+        about, fold = order.about, folds[order.fold]
+        assert fold["train"] == made.split.labelled(about.labelled, about.seed)
+        assert not set(fold["train"]) & set(order.cases) and not set(fold["val"]) & set(order.cases)
+        by_seed.setdefault((about.labelled, about.seed), []).append((fold, list(order.cases)))
     assert all(len(of_seed) == 2 and of_seed[0] == of_seed[1] for of_seed in by_seed.values())
-    own = next(request for request in runner.requests if request["trainer"] == "MisFMTrainer")
-    plans = made.workspace.plans_of(own["plans"])
-    assert plans["misfm"]["seed"] == own["about"]["seed"] and plans["misfm"]["schedule"] == "poly"
+    own = next(order for order in runner.orders if order.trainer == "MisFMTrainer")
+    plans = made.workspace.plans_of(own.plans_file.stem)
+    assert plans["misfm"]["seed"] == own.about.seed and plans["misfm"]["schedule"] == "poly"
 
 
 def test_fresh_draws_are_compared_by_themselves(tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,7 +150,7 @@ def test_fresh_draws_are_compared_by_themselves(tmp_path: Path, nnunet: Path, mo
     fresh = study(tmp_path, nnunet, monkeypatch, "-first_seed", "2", "-seeds", "3")
     runner = FakeRunner()
     _, chosen = fresh.perform(runner)  # type: ignore[arg-type]
-    assert {request["about"]["seed"] for request in runner.requests} == {2, 3, 4}
+    assert {order.about.seed for order in runner.orders} == {2, 3, 4}
     written = write_results(fresh, chosen, [])
     (compared, _) = json.loads((written.path.parent / "summary.json").read_text(encoding="utf-8"))["comparisons"]
     assert compared["seeds"] == 3
@@ -140,6 +164,11 @@ def test_finished_runs_tell_how_long_the_others_take(
     # Two arms, two numbers of labelled cases and two seeds at 3 seconds each; on one GPU they share it.
     assert estimate_hours(more, Runner("cpu", (), 2)) == pytest.approx(8 * 3 / 2 / 3600)
     assert estimate_hours(more, Runner("cuda", (), 2)) == pytest.approx(8 * 3 / 3600)
+    # A run that chooses a rate predicts the one validation case, in half of the second that two test cases took.
+    several = ("-initial_lr", "1e-3", "1e-2", "-nnunet_lr", "1e-2", "1e-3")
+    rates = study(tmp_path, nnunet, monkeypatch, "-seeds", "1", *several)
+    assert len(rates.left()) == 8 and all(run.tuning for run in rates.left())
+    assert estimate_hours(rates, Runner("cpu", (), 1)) == pytest.approx(8 * (2 + 1 / 2) / 3600)
     crowded = study(tmp_path, nnunet, monkeypatch, "-seeds", "2", "-jobs", "9")
     assert estimate_hours(crowded, Runner("cpu", (), 9)) == pytest.approx(3 / 3600), "four runs of nine at once"
 
@@ -156,7 +185,7 @@ def test_a_dataset_that_is_planned_and_not_preprocessed_is_preprocessed(
     write_checkpoint({"network_weights": PCTNet(1, 5, **arguments).state_dict()}, info, tmp_path / "VF.pth")
     for _ in range(2):
         made = study(tmp_path, nnunet, monkeypatch, "-pretrained_weights", str(tmp_path / "VF.pth"))
-        assert len(list((made.workspace.preprocessed / "gt_segmentations").iterdir())) == len(made.cases)
+        assert len(list((made.workspace.preprocessed / "gt_segmentations").iterdir())) == len(made.workspace.cases)
     assert not (preprocessed / "gt_segmentations").exists(), "the user's own folder is as it was"
 
 
@@ -218,7 +247,7 @@ def test_options_that_could_not_be_planned_are_not_the_terms_of_the_folder(
         study(tmp_path, nnunet, monkeypatch, "-patch_size", "0", "16", "16")
     corrected = FakeRunner()
     study(tmp_path, nnunet, monkeypatch, "-patch_size", "16", "16", "16").perform(corrected)  # type: ignore[arg-type]
-    assert corrected.requests
+    assert corrected.orders
 
 
 def test_a_dry_run_names_the_cases_that_would_be_tested_and_makes_nothing(
@@ -299,6 +328,50 @@ def test_checkpoints_of_one_network_share_the_arm_from_scratch(
     assert arguments["features_per_stage"] == [8, 4, 8, 8, 16]
 
 
+def test_each_checkpoint_can_be_compared_in_its_own_network(
+    tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = []
+    for name, features in (("a", [4, 8]), ("b", [8, 8])):
+        arguments = {"n_stages": 2, "features_per_stage": features, "kernel_sizes": 3, "strides": [[1] * 3, [2] * 3]}
+        shape = {"conv_op": torch.nn.Conv3d, "n_conv_per_stage": 1, "n_conv_per_stage_decoder": 1, "conv_bias": True}
+        norm = {"norm_op": torch.nn.InstanceNorm3d, "norm_op_kwargs": {"affine": True}, "nonlin": torch.nn.LeakyReLU}
+        network = PlainConvUNet(1, num_classes=3, **arguments, **shape, **norm)
+        arguments |= {"conv_op": "torch.nn.modules.conv.Conv3d", "kernel_sizes": [[3] * 3] * 2}
+        arguments |= {"n_conv_per_stage": [1, 1], "n_conv_per_stage_decoder": [1], "conv_bias": True}
+        arguments |= {"norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d", "norm_op_kwargs": {"affine": True}}
+        arguments |= {"nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": None, "dropout_op": None}
+        info = CheckpointInfo("patch_swap", PLAIN_UNET, arguments, 1, 3, {}, {})
+        files.append(str(tmp_path / f"{name}.pth"))
+        write_checkpoint({"network_weights": network.state_dict()}, info, Path(files[-1]))
+    made = study(tmp_path, nnunet, monkeypatch, "-network", "pretrained", "-pretrained_weights", *files)
+    features = {
+        arm.name: made.workspace.plans_of(arm.plans)["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"][
+            "features_per_stage"
+        ]
+        for arm in made.arms
+        if arm.kind != "nnunet"
+    }
+    assert features == {"a": [4, 8], "scratch": [4, 8], "b": [8, 8], "scratch_b": [8, 8]}
+
+
+def test_runs_of_a_version_with_a_setting_less_are_taken_over(
+    tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its default is what they had."""
+    made = study(tmp_path, nnunet, monkeypatch)
+    arm = made.arm("scratch")
+    before = made_of(made.workspace, arm)
+    path = made.workspace.preprocessed / f"{arm.plans}.json"
+    plans = json.loads(path.read_text(encoding="utf-8"))
+    del plans["misfm"]["seg_layers_lr_factor"]
+    path.write_text(json.dumps(plans), encoding="utf-8")
+    assert made_of(made.workspace, arm) == before
+    plans["misfm"]["seg_layers_lr_factor"] = 3
+    path.write_text(json.dumps(plans), encoding="utf-8")
+    assert made_of(made.workspace, arm) != before
+
+
 def test_with_own_schedules_weights_are_trained_as_misfm_plan_says(
     tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,7 +398,9 @@ def test_a_configuration_that_inherits_is_compared(
     made = study(tmp_path, nnunet, monkeypatch, "-c", "3d_batch_3", "-seeds", "1")
     runner = FakeRunner()
     made.perform(runner)  # type: ignore[arg-type]
-    assert {Path(request["arrays"]).is_dir() for request in runner.requests} == {True}
+    of_arms = [configuration_3d(made.workspace.plans_of(arm.plans), "3d_batch_3") for arm in made.arms]
+    identifiers = {entry["data_identifier"] for entry in of_arms}
+    assert all((made.workspace.preprocessed / name).is_dir() for name in identifiers)
     of_arms = [made.workspace.plans_of(arm.plans)["configurations"]["3d_batch_3"] for arm in made.arms]
     assert [(entry["batch_size"], len(entry["patch_size"])) for entry in of_arms] == [(3, 3), (3, 3)]
 
@@ -334,8 +409,8 @@ def test_no_rate_is_chosen_while_a_tuning_run_is_missing(
     tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class FailingRunner(FakeRunner):
-        def perform(self, requests: Sequence[dict[str, Any]], title: str, epochs: int) -> list[Any]:
-            super().perform(requests[1:], title, epochs)
+        def perform(self, orders: Sequence[RunOrder], title: str, epochs: int) -> list[Any]:
+            super().perform(orders[1:], title, epochs)
             return [Failure("first", tmp_path / "log.txt", "out of memory")]
 
     rates = ("-initial_lr", "1e-3", "1e-2", "-nnunet_lr", "1e-2", "1e-3")
@@ -344,8 +419,8 @@ def test_no_rate_is_chosen_while_a_tuning_run_is_missing(
     failures, chosen = made.perform(failing)  # type: ignore[arg-type]
     first = made.tuning()[0]
     assert failures and len(chosen) == 3 and (first.arm, first.labelled) not in chosen
-    tested = [request["about"] for request in failing.requests if not request["about"]["tuning"]]
-    assert tested and all((about["arm"], about["labelled"]) in chosen for about in tested)
+    tested = [order.about for order in failing.orders if not order.about.tuning]
+    assert tested and all((about.arm, about.labelled) in chosen for about in tested)
     monkeypatch.setattr("nnunetv2_misfm.commands.compare.results._pictures", lambda *_: ())  # nothing was predicted
     written = write_results(made, chosen, [])
     assert written.path.is_file() and "no two arms" not in written.verdict  # which the other number of cases has
@@ -381,16 +456,16 @@ def test_learning_rates_and_draws_to_choose_them_with_may_come_later(
     more = FakeRunner()
     study(tmp_path, nnunet, monkeypatch, *rates).perform(more)  # type: ignore[arg-type]
     # All score alike, so that each arm gets the lower rate, which nnU-Net's did not have before.
-    tested = [request["about"] for request in more.requests if not request["about"]["tuning"]]
-    assert len(more.requests) == 8 + len(tested)
-    assert {(about["arm"], about["labelled"], about["rate"]) for about in tested} == {
+    tested = [order.about for order in more.orders if not order.about.tuning]
+    assert len(more.orders) == 8 + len(tested)
+    assert {(about.arm, about.labelled, about.rate) for about in tested} == {
         ("nnunet", 1, 1e-3),
         ("nnunet", 2, 1e-3),
     }
     draws = FakeRunner()
     made = study(tmp_path, nnunet, monkeypatch, *rates, "-tuning_seeds", "2")
     _, chosen = made.perform(draws)  # type: ignore[arg-type]
-    assert len(draws.requests) == 8 and all(request["about"]["tuning"] for request in draws.requests)
+    assert len(draws.orders) == 8 and all(order.about.tuning for order in draws.orders)
     assert made.left() == []
     monkeypatch.setattr("nnunetv2_misfm.commands.compare.results._pictures", lambda *_: ())  # nothing was predicted
     written = write_results(made, chosen, [])
@@ -398,7 +473,7 @@ def test_learning_rates_and_draws_to_choose_them_with_may_come_later(
     assert all(score["learning_rates"] == [1e-3] and len(score["dice_by_seed"]) == 1 for score in scores)
     before = FakeRunner()
     study(tmp_path, nnunet, monkeypatch, "-seeds", "1").perform(before)  # type: ignore[arg-type]
-    assert not before.requests
+    assert not before.orders
 
 
 def test_runs_that_were_tested_with_other_labels_are_not_taken_over(
@@ -487,27 +562,25 @@ def test_what_a_run_of_other_weights_has_left_is_not_taken_over(
     trained: list[str] = []
 
     class Trainer:
-        def __init__(self, request: dict[str, Any], device: Any, continues: bool):
-            self.request = request
+        def __init__(self, order: RunOrder, device: Any, continues: bool):
+            self.order = order
 
         def run_training(self) -> None:
-            trained.append(self.request["about"]["weights_sha256"])
-            fold = Path(self.request["results"], "fold_0")
+            trained.append(self.order.about.weights_sha256 or "")
+            fold = self.order.results / "fold_0"
             fold.mkdir()
             logged = {"mean_fg_dice": [0.5], "epoch_start_timestamps": [0.0], "epoch_end_timestamps": [1.0]}
             torch.save({"logging": logged}, fold / "checkpoint_final.pth")
 
     monkeypatch.setattr(one_run, "_trainer", Trainer)
-    request = {"results": str(tmp_path / "results"), "fold": 0, "trainer": "MisFMTrainer"}
-    about = {"rate": 1e-3, "weights_sha256": "a", "plans_sha256": "p"}
-    device = torch.device("cpu")
-    one_run._train({**request, "about": about}, device)
-    one_run._train({**request, "about": about}, device)
+    device, first, second = torch.device("cpu"), order_in(tmp_path, "a"), order_in(tmp_path, "b")
+    one_run._train(first, device)
+    one_run._train(first, device)
     assert trained == ["a"]
-    one_run._train({**request, "about": {**about, "weights_sha256": "b"}}, device)
+    one_run._train(second, device)
     assert trained == ["a", "b"] and "is of other weights or plans" in capsys.readouterr().out
-    Path(request["results"], "made_with.json").unlink()
-    one_run._train({**request, "about": {**about, "weights_sha256": "b"}}, device)
+    (second.results / "made_with.json").unlink()
+    one_run._train(second, device)
     assert trained == ["a", "b", "b"]
 
 
@@ -529,8 +602,7 @@ def test_workers_of_a_run_that_was_killed_end_with_it(tmp_path: Path, monkeypatc
     run.write_text(f"#!/bin/sh\nsleep 300 &\necho $! > {tmp_path}/worker\nkill -9 $$\n", encoding="utf-8")
     run.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(run))
-    request = {"record": str(tmp_path / "run" / "record.json")}
-    (failure,) = Runner("cpu", (), 1).perform([request], "runs", 1)
+    (failure,) = Runner("cpu", (), 1).perform([order_in(tmp_path)], "runs", 1)
     assert failure.title == "run"
     status = Path("/proc", (tmp_path / "worker").read_text(encoding="utf-8").strip(), "status")
 
