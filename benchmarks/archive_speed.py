@@ -85,7 +85,7 @@ def nnunet_cases(dataset: Path, folder: Path, most: int) -> Iterator[dict[str, A
     images = sorted((raw / "imagesTr").iterdir())
     settings = PoolSettings(skip_label_maps=True)
     names = f"Dataset{900 + number}_Pool", "nnUNetPlans", "3d_fullres"
-    adopted = adopt_plans(plans, "3d_fullres", *names, settings, {})
+    adopted = adopt_plans(plans, "3d_fullres", settings, *names[:2])
     pool = PoolFolder(*names)
     pool.create()
     pool.clear_temporary()

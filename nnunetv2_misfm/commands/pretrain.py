@@ -90,7 +90,7 @@ def plan_and_prepare(options: PretrainOptions, num_processes: int) -> tuple[str,
     plans = source.plan(request)
     if plans is None:  # other parts have still to look at their volumes
         return None
-    if options.num_parts == 1 or source.earlier is None:  # a part leaves plans that are there as they are
+    if options.num_parts == 1 or not source.earlier:  # a part leaves plans that are there as they are
         entry = plans["configurations"][options.configuration]
         channels = len(entry["normalization_schemes"])
         checked_network(entry, channels, request.pretext.task().num_outputs(channels))

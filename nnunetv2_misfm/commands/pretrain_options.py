@@ -14,7 +14,7 @@ from nnunetv2_misfm.commands.setting_options import add_setting_options, flag_of
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.network_entry import NETWORKS
 from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS, PretrainingSettings
-from nnunetv2_misfm.pool.settings import PoolSettings
+from nnunetv2_misfm.pool.settings import DECIDED_BY_PLANS, PoolSettings
 from nnunetv2_misfm.pool.share import BUNDLES
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
 from nnunetv2_misfm.pretrain.tasks import task_classes
@@ -122,8 +122,9 @@ def read_options(arguments: list[str] | None, under_torchrun: bool) -> PretrainO
 
 def _problems_of_data(options: argparse.Namespace) -> Iterator[str]:
     yield from _problems_of_volumes(options) if options.i else _in_vain_without_volumes(options)
-    if options.plans_from and (options.modality or options.spacing):
-        yield "-plans_from takes modality and spacing from those plans; leave -modality and -spacing out"
+    decided = [flag_of(PoolSettings, name) for name in given(options, PoolSettings) if name in DECIDED_BY_PLANS]
+    if options.plans_from and decided:
+        yield f"-plans_from: those plans decide {', '.join(decided)}; leave {'it' if len(decided) == 1 else 'them'} out"
     if options.np < 1:
         yield f"-np {options.np} must be at least 1"
 

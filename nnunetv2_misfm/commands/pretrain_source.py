@@ -13,7 +13,7 @@ from nnunetv2_misfm.commands.pretrain_options import DEFAULT_PLANS_NAME, DEFAULT
 from nnunetv2_misfm.commands.setting_options import flag_of
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import write_json
-from nnunetv2_misfm.plans.checks import check_plans_name, check_replaceable
+from nnunetv2_misfm.plans.checks import check_plans_name, check_replaceable, configuration_3d
 from nnunetv2_misfm.plans.compare import run_changes
 from nnunetv2_misfm.plans.files import preprocessed_dataset, read_dataset_json, read_plans
 from nnunetv2_misfm.plans.network_entry import own_network_name, set_sizes
@@ -22,10 +22,10 @@ from nnunetv2_misfm.plans.settings import read_settings, write_settings
 from nnunetv2_misfm.pool.cost import estimate, sample_volumes
 from nnunetv2_misfm.pool.folder import PoolFolder, pool_is_complete
 from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection, find_volumes
-from nnunetv2_misfm.pool.listing import check_exist
+from nnunetv2_misfm.pool.listing import Listing, check_exist
 from nnunetv2_misfm.pool.plan import (
     adopt_plans,
-    check_names,
+    check_pool_names,
     existing_plans,
     find_geometry,
     plan_pool,
@@ -33,7 +33,7 @@ from nnunetv2_misfm.pool.plan import (
 )
 from nnunetv2_misfm.pool.prepare import check_usable, prepare_pool, start_pool
 from nnunetv2_misfm.pool.settings import PoolSettings
-from nnunetv2_misfm.pool.share import Share
+from nnunetv2_misfm.pool.share import WHOLE, Share
 from nnunetv2_misfm.pool.shared_listing import forget_share, list_share
 from nnunetv2_misfm.pretrain.planning import RunRequest, chosen_arguments, new_pool_entry, run_plans
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
@@ -49,117 +49,132 @@ class BareVolumes:
         self.options = options
         self.dataset_name = _pool_dataset_name(options)
         self.plans_name = options.plans_name or options.base_plans or DEFAULT_PLANS_NAME
-        check_plans_name(self.plans_name)
+        self.settings = read_settings(PoolSettings, options.pool, "The pool's settings")
         self.adopted: dict[str, Any] | None = None
         if options.plans_from:
             name = options.base_plans or DEFAULT_PLANS_NAME
             self.adopted = read_plans(preprocessed_dataset(options.plans_from), name, [options.configuration])
-        self.earlier = existing_plans(self.dataset_name, self.plans_name)
-        before = pretext_task_of(self.earlier or {})
+        self.earlier: Mapping[str, Any] = existing_plans(self.dataset_name, self.plans_name) or {}
+        names = self.dataset_name, self.plans_name, options.configuration
+        check_pool_names(*names)
+        before = pretext_task_of(self.earlier)
         self.task = options.pretext or before or DEFAULT_TASK
         if before not in (None, self.task):
             raise PlanError(
                 f"-pretext {self.task}: the plans {self.plans_name} of the pool {self.dataset_name} are for {before}. "
                 f"Leave -i out to train on the volumes of this pool by plans of another name."
             )
+        self.folder = PoolFolder(*names, Share(options.num_parts, options.part_id))
 
     def plan(self, request: RunRequest) -> dict[str, Any] | None:
         """Look at the headers of the volumes, and plan the pool and the run; None while other parts have to look."""
-        options, names = self.options, (self.dataset_name, self.plans_name, self.options.configuration)
-        check_names(*names)
-        settings = read_settings(PoolSettings, options.pool, "The pool's settings")
-        if self.adopted is not None:
-            adopted = adopt_plans(self.adopted, options.configuration, *names, settings, self.adopted.get(BLOCK, {}))
-        folder = PoolFolder(*names, Share(options.num_parts, options.part_id))
-        if self.earlier is not None:  # before the headers of an archive are read; the rest is compared after
-            folder.check_same_settings(settings_differences(self.earlier, write_settings(settings)))
-        if options.dry_run:
-            self.sample = sample_volumes(options.folders, settings.join_channels, options.num_processes)
-            whole: PoolInspection | None = self.sample.inspection
-            if not self.sample.inspection.volumes:
-                raise PoolError(f"no usable volume in the given folders\n{self.sample.inspection.summary()}")
-        else:
-            with folder.full_disk_explained():
-                whole = self._inspect(folder, settings)
-        if whole is None:
+        settings, names = self.settings, (self.dataset_name, self.plans_name)
+        configuration = self.options.configuration
+        if self.adopted is not None:  # before the headers of an archive are read
+            adopted = adopt_plans(self.adopted, configuration, settings, *names)
+        if self.earlier:  # too; the rest is compared after
+            self.folder.check_same_settings(settings_differences(self.earlier, write_settings(settings)))
+        with self.folder.full_disk_explained():
+            found = self._inspect()
+        if found is None:
             return None
         if self.adopted is not None:
-            plans = run_plans(adopted, options.configuration, self.plans_name, self.dataset_name, request)
+            plans = run_plans(adopted, configuration, self.plans_name, self.dataset_name, request)
         else:
-            geometry = find_geometry(whole, settings, *names)
+            geometry = find_geometry(found, settings, configuration, self.earlier)
             entry, patch_size, batch_size = new_pool_entry(geometry.spacing, geometry.median_shape, request)
             block = request.pretext.block()
-            plans = plan_pool(whole, settings, geometry, *names, patch_size, batch_size, entry, block)
-        return _with_what_was_left_open(plans, self.earlier, options.configuration, request)
+            plans = plan_pool(found, settings, geometry, *names, configuration, patch_size, batch_size, entry, block)
+        return _with_what_was_left_open(plans, self.earlier, configuration, request)
 
-    def _inspect(self, folder: PoolFolder, settings: PoolSettings) -> PoolInspection | None:
-        """Inspect the volumes of this part, and return what the plans are to be made from.
-
-        Of a job array that is what this part has found, unless it found nothing or the plans need the median of all
-        and are not there yet: then what all parts have found, if they have, else the whole archive. None if only the
-        inspection was asked for and other parts are not done.
-        """
-        options = self.options
+    def _inspect(self) -> PoolInspection | None:
+        """Inspect the volumes of this part, and return what the plans are to be made from; None if that has to wait."""
+        options, folder = self.options, self.folder
         check_exist(options.folders)
         folder.create()
-        of_archive = (options.folders, settings.join_channels, options.num_processes)
-        listing = list_share(folder.listing, folder.share, options.folders, settings.join_channels)
-        self.inspection = find_volumes(*of_archive, folder.share.bundles, folder.ledger.index, listing)
+        listing = list_share(folder.listing, folder.share, options.folders, self.settings.join_channels)
+        self.inspection = self._find(folder.share.bundles, listing)
         if options.num_parts > 1:
             print(f"Part {options.part_id} of {options.num_parts}:")
         if self.inspection.volumes or options.num_parts > 1:
             print(self.inspection.summary())
-        whole = self.inspection
-        if options.num_parts > 1:
-            needs_all = self._needs_all(settings)
-            if needs_all:  # else the preparation writes it down
-                folder.ledger.keep_found(self.inspection)
-            if options.only_inspect:
-                forget_share(folder.listing, folder.share)
-            by_all = folder.ledger.found_by_all(self.inspection.token) if needs_all else None
-            if by_all is not None or not needs_all:
-                whole = by_all or self.inspection
-            elif options.only_inspect:
-                print("Other parts have still to look at their volumes")
-                return None
-            else:
-                if self.inspection.volumes:
-                    print("All headers are read for the median; run all parts with --only_inspect first to share that")
-                whole = find_volumes(*of_archive, index=folder.ledger.index)
-        check_usable(whole, self.dataset_name, self.plans_name)
-        return whole
+        found = self.inspection if options.num_parts == 1 else self._of_parts()
+        if found is not None:
+            check_usable(folder, found)
+        return found
 
-    def _needs_all(self, settings: PoolSettings) -> bool:
+    def _find(self, bundles: range, listing: Listing | None = None) -> PoolInspection:
+        options, index = self.options, self.folder.ledger.index
+        return find_volumes(
+            options.folders, self.settings.join_channels, options.num_processes, bundles, index, listing
+        )
+
+    def _of_parts(self) -> PoolInspection | None:
+        """What a part of a job array plans from.
+
+        That is what this part has found, unless it found nothing or the plans need the median of all and are not there
+        yet: then what all parts have found, if they have, else the whole archive. None if only the inspection was
+        asked for and other parts are not done.
+        """
+        folder, only_inspect = self.folder, self.options.only_inspect
+        needs_all = self._needs_all()
+        if needs_all:  # else the preparation writes it down
+            folder.ledger.keep_found(self.inspection)
+        if only_inspect:
+            forget_share(folder.listing, folder.share)
+        if not needs_all:
+            return self.inspection
+        by_all = folder.ledger.found_by_all(self.inspection.token)
+        if by_all is not None:
+            return by_all
+        if only_inspect:
+            print("Other parts have still to look at their volumes")
+            return None
+        if self.inspection.volumes:
+            print("All headers are read for the median; run all parts with --only_inspect first to share that")
+        return self._find(WHOLE.bundles)
+
+    def _needs_all(self) -> bool:
         """Whether a part can plan from what all parts have found only."""
-        from_median = self.adopted is None and isinstance(settings.spacing, str)
-        unplanned = self.earlier is None and (from_median or self.options.only_inspect)
+        from_median = self.adopted is None and isinstance(self.settings.spacing, str)
+        unplanned = not self.earlier and (from_median or self.options.only_inspect)
         return unplanned or not self.inspection.volumes
 
     def provide(self, plans: dict[str, Any]) -> dict[str, Any] | None:
         """Prepare the volumes; the plans with what was found in them, or None while other parts are still to do."""
-        options = self.options
-        parts = (options.num_parts, options.part_id)
-        if options.dry_run:
-            print(estimate(self.sample, plans, options.configuration, options.num_processes))
-            return None
         self._say_what_parts_keep(plans)
-        if options.only_inspect:
-            start_pool(self.inspection, plans, options.configuration, *parts)
+        if self.options.only_inspect:
+            start_pool(self.folder, self.inspection, plans)
             print("The pool is planned. Prepare it with the same options without --only_inspect")
             return None
-        report = prepare_pool(self.inspection, plans, options.configuration, options.num_processes, *parts)
+        report = prepare_pool(self.folder, self.inspection, plans, self.options.num_processes)
         print(report.summary())
         return report.plans if report.complete else None
 
     def _say_what_parts_keep(self, plans: Mapping[str, Any]) -> None:
         """Parts leave the plans of a pool as they are; what they were given for its training must be given again."""
         name = self.options.configuration
-        if self.options.num_parts == 1 or name not in (self.earlier or {}).get("configurations", {}):
+        if self.options.num_parts == 1 or name not in self.earlier.get("configurations", {}):
             return
-        changes = run_changes(self.earlier or {}, plans, name, **default_settings(self.task))
+        changes = run_changes(self.earlier, plans, name, **default_settings(self.task))
         if changes:
             kept = "; ".join(f"{setting}: {before}, not {asked}" for setting, (before, asked) in changes.items())
             print(f"Parts leave the plans of a pool as they are ({kept}). Give these options when you train (no -i).")
+
+
+class EstimatedVolumes(BareVolumes):
+    """Such volumes of which a sample is prepared to tell what all would cost, and nothing is kept."""
+
+    def _inspect(self) -> PoolInspection:
+        options = self.options
+        self.sample = sample_volumes(options.folders, self.settings.join_channels, options.num_processes)
+        if not self.sample.inspection.volumes:
+            raise PoolError(f"no usable volume in the given folders\n{self.sample.inspection.summary()}")
+        return self.sample.inspection
+
+    def provide(self, plans: dict[str, Any]) -> None:
+        """Say what preparing all volumes will take."""
+        print(estimate(self.sample, plans, self.options.configuration, self.options.num_processes))
 
 
 class PreprocessedDataset:
@@ -184,7 +199,7 @@ class PreprocessedDataset:
             )
         self.path = self.folder / f"{self.plans_name}.json"
         self.replaced = check_replaceable(self.path, self.task, [options.configuration])
-        self.earlier: Mapping[str, Any] | None = self.base if same else None
+        self.earlier: Mapping[str, Any] = self.base if same else {}
         if self.replaced is not None and options.configuration in self.replaced["configurations"]:
             self.earlier = self.replaced
 
@@ -210,7 +225,9 @@ class PreprocessedDataset:
 
 def source_of(options: PretrainOptions) -> BareVolumes | PreprocessedDataset:
     """The data that the options name."""
-    return BareVolumes(options) if options.folders else PreprocessedDataset(options)
+    if not options.folders:
+        return PreprocessedDataset(options)
+    return EstimatedVolumes(options) if options.dry_run else BareVolumes(options)
 
 
 def derived_plans_name(task: str) -> str:
@@ -230,14 +247,14 @@ def _pool_dataset_name(options: PretrainOptions) -> str:
 
 
 def _with_what_was_left_open(
-    plans: dict[str, Any], earlier: Mapping[str, Any] | None, configuration: str, request: RunRequest
+    plans: dict[str, Any], earlier: Mapping[str, Any], configuration: str, request: RunRequest
 ) -> dict[str, Any]:
     """Plans with the network and sizes of earlier ones for the same data, as far as the request leaves them open.
 
     Raises:
         PlanError: if its network cannot work with the sizes that a configuration then has.
     """
-    before = (earlier or {}).get("configurations", {}).get(configuration)
+    before = _entry_of(earlier, configuration)
     now = plans["configurations"][configuration]
     if before is not None and all(before.get(name) == now.get(name) for name in ("spacing", "data_identifier")):
         left_open = {
@@ -250,7 +267,13 @@ def _with_what_was_left_open(
     return plans
 
 
-def run_request(options: PretrainOptions, task: str, earlier: Mapping[str, Any] | None) -> RunRequest:
+def _entry_of(earlier: Mapping[str, Any], configuration: str) -> dict[str, Any] | None:
+    """A configuration of earlier plans with what it inherits, if they have it."""
+    there = configuration in earlier.get("configurations", {})
+    return configuration_3d(earlier, configuration) if there else None
+
+
+def run_request(options: PretrainOptions, task: str, earlier: Mapping[str, Any]) -> RunRequest:
     """What is asked for; what the options leave open comes from earlier plans for the task, then from its defaults.
 
     Raises:
@@ -258,7 +281,7 @@ def run_request(options: PretrainOptions, task: str, earlier: Mapping[str, Any] 
     """
     kind, asked = task_class(task), options.of_tasks[task]
     _check_task(task, options.of_tasks)
-    before = (earlier or {}).get(BLOCK, {}) if pretext_task_of(earlier or {}) == task else {}
+    before = earlier.get(BLOCK, {}) if pretext_task_of(earlier) == task else {}
     groups = {kind.group(): asked, AUGMENTATION: options.augmentation}
     block = {**before, **options.run, "task": task}
     block |= {name: {**before.get(name, {}), **values} for name, values in groups.items()}
@@ -274,10 +297,10 @@ def run_request(options: PretrainOptions, task: str, earlier: Mapping[str, Any] 
     )
 
 
-def _network(options: PretrainOptions, earlier: Mapping[str, Any] | None) -> tuple[str | None, Mapping[str, Any]]:
+def _network(options: PretrainOptions, earlier: Mapping[str, Any]) -> tuple[str | None, Mapping[str, Any]]:
     """The network and its arguments, of which those that are left open stay as earlier plans have them."""
     network, given = options.network, options.arch_kwargs
-    before = (earlier or {}).get("configurations", {}).get(options.configuration)
+    before = _entry_of(earlier, options.configuration)
     if before is None or (network is None and not given):
         return network, given
     planned = before["architecture"]

@@ -55,6 +55,7 @@ class PoolFolder:
 
     def __init__(self, dataset_name: str, plans_name: str, configuration: str, share: Share = WHOLE):
         data_identifier = f"{plans_name}_{configuration}"
+        self.configuration = configuration
         self.root = nnunet_folder("nnUNet_preprocessed") / dataset_name
         self.data = self.root / data_identifier
         self.plans = self.root / f"{plans_name}.json"

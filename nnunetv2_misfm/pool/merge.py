@@ -204,11 +204,12 @@ class PoolReport:
         return "\n".join(lines)
 
 
-def merge_pool(folder: PoolFolder, plans: Mapping[str, Any], configuration: str) -> PoolReport:
+def merge_pool(folder: PoolFolder, plans: Mapping[str, Any]) -> PoolReport:
     """Once every volume has its record: drop duplicates and write fingerprint, plans and report.
 
     The caller marks the pool as complete (`PoolFolder.finish`).
     """
+    configuration = folder.configuration
     wanted, layout = Wanted.by_plans(plans, configuration), layout_hash(plans, configuration)
     pool = read_entries(folder.ledger, layout, folder.cases(), wanted)
     if pool.num_waiting:

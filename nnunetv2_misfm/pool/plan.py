@@ -22,14 +22,14 @@ from nnunetv2.preprocessing.resampling.default_resampling import compute_new_sha
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, find_candidate_datasets
 
 from nnunetv2_misfm.files import read_json
-from nnunetv2_misfm.plans.checks import INTENSITIES, check_complete, configuration_3d
+from nnunetv2_misfm.plans.checks import INTENSITIES, check_complete, check_plans_name, configuration_3d
 from nnunetv2_misfm.plans.files import nnunet_folder
 from nnunetv2_misfm.plans.normalisation import CT, SCHEMES, intensity_properties
 from nnunetv2_misfm.plans.run_settings import BLOCK
-from nnunetv2_misfm.plans.settings import SettingsError, write_settings
+from nnunetv2_misfm.plans.settings import write_settings
 from nnunetv2_misfm.pool.geometry import PoolGeometry, medians
 from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection
-from nnunetv2_misfm.pool.settings import PoolSettings, pool_block, pool_settings
+from nnunetv2_misfm.pool.settings import DECIDED_BY_PLANS, PoolSettings, pool_block, pool_settings
 from nnunetv2_misfm.pool.volumes import Volume
 from nnunetv2_misfm.pool.wanted import Wanted
 
@@ -49,11 +49,10 @@ NO_RESAMPLING = "no_resampling_hack"
 RESAMPLING = "resample_data_or_seg_to_shape"
 SAME_SPACING = 1e-3
 """Spacings that differ by less than this share are equal when the axis of the largest spacing is looked for."""
-NOT_USED_WITH_PLANS_FROM = ("modality", "ct_window", "spacing", "body_crop")
 
 
 def find_geometry(
-    inspection: PoolInspection, settings: PoolSettings, dataset_name: str, plans_name: str, configuration: str
+    inspection: PoolInspection, settings: PoolSettings, configuration: str, existing: Mapping[str, Any]
 ) -> PoolGeometry:
     """Axis order and spacing for these volumes, or those of the pool if it exists already with the same settings.
 
@@ -62,10 +61,11 @@ def find_geometry(
     So volumes that are added later do not change the median that the earlier ones were resampled to. As in nnU-Net's
     planner, the axis of the largest spacing comes first.
 
-    Raises:
-        PoolError: if the names cannot be used.
+    Args:
+        inspection, settings: the volumes and what to make of them.
+        configuration: name of the one that is planned.
+        existing: plans of the pool; empty if there is none yet.
     """
-    check_names(dataset_name, plans_name, configuration)
     wanted = Wanted.by_settings(inspection.num_channels, settings)
     volumes = [one for one in inspection.volumes if not wanted.problem_of(one)] or inspection.volumes
     median_spacing = np.median([volume.spacing for volume in volumes], axis=0)
@@ -73,9 +73,8 @@ def find_geometry(
     first = 0 if target.max() <= target[0] * (1 + SAME_SPACING) else int(np.argmax(target))
     transpose = [first, *(axis for axis in range(3) if axis != first)]
     spacing = target[transpose]
-    existing = existing_plans(dataset_name, plans_name)
-    pool = pool_block(existing) if existing else {}
-    if existing and configuration in existing["configurations"] and pool.get("settings") == write_settings(settings):
+    same = bool(existing) and pool_block(existing)["settings"] == write_settings(settings)
+    if same and configuration in existing["configurations"]:
         transpose = existing["transpose_forward"]
         spacing = np.array(existing["configurations"][configuration]["spacing"])
     sizes = [(volume.shape, volume.spacing) for volume in volumes]
@@ -181,13 +180,7 @@ def _resampling(settings: PoolSettings) -> dict[str, Any]:
 
 
 def adopt_plans(
-    source_plans: Mapping[str, Any],
-    source_configuration: str,
-    dataset_name: str,
-    plans_name: str,
-    configuration: str,
-    settings: PoolSettings,
-    misfm: Mapping[str, Any],
+    source_plans: Mapping[str, Any], configuration: str, settings: PoolSettings, dataset_name: str, plans_name: str
 ) -> dict[str, Any]:
     """A pool's plan that preprocesses volumes exactly as another dataset's plan preprocesses its cases.
 
@@ -195,21 +188,19 @@ def adopt_plans(
     written out in full and gets its own `data_identifier`. Of the settings, those about choosing volumes apply
     (`min_size`, `skip_label_maps`, `join_channels`).
 
+    Args:
+        source_plans, configuration: of the other dataset.
+        settings: of the pool.
+        dataset_name, plans_name: of the pool.
+
     Raises:
-        SettingsError: naming the settings that the source plan decides but that were set all the same.
-        PoolError: if the names cannot be used.
         PlanError: if the source has no such 3D configuration.
     """
-    origin = f"{source_plans['dataset_name']}/{source_plans['plans_name']}/{source_configuration}"
-    decided = [name for name in NOT_USED_WITH_PLANS_FROM if getattr(settings, name) != getattr(PoolSettings(), name)]
-    if decided:
-        problems = [f"{name} is given by the plans of {origin}; leave it out" for name in decided]
-        raise SettingsError("The pool's settings", problems)
-    check_names(dataset_name, plans_name, configuration)
-    source = configuration_3d(source_plans, source_configuration)
+    origin = f"{source_plans['dataset_name']}/{source_plans['plans_name']}/{configuration}"
+    source = configuration_3d(source_plans, configuration)
     plan = {name: value for name, value in source.items() if name not in ("previous_stage", "next_stage")}
     plan["data_identifier"] = f"{plans_name}_{configuration}"
-    chosen = {name: value for name, value in write_settings(settings).items() if name not in NOT_USED_WITH_PLANS_FROM}
+    chosen = {name: value for name, value in write_settings(settings).items() if name not in DECIDED_BY_PLANS}
     pool = {
         "settings": chosen,
         "plans_from": origin,
@@ -221,7 +212,7 @@ def adopt_plans(
         "dataset_name": dataset_name,
         "plans_name": plans_name,
         "configurations": {configuration: plan},
-        BLOCK: {**copy.deepcopy(dict(misfm)), "pool": pool},
+        BLOCK: {**copy.deepcopy(source_plans.get(BLOCK, {})), "pool": pool},
     }
 
 
@@ -328,12 +319,13 @@ def layout_hash(plans: Mapping[str, Any], configuration: str) -> str:
     return hashlib.blake2b(layout.encode(), digest_size=8).hexdigest()
 
 
-def check_names(dataset_name: str, plans_name: str, configuration: str) -> None:
+def check_pool_names(dataset_name: str, plans_name: str, configuration: str) -> None:
     """Raise a UserError unless these names can be a pool's and the dataset's ID belongs to no other dataset."""
     nnunet_folder("nnUNet_preprocessed")
+    check_plans_name(plans_name)
     if re.fullmatch(r"Dataset\d{3}_[\w.-]+", dataset_name) is None:
         raise PoolError(f"{dataset_name!r} is no dataset name; use DatasetXXX_NAME with three digits")
-    for name in (dataset_name, plans_name, configuration):
+    for name in (dataset_name, configuration):
         if re.fullmatch(r"[\w.-]+", name) is None or "__" in name:
             raise PoolError(f"{name!r} cannot be used: letters, digits, dots, dashes and single underscores only")
     dataset_id = convert_dataset_name_to_id(dataset_name)

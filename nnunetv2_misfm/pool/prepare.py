@@ -1,9 +1,10 @@
 """Bare volumes to a pretraining pool: an nnU-Net dataset without labels in nnUNet_preprocessed.
 
+    folder = PoolFolder(dataset_name, plans_name, configuration)
     inspection = find_volumes(folders)
-    check_usable(inspection, dataset_name, plans_name)
+    check_usable(folder, inspection)
     plans = plan_pool(inspection, settings, find_geometry(inspection, settings, ...), ...)
-    report = prepare_pool(inspection, plans, configuration, num_processes)
+    report = prepare_pool(folder, inspection, plans, num_processes)
 
 A run that was interrupted is continued by running it again; volumes that are new are added. The parts of a job array
 share the work by `num_parts` and `part_id`: each looks after some bundles of the archive (`listing.py`), writes down
@@ -21,7 +22,6 @@ from itertools import groupby
 from typing import Any
 
 from nnunetv2_misfm.files import write_json
-from nnunetv2_misfm.plans.files import nnunet_folder
 from nnunetv2_misfm.pool.case import (
     FAILED,
     LEFT_OUT,
@@ -37,7 +37,6 @@ from nnunetv2_misfm.pool.inspection import PoolError, PoolInspection
 from nnunetv2_misfm.pool.ledger import PREPARED_ALL
 from nnunetv2_misfm.pool.merge import PoolReport, Tally, merge_pool
 from nnunetv2_misfm.pool.plan import (
-    check_names,
     existing_plans,
     keep_measured,
     layout_differences,
@@ -45,7 +44,7 @@ from nnunetv2_misfm.pool.plan import (
     pool_dataset_json,
 )
 from nnunetv2_misfm.pool.settings import pool_block
-from nnunetv2_misfm.pool.share import BUNDLES, Share
+from nnunetv2_misfm.pool.share import BUNDLES
 from nnunetv2_misfm.pool.shared_listing import forget_all, forget_share
 from nnunetv2_misfm.pool.volume_files import LeftOut
 from nnunetv2_misfm.pool.volumes import Volume, joined_series, with_own_names
@@ -54,76 +53,59 @@ from nnunetv2_misfm.pool.workers import Killed, run_jobs
 from nnunetv2_misfm.progress import progress_bar
 
 
-def check_usable(inspection: PoolInspection, dataset_name: str, plans_name: str) -> None:
+def check_usable(folder: PoolFolder, inspection: PoolInspection) -> None:
     """Raise PoolError if there is no volume to make a pool of; the reasons are in the report.csv of the pool to be."""
     if inspection.volumes:
         return
-    root = nnunet_folder("nnUNet_preprocessed") / dataset_name
-    check_is_pool(root, plans_name)
-    report = write_report(root, [report_row(one) for one in inspection.left_out])
+    check_is_pool(folder.root, folder.plans.stem)
+    report = write_report(folder.root, [report_row(one) for one in inspection.left_out])
     raise PoolError(
         f"no usable volume in the given folders; every file and its reason is in {report}\n{inspection.summary()}"
     )
 
 
-def start_pool(
-    inspection: PoolInspection, plans: Mapping[str, Any], configuration: str, num_parts: int = 1, part_id: int = 0
-) -> None:
+def start_pool(folder: PoolFolder, inspection: PoolInspection, plans: Mapping[str, Any]) -> None:
     """Write down what this part has found, and the plans.
 
     Raises:
         PoolError: if the pool there was made by other settings.
     """
-    folder = _folder(plans, configuration, num_parts, part_id)
     with folder.full_disk_explained():
         folder.create()
-        _start_or_continue(folder, plans, configuration, len(inspection.volumes))
+        _start_or_continue(folder, plans, len(inspection.volumes))
         folder.ledger.keep_found(inspection)
 
 
 def prepare_pool(
-    inspection: PoolInspection,
-    plans: Mapping[str, Any],
-    configuration: str,
-    num_processes: int = 1,
-    num_parts: int = 1,
-    part_id: int = 0,
+    folder: PoolFolder, inspection: PoolInspection, plans: Mapping[str, Any], num_processes: int = 1
 ) -> PoolReport:
     """Preprocess the volumes of an inspection into the pool that `plans` describe, or continue doing so.
 
     Args:
+        folder: of the pool, for one part of the volumes; the part that ends last brings everything together.
         inspection: the volumes of this part at least; every part must be given the same folders.
         plans: from `plan_pool` or `adopt_plans`; their settings decide which volumes are used.
-        configuration: the configuration in `plans`.
         num_processes: worker processes; with 1 everything runs in this process.
-        num_parts, part_id: prepare only the volumes of every `num_parts`-th bundle, starting from number `part_id`.
-            The part that ends last brings everything together.
 
     Raises:
-        PoolError: if the pool cannot be made: names in use, other settings than the pool's, not enough disk space,
-            no usable volume. Finished work stays, and running again continues it.
+        PoolError: if the pool cannot be made: other settings than the pool's, not enough disk space, no usable volume.
+            Finished work stays, and running again continues it.
         LockedError: if this part is at work already, or parts of another number of parts are.
     """
-    if num_processes < 1 or not 0 <= part_id < num_parts <= BUNDLES:
-        raise PoolError(
-            f"num_processes {num_processes}, num_parts {num_parts}, part_id {part_id}: there must be at least one "
-            f"process and one part, at most {BUNDLES} parts, and part_id counts from 0 to num_parts - 1"
-        )
-    folder = _folder(plans, configuration, num_parts, part_id)
     with folder.full_disk_explained():
         folder.create()
         with folder.lock_part():
-            plans = _start_or_continue(folder, plans, configuration, len(inspection.volumes))
+            plans = _start_or_continue(folder, plans, len(inspection.volumes))
             folder.incomplete.touch()
             folder.ledger.keep_found(inspection)
             own = [volume for volume in inspection.volumes if volume.bundle in folder.share.bundles]
-            tally = _prepare_pending(folder, own, plans, configuration, num_processes)
+            tally = _prepare_pending(folder, own, plans, num_processes)
             for one in inspection.left_out:
                 if one.bundle in folder.share.bundles:
                     tally.add(LEFT_OUT, one.reason)
             folder.ledger.mark(PREPARED_ALL, inspection.token)
             forget_share(folder.listing, folder.share)
-            merged = _merge_if_last(folder, inspection.token, plans, configuration, num_processes)
+            merged = _merge_if_last(folder, inspection.token, plans, num_processes)
     report = merged or PoolReport(folder.root, dict(plans), tally, complete=False)
     if report.complete and report.num_prepared == 0:
         raise PoolError(
@@ -132,28 +114,20 @@ def prepare_pool(
     return report
 
 
-def _folder(plans: Mapping[str, Any], configuration: str, num_parts: int, part_id: int) -> PoolFolder:
-    names = plans["dataset_name"], plans["plans_name"], configuration
-    check_names(*names)
-    return PoolFolder(*names, Share(num_parts, part_id))
-
-
-def _merge_if_last(
-    folder: PoolFolder, token: str, plans: Mapping[str, Any], configuration: str, num_processes: int
-) -> PoolReport | None:
+def _merge_if_last(folder: PoolFolder, token: str, plans: Mapping[str, Any], num_processes: int) -> PoolReport | None:
     """Bring the parts together if all are done; one that has begun anew is not."""
     with folder.lock_merge():
         if not folder.ledger.all_have(PREPARED_ALL, token):
             return None
-        _prepare_joined(folder, plans, configuration, num_processes)
-        merged = merge_pool(folder, plans, configuration)
+        _prepare_joined(folder, plans, num_processes)
+        merged = merge_pool(folder, plans)
         if merged.complete:
             forget_all(folder.listing)
             folder.finish()
         return merged
 
 
-def _prepare_joined(folder: PoolFolder, plans: Mapping[str, Any], configuration: str, num_processes: int) -> None:
+def _prepare_joined(folder: PoolFolder, plans: Mapping[str, Any], num_processes: int) -> None:
     """Prepare the volumes whose files lie in folders that different parts have looked after."""
     bundles_of: dict[str, set[int]] = defaultdict(set)
     series_of_case: dict[str, str] = {}
@@ -168,16 +142,15 @@ def _prepare_joined(folder: PoolFolder, plans: Mapping[str, Any], configuration:
     found = joined_series(headers, several) if several else []
     joined = with_own_names([one for one in found if isinstance(one, Volume)], series_of_case)
     folder.ledger.write_joined(joined, [one for one in found if isinstance(one, LeftOut)])
-    _prepare_pending(folder, joined, plans, configuration, num_processes)
+    _prepare_pending(folder, joined, plans, num_processes)
 
 
-def _start_or_continue(
-    folder: PoolFolder, plans: Mapping[str, Any], configuration: str, num_volumes: int
-) -> dict[str, Any]:
+def _start_or_continue(folder: PoolFolder, plans: Mapping[str, Any], num_volumes: int) -> dict[str, Any]:
     """Write the plans, or check that the pool was made by the same ones; what was measured there is kept.
 
     Parts of a job array use the plans that are there as they are: each would plan from what it has seen.
     """
+    configuration = folder.configuration
     with folder.lock_start():
         folder.ledger.gather_records_of_earlier_versions()
         existing = existing_plans(plans["dataset_name"], plans["plans_name"])
@@ -196,21 +169,20 @@ def _start_or_continue(
 
 
 def _prepare_pending(
-    folder: PoolFolder, volumes: Sequence[Volume], plans: Mapping[str, Any], configuration: str, num_processes: int
+    folder: PoolFolder, volumes: Sequence[Volume], plans: Mapping[str, Any], num_processes: int
 ) -> Tally:
     """Prepare the new, changed and failed ones of these volumes; what became of all of them."""
     folder.clear_temporary()
     tally = Tally()
-    tasks = _pending(folder, volumes, plans, configuration, tally)
+    tasks = _pending(folder, volumes, plans, tally)
     if tasks:
         _prepare_all(folder, tasks, num_processes, tally)
     return tally
 
 
-def _pending(
-    folder: PoolFolder, volumes: Sequence[Volume], plans: Mapping[str, Any], configuration: str, tally: Tally
-) -> list[CaseTask]:
+def _pending(folder: PoolFolder, volumes: Sequence[Volume], plans: Mapping[str, Any], tally: Tally) -> list[CaseTask]:
     """What is left to do; the rest is tallied. Volumes that their headers rule out get their record at once."""
+    configuration = folder.configuration
     wanted, layout = Wanted.by_plans(plans, configuration), layout_hash(plans, configuration)
     joined, earlier = folder.ledger.joined(), folder.ledger.records_of_earlier_versions()
     tasks = []

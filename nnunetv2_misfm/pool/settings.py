@@ -10,6 +10,9 @@ from pydantic import field_validator
 from nnunetv2_misfm.plans.run_settings import BLOCK
 from nnunetv2_misfm.plans.settings import Settings, is_number, read_settings, setting
 
+DECIDED_BY_PLANS = ("modality", "ct_window", "spacing", "body_crop")
+"""Settings that have no place beside the plans of another dataset (`-plans_from`)."""
+
 
 class PoolSettings(Settings):
     """How bare volumes become cases. All of it is fixed for the life of a pool.

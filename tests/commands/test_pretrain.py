@@ -270,6 +270,24 @@ def test_what_was_given_and_what_was_kept_is_said(nnunet: Path, capsys: pytest.C
     assert plans["misfm"]["augmentation"]["gamma"] == [0.9, 1.1]
 
 
+def test_a_configuration_that_inherits_is_planned_anew_with_what_it_had(nnunet: Path) -> None:
+    """Users add such configurations to plans."""
+    network = ["-network", "pctnet", *TINY[:6]]
+    main(["-d", "4", "--only_prepare", "-device", "cpu", *network, "-patch_size", "32", "32", "32"])
+    path = nnunet / "nnUNet_preprocessed/Dataset004_Small/nnUNetMisFMPretrainPlans.json"
+    plans = json.loads(path.read_text(encoding="utf-8"))
+    plans["configurations"]["of_three"] = {"inherits_from": "3d_fullres", "batch_size": 3}
+    path.write_text(json.dumps(plans), encoding="utf-8")
+    stock = path.with_name("nnUNetPlans.json")
+    base = json.loads(stock.read_text(encoding="utf-8"))
+    base["configurations"]["of_three"] = {"inherits_from": "3d_fullres"}
+    stock.write_text(json.dumps(base), encoding="utf-8")
+    main(["-d", "4", "--only_prepare", "-device", "cpu", "-c", "of_three", "-network", "pctnet"])
+    entry = json.loads(path.read_text(encoding="utf-8"))["configurations"]["of_three"]
+    assert entry["architecture"]["arch_kwargs"]["features_per_stage"] == [4, 8, 16, 32, 64]
+    assert (entry["patch_size"], entry["batch_size"]) == ([32, 32, 32], 3)
+
+
 FEATURES = ["-features_per_stage", "4", "8", "16", "32", "64"]
 
 

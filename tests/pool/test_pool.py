@@ -32,11 +32,13 @@ from nnunetv2_misfm.files import LockedError
 from nnunetv2_misfm.plans.settings import SettingsError, read_settings
 from nnunetv2_misfm.pool import prepare, stored_image
 from nnunetv2_misfm.pool.case import remove_temporary_files
+from nnunetv2_misfm.pool.folder import PoolFolder
 from nnunetv2_misfm.pool.inspection import PoolError, find_volumes
 from nnunetv2_misfm.pool.merge import PoolReport
-from nnunetv2_misfm.pool.plan import adopt_plans, find_geometry, plan_pool
+from nnunetv2_misfm.pool.plan import adopt_plans, check_pool_names, existing_plans, find_geometry, plan_pool
 from nnunetv2_misfm.pool.prepare import check_usable, prepare_pool
 from nnunetv2_misfm.pool.settings import PoolSettings, pool_block
+from nnunetv2_misfm.pool.share import Share
 
 DATASET, PLANS, CONFIGURATION = "Dataset100_Pool", "MisFMPlans", "3d_fullres"
 ARCHITECTURE = {
@@ -71,19 +73,21 @@ def make_pool(
     wanted = read_settings(PoolSettings, settings, "The pool's settings")
     inspection = find_volumes(folders, wanted.join_channels)
     names = (dataset, PLANS, CONFIGURATION)
-    check_usable(inspection, dataset, PLANS)
-    geometry = find_geometry(inspection, wanted, *names)
+    check_pool_names(*names)
+    folder = PoolFolder(*names, Share(*parts))
+    check_usable(folder, inspection)
+    geometry = find_geometry(inspection, wanted, CONFIGURATION, existing_plans(dataset, PLANS) or {})
     plans = plan_pool(inspection, wanted, geometry, *names, (16, 16, 16), 2, ARCHITECTURE, {"seed": 1})
-    return prepare_pool(inspection, plans, CONFIGURATION, processes, *parts)
+    return prepare_pool(folder, inspection, plans, processes)
 
 
-def data_folder(report: Any) -> Path:
-    return report.folder / f"{PLANS}_{CONFIGURATION}"
+def data_folder(report: Any, configuration: str = CONFIGURATION) -> Path:
+    return report.folder / f"{PLANS}_{configuration}"
 
 
-def arrays(report: Any) -> dict[str, np.ndarray]:
+def arrays(report: Any, configuration: str = CONFIGURATION) -> dict[str, np.ndarray]:
     """Stored images by case name without its hash, loaded by nnU-Net."""
-    folder = str(data_folder(report))
+    folder = str(data_folder(report, configuration))
     dataset = infer_dataset_class(folder)(folder)
     return {case.rpartition("-")[0]: dataset.load_case(case)[0][:] for case in dataset.identifiers}
 
@@ -688,9 +692,9 @@ def test_another_patch_or_network_is_no_other_pool(images: Path) -> None:
     settings = PoolSettings()
     inspection = find_volumes([images])
     names = (DATASET, PLANS, CONFIGURATION)
-    geometry = find_geometry(inspection, settings, *names)
+    geometry = find_geometry(inspection, settings, CONFIGURATION, existing_plans(DATASET, PLANS) or {})
     plans = plan_pool(inspection, settings, geometry, *names, (8, 8, 8), 7, ARCHITECTURE, {"seed": 2})
-    prepare_pool(inspection, plans, CONFIGURATION)
+    prepare_pool(PoolFolder(*names), inspection, plans)
     written = json.loads(
         (Path(os.environ["nnUNet_preprocessed"]) / DATASET / f"{PLANS}.json").read_text(encoding="utf-8")
     )
@@ -879,41 +883,31 @@ def test_with_the_plans_of_another_dataset_cases_are_those_nnunet_makes(
     stored = sitk.PermuteAxes(sitk.GetImageFromArray(np.pad(phantoms.ct(), 20, constant_values=-1000)), (1, 2, 0))
     stored.SetSpacing((1.0, 1.0, 2.0))
     path = phantoms.write_image(images / "a.nii.gz", stored)
-    settings = PoolSettings()
     inspection = find_volumes([images])
     source = source_plans(image_reader_writer=reader)
-    plans = adopt_plans(source, configuration, DATASET, PLANS, CONFIGURATION, settings, {})
-    report = prepare_pool(inspection, plans, CONFIGURATION)
+    plans = adopt_plans(source, configuration, PoolSettings(), DATASET, PLANS)
+    report = prepare_pool(PoolFolder(DATASET, PLANS, configuration), inspection, plans)
     manager = PlansManager(source)
     expected, _, _ = DefaultPreprocessor(verbose=False).run_case(
         [str(path)], None, manager, manager.get_configuration(configuration), {}
     )
-    np.testing.assert_array_equal(arrays(report)["a"], expected)
+    np.testing.assert_array_equal(arrays(report, configuration)["a"], expected)
     assert report.plans["foreground_intensity_properties_per_channel"]["0"]["mean"] == 20
-
-
-def test_settings_the_other_plans_decide_are_refused_beside_them() -> None:
-    settings = PoolSettings(modality="mr", spacing="none")
-    with pytest.raises(SettingsError, match=r"modality is given by the plans[\s\S]*spacing is given by the plans"):
-        adopt_plans(source_plans(), "3d_fullres", DATASET, PLANS, CONFIGURATION, settings, {})
 
 
 def test_other_plans_on_an_existing_pool_are_an_error(images: Path) -> None:
     phantoms.write(images / "a.nii.gz", phantoms.ct())
-    settings = PoolSettings()
-    inspection = find_volumes([images])
-    for configuration in ("3d_fullres", "3d_large"):
-        plans = adopt_plans(source_plans(), configuration, DATASET, PLANS, CONFIGURATION, settings, {})
-        if configuration == "3d_fullres":
-            prepare_pool(inspection, plans, CONFIGURATION)
+    inspection, folder, source = find_volumes([images]), PoolFolder(DATASET, PLANS, CONFIGURATION), source_plans()
+    prepare_pool(folder, inspection, adopt_plans(source, CONFIGURATION, PoolSettings(), DATASET, PLANS))
+    source["configurations"][CONFIGURATION]["spacing"] = [3.0, 3.0, 3.0]
     with pytest.raises(PoolError, match=r"spacing: \[2.0, 1.5, 1.0\] there, \[3.0, 3.0, 3.0\] now"):
-        prepare_pool(inspection, plans, CONFIGURATION)
+        prepare_pool(folder, inspection, adopt_plans(source, CONFIGURATION, PoolSettings(), DATASET, PLANS))
 
 
 def test_the_geometry_is_known_before_a_network_is_chosen(images: Path) -> None:
     phantoms.write(images / "a.nii.gz", phantoms.mr(shape=(18, 20, 22)), (1, 1, 4))
     settings = PoolSettings(spacing=(1, 2, 4))
-    geometry = find_geometry(find_volumes([images]), settings, DATASET, PLANS, CONFIGURATION)
+    geometry = find_geometry(find_volumes([images]), settings, CONFIGURATION, {})
     assert geometry.spacing == (4, 1, 2)
     assert geometry.median_shape == (22, 18, 10)
 
