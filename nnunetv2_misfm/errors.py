@@ -40,6 +40,8 @@ def exit_with_message(command: str, run: Callable[[], None]) -> None:
     try:
         run()
     except BrokenPipeError:
+        if os.environ.get(TRACEBACK) == "1":  # it may be another pipe than that of the output
+            raise
         _discard_output()
         print(f"{command}: whatever read the output has ended; stopped", file=sys.stderr)
         raise SystemExit(1) from None

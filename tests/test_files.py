@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from nnunetv2_misfm.files import LockedError, format_duration, locked, write_json
+from nnunetv2_misfm.files import LockedError, locked, write_json
+from nnunetv2_misfm.units import format_duration
 
 
 def test_a_second_holder_is_refused_until_the_first_is_done(tmp_path: Path) -> None:

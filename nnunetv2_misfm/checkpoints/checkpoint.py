@@ -26,9 +26,10 @@ import torch
 from torch import Tensor
 
 from nnunetv2_misfm.errors import UserError, first_line
-from nnunetv2_misfm.files import format_bytes, written_whole
+from nnunetv2_misfm.files import written_whole
 from nnunetv2_misfm.plans.checks import INTENSITIES
 from nnunetv2_misfm.plans.files import FINAL
+from nnunetv2_misfm.units import format_bytes
 
 FORMAT_VERSION = 1
 DESCRIPTION = "misfm"

@@ -124,8 +124,9 @@ def inspect(options: argparse.Namespace) -> None:
     folder = preprocessed_dataset(options.d)
     attempts = list(_attempts(options, folder, source))
     asked_for, best = attempts[0], max(attempts, key=lambda attempt: (attempt.share, attempt.share_of_source))
-    if best.report is None:
-        raise asked_for.error or PlanError(f"{options.checkpoint} cannot be used here.")
+    if best.report is None:  # of none, so all have an error
+        assert asked_for.error is not None
+        raise asked_for.error
     if best is not asked_for and asked_for.report is not None:
         print(f"\nWith the options given, the weights give {asked_for.report.share()}.")
     elif best is not asked_for:

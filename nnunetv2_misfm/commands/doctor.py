@@ -16,7 +16,6 @@ import shutil
 import site
 import sys
 import tempfile
-import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,11 +24,12 @@ from pathlib import Path
 from typing import Literal
 
 import nnunetv2_misfm
-from nnunetv2_misfm.commands.launch import best_device, usable_gpus
+from nnunetv2_misfm.commands.devices import best_device, usable_gpus
 from nnunetv2_misfm.commands.parser import CommandParser
 from nnunetv2_misfm.environment import without_quotes
-from nnunetv2_misfm.errors import exit_with_message
+from nnunetv2_misfm.errors import exit_with_message, first_line
 from nnunetv2_misfm.start_up import OFF_SWITCH, SEARCH_PATH, is_switched_off
+from nnunetv2_misfm.units import format_bytes
 
 PACKAGE = Path(nnunetv2_misfm.__file__).resolve().parent
 PLUGIN_FOLDER = PACKAGE / "nnunet_plugin"
@@ -44,7 +44,7 @@ SHOWN_PACKAGES = (
     "blosc2",
     "SimpleITK",
 )
-LITTLE_SPACE_GIB = 5.0
+LITTLE_SPACE = 5 * 10**9  # bytes
 _READ_ONLY = {
     "nnUNet_raw": "it can stay so; to make datasets in it, change its permissions",
     "nnUNet_preprocessed": "to train on splits that are there it can stay so; to plan, change its permissions",
@@ -115,7 +115,7 @@ def check_device() -> Iterator[Finding]:
     gpus = usable_gpus()
     for index in range(gpus):
         properties = torch.cuda.get_device_properties(index)
-        yield Finding("ok", f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB")
+        yield Finding("ok", f"cuda:{index}", f"{properties.name}, {properties.total_memory / 2**30:.1f} GB")
     if gpus:
         yield from slow_convolutions(torch.__version__, torch.backends.cudnn.version() or 0)
     if best_device() == "cpu":
@@ -160,8 +160,8 @@ def _check_folder(variable: str) -> Finding:
         return Finding("FAIL", variable, detail, _set_variable(variable, meant))
     if not folder.is_dir():
         return Finding("FAIL", variable, f"{folder} is not a folder", f"mkdir -p {shlex.quote(str(folder))}")
-    free = shutil.disk_usage(folder).free / 2**30
-    detail = f"{folder}  {free:.1f} GiB free"
+    free = shutil.disk_usage(folder).free
+    detail = f"{folder}  {format_bytes(free)} free"
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
@@ -171,8 +171,8 @@ def _check_folder(variable: str) -> Finding:
         if variable == "nnUNet_results":
             return Finding("FAIL", variable, detail, "change its permissions")
         return Finding("warn", variable, detail, _READ_ONLY[variable])
-    if free < LITTLE_SPACE_GIB:
-        return Finding("warn", variable, detail, f"free some space: less than {LITTLE_SPACE_GIB:.0f} GiB are left")
+    if free < LITTLE_SPACE:
+        return Finding("warn", variable, detail, f"free some space: less than {format_bytes(LITTLE_SPACE)} are left")
     return Finding("ok", variable, detail)
 
 
@@ -221,7 +221,10 @@ def check_trainers() -> Iterator[Finding]:
         except (Exception, SystemExit) as error:
             # The search imports every module in the user's own folders first: what those raise is no fault of ours.
             yield Finding(
-                "FAIL", trainer, _summary(error), f"see {SEARCH_PATH} above, and any error of your own trainers"
+                "FAIL",
+                trainer,
+                f"{type(error).__name__}: {first_line(error)}",
+                f"see {SEARCH_PATH} above, and any error of your own trainers",
             )
             continue
         if file.is_relative_to(PACKAGE):
@@ -292,7 +295,8 @@ def run_check(check: Check) -> list[Finding]:
         except (Exception, SystemExit) as error:
             what = check.__name__.removeprefix("check_").replace("_", " ")
             remedy = f"mend what is listed above; if all is in order there, {REINSTALL}"
-            findings.append(Finding("FAIL", what, _summary(error), remedy))
+            said = f"{type(error).__name__}: {first_line(error)}"
+            findings.append(Finding("FAIL", what, said, remedy))
     return findings
 
 
@@ -356,11 +360,6 @@ def _satisfies(version: str, specifier: str) -> bool:
 
 def _set_variable(variable: str, value: str) -> str:
     return f"set {variable}={value}" if os.name == "nt" else f"export {variable}={shlex.quote(value)}"
-
-
-def _summary(error: BaseException) -> str:
-    """The kind of error and what its first line says, short enough for one line of the report."""
-    return textwrap.shorten(f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}", 160)
 
 
 if __name__ == "__main__":

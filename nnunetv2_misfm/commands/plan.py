@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from nnunetv2_misfm.commands.launch import usable_gpus
+from nnunetv2_misfm.commands.devices import usable_gpus
 from nnunetv2_misfm.commands.parser import CommandParser
 from nnunetv2_misfm.commands.setting_options import add_setting_options, given
 from nnunetv2_misfm.errors import PlanError, UserError, exit_with_message
@@ -65,12 +65,12 @@ def plan(arguments: list[str] | None = None) -> None:
     source = read_source(options.pretrained_weights) if options.pretrained_weights else None
     request = target.request(options, source)
     plans, remarks = finetuning_plans(target.base, request, source)
-    remarks += _about_the_weights(options, request, source)
+    remarks += _about_the_weights(request, source)
     if options.gpu_memory_target is not None:
         for name in request.configurations:
             sizes = fit_to_memory(plans, name, target.dataset_json, options.gpu_memory_target)
             remarks.append(sizes)
-    remarks += target.check_fit(plans, request, source)
+    remarks += target.remarks_on_fit(plans, request, source)
     if target.replaced is not None:
         remarks += what_changes(target.path, target.replaced, plans, options.c)
     pin_trainer(plans)
@@ -95,7 +95,7 @@ class TargetDataset:
     """The labelled dataset, its plans, and those that are to be written beside them."""
 
     def __init__(self, options: argparse.Namespace):
-        from nnunetv2_misfm.transfer.planning import check_name
+        from nnunetv2_misfm.transfer.planning import check_is_new_name
 
         self.configurations: list[str] = options.c
         self.folder = preprocessed_dataset(options.d)
@@ -107,7 +107,7 @@ class TargetDataset:
         # A name of its own: under one name the baseline would train in the results folder of the fine-tuned run.
         default_name = DEFAULT_BASELINE_PLANS if options.from_scratch else DEFAULT_FINETUNING_PLANS
         self.plans_name = options.overwrite_plans_name or default_name
-        check_name(self.plans_name, self.base)
+        check_is_new_name(self.plans_name, self.base)
         self.path = self.folder / f"{self.plans_name}.json"
         self.replaced = check_replaceable(self.path, SEGMENTATION, options.c)
 
@@ -144,7 +144,7 @@ class TargetDataset:
             )
         return {name: entry for name, entry in there.items() if name not in self.configurations}
 
-    def check_fit(self, plans: Mapping[str, Any], request: PlanRequest, source: Source | None) -> Iterator[str]:
+    def remarks_on_fit(self, plans: Mapping[str, Any], request: PlanRequest, source: Source | None) -> Iterator[str]:
         """Build the planned networks, which says what is wrong with one before anything is written.
 
         Returns:
@@ -211,7 +211,7 @@ def _check_frozen(request: PlanRequest, name: str, report: TransferReport | None
         )
 
 
-def _about_the_weights(options: argparse.Namespace, request: PlanRequest, source: Source | None) -> Iterator[str]:
+def _about_the_weights(request: PlanRequest, source: Source | None) -> Iterator[str]:
     """Remarks on what the weights can be expected to do."""
     from nnunetv2_misfm.checkpoints.shrunk_weights import shrunk_weights
     from nnunetv2_misfm.pretrain.tasks import too_short

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from shlex import quote
 from typing import Any
 
+from nnunetv2_misfm.commands.devices import check_device
 from nnunetv2_misfm.commands.earlier_run import EarlierRun, run_folder
-from nnunetv2_misfm.commands.launch import check_device, launch
+from nnunetv2_misfm.commands.launch import launch
 from nnunetv2_misfm.commands.pretrain_options import PretrainOptions, read_options
 from nnunetv2_misfm.commands.processes import Processes
 from nnunetv2_misfm.cpu_threads import keep_cores_free

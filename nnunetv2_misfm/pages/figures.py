@@ -92,9 +92,7 @@ def svg(draw: Callable[[Axes], None], width: float, height: float) -> str:
     text = stream.getvalue()
     text = text[text.index("<svg") :].replace(TEXT, "currentColor")
     # The page decides how wide the figure is; its own size is in the viewBox.
-    return re.sub(
-        r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", re.sub(r' height="[^"]*pt"', "", text, count=1), count=1
-    )
+    return re.sub(r' (?:width|height)="[^"]*pt"', "", text, count=2)
 
 
 def png_file(path: Path) -> str:

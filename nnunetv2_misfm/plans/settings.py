@@ -128,8 +128,7 @@ def read_settings(
 
 def write_settings(settings: Settings) -> dict[str, Any]:
     """The settings as a JSON mapping that `read_settings` turns back into an equal object."""
-    written: dict[str, Any] = settings.model_dump(mode="json")
-    return written
+    return settings.model_dump(mode="json")
 
 
 def is_number(value: Any) -> bool:

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from nnunetv2_misfm.files import format_bytes, format_duration
 from nnunetv2_misfm.plans.files import nnunet_folder
 from nnunetv2_misfm.pool.case import PREPARED, CaseResult, CaseTask, check_expected_size, prepare_case
 from nnunetv2_misfm.pool.folder import PoolFolder
@@ -22,6 +21,7 @@ from nnunetv2_misfm.pool.share import BUNDLES
 from nnunetv2_misfm.pool.volume_files import VolumeProblem
 from nnunetv2_misfm.pool.volumes import Volume
 from nnunetv2_misfm.pool.wanted import Wanted
+from nnunetv2_misfm.units import format_bytes, format_duration
 
 MEASURED_FIRST = 3
 """Volumes prepared before time and disk are estimated; they stay in the temporary folder until the rest will fit."""

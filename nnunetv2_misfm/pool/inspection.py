@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 
 from nnunetv2_misfm.errors import UserError
-from nnunetv2_misfm.files import format_bytes
 from nnunetv2_misfm.pool.header_index import HeaderIndex
 from nnunetv2_misfm.pool.headers import HEADERS_WORTH_A_PROCESS, header_reader
 from nnunetv2_misfm.pool.listing import FileGroup, Listing, list_archive
@@ -18,6 +17,7 @@ from nnunetv2_misfm.pool.share import WHOLE
 from nnunetv2_misfm.pool.volume_files import LeftOut
 from nnunetv2_misfm.pool.volumes import Volume, headers_of, joined_series, outcomes, with_own_names
 from nnunetv2_misfm.progress import progress_bar
+from nnunetv2_misfm.units import format_bytes
 
 
 class PoolError(UserError):

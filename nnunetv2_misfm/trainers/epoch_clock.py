@@ -7,8 +7,8 @@ from time import perf_counter
 
 import torch
 
-from nnunetv2_misfm.files import format_duration
 from nnunetv2_misfm.trainers.device_memory import peak_memory_gb
+from nnunetv2_misfm.units import format_duration
 
 
 @dataclass(frozen=True)

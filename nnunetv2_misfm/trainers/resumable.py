@@ -26,7 +26,7 @@ from nnunetv2_misfm.checkpoints.checkpoint import (
     write_checkpoint,
 )
 from nnunetv2_misfm.errors import PlanError, UserError, first_line
-from nnunetv2_misfm.files import format_bytes, training_lock
+from nnunetv2_misfm.files import training_lock
 from nnunetv2_misfm.plans.compare import what_a_run_must_keep
 from nnunetv2_misfm.plans.files import LATEST
 from nnunetv2_misfm.plans.run_settings import BLOCK, RunSettings
@@ -40,6 +40,7 @@ from nnunetv2_misfm.trainers.checkpoint_files import (
     reopen,
 )
 from nnunetv2_misfm.trainers.tensorboard_logger import TensorBoardLogger
+from nnunetv2_misfm.units import format_bytes
 
 _SMALL_FILES = 10**6  # bytes of plans, log and plot
 

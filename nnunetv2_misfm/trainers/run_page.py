@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.errors import PlanError, first_line
-from nnunetv2_misfm.files import format_duration, is_training, json_or_nothing, read_json
+from nnunetv2_misfm.files import is_training, json_or_nothing, read_json
 from nnunetv2_misfm.pages import figures
 from nnunetv2_misfm.pages.html import write_page
 from nnunetv2_misfm.plans.checks import configuration_3d
@@ -27,6 +27,7 @@ from nnunetv2_misfm.plans.settings import write_settings
 from nnunetv2_misfm.pretrain.tasks import settings_of, task_class
 from nnunetv2_misfm.trainers.metrics_file import METRICS, read_rows
 from nnunetv2_misfm.transfer.report import TransferReport
+from nnunetv2_misfm.units import format_duration
 
 PAGE = "run.html"
 PICTURES = "pictures"

@@ -98,7 +98,7 @@ class PlanRequest:
     dataset: str = ""
 
 
-def check_name(plans_name: str, base: Mapping[str, Any]) -> None:
+def check_is_new_name(plans_name: str, base: Mapping[str, Any]) -> None:
     """Raise a PlanError unless new plans can have this name beside those they are made from."""
     check_plans_name(plans_name)
     if plans_name == base["plans_name"]:

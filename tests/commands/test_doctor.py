@@ -16,8 +16,8 @@ from environments import REPOSITORY, Environment, build_wheel, copy_source
 
 from nnunetv2_misfm.commands import doctor
 from nnunetv2_misfm.commands.demo.steps import Demo
+from nnunetv2_misfm.commands.devices import best_device, check_device
 from nnunetv2_misfm.commands.doctor import Finding
-from nnunetv2_misfm.commands.launch import best_device, check_device
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.plans.files import nnunet_folder
 

@@ -20,7 +20,7 @@ from nnunetv2_misfm.architectures import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
 from nnunetv2_misfm.checkpoints.checkpoint import CheckpointInfo, write_checkpoint
 from nnunetv2_misfm.commands.checkpoints import export_main
-from nnunetv2_misfm.commands.launch import usable_gpus
+from nnunetv2_misfm.commands.devices import usable_gpus
 from nnunetv2_misfm.commands.plan import plan_main
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import locked

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 from nnunetv2_misfm.commands.compare.options import CompareOptions, read_options
-from nnunetv2_misfm.commands.launch import best_device, check_device, check_gpus
+from nnunetv2_misfm.commands.devices import best_device, check_device, check_gpus
 from nnunetv2_misfm.cpu_threads import keep_cores_free
 from nnunetv2_misfm.errors import PlanError, UserError, exit_with_message
-from nnunetv2_misfm.files import format_duration, locked
+from nnunetv2_misfm.files import locked
+from nnunetv2_misfm.units import format_duration
 
 if TYPE_CHECKING:
     from nnunetv2_misfm.commands.compare.page import Section

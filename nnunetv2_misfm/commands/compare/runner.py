@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from nnunetv2_misfm.commands.compare.one_run import END_WITH_PARENT
 from nnunetv2_misfm.commands.compare.records import RunOrder
-from nnunetv2_misfm.commands.launch import name_of_gpu
+from nnunetv2_misfm.commands.devices import name_of_gpu
 from nnunetv2_misfm.cpu_threads import usable_cores
 from nnunetv2_misfm.files import write_json
 from nnunetv2_misfm.progress import progress_bar

@@ -63,7 +63,7 @@ def paired_difference(
 
 
 def confidence_for(comparisons: int) -> float:
-    """The confidence of each of several intervals, so that all of them hold together at 95 % (Bonferroni)."""
+    """The confidence of each of several intervals, so that all of them hold together at `CONFIDENCE` (Bonferroni)."""
     return 1 - (1 - CONFIDENCE) / max(1, comparisons)
 
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from nnunetv2_misfm.commands.compare.arms import FIRST_TUNING_SEED
 from nnunetv2_misfm.commands.compare.comparison import Comparison, Runs, by_importance, by_question, scores
 from nnunetv2_misfm.commands.compare.records import mean
-from nnunetv2_misfm.commands.compare.statistics import Difference
+from nnunetv2_misfm.commands.compare.statistics import CONFIDENCE, Difference
 
-_FEW_ARMS = 3  # from here on the verdict does not name those that are all better than nnU-Net's own
+_MANY_ARMS = 3  # from here on the verdict does not name those that are all better than nnU-Net's own
 _HARDLY = 0.25  # of the best arm's Dice
 
 
@@ -47,12 +47,12 @@ def _all_shown(comparisons: Sequence[Comparison]) -> list[str]:
 
 
 def _told(found: Sequence[Comparison], other: str, better: bool) -> list[str]:
-    """A sentence for each arm, or one for several that are all better, or worse, than nnU-Net's own."""
+    """A sentence for each arm, or one for several that are all better, or worse, than one that differs in more."""
     alone = found[0].weights_alone
     by_arm: dict[str, list[str]] = defaultdict(list)
     for comparison in found:
         by_arm[comparison.arm].append(_shown(comparison))
-    if not alone and len(by_arm) >= _FEW_ARMS:
+    if not alone and len(by_arm) >= _MANY_ARMS:
         means = sorted((comparison.difference.mean for comparison in found), key=abs)
         than = f"{'better' if better else 'worse'} than {other}"
         return [f"{len(by_arm)} arms are {than}: {points(means[0])} to {points(means[-1])} points of Dice."]
@@ -65,7 +65,7 @@ def _for_all(comparisons: Sequence[Comparison]) -> list[str]:
     """That intervals are wider than that of one difference, where they are."""
     if len(comparisons) == 1 or len(comparisons[0].difference.values) == 1:
         return []
-    return [f"At 95 % for all {len(comparisons)} differences together."]
+    return [f"At {100 * CONFIDENCE:g} % for all {len(comparisons)} differences together."]
 
 
 def _shown(comparison: Comparison) -> str:

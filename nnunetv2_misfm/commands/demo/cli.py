@@ -10,7 +10,8 @@ from time import perf_counter
 from nnunetv2_misfm.commands.parser import CommandParser
 from nnunetv2_misfm.cpu_threads import keep_cores_free, usable_cores
 from nnunetv2_misfm.errors import PlanError, exit_with_message
-from nnunetv2_misfm.files import format_duration, locked
+from nnunetv2_misfm.files import locked
+from nnunetv2_misfm.units import format_duration
 
 _NUM_UNLABELLED, _NUM_LABELLED = 48, 24
 _PATCH = ("24", "24", "24")

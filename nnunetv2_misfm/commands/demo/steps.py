@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,16 +22,18 @@ from nnunetv2_misfm.commands.compare.results import Written
 from nnunetv2_misfm.commands.compare.workspace import Workspace
 from nnunetv2_misfm.commands.demo.phantoms import LABELS, write_case, write_unlabelled
 from nnunetv2_misfm.commands.demo.progress import step
-from nnunetv2_misfm.commands.launch import best_device
+from nnunetv2_misfm.commands.devices import best_device
+from nnunetv2_misfm.commands.earlier_run import run_folder
 from nnunetv2_misfm.commands.pretrain import pretrain
 from nnunetv2_misfm.commands.threads import in_this_process
 from nnunetv2_misfm.cpu_threads import training_threads
-from nnunetv2_misfm.files import format_duration, read_json, write_json
+from nnunetv2_misfm.files import read_json, write_json
 from nnunetv2_misfm.pages import figures
 from nnunetv2_misfm.plans.files import FINAL
 from nnunetv2_misfm.pretrain.planning import plain_unet_stages
 from nnunetv2_misfm.pretrain.vox2vec import Vox2Vec
 from nnunetv2_misfm.start_up import add_plugin_folder
+from nnunetv2_misfm.units import format_duration
 
 _POOL_ID, _POOL_NAME = "998", "MisFMDemoPool"
 _DATASET_ID, _DATASET = "999", "Dataset999_MisFMDemo"
@@ -69,7 +70,7 @@ class Demo:
                 folders = self.raw / "imagesTr", self.raw / "labelsTr"
                 write_case(*folders, f"phantom_{index:03d}", (self.seed, 1, index))
         dataset = {"channel_names": {"0": "MRI"}, "labels": LABELS, "numTraining": labelled, "file_ending": ".nii.gz"}
-        (self.raw / "dataset.json").write_text(json.dumps(dataset, indent=4), encoding="utf-8")
+        write_json(dataset, self.raw / "dataset.json")
 
     def plan_with_nnunet(self, patch_size: Sequence[int], batch_size: int) -> None:
         """What nnUNetv2_plan_and_preprocess -d 999 -c 3d_fullres does, and plans with a small network beside it."""
@@ -95,8 +96,7 @@ class Demo:
                 + ["-device", self.device, "-seed", str(self.seed)]
                 + ["-num_epochs", str(epochs), "-num_iterations_per_epoch", str(iterations), *options]
             )
-        pool = self.folder / "nnUNet_results" / f"Dataset{_POOL_ID}_{_POOL_NAME}"
-        return next(pool.glob("*__3d_fullres")) / "fold_all"
+        return run_folder(Vox2Vec.name, f"Dataset{_POOL_ID}_{_POOL_NAME}", _PLANS, "3d_fullres")
 
     def compare(self, pretrained: Path, options: Sequence[str], hours_so_far: float) -> Written:
         """misfm_compare of the pretrained weights with random ones, and its page."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nnunetv2_misfm.commands.compare.options import read_options
-from nnunetv2_misfm.commands.launch import check_gpus, name_of_gpu
+from nnunetv2_misfm.commands.devices import check_gpus, name_of_gpu
 from nnunetv2_misfm.errors import PlanError
 
 
@@ -72,7 +72,7 @@ def test_an_encoder_that_never_trains_needs_weights(checkpoint: Path) -> None:
 
 
 def test_gpus_are_counted_among_those_that_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nnunetv2_misfm.commands.launch.usable_gpus", lambda: 2)
+    monkeypatch.setattr("nnunetv2_misfm.commands.devices.usable_gpus", lambda: 2)
     check_gpus(["0", "1"])
     with pytest.raises(PlanError, match="-gpus 7 GPU-1: there are 2 usable GPUs here, which are counted from 0"):
         check_gpus(["0", "7", "GPU-1"])
