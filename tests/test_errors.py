@@ -55,6 +55,15 @@ def test_a_command_of_ours_names_itself(capsys: pytest.CaptureFixture[str], erro
     assert capsys.readouterr().err.startswith("misfm_plan: ")
 
 
+def test_another_pipe_than_that_of_the_output_can_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise BrokenPipeError("of a worker")
+
+    monkeypatch.setenv("MISFM_TRACEBACK", "1")
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        exit_with_message("misfm_plan", fail)
+
+
 def test_a_traceback_is_shown_to_who_asks_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise UserError("-d 9: no such dataset")

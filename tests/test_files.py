@@ -10,7 +10,7 @@ import pytest
 from filelock import FileLock
 
 from nnunetv2_misfm.files import LockedError, locked, write_json
-from nnunetv2_misfm.units import format_duration
+from nnunetv2_misfm.units import format_bytes, format_duration
 
 
 def test_a_second_holder_is_refused_until_the_first_is_done(tmp_path: Path) -> None:
@@ -69,3 +69,11 @@ def test_a_full_disk_leaves_the_file_as_it_was_and_names_it(tmp_path: Path, monk
 )
 def test_a_duration_is_never_zero_and_has_a_unit_that_fits(hours: float, said: str) -> None:
     assert format_duration(hours) == said
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(0, "0 bytes"), (999, "999 bytes"), (999.6, "1 kB"), (1234, "1.23 kB"), (999_600, "1 MB"), (2.5e15, "2.5e+03 TB")],
+)
+def test_bytes_are_rounded_into_the_next_unit(number: float, said: str) -> None:
+    assert format_bytes(number) == said

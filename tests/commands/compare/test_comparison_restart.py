@@ -21,7 +21,7 @@ from nnunet_dataset import NAME
 from nnunetv2_misfm.architectures.pct_net import PCTNet
 from nnunetv2_misfm.architectures.resolution import strides_of
 from nnunetv2_misfm.checkpoints.checkpoint import CheckpointInfo, write_checkpoint
-from nnunetv2_misfm.commands.compare import one_run
+from nnunetv2_misfm.commands.compare import figures, one_run
 from nnunetv2_misfm.commands.compare.cli import compare
 from nnunetv2_misfm.commands.compare.one_run import _is_whole, _use_onednn
 from nnunetv2_misfm.commands.compare.options import read_options
@@ -508,6 +508,27 @@ def test_the_page_says_in_what_arms_differ_and_what_misfm_plan_noted(
     assert "spacing 2 x 2 x 2 mm" in page and "scratch: 3d_fullres: spacing [" in page
     assert "nnunet: nnU-Net&#39;s own trainer" in page and "spacing 1 x 1 x 1 mm" in page
     assert "which takes intensities within their labels" in page and "iterations are few" not in page
+
+
+def test_the_truth_is_in_the_pictures_whatever_arms_are_called(
+    tmp_path: Path, nnunet: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments: dict[str, Any] = {"strides": strides_of(0), "features_per_stage": [4, 4, 8, 8, 16]}
+    info = CheckpointInfo("volume_fusion", NETWORKS["pctnet"], arguments, 1, 5, {}, {})
+    write_checkpoint({"network_weights": PCTNet(1, 5, **arguments).state_dict()}, info, tmp_path / "c.pth")
+    made = study(tmp_path, nnunet, monkeypatch, "-seeds", "1", "-pretrained_weights", f"truth={tmp_path / 'c.pth'}")
+    _, chosen = made.perform(FakeRunner())  # type: ignore[arg-type]
+    for run in made.tested(chosen):
+        predictions = made.workspace.run_folder(run) / "predictions"
+        predictions.mkdir()
+        for case in made.predicted(run):
+            shutil.copy(made.workspace.cases[case][1], predictions)
+    drawn: list[list[Path]] = []
+    monkeypatch.setattr(figures, "case_picture", lambda image, segmentations, *_: drawn.append(segmentations) or "")
+    page = write_results(made, chosen, []).path.read_text(encoding="utf-8")
+    assert "Pictures of the first seed: truth, scratch, truth" in page
+    labels = {Path(label) for _, label in made.workspace.cases.values()}
+    assert drawn and all(len(files) == 3 and files[0] in labels for files in drawn)
 
 
 def test_a_run_that_found_none_of_the_labels_does_not_keep_the_page_from_being_written(

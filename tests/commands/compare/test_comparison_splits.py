@@ -57,6 +57,11 @@ def test_a_pattern_that_misses_a_case_is_told_with_the_case() -> None:
         split_cases([*CASES, "other"], PATIENT, 6, 3)
 
 
+def test_a_pattern_that_matches_nothing_makes_no_patient_without_a_name() -> None:
+    with pytest.raises(PlanError, match=r"matches nothing in 20 names, among them case_00"):
+        split_cases([f"case_{n:02d}" for n in range(20)], "[0-9]*", None, None)
+
+
 def test_too_few_patients_to_train_are_told() -> None:
     with pytest.raises(PlanError, match="smaller -num_test or -num_validation"):
         split_cases(CASES, PATIENT, 17, 3)
