@@ -38,16 +38,30 @@ def typical_first(tasks: Sequence[CaseTask]) -> list[CaseTask]:
     return [tasks[index] for index in [*first, *(index for index in range(len(tasks)) if index not in first)]]
 
 
-def check_disk(folder: Path, measured: Sequence[CaseResult], tasks: Sequence[CaseTask], num_processes: int) -> str:
-    """Tell time and disk for the rest of the tasks from those measured. Raises PoolError if it will not fit."""
+def check_disk(
+    folder: Path, measured: Sequence[CaseResult], tasks: Sequence[CaseTask], num_processes: int, num_parts: int = 1
+) -> str:
+    """Tell time and disk for the rest of the tasks from those measured.
+
+    Args:
+        folder: of the arrays.
+        measured: the first volumes.
+        tasks: all volumes of this part.
+        num_processes: of this part.
+        num_parts: that have still to do theirs, this one among them; their shares are equal.
+
+    Raises:
+        PoolError: if the volumes of all these parts will not fit.
+    """
     rest = len(tasks) - len(measured)
     seconds_per_work, bytes_per_work = _per_work(measured, tasks)
     done = {result.record.source for result in measured}
     work_left = sum(_work(task) for task in tasks if task.volume.source not in done)
     needed, free = bytes_per_work * work_left, shutil.disk_usage(folder).free
-    if needed > free:
+    if num_parts * needed > free:
+        others = f" and those of the {num_parts - 1} other parts that are not done" if num_parts > 1 else ""
         raise PoolError(
-            f"the remaining {rest} volumes need about {format_bytes(needed)} in {folder}, "
+            f"the remaining {rest} volumes{others} need about {format_bytes(num_parts * needed)} in {folder}, "
             f"but only {format_bytes(free)} are free; make room, or use a coarser spacing or fewer volumes"
         )
     time_left = format_duration(seconds_per_work * work_left / num_processes / 3600)

@@ -109,7 +109,7 @@ class PoolFolder:
     def clear_temporary(self) -> None:
         """Remove what a killed run of the same part left half-written."""
         shutil.rmtree(self.temporary, ignore_errors=True)
-        self.temporary.mkdir(parents=True)
+        self.temporary.mkdir(parents=True, exist_ok=True)  # network disks keep files that are still open
 
     def finish(self) -> None:
         """After a merge: the pool is complete, and the work folders of all parts go."""
@@ -149,7 +149,7 @@ class PoolFolder:
 
     def cases(self) -> set[str]:
         """All that are whole; no case's name ends in _seg."""
-        return {path.name.removesuffix(".b2nd") for path in self.data.glob("*.b2nd")}
+        return {path.stem for path in self.data.glob("*.b2nd") if not path.stem.endswith("_seg")}
 
     def publish(self, record: CaseRecord) -> None:
         """Move a case from the temporary folder into the pool, its .b2nd last, then write its record."""

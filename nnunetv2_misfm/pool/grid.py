@@ -90,15 +90,12 @@ def make_grid(
     check_spacing(spacing)
     if not np.isfinite(direction).all() or np.linalg.matrix_rank(direction) < 3:
         raise VolumeProblem(f"unreadable: its axes do not span space (direction {direction.tolist()})")
-    grid = Grid(
+    return Grid(
         size=tuple(int(n) for n in size),
         spacing=tuple(float(mm) for mm in spacing),
         direction=tuple(float(v) for v in direction.ravel()),
         origin=tuple(float(mm) for mm in origin),
     )
-    if not all(any(letter in pair for letter in grid.orientation) for pair in ("SI", "AP", "RL")):
-        raise VolumeProblem(f"unreadable: its axes do not span space (direction {grid.direction})")
-    return grid
 
 
 def check_spacing(spacing: Sequence[float] | np.ndarray) -> None:

@@ -1,7 +1,9 @@
 """What the parts of a preparation write down for each other and for later runs; each file has one writer at a time.
 
 <data_identifier>_preparation/
-    headers_1/BUNDLE.jsonl      the headers that were read (`header_index.py`); another number once it changes
+    headers_1/BUNDLE.jsonl      the headers that were read (`header_index.py`); another number once it changes, or the
+                                rules by which files make a volume
+    headers_1/BUNDLE.groups.jsonl   what groups of files amounted to by these rules
     found/BUNDLE.json           what the last inspection found in the bundle
     records/BUNDLE.jsonl        a line for what became of a volume; a later line about it replaces it
     records/earlier.jsonl       the records of earlier versions, which had a file for each
@@ -94,7 +96,7 @@ class Ledger:
 
     def found_by_all(self, token: str) -> PoolInspection | None:
         """What all parts have found, for planning; None if some have not looked yet at the archive as it is now."""
-        if not self.all_have(INSPECTED, token):
+        if self.waits_for(INSPECTED, token):
             return None
         found = [self.found(bundle) for bundle in range(BUNDLES)]
         volumes = sorted((volume for one, _ in found for volume in one), key=lambda volume: volume.case)
@@ -120,11 +122,19 @@ class Ledger:
         """Note that this part has done a step for the archive with that token."""
         (self._progress / f"{self.share}.{step}.{token}").touch()
 
-    def all_have(self, step: str, token: str) -> bool:
-        """Whether all parts have done the step."""
-        done = {path.name for path in self._progress.iterdir()}
-        parts = (Share(self.share.num_parts, number) for number in range(self.share.num_parts))
-        return all(f"{part}.{step}.{token}" in done for part in parts)
+    def waits_for(self, step: str, token: str = "") -> dict[int, bool]:
+        """The numbers of the parts that have still to do a step, and whether each has done it for another archive.
+
+        Args:
+            step: to do.
+            token: of the archive as it is now; without it, any will do.
+        """
+        found: dict[str, set[str]] = defaultdict(set)
+        for path in self._progress.glob(f"*.{step}.*"):
+            part, _, of_archive = path.name.split(".")
+            found[part].add(of_archive)
+        tokens = {number: found[str(Share(self.share.num_parts, number))] for number in range(self.share.num_parts)}
+        return {number: bool(there) for number, there in tokens.items() if not (token in there if token else there)}
 
     def write_record(self, record: CaseRecord) -> None:
         self._records.append(record.bundle, [json.dumps(vars(record))])

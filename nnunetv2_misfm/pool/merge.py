@@ -67,6 +67,7 @@ class Tally:
             self.mended[_first_words(mended)] += 1
 
 
+_MOST_NAMED = 10  # parts
 INTENSITY = ("max", "mean", "median", "min", "percentile_00_5", "percentile_99_5", "std")
 
 
@@ -75,8 +76,6 @@ class PoolEntries:
     """What became of the volumes of a pool."""
 
     entries: list[Entry] = field(default_factory=list)
-    gone: set[str] = field(default_factory=set)
-    """Cases whose arrays have no place in the pool."""
     num_waiting: int = 0
     """Volumes without a record."""
     sizes: list[tuple[tuple[int, ...], tuple[float, ...]]] = field(default_factory=list)
@@ -150,7 +149,6 @@ def read_entries(ledger: Ledger, layout: str, there: Collection[str], counts: Wa
     _add_records(result, (one for case, one in earlier.items() if case not in seen), layout, joined, by_header)
     # A case that was in another bundle before, by other rules for bundles, has a record there that is out of date.
     result.entries = [one for one in result.entries if found_in.get(one.case, one.bundle) == one.bundle]
-    result.gone -= {one.case for one in result.entries if one.status == PREPARED}
     for one in joined.left_out:
         result.add(one)
     return result
@@ -165,8 +163,6 @@ def _add_records(
 ) -> None:
     for record in records:
         counts = record.layout == layout and not joined.covers(record)
-        if not counts or record.status != PREPARED:
-            result.gone.add(record.case)
         if counts and (record.status == PREPARED or record.source not in by_header):
             result.add(record)
 
@@ -182,6 +178,8 @@ class PoolReport:
     tally: Tally
     complete: bool
     """Whether every volume has been looked at; False while other parts are at work."""
+    waits_for: Mapping[int, bool] = field(default_factory=dict)
+    """The parts that are still to be prepared, and whether each was prepared for another archive."""
 
     @property
     def num_prepared(self) -> int:
@@ -200,7 +198,14 @@ class PoolReport:
             lines.append(f"Mended while they were read ({self.tally.mended.total()}, see report.csv):")
             lines += [f"  {count} x {what}" for what, count in self.tally.mended.most_common()]
         if not self.complete:
-            lines.append("Not complete yet: other parts are still to be prepared")
+            numbers = ", ".join(map(str, list(self.waits_for)[:_MOST_NAMED]))
+            more = f" and {len(self.waits_for) - _MOST_NAMED} more" if len(self.waits_for) > _MOST_NAMED else ""
+            lines.append(f"Not complete yet: parts are still to be prepared (-part_id {numbers}{more})")
+            if others := [number for number, of_another in self.waits_for.items() if of_another]:
+                lines.append(
+                    f"Part {others[0]} was prepared for other folders, or for another state of them: give all parts "
+                    f"the same -i, and run it again"
+                )
         return "\n".join(lines)
 
 
@@ -216,9 +221,9 @@ def merge_pool(folder: PoolFolder, plans: Mapping[str, Any]) -> PoolReport:
         return PoolReport(folder.root, dict(plans), pool.tally(), complete=False)
     _drop_duplicates(pool, folder.ledger, _cases_of(folder.fingerprint))
     _free_duplicates(pool, folder.ledger)
-    for case in pool.gone:
-        folder.remove_case(case)
     prepared = sorted({e.case: e for e in pool.entries if e.status == PREPARED}.values(), key=lambda entry: entry.case)
+    for case in folder.cases() - {entry.case for entry in prepared}:
+        folder.remove_case(case)
     if prepared:
         fingerprint = _fingerprint(prepared)
         counts = Counter(entry.modality for entry in prepared if entry.modality)
@@ -258,7 +263,6 @@ def _drop_duplicates(pool: PoolEntries, ledger: Ledger, in_pool_before: set[str]
     _change_records(
         pool, ledger, dropped.values(), LEFT_OUT, lambda e: f"duplicate: the same voxels as {kept[e.content].source}"
     )
-    pool.gone.update(dropped)
 
 
 def _free_duplicates(pool: PoolEntries, ledger: Ledger) -> None:

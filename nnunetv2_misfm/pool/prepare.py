@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import groupby
@@ -106,7 +106,8 @@ def prepare_pool(
             folder.ledger.mark(PREPARED_ALL, inspection.token)
             forget_share(folder.listing, folder.share)
             merged = _merge_if_last(folder, inspection.token, plans, num_processes)
-    report = merged or PoolReport(folder.root, dict(plans), tally, complete=False)
+    waits_for = folder.ledger.waits_for(PREPARED_ALL, inspection.token)
+    report = merged or PoolReport(folder.root, dict(plans), tally, complete=False, waits_for=waits_for)
     if report.complete and report.num_prepared == 0:
         raise PoolError(
             f"none of the volumes can be used; each and its reason is in {folder.report}\n{report.summary()}"
@@ -117,7 +118,7 @@ def prepare_pool(
 def _merge_if_last(folder: PoolFolder, token: str, plans: Mapping[str, Any], num_processes: int) -> PoolReport | None:
     """Bring the parts together if all are done; one that has begun anew is not."""
     with folder.lock_merge():
-        if not folder.ledger.all_have(PREPARED_ALL, token):
+        if folder.ledger.waits_for(PREPARED_ALL, token):
             return None
         _prepare_joined(folder, plans, num_processes)
         merged = merge_pool(folder, plans)
@@ -188,21 +189,12 @@ def _pending(folder: PoolFolder, volumes: Sequence[Volume], plans: Mapping[str, 
     tasks = []
     for bundle, of_bundle in groupby(sorted(volumes, key=lambda volume: volume.bundle), lambda volume: volume.bundle):
         records = folder.ledger.records(bundle)
-        by_source = {record.source: record for record in records.values()}
-        for volume in of_bundle:
+        present = list(of_bundle)
+        known = _Known(folder, layout, records, earlier, {volume.source for volume in present})
+        for volume in present:
             if joined.covers(volume):  # a piece of a volume, which comes when all parts are done
                 continue
-            record = _standing(by_source.get(volume.source), layout, folder)
-            if record is not None:
-                # Which of two equal names of folders is the longer one depends on the folders that are given together.
-                volume = replace(volume, case=record.case)
-            else:
-                record = _standing(records.get(volume.case) or earlier.get(volume.case), layout, folder)
-            other = record
-            if record is not None and record.is_of_another(volume):
-                # Two folders may hold files of the same names. A file that was moved is known by its voxels.
-                volume = replace(volume, case=volume.own_name)
-                record = _standing(records.get(volume.case), layout, folder)
+            volume, record, moved_from = known.identify(volume)
             if record is not None and record.is_of(volume, layout):
                 tally.add(record.status, record.reason, record.mended)
                 record = record.with_files_of(volume)
@@ -212,15 +204,55 @@ def _pending(folder: PoolFolder, volumes: Sequence[Volume], plans: Mapping[str, 
                 tally.add(LEFT_OUT, reason)
                 folder.ledger.write_record(CaseRecord.of(volume, LEFT_OUT, layout, reason=reason))
             else:
-                tasks.append(CaseTask(volume, plans, configuration, layout, folder.temporary, record or other))
+                tasks.append(CaseTask(volume, plans, configuration, layout, folder.temporary, record or moved_from))
     return tasks
 
 
-def _standing(record: CaseRecord | None, layout: str, folder: PoolFolder) -> CaseRecord | None:
-    """The record if it is of this layout and of a case that was prepared and is there, or left out; else None."""
-    if record is None or record.layout != layout or record.status == FAILED:
-        return None
-    return record if record.status != PREPARED or folder.is_whole(record.case) else None
+class _Known:
+    """The records of a bundle by which volumes are known again.
+
+    Args:
+        folder: of the pool.
+        layout: of its arrays.
+        records: of the bundle, by case name.
+        earlier: of versions that had no bundles, by case name.
+        sources: where the volumes of the bundle lie that are there now.
+    """
+
+    def __init__(
+        self,
+        folder: PoolFolder,
+        layout: str,
+        records: Mapping[str, CaseRecord],
+        earlier: Mapping[str, CaseRecord],
+        sources: Collection[str],
+    ):
+        self._folder = folder
+        self._layout = layout
+        self._records = records
+        self._earlier = earlier
+        self._by_source = {record.source: record for record in records.values()}
+        self._sources = sources
+
+    def identify(self, volume: Volume) -> tuple[Volume, CaseRecord | None, CaseRecord | None]:
+        """The volume under its name in the pool, its record, and that of a file which may have been moved to here."""
+        record = self._standing(self._by_source.get(volume.source))
+        if record is not None:
+            # Which of two equal names of folders is the longer one depends on the folders that are given together.
+            return replace(volume, case=record.case), record, None
+        record = self._standing(self._records.get(volume.case) or self._earlier.get(volume.case))
+        if record is None or not record.is_of_another(volume):
+            return volume, record, None
+        # Two folders may hold files of the same names. A file that was moved is known by its voxels.
+        moved_from = None if record.source in self._sources else record
+        volume = replace(volume, case=volume.own_name)
+        return volume, self._standing(self._records.get(volume.case)), moved_from
+
+    def _standing(self, record: CaseRecord | None) -> CaseRecord | None:
+        """The record if it is of this layout and of a case that was prepared and is there, or left out; else None."""
+        if record is None or record.layout != self._layout or record.status == FAILED:
+            return None
+        return record if record.status != PREPARED or self._folder.is_whole(record.case) else None
 
 
 def _prepare_all(folder: PoolFolder, tasks: Sequence[CaseTask], num_processes: int, tally: Tally) -> None:
@@ -243,7 +275,8 @@ def _prepare_all(folder: PoolFolder, tasks: Sequence[CaseTask], num_processes: i
                     measured.append(result)
                     held = [one.record for one in measured if one.written]
                     if len(held) == MEASURED_FIRST or number == len(tasks):
-                        said = check_disk(folder.data, measured, tasks, num_processes)
+                        at_work = len(folder.ledger.waits_for(PREPARED_ALL))  # parts, this one among them
+                        said = check_disk(folder.data, measured, tasks, num_processes, at_work)
                         if number < len(tasks):
                             progress.write(said)
                         for record in held:

@@ -148,8 +148,7 @@ def apply_augmentation(
                 f"a crop of {tuple(crop.shape[1:])} voxels does not have the read size {augmentation.read_size}"
             )
         resized = _resize(crop.float(), augmentation.slices_averaged, patch_size)
-        axes = [axis for axis, flip in enumerate(augmentation.flips, start=1) if flip]
-        out.copy_(resized.flip(axes) if axes else resized)
+        out.copy_(flipped(resized, augmentation.flips))
         if augmentation.blur_sigma is not None:
             out.copy_(blur(out, augmentation.blur_sigma))
         if augmentation.changes_intensities:
@@ -193,6 +192,12 @@ def blur(crop: Tensor, sigma: float, axes: Sequence[int] = (1, 2, 3)) -> Tensor:
             blurred.add_(padded.narrow(axis, shift, crop.shape[axis]), alpha=weight)
         crop = blurred
     return crop
+
+
+def flipped(crop: Tensor, flips: Sequence[bool]) -> Tensor:
+    """(C, X, Y, Z) turned round along the axes of X, Y and Z that are flipped."""
+    axes = [axis for axis, flip in enumerate(flips, start=1) if flip]
+    return crop.flip(axes) if axes else crop
 
 
 def _resize(crop: Tensor, slices_averaged: int, patch_size: Sequence[int]) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import signal
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -102,8 +102,8 @@ def crop_loader(
 
     Args:
         samples: what is drawn.
-        batch_size: samples of a batch over all processes. Each process gets its slice, the first ones one sample more
-            if it does not divide evenly, as in nnU-Net; together the slices are the same for any number of processes.
+        batch_size: samples of a batch over all processes, each of which gets a slice of the same size; together the
+            slices are the same for any number of processes.
         num_iterations: batches per epoch.
         start_epoch, start_iteration: epoch of the first batch and its place in it, to resume.
         anisotropy: degrees of anisotropy that the batches of an epoch take turns in.
@@ -128,7 +128,7 @@ def crop_loader(
         # Its own generator, so that starting a loader does not shift torch's random numbers in the training process.
         generator=torch.Generator(),
     )
-    return _watch(iter(loader), samples, report)
+    return _watch(loader, samples, report)
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
@@ -150,10 +150,10 @@ def _endless_indices(
     world_size: int,
 ) -> Iterator[list[Index]]:
     """The indices of one process' slice of every batch; arguments are looked at when it is called."""
-    if not 0 <= rank < world_size or batch_size < world_size:
+    if not 0 <= rank < world_size or batch_size % world_size:
         raise ValueError(
             f"rank {rank} of {world_size} processes cannot get a slice of batches of {batch_size} samples; there "
-            "must be at least one sample for each process"
+            "must be as many for each process"
         )
     start_epoch, start_iteration = start
     if (
@@ -167,7 +167,8 @@ def _endless_indices(
             "batches need at least one iteration per epoch, an epoch and iteration to start at and degrees of "
             f"anisotropy of at least 0, not num_iterations {num_iterations}, start {start}, anisotropy {anisotropy}"
         )
-    positions = np.array_split(np.arange(batch_size), world_size)[rank].tolist()
+    of_process = batch_size // world_size
+    positions = range(rank * of_process, (rank + 1) * of_process)
     steps = count(start_epoch * num_iterations + start_iteration)
     return (
         [(epoch, iteration * batch_size + p, anisotropy[iteration % len(anisotropy)]) for p in positions]
@@ -189,7 +190,7 @@ def _collate(patch_size: Size3, samples: Sequence[Sample]) -> CropBatch:
     )
 
 
-def _with_their_own_words(batches: Iterator[CropBatch]) -> Iterator[CropBatch]:
+def _with_their_own_words(batches: Iterable[CropBatch]) -> Iterator[CropBatch]:
     """The batches; what PyTorch puts around the message of an error in another process is taken off again."""
     try:
         yield from batches
@@ -197,8 +198,12 @@ def _with_their_own_words(batches: Iterator[CropBatch]) -> Iterator[CropBatch]:
         raise type(error)(str(error).rpartition(f"{type(error).__name__}: ")[2].rstrip()) from None
 
 
-def _watch(batches: Iterator[CropBatch], samples: CropSamples, report: Callable[[str], None]) -> Iterator[CropBatch]:
-    """Pass batches on, report each bad case once, and give up when there are too many."""
+def _watch(batches: Iterable[CropBatch], samples: CropSamples, report: Callable[[str], None]) -> Iterator[CropBatch]:
+    """Pass batches on, report each bad case once, and give up when there are too many.
+
+    Reading begins with the first batch that is asked for: nnU-Net unpacks arrays of its old form after it has made the
+    loaders.
+    """
     tried: set[int] = set()
     bad: dict[int, str] = {}
     for batch in _with_their_own_words(batches):

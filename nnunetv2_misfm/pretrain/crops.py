@@ -2,9 +2,9 @@
 
 Crops are (C, X, Y, Z) in plans axis order, so X is the depth.
 
-Sample i of epoch e depends on (seed, e, i) alone, so the number of workers, the number of processes and a resumed run
-change nothing. Cases are opened one at a time, when a crop of them is wanted, and only the blocks under the crop are
-read.
+Sample i of epoch e depends on (seed, e, i) and the list of cases alone, so the number of workers, the number of
+processes and a resumed run change nothing. A run that goes on in a pool that has grown draws other samples. Cases are
+opened one at a time, when a crop of them is wanted, and only the blocks under the crop are read.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from nnunetv2_misfm.plans.settings import Settings, setting
-from nnunetv2_misfm.pretrain.augment import intensity_range
+from nnunetv2_misfm.pretrain.augment import flipped, intensity_range
 from nnunetv2_misfm.pretrain.reconstruction import ReconstructionTask, Target, standardised
 from nnunetv2_misfm.pretrain.settings import AugmentSettings
 
@@ -137,12 +137,7 @@ def flip_crops(crops: Tensor, corruptions: Sequence[Corruption]) -> Tensor:
         crops: (B, C, X, Y, Z).
         corruptions: B of them.
     """
-    flipped = crops.clone()
-    for target, crop, corruption in zip(flipped, crops, corruptions, strict=True):
-        axes = [axis for axis, flip in enumerate(corruption.flips, start=1) if flip]
-        if axes:
-            target.copy_(crop.flip(axes))
-    return flipped
+    return torch.stack([flipped(crop, one.flips) for crop, one in zip(crops, corruptions, strict=True)])
 
 
 @torch.no_grad()

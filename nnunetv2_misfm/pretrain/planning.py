@@ -160,7 +160,8 @@ def _own_entry(network: str, degree: int, arguments: Mapping[str, Any]) -> dict[
     if len(stems) > 1 and degree > 0:  # slices can be merged, not split
         raise PlanError(
             f"-stems all makes anisotropic crops by merging slices, so it needs isotropic ones; these have a degree of "
-            f"anisotropy {degree}. Prepare the pool with an isotropic -spacing such as 1.5 1.5 1.5."
+            f"anisotropy {degree}. Leave -stems all out, or prepare volumes (-i) with an isotropic -spacing "
+            f"such as 1.5 1.5 1.5."
         )
     taken = {name: value for name, value in arguments.items() if name != "stems" or network == "pctnet"}
     return architecture_entry(network, degree, **taken)

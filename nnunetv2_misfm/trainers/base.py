@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from datetime import datetime
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import numpy as np
@@ -37,6 +37,7 @@ from nnunetv2_misfm.trainers.metrics_file import METRICS, append_row, as_columns
 from nnunetv2_misfm.trainers.resumable import ResumableTrainer
 from nnunetv2_misfm.trainers.run_page import update_run_page
 from nnunetv2_misfm.trainers.schedules import Stage, StagedSchedule, parameter_groups
+from nnunetv2_misfm.trainers.step_guard import StepGuard, TrainingDivergedError
 
 _FIRST_LOSSES = 5
 _SECONDS_BETWEEN_DRAWINGS = 60.0
@@ -57,6 +58,8 @@ CUDA = torch.device("cuda")  # nnU-Net's default device
 
 class BaseTrainer(ResumableTrainer):
     """nnU-Net's trainer for a network the plans name, with settings from the plans' `misfm` block."""
+
+    PLANNED_BY: ClassVar[str] = "misfm_plan"  # the command whose options are the settings
 
     def __init__(
         self,
@@ -122,6 +125,7 @@ class BaseTrainer(ResumableTrainer):
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
         if self.is_ddp:
             self._wrap_for_processes()
+        self._guard = StepGuard(self.network, self._after_divergence)
         self.loss = self._build_loss()
         self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
         self.was_initialized = True
@@ -171,6 +175,7 @@ class BaseTrainer(ResumableTrainer):
             seconds = time.time() - self.logger.get_value("epoch_start_timestamps", step=-1)
             row = {
                 **self._metrics(),
+                "skipped_steps": self._guard.skipped,
                 "train_loss": self.logger.get_value("train_losses", step=-1),
                 "val_loss": self.logger.get_value("val_losses", step=-1),
                 "lr": self.optimizer.param_groups[0]["lr"],
@@ -262,7 +267,37 @@ class BaseTrainer(ResumableTrainer):
                     module.train(not stage.encoder_frozen)
 
     def _optimise(self, batch: Any) -> dict:
-        return super().train_step(batch)
+        """nnU-Net's step; what a forward pass that overflowed has left in BatchNorm's statistics is taken back.
+
+        Raises:
+            TrainingDivergedError: if the weights are lost too, or after many such steps in a row.
+        """
+        self._guard.before_step()
+        result: dict = super().train_step(batch)
+        if not self._guard.accept(torch.as_tensor(result["loss"])) and self.grad_scaler is None:
+            raise TrainingDivergedError(f"The loss is not finite. {self._after_divergence()}")
+        return result
+
+    def _after_divergence(self) -> str:
+        """What to do when steps are not finite any more."""
+        lower = f"with a lower -initial_lr of {self.PLANNED_BY}"
+        if self._has_saved():
+            return f"The last checkpoint is good: continue from it with --c, {lower}."
+        return f"Nothing is saved yet: start again {lower}."
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """As in nnU-Net, without the losses of steps that did not count."""
+        if self._guard.skipped:
+            self.print_to_log_file(f"{self._guard.skipped} steps skipped so far, they were not finite")
+        counted = [output for output in train_outputs if np.isfinite(output["loss"])]
+        super().on_train_epoch_end(counted or train_outputs)
+
+    def _more_to_save(self) -> dict[str, Any]:
+        return super()._more_to_save() | {"skipped_steps": self._guard.skipped}
+
+    def _load_more(self, checkpoint: Mapping[str, Any]) -> None:
+        super()._load_more(checkpoint)
+        self._guard.skipped = checkpoint.get("skipped_steps", 0)
 
     def on_train_start(self) -> None:
         """As in nnU-Net, after making sure that a checkpoint fits on the disk and a training step into memory.
@@ -280,7 +315,8 @@ class BaseTrainer(ResumableTrainer):
         self._load_pretrained_weights()
         if self.local_rank == 0:
             self._open_results_folder()
-        super().on_train_start()
+        with self._plans_of_an_earlier_run_stay():
+            super().on_train_start()
 
     def _check_data(self) -> None:
         """Raise a UserError if the preprocessed data are not those that the plans are for."""
@@ -312,10 +348,12 @@ class BaseTrainer(ResumableTrainer):
         checkpointed = self._bytes_of_a_step(checkpointing=True)
         has = f"{self.device} has {available / 2**30:.1f} GB."
         if any_process(checkpointed > available, self.device):
+            manager, inputs = self.configuration_manager, self._inputs_of_a_step()
+            here = "" if inputs == manager.batch_size else f" ({inputs} inputs of the network in this process)"
             raise PlanError(
-                f"A training step with patch size {list(self.configuration_manager.patch_size)} and batch size "
-                f"{self._inputs_of_a_step()} needs about {checkpointed / 2**30:.1f} GB even with activation "
-                f"checkpointing; {has} {self._memory_remedy(available / 2**30)}"
+                f"A training step with patch size {list(manager.patch_size)} and batch size {manager.batch_size}{here} "
+                f"needs about {checkpointed / 2**30:.1f} GB even with activation checkpointing; {has} "
+                f"{self._memory_remedy(available / 2**30)}"
             )
         set_checkpointing(self.bare_network, True)
         self.print_to_log_file(

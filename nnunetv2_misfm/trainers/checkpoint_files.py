@@ -29,16 +29,19 @@ def left_by_earlier_runs(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
-def put_aside(folder: Path, log: Path) -> None:
+def put_aside(folder: Path, log: Path) -> Path | None:
     """Move what another run has left into a folder `earlier_N` beside it, for a new run in the same folder.
 
     Args:
         folder: results folder of a fold.
         log: of the new run, which stays.
+
+    Returns:
+        The folder; None if nothing was left.
     """
     left = sorted(path for pattern in _OF_A_RUN for path in folder.glob(pattern) if path.name != log.name)
     if all(path.name.startswith("training_log_") for path in left):  # of a run that ended in its first epoch
-        return
+        return None
     number = 1
     while (folder / f"earlier_{number}").exists():
         number += 1
@@ -46,6 +49,7 @@ def put_aside(folder: Path, log: Path) -> None:
     aside.mkdir()
     for path in left:
         path.replace(aside / path.name)
+    return aside
 
 
 def reopen(folder: Path) -> None:

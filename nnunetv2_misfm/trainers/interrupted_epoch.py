@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -17,7 +18,7 @@ class InterruptedEpoch:
     """Plain data for a checkpoint.
 
     Attributes:
-        losses: of the iterations that are done.
+        losses: of the iterations that are done, each the mean over the processes.
         random_states: PyTorch's on the CPU and on the training device, of each process.
     """
 
@@ -30,7 +31,8 @@ class InterruptedEpoch:
         states = [torch.get_rng_state()]
         if device.type == "cuda":
             states.append(torch.cuda.get_rng_state(device))
-        return cls(list(losses), from_all_processes(states))
+        means = np.mean(from_all_processes(list(losses)), axis=0)
+        return cls([float(loss) for loss in means], from_all_processes(states))
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> InterruptedEpoch:

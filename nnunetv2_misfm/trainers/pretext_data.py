@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
@@ -91,6 +92,14 @@ def pretext_dataset_json(dataset_json: Mapping[str, Any], task: PretextTask) -> 
     kept = {key: value for key, value in dataset_json.items() if key not in ("labels", "regions_class_order")}
     labels = {"background": 0} | {f"{task.group()}_{k}": k for k in range(1, task.num_outputs(len(channels)))}
     return {**kept, "labels": labels}
+
+
+def forget_frames(error: BaseException) -> None:
+    """Let go of what the functions held in which an error came up: worker processes end with the loader they serve."""
+    raised: BaseException | None = error
+    while raised is not None:
+        traceback.clear_frames(raised.__traceback__)
+        raised = raised.__context__
 
 
 def hold_out(identifiers: Sequence[str]) -> tuple[list[str], list[str]]:

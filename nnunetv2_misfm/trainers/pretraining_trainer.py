@@ -35,6 +35,7 @@ from nnunetv2_misfm.trainers.epoch_clock import EpochClock
 from nnunetv2_misfm.trainers.interrupted_epoch import InterruptedEpoch
 from nnunetv2_misfm.trainers.pretext_data import (
     TimedIterator,
+    forget_frames,
     hold_out,
     killed_workers_are_named,
     pretext_block,
@@ -57,6 +58,7 @@ class PretrainingTrainer(BaseTrainer):
     """
 
     SETTINGS = PretrainingSettings
+    PLANNED_BY = "misfm_pretrain"
     TASK: ClassVar[str | None] = None  # the one task that a derived trainer is for
 
     def __init__(
@@ -106,6 +108,9 @@ class PretrainingTrainer(BaseTrainer):
         with self._stop, killed_workers_are_named():
             try:
                 super().run_training()
+            except BaseException as error:
+                forget_frames(error)  # which hold the loaders
+                raise
             finally:
                 # Their workers end with them; at the end of the program they would be waited for.
                 self.dataloader_train = self.dataloader_val = None
@@ -115,7 +120,7 @@ class PretrainingTrainer(BaseTrainer):
     def initialize(self) -> None:
         """As in the base class."""
         super().initialize()
-        self._guard = StepGuard(self._model)
+        self._guard = StepGuard(self._model, self._after_divergence)
 
     def _make_head(self) -> None:
         self._model: nn.Module = self._with_head(self.network).to(self.device)
@@ -208,8 +213,8 @@ class PretrainingTrainer(BaseTrainer):
     def _loading(self) -> dict[str, Any]:
         """What the loaders of training and of validation have in common."""
         return {
-            "rank": dist.get_rank() if self.is_ddp else 0,
-            "world_size": dist.get_world_size() if self.is_ddp else 1,
+            "rank": self.local_rank,
+            "world_size": self.num_processes,
             "pin_memory": self.device.type == "cuda",
             "report": self.print_to_log_file if self.local_rank == 0 else print,  # nnU-Net logs one process
             **({"anisotropy": self._degrees} if self._degrees else {}),
@@ -283,7 +288,7 @@ class PretrainingTrainer(BaseTrainer):
         return self.current_epoch if self._interrupted is not None else super()._epochs_finished()
 
     def _more_to_save(self) -> dict[str, Any]:
-        more = super()._more_to_save() | {"skipped_steps": self._guard.skipped, TRAINED_PARTS: list(self.task.trains)}
+        more = super()._more_to_save() | {TRAINED_PARTS: list(self.task.trains)}
         if self.bare_model.head is not None:
             more[_HEAD] = self.bare_model.head.state_dict()
         if self._interrupted is not None:
@@ -296,7 +301,6 @@ class PretrainingTrainer(BaseTrainer):
 
     def _load_more(self, checkpoint: Mapping[str, Any]) -> None:
         super()._load_more(checkpoint)
-        self._guard.skipped = checkpoint.get("skipped_steps", 0)
         told = checkpoint[DESCRIPTION]["training"]
         self._told = {name: told[name] for name in ("score", LEARNT) if name in told}
         if self.bare_model.head is not None:
@@ -344,8 +348,7 @@ class PretrainingTrainer(BaseTrainer):
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """As in nnU-Net; notes the speed and the share of time spent waiting for data."""
         self._interrupted = None
-        counted = [output for output in train_outputs if np.isfinite(output["loss"])]
-        super().on_train_epoch_end(counted or train_outputs)
+        super().on_train_epoch_end(train_outputs)
         self._speed = self._clock.speed(len(train_outputs) - self._replayed, self.dataloader_train.waited)
 
     def on_epoch_end(self) -> None:
@@ -355,8 +358,6 @@ class PretrainingTrainer(BaseTrainer):
         iterations_left = (self.num_epochs - epoch - 1) * self.num_iterations_per_epoch
         self.print_to_log_file(f"Score, in nnU-Net's lines pseudo Dice: {scored.text}")
         self.print_to_log_file(self._speed.text(iterations_left))
-        if self._guard.skipped:
-            self.print_to_log_file(f"{self._guard.skipped} steps skipped so far, their gradients were not finite")
         of_task = self.task.alarms(self.logger.get_value("train_losses", step=None), scored)
         for alarm in [*shrunk_alarm(self.bare_network), *of_task]:
             self.print_to_log_file(f"ALARM: {alarm}")
@@ -365,7 +366,7 @@ class PretrainingTrainer(BaseTrainer):
         super().on_epoch_end()
 
     def _metrics(self) -> dict[str, Any]:
-        return {**cast(Scores, self._scores).values, **asdict(self._speed), "skipped_steps": self._guard.skipped}
+        return {**cast(Scores, self._scores).values, **asdict(self._speed)}
 
     @torch.no_grad()
     def _draw(self) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,7 +27,7 @@ from nnunetv2_misfm.checkpoints.checkpoint import (
     write_checkpoint,
 )
 from nnunetv2_misfm.errors import PlanError, UserError, first_line
-from nnunetv2_misfm.files import training_lock
+from nnunetv2_misfm.files import training_lock, write_json, written_whole
 from nnunetv2_misfm.plans.compare import what_a_run_must_keep
 from nnunetv2_misfm.plans.files import LATEST
 from nnunetv2_misfm.plans.run_settings import BLOCK, RunSettings
@@ -159,11 +160,33 @@ class ResumableTrainer(nnUNetTrainer):
         self._put_earlier_run_aside()
         super().on_train_epoch_end(train_outputs)
 
+    @contextmanager
+    def _plans_of_an_earlier_run_stay(self) -> Iterator[None]:
+        """nnU-Net writes plans.json when a training starts, by which the checkpoints that are there would be used."""
+        before = {path: path.read_bytes() for path in self._files_of_plans() if path.is_file() and self._to_put_aside}
+        there = any(Path(self.output_folder).glob("checkpoint_*.pth"))
+        yield
+        for path, content in before.items() if there else ():
+            with written_whole(path) as temporary:
+                temporary.write_bytes(content)
+
+    def _files_of_plans(self) -> list[Path]:
+        return [Path(self.output_folder_base, name) for name in ("plans.json", "dataset.json")]
+
     def _put_earlier_run_aside(self) -> None:
         """Not before there is something to save: a run that cannot start leaves the one before where it is."""
-        if self._to_put_aside and not self.disable_checkpointing:
-            put_aside(Path(self.output_folder), Path(self.log_file))
-            self._to_put_aside = False
+        if not self._to_put_aside or self.disable_checkpointing:
+            return
+        aside = put_aside(Path(self.output_folder), Path(self.log_file))
+        for path, content in zip(self._files_of_plans(), (self.plans_manager.plans, self.dataset_json), strict=True):
+            if aside is not None:
+                shutil.copyfile(path, aside / path.name)
+            write_json(content, path)
+        self._to_put_aside = False
+
+    def _has_saved(self) -> bool:
+        """Whether there is a checkpoint of this run."""
+        return not self._to_put_aside and any(Path(self.output_folder).glob("checkpoint_*.pth"))
 
     # ---------------------------------------------------------------- checkpoint files
 

@@ -6,7 +6,7 @@ A score that is none would make the mean of all later epochs none, by which the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ MOST_IN_A_ROW = 20  # mixed precision skips a few steps at the start, while it l
 
 
 class TrainingDivergedError(UserError, RuntimeError):
-    """Loss or gradients stay non-finite; the message names the checkpoint to go back to and what to change."""
+    """Loss or gradients stay non-finite; the message says where to go back to and what to change."""
 
 
 def finite_score(score: float, earlier: Sequence[float]) -> float:
@@ -28,11 +28,16 @@ def finite_score(score: float, earlier: Sequence[float]) -> float:
 class StepGuard:
     """Keeps a network whole through steps that must not count.
 
+    Args:
+        network: that is trained.
+        advice: what to do when all steps are like that.
+
     Attributes:
         skipped: steps left out so far.
     """
 
-    def __init__(self, network: nn.Module):
+    def __init__(self, network: nn.Module, advice: Callable[[], str]):
+        self._advice = advice
         # BatchNorm takes its statistics from each forward pass, also from one that overflowed.
         self._statistics = [b for b in network.buffers() if b.is_floating_point()]
         self._kept: list[Tensor] = []
@@ -46,7 +51,7 @@ class StepGuard:
 
     @torch.no_grad()
     def accept(self, norm: Tensor) -> bool:
-        """Whether the step counts, by the norm of all gradients; if not, the network's statistics are put back.
+        """Whether the step counts, by the norm of all gradients or the loss; if not, the statistics are put back.
 
         Raises:
             TrainingDivergedError: if too many steps in a row do not count.
@@ -60,7 +65,6 @@ class StepGuard:
         self._in_a_row += 1
         if self._in_a_row > MOST_IN_A_ROW:
             raise TrainingDivergedError(
-                f"Loss or gradients were not finite in {self._in_a_row} steps in a row. The last checkpoint is good: "
-                f"continue from it with --c and a lower -initial_lr."
+                f"Loss or gradients were not finite in {self._in_a_row} steps in a row. {self._advice()}"
             )
         return False

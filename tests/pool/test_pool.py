@@ -30,7 +30,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_misfm.errors import UserError
 from nnunetv2_misfm.files import LockedError
 from nnunetv2_misfm.plans.settings import SettingsError, read_settings
-from nnunetv2_misfm.pool import prepare, stored_image
+from nnunetv2_misfm.pool import cost, prepare, stored_image
 from nnunetv2_misfm.pool.case import remove_temporary_files
 from nnunetv2_misfm.pool.folder import PoolFolder
 from nnunetv2_misfm.pool.inspection import PoolError, find_volumes
@@ -419,6 +419,40 @@ def test_what_cannot_be_used_takes_no_case_of_another_folder_away(tmp_path: Path
     assert make_pool([second]).num_prepared == 2
 
 
+def test_a_copy_that_comes_first_does_not_keep_a_pool_from_being_complete(tmp_path: Path, images: Path) -> None:
+    """Both are there: nothing was moved, and each has its record."""
+    phantoms.write(images / "a.nii.gz", phantoms.mr(0))
+    make_pool([images])
+    copy = tmp_path / "copy" / "images"
+    shutil.copytree(images, copy, copy_function=shutil.copyfile)
+    report = make_pool([copy, images])
+    assert report.complete and report.num_prepared == 1 and len(every_row(report)) == 2
+
+
+def test_arrays_that_nobody_knows_of_are_removed(images: Path) -> None:
+    """A preparation was killed before it wrote down what it had made, and the file was taken away since."""
+    phantoms.write(images / "a.nii.gz", phantoms.mr(0))
+    folder = data_folder(make_pool([images]))
+    before = sorted(path.name for path in folder.iterdir())
+    for path in list(folder.iterdir()):
+        shutil.copy(path, path.with_name(f"ghost-{path.name}"))
+    make_pool([images])
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_the_parts_of_a_job_array_share_the_disk(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(16):
+        phantoms.write(images / f"{number}.nii.gz", phantoms.mr(number))
+    tight = SimpleNamespace(free=0)
+    monkeypatch.setattr(cost.shutil, "disk_usage", lambda _: tight)
+    needed = "volumes and those of the 1 other parts that are not done need about .* kB"
+    with pytest.raises(PoolError, match=needed) as told:
+        make_pool([images], parts=(2, 0))
+    tight.free = 0.75e3 * float(str(told.value).partition("about ")[2].partition(" kB")[0])  # enough for this part
+    with pytest.raises(PoolError, match="those of the 1 other parts"):
+        make_pool([images], parts=(2, 0))
+
+
 def test_images_that_were_moved_keep_their_cases(tmp_path: Path, images: Path) -> None:
     phantoms.write(images / "a.nii.gz", phantoms.mr(0))
     phantoms.write(images / "b.nii.gz", phantoms.mr(1))
@@ -521,9 +555,9 @@ def test_files_that_are_gone_before_they_are_published_are_no_case(
         phantoms.write(images / f"{number}.nii.gz", phantoms.mr(number))
     really = prepare.check_disk
 
-    def interfere(folder: Path, measured: Any, tasks: Any, processes: int) -> str:
+    def interfere(folder: Path, measured: Any, tasks: Any, *counts: int) -> str:
         remove_temporary_files(tasks[0].temporary, measured[0].record.case)
-        return really(folder, measured, tasks, processes)
+        return really(folder, measured, tasks, *counts)
 
     with monkeypatch.context() as patched:
         patched.setattr(prepare, "check_disk", interfere)

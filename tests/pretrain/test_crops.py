@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -125,9 +126,9 @@ def test_no_sample_repeats_across_workers_and_epochs(tmp_path):
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_slices_of_all_processes_make_the_same_batches(tmp_path, world_size):
     pairs = make_pairs(tmp_path, make_pool(tmp_path))
-    whole = fused(list(islice(crop_loader(pairs, 5, 2), 3)))
+    whole = fused(list(islice(crop_loader(pairs, 6, 2), 3)))
     slices = [
-        fused(list(islice(crop_loader(pairs, 5, 2, rank=rank, world_size=world_size), 3))) for rank in range(world_size)
+        fused(list(islice(crop_loader(pairs, 6, 2, rank=rank, world_size=world_size), 3))) for rank in range(world_size)
     ]
     joined = [tuple(torch.cat(parts) for parts in zip(*ranks, strict=True)) for ranks in zip(*slices, strict=True)]
     assert same(whole, joined)
@@ -345,6 +346,19 @@ def test_impossible_pairs_are_an_error(tmp_path, changes):
         make_pairs(tmp_path, ["a"], **changes)
 
 
+def test_nothing_is_read_before_the_first_batch_is_asked_for(tmp_path):
+    """nnU-Net unpacks arrays of its old form after it has made the loaders."""
+    names, messages = make_pool(tmp_path), []
+    away = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    loader = crop_loader(make_pairs(tmp_path, names), 2, 2, num_workers=1, report=messages.append)
+    for path in away:
+        path.write_bytes(b"")
+    time.sleep(1)
+    for path, content in away.items():
+        path.write_bytes(content)
+    assert len(list(islice(loader, 2))) == 2 and messages == []
+
+
 def test_an_empty_pool_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no cases"):
         make_pairs(tmp_path, [])
@@ -352,7 +366,7 @@ def test_an_empty_pool_is_an_error(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"batch_size": 1, "world_size": 2}, {"rank": 1}, {"num_iterations": 0}, {"start_epoch": -1}, {"anisotropy": ()}],
+    [{"batch_size": 3, "world_size": 2}, {"rank": 1}, {"num_iterations": 0}, {"start_epoch": -1}, {"anisotropy": ()}],
 )
 def test_impossible_batches_are_an_error(tmp_path, changes):
     with pytest.raises(ValueError, match="batches"):

@@ -29,6 +29,7 @@ from nnunetv2_misfm.pretrain.task import Scores
 from nnunetv2_misfm.pretrain.volume_fusion import FusionSettings, VolumeFusion
 from nnunetv2_misfm.start_up import add_plugin_folder
 from nnunetv2_misfm.trainers.epoch_clock import EpochClock
+from nnunetv2_misfm.trainers.interrupted_epoch import InterruptedEpoch
 from nnunetv2_misfm.trainers.pretext_data import hold_out
 from nnunetv2_misfm.trainers.step_guard import MOST_IN_A_ROW, StepGuard, TrainingDivergedError
 
@@ -135,12 +136,44 @@ def test_steps_without_finite_gradients_change_nothing_and_are_counted(
 
 
 def test_persistent_overflow_ends_the_run_with_advice() -> None:
-    guard = StepGuard(torch.nn.BatchNorm3d(2))
+    guard = StepGuard(torch.nn.BatchNorm3d(2), lambda: "Take a lower -initial_lr.")
     for _ in range(MOST_IN_A_ROW):
         guard.before_step()
         assert not guard.accept(torch.tensor(torch.nan))
-    with pytest.raises(TrainingDivergedError, match="-initial_lr"):
+    with pytest.raises(TrainingDivergedError, match="21 steps in a row. Take a lower -initial_lr"):
         guard.accept(torch.tensor(torch.inf))
+
+
+def test_the_checkpoint_to_go_on_from_is_named_if_there_is_one(nnunet: Path) -> None:
+    pretrain("Diverging", "--only_prepare")
+    run = made_trainer("Diverging")
+    run.on_train_start()
+    assert run._after_divergence() == "Nothing is saved yet: start again with a lower -initial_lr of misfm_pretrain."
+    run.save_checkpoint(str(run_folder("Diverging") / "checkpoint_latest.pth"))
+    assert run._after_divergence().startswith("The last checkpoint is good: continue from it with --c")
+
+
+@pytest.mark.slow
+def test_an_error_while_crops_are_read_ends_the_command(nnunet: Path) -> None:
+    """Also its workers, which would otherwise be waited for: 15 minutes in which a GPU is taken."""
+    pretrain("Damaged", "--only_prepare")
+    for path in (nnunet / "nnUNet_preprocessed" / NAME / "nnUNetPlans_3d_fullres").glob("*.b2nd"):
+        path.write_bytes(path.read_bytes()[:100])
+    program = "import sys; from nnunetv2_misfm.commands.pretrain import main; main(sys.argv[1:])"
+    words = ["-d", "4", "-p", "Damaged", "-device", "cpu"]
+    environment = {**os.environ, "nnUNet_n_proc_DA": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", program, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 2 and "cannot be used" in done.stderr, done.stderr
+
+
+def test_an_interrupted_epoch_keeps_what_all_processes_have_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    of_two = {True: [[1.0, 2.0], [3.0, 6.0]], False: [[], []]}
+    monkeypatch.setattr(
+        "nnunetv2_misfm.trainers.interrupted_epoch.from_all_processes",
+        lambda one: of_two[isinstance(one[0], float)],
+    )
+    assert InterruptedEpoch.now([1.0, 2.0], torch.device("cpu")).losses == [2.0, 4.0]
 
 
 def test_a_score_that_is_no_number_counts_for_none(nnunet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +200,7 @@ def test_a_run_that_goes_on_keeps_what_it_had_learnt(nnunet: Path) -> None:
 
 
 def test_one_good_step_starts_the_count_again() -> None:
-    guard = StepGuard(torch.nn.BatchNorm3d(2))
+    guard = StepGuard(torch.nn.BatchNorm3d(2), str)
     guard.before_step()
     for _ in range(3):
         for _ in range(MOST_IN_A_ROW):

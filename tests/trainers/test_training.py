@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from nnunet_dataset import NAME, assert_predicted_as_validated
@@ -29,6 +30,7 @@ from nnunetv2_misfm.plans.settings import SettingsError
 from nnunetv2_misfm.start_up import add_plugin_folder
 from nnunetv2_misfm.trainers.base import BaseTrainer
 from nnunetv2_misfm.trainers.metrics_file import read_rows
+from nnunetv2_misfm.trainers.step_guard import TrainingDivergedError
 from nnunetv2_misfm.transfer.transfer import TransferError
 
 CPU = torch.device("cpu")
@@ -477,6 +479,61 @@ def test_new_runs_put_the_checkpoints_of_earlier_ones_aside(nnunet: Path) -> Non
     again = trainer("MisFMTrainer", "nnUNetMisFMPlans")
     again.on_train_start()  # there is nothing to put aside, but --c without a checkpoint ends here as well
     assert "earlier_1/checkpoint_final.pth" in Path(again.log_file).read_text(encoding="utf-8")
+
+
+def test_a_run_that_ends_in_its_first_epoch_leaves_the_plans_of_the_one_before(nnunet: Path) -> None:
+    """By which nnU-Net predicts with the checkpoints that are still there."""
+    plan(*NETWORK, num_epochs=1)
+    trainer("MisFMTrainer", "nnUNetMisFMPlans").run_training()
+    results = run_folder("MisFMTrainer", "nnUNetMisFMPlans")
+    before = (results / "plans.json").read_bytes()
+    plan(*NETWORK, "-spacing", "2", "2", "2", num_epochs=1)
+    new = trainer("MisFMTrainer", "nnUNetMisFMPlans")
+    new.on_train_start()
+    assert (results / "plans.json").read_bytes() == before
+    new.save_checkpoint(str(results / "fold_0" / "checkpoint_latest.pth"))
+    spacing = {
+        path: json.loads(path.read_text(encoding="utf-8"))["configurations"]["3d_fullres"]["spacing"]
+        for path in (results / "plans.json", results / "fold_0" / "earlier_1" / "plans.json")
+    }
+    assert list(spacing.values()) == [[2.0, 2.0, 2.0], [1.0, 1.0, 1.0]]
+
+
+class Skipping:
+    """A gradient scaler as on a GPU: it leaves a step out whose gradients are not finite."""
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None: ...
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        if all(p.grad is None or p.grad.isfinite().all() for group in optimizer.param_groups for p in group["params"]):
+            optimizer.step()
+
+    def update(self) -> None: ...
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_a_forward_pass_that_overflows_does_not_stay_in_the_statistics(nnunet: Path, scaled: bool) -> None:
+    """Of BatchNorm, by which every later prediction would be NaN while the loss looks healthy."""
+    plan(*NETWORK, num_epochs=1)
+    run = trainer("MisFMTrainer", "nnUNetMisFMPlans")
+    run.on_train_start()
+    run.on_train_epoch_start()
+    run.grad_scaler = Skipping() if scaled else None
+    batch = next(run.dataloader_train)
+    damaged = {**batch, "data": batch["data"].clone()}
+    damaged["data"][0, 0, 3, 3, 3] = torch.inf
+    if not scaled:  # the weights are lost
+        with pytest.raises(TrainingDivergedError, match="Nothing is saved yet: start again .* of misfm_plan"):
+            run.train_step(damaged)
+        return
+    outputs = [run.train_step(one) for one in (batch, damaged, batch)]
+    assert all(buffer.isfinite().all() for buffer in run.bare_network.buffers())
+    run.on_train_epoch_end(outputs)
+    assert np.isfinite(run.logger.get_value("train_losses", step=-1)) and run._guard.skipped == 1
+    assert "1 steps skipped so far" in Path(run.log_file).read_text(encoding="utf-8")
 
 
 def test_a_run_does_not_go_on_under_plans_that_make_it_another_one(nnunet: Path) -> None:
