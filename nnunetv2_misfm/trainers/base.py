@@ -351,8 +351,8 @@ class BaseTrainer(ResumableTrainer):
             manager, inputs = self.configuration_manager, self._inputs_of_a_step()
             here = "" if inputs == manager.batch_size else f" ({inputs} inputs of the network in this process)"
             raise PlanError(
-                f"A training step with patch size {list(manager.patch_size)} and batch size {manager.batch_size}{here} "
-                f"needs about {checkpointed / 2**30:.1f} GB even with activation checkpointing; {has} "
+                f"A training step with patch size {list(manager.patch_size)} and batch size {manager.batch_size} "
+                f"needs about {checkpointed / 2**30:.1f} GB even with activation checkpointing{here}; {has} "
                 f"{self._memory_remedy(available / 2**30)}"
             )
         set_checkpointing(self.bare_network, True)
