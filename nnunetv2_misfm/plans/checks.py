@@ -239,9 +239,10 @@ def without_trainer(architecture: Mapping[str, Any]) -> dict[str, Any]:
 
 def check_dataset(dataset_json: Mapping[str, Any], path: Path) -> None:
     """Raise a PlanError unless a dataset.json names its channels, its labels and the number of training cases."""
-    channels = dataset_json.get("channel_names") or dataset_json.get("modality")
-    entries = {"channel_names": channels, "labels": dataset_json.get("labels")}
-    missing = [key for key, value in entries.items() if not (isinstance(value, Mapping) and value)]
+    missing = [] if channel_names(dataset_json) else ["channel_names"]
+    labels = dataset_json.get("labels")
+    if not (isinstance(labels, Mapping) and labels):
+        missing.append("labels")
     if not isinstance(dataset_json.get("numTraining"), int):
         missing.append("numTraining (the number of training cases)")
     if missing:

@@ -197,7 +197,9 @@ class PoolReport:
         if self.tally.mended:
             lines.append(f"Mended while they were read ({self.tally.mended.total()}, see report.csv):")
             lines += [f"  {count} x {what}" for what, count in self.tally.mended.most_common()]
-        if not self.complete:
+        if not self.complete and not self.waits_for:  # all parts are done, and volumes have come or changed since
+            lines.append("Not complete yet: volumes are still to be prepared. Run this again")
+        elif not self.complete:
             numbers = ", ".join(map(str, list(self.waits_for)[:_MOST_NAMED]))
             more = f" and {len(self.waits_for) - _MOST_NAMED} more" if len(self.waits_for) > _MOST_NAMED else ""
             lines.append(f"Not complete yet: parts are still to be prepared (-part_id {numbers}{more})")

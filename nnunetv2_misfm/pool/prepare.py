@@ -106,8 +106,10 @@ def prepare_pool(
             folder.ledger.mark(PREPARED_ALL, inspection.token)
             forget_share(folder.listing, folder.share)
             merged = _merge_if_last(folder, inspection.token, plans, num_processes)
-    waits_for = folder.ledger.waits_for(PREPARED_ALL, inspection.token)
-    report = merged or PoolReport(folder.root, dict(plans), tally, complete=False, waits_for=waits_for)
+    report = merged
+    if report is None:
+        waits_for = folder.ledger.waits_for(PREPARED_ALL, inspection.token)
+        report = PoolReport(folder.root, dict(plans), tally, complete=False, waits_for=waits_for)
     if report.complete and report.num_prepared == 0:
         raise PoolError(
             f"none of the volumes can be used; each and its reason is in {folder.report}\n{report.summary()}"

@@ -125,7 +125,7 @@ class BaseTrainer(ResumableTrainer):
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
         if self.is_ddp:
             self._wrap_for_processes()
-        self._guard = StepGuard(self.network, self._after_divergence)
+        self._guard = StepGuard(self._model, self._after_divergence)
         self.loss = self._build_loss()
         self.dataset_class = infer_dataset_class(self.preprocessed_dataset_folder)
         self.was_initialized = True
@@ -151,11 +151,12 @@ class BaseTrainer(ResumableTrainer):
         return network
 
     def _make_head(self) -> None:
-        """Make what is trained beside the network; the optimiser comes next."""
+        """Make what is trained, the network and what is beside it; the optimiser comes next."""
+        self._model: nn.Module = self.network
 
     def _wrap_for_processes(self) -> None:
         """Wrap what is trained for several processes."""
-        self.network = wrap(self.network, self.device, some_unused=False)
+        self._model = self.network = wrap(self.network, self.device, some_unused=False)
 
     def on_epoch_start(self) -> None:
         """As in nnU-Net; each epoch has random streams of its own, so that a resumed run draws what it would have."""

@@ -23,6 +23,11 @@ _CHECKPOINTS = "checkpoint_*.pth"
 _OF_A_RUN = (_CHECKPOINTS, METRICS, PAGE, "*.png", PICTURES, "validation", "training_log_*.txt")
 
 
+def has_checkpoints(folder: Path) -> bool:
+    """Whether there is anything to continue or lose."""
+    return any(folder.glob(_CHECKPOINTS))
+
+
 def left_by_earlier_runs(folder: Path) -> list[str]:
     """The checkpoints in a folder, also those that were ever put aside there, by their paths in it."""
     found = (*folder.glob(_CHECKPOINTS), *folder.glob(f"earlier_*/{_CHECKPOINTS}"))

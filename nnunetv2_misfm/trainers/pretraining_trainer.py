@@ -42,7 +42,7 @@ from nnunetv2_misfm.trainers.pretext_data import (
     pretext_dataset_json,
 )
 from nnunetv2_misfm.trainers.run_page import PICTURES, STOPPED, update_run_page
-from nnunetv2_misfm.trainers.step_guard import StepGuard, finite_score
+from nnunetv2_misfm.trainers.step_guard import finite_score
 from nnunetv2_misfm.trainers.stop_request import BY_SIGNAL, StopRequest
 
 _MOST_EPOCHS_LOST = 5  # by a crash
@@ -117,13 +117,8 @@ class PretrainingTrainer(BaseTrainer):
 
     # ---------------------------------------------------------------- network
 
-    def initialize(self) -> None:
-        """As in the base class."""
-        super().initialize()
-        self._guard = StepGuard(self._model, self._after_divergence)
-
     def _make_head(self) -> None:
-        self._model: nn.Module = self._with_head(self.network).to(self.device)
+        self._model = self._with_head(self.network).to(self.device)
 
     def _with_head(self, network: nn.Module) -> PretextNetwork:
         return PretextNetwork(network, self.task, self.num_input_channels)

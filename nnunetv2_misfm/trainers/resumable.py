@@ -33,6 +33,7 @@ from nnunetv2_misfm.plans.files import LATEST
 from nnunetv2_misfm.plans.run_settings import BLOCK, RunSettings
 from nnunetv2_misfm.trainers.checkpoint_files import (
     PREVIOUS,
+    has_checkpoints,
     kept,
     left_by_earlier_runs,
     put_aside,
@@ -164,7 +165,7 @@ class ResumableTrainer(nnUNetTrainer):
     def _plans_of_an_earlier_run_stay(self) -> Iterator[None]:
         """nnU-Net writes plans.json when a training starts, by which the checkpoints that are there would be used."""
         before = {path: path.read_bytes() for path in self._files_of_plans() if path.is_file() and self._to_put_aside}
-        there = any(Path(self.output_folder).glob("checkpoint_*.pth"))
+        there = has_checkpoints(Path(self.output_folder))
         yield
         for path, content in before.items() if there else ():
             with written_whole(path) as temporary:
@@ -186,7 +187,7 @@ class ResumableTrainer(nnUNetTrainer):
 
     def _has_saved(self) -> bool:
         """Whether there is a checkpoint of this run."""
-        return not self._to_put_aside and any(Path(self.output_folder).glob("checkpoint_*.pth"))
+        return not self._to_put_aside and has_checkpoints(Path(self.output_folder))
 
     # ---------------------------------------------------------------- checkpoint files
 

@@ -258,14 +258,15 @@ def _changed_cases(folder: Path, record: Mapping[str, Any]) -> tuple[Path, list[
     if "shared_with" in record:
         source = folder.with_name(record["shared_with"])
         before, now = _sizes(record["files"]), _sizes(listing(source))
-        changed = [name for name, size in before.items() if now.get(name) != size]
+        there, changed = bool(now), [name for name, size in before.items() if now.get(name) != size]
     else:
         source = Path(os.environ.get("nnUNet_raw", ""), folder.parent.name)
         made_from = record.get("raw", {})
-        now = {name: 0 for name in made_from if (source / name).is_file()}
-        changed = [name for name, marks in made_from.items() if name not in now or _is_changed(source / name, marks)]
+        gone = [name for name in made_from if not (source / name).is_file()]
+        there = len(gone) < len(made_from)
+        changed = gone + [name for name in made_from.keys() - gone if _is_changed(source / name, made_from[name])]
     # Where nothing is left, the files lie elsewhere now.
-    return source, sorted(changed) if now else []
+    return source, sorted(changed) if there else []
 
 
 def check_data_unchanged(folder: Path, plans: Mapping[str, Any], configuration: str) -> None:

@@ -265,13 +265,8 @@ def _architecture(
         if request.network == "pretrained":
             return _held_architecture(source)
         _check_same_kind(planned, source, request)
-    of_plans = planned["network_class_name"]
-    if network == "plan" and source is not None and _network_of(source) and own_network_name(of_plans) is None:
-        if names_in_class(of_plans) is not None:  # a class of one's own may hold a network of this package
-            raise PlanError(
-                f"{source.path} holds a {source.network_name}, which -network plan cannot use: the dataset's plans "
-                f"name a {of_plans.rpartition('.')[2]}. Leave -network out."
-            )
+    if network == "plan" and source is not None:
+        _check_not_ours(planned, source)
     if network in (None, "plan"):
         remarks += (f"{name}: {remark}" for remark in _about_activations(planned, source))
         return planned
@@ -355,6 +350,16 @@ def _check_same_kind(planned: Mapping[str, Any], source: Source, request: PlanRe
         f"nnUNetv2_plan_experiment -d {request.dataset or 'ID'}{command}, then misfm_plan with -p {plans_name}; or "
         f"train the checkpoint's own network with -network pretrained."
     )
+
+
+def _check_not_ours(planned: Mapping[str, Any], source: Source) -> None:
+    """Refuse weights of a network of this package for plans of one of nnU-Net's; a class of one's own may hold ours."""
+    wanted = planned["network_class_name"]
+    if _network_of(source) and own_network_name(wanted) is None and names_in_class(wanted) is not None:
+        raise PlanError(
+            f"{source.path} holds a {source.network_name}, which -network plan cannot use: the dataset's plans name a "
+            f"{wanted.rpartition('.')[2]}. Leave -network out."
+        )
 
 
 def _network_of(source: Source | None) -> str | None:

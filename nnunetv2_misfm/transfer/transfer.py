@@ -58,8 +58,10 @@ def transfer(
     """
     settings = settings or FinetuningSettings()
     names = names_of(target, rebuilt)
-    if _num_found(source.whole, source, target, names) > _num_found(source.weights, source, target, names):
-        source = replace(source, weights=dict(source.whole), kind=None, info=None, unused={})
+    if source.whole:
+        whole, known = (_num_found(one, source, target, names) for one in (source.whole, source.weights))
+        if whole > known:
+            source = replace(source, weights=dict(source.whole), kind=None, info=None, unused={})
     fit = _Fitting(source, target, names, settings, channels)
     entries = fit.take_parameters()
     without_statistics = fit.take_statistics()

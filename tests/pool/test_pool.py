@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import errno
 import json
 import os
@@ -438,6 +439,15 @@ def test_arrays_that_nobody_knows_of_are_removed(images: Path) -> None:
         shutil.copy(path, path.with_name(f"ghost-{path.name}"))
     make_pool([images])
     assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_a_pool_that_waits_for_no_part_names_none(images: Path) -> None:
+    """All parts are done, and volumes have changed since."""
+    phantoms.write(images / "a.nii.gz", phantoms.mr(0))
+    report = dataclasses.replace(make_pool([images]), complete=False)
+    assert report.summary().endswith("Not complete yet: volumes are still to be prepared. Run this again")
+    waiting = dataclasses.replace(report, waits_for=dict.fromkeys(range(12), False))
+    assert waiting.summary().endswith("(-part_id 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 2 more)")
 
 
 def test_the_parts_of_a_job_array_share_the_disk(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
