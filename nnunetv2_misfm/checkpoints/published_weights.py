@@ -169,7 +169,7 @@ def _our_fmunet_key(key: str) -> str:
     raise KeyError(f"{key!r} is not a key of the published FMUNet")
 
 
-def import_published(source: Path, target: Path, stems: Sequence[int] = DEGREES_OF_ANISOTROPY) -> CheckpointInfo:
+def import_published(source: Path, target: Path, stems: Sequence[int]) -> CheckpointInfo:
     """Write a published MIS-FM file as a checkpoint of ours.
 
     Args:

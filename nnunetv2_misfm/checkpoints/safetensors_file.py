@@ -40,7 +40,7 @@ def write_safetensors(
     info: CheckpointInfo,
     path: str | os.PathLike[str],
     trained_parts: Collection[str],
-    channels: Collection[str] = (),
+    channels: Collection[str],
 ) -> None:
     """Write weights, each parameter once, with their description, and the names of the image channels, in the metadata.
 

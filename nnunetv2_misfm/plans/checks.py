@@ -62,13 +62,13 @@ def check_plans_name(name: str) -> None:
         )
 
 
-def check_replaceable(path: Path, task: str, configurations: Collection[str] | None = None) -> dict[str, Any] | None:
+def check_replaceable(path: Path, task: str, configurations: Collection[str]) -> dict[str, Any] | None:
     """The plans at `path` if they are ours for this task, None if there is no file.
 
     Args:
         path: of the plans.
         task: of the run settings that they must have.
-        configurations: those that are replaced and have to be complete; None for all. Others may be the user's own.
+        configurations: those that are replaced and have to be complete; others may be the user's own.
 
     Raises:
         PlanError: if the file is anything else, which must not be overwritten.

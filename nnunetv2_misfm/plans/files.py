@@ -88,13 +88,13 @@ def read_dataset_json(dataset_folder: Path) -> dict[str, Any]:
     return content
 
 
-def read_plans(dataset_folder: Path, plans_name: str, configurations: Collection[str] | None = None) -> dict[str, Any]:
+def read_plans(dataset_folder: Path, plans_name: str, configurations: Collection[str]) -> dict[str, Any]:
     """A plans file of a dataset, as plans of that dataset: one that was copied from another dataset is told of.
 
     Args:
         dataset_folder: in nnUNet_preprocessed.
         plans_name: of the file.
-        configurations: that will be used and have to be complete; None for all.
+        configurations: that will be used and have to be complete.
 
     Raises:
         PlanError: if it is missing or damaged; the message lists the plans there are.

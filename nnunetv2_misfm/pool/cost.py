@@ -39,7 +39,7 @@ def typical_first(tasks: Sequence[CaseTask]) -> list[CaseTask]:
 
 
 def check_disk(
-    folder: Path, measured: Sequence[CaseResult], tasks: Sequence[CaseTask], num_processes: int, num_parts: int = 1
+    folder: Path, measured: Sequence[CaseResult], tasks: Sequence[CaseTask], num_processes: int, num_parts: int
 ) -> str:
     """Tell time and disk for the rest of the tasks from those measured.
 

@@ -90,7 +90,7 @@ class Listing:
             groups[:] = [group for group in kept if group.files]
 
 
-def list_archive(folders: Sequence[Path], join_channels: bool = True, bundles: range = WHOLE.bundles) -> Listing:
+def list_archive(folders: Sequence[Path], join_channels: bool, bundles: range = WHOLE.bundles) -> Listing:
     """List volume files below the folders in a fixed order; symbolic links are followed, loops once.
 
     Every name is looked at; no file is opened.

@@ -77,7 +77,7 @@ def start_pool(folder: PoolFolder, inspection: PoolInspection, plans: Mapping[st
 
 
 def prepare_pool(
-    folder: PoolFolder, inspection: PoolInspection, plans: Mapping[str, Any], num_processes: int = 1
+    folder: PoolFolder, inspection: PoolInspection, plans: Mapping[str, Any], num_processes: int
 ) -> PoolReport:
     """Preprocess the volumes of an inspection into the pool that `plans` describe, or continue doing so.
 

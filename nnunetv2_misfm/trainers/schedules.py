@@ -50,7 +50,7 @@ class Stage:
         return self.encoder_factor == 0
 
 
-def stage_at(schedule: str, epoch: int, num_epochs: int, part: float = 1.0) -> Stage:
+def stage_at(schedule: str, epoch: int, num_epochs: int, part: float) -> Stage:
     """The stage of `schedule` at an iteration.
 
     Args:
@@ -131,10 +131,6 @@ class StagedSchedule:
         for group in self.optimizer.param_groups:
             factor = self.stage.encoder_factor if group["name"] == "encoder" else self.stage.decoder_factor
             group["lr"] = self.initial_lr * factor * group["lr_scale"]
-
-    def get_last_lr(self) -> list[float]:
-        """The learning rate of each parameter group."""
-        return [group["lr"] for group in self.optimizer.param_groups]
 
 
 def _poly(epoch: float, num_epochs: float) -> float:

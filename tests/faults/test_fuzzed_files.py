@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from nnunetv2_misfm.architectures import PCTNet
-from nnunetv2_misfm.architectures.resolution import strides_of
+from nnunetv2_misfm.architectures.resolution import DEGREES_OF_ANISOTROPY, strides_of
 from nnunetv2_misfm.checkpoints.checkpoint import CheckpointInfo, write_checkpoint
 from nnunetv2_misfm.checkpoints.published_weights import import_published
 from nnunetv2_misfm.checkpoints.safetensors_file import write_safetensors
@@ -45,7 +45,7 @@ def checkpoint_bytes(folder: Path, kind: str) -> bytes:
                           preprocessing, {})  # fmt: skip
     path = folder / f"valid.{'safetensors' if kind == 'safetensors' else 'pth'}"
     if kind == "safetensors":
-        write_safetensors(weights, info, path, ["stem", "encoder", "decoder"])
+        write_safetensors(weights, info, path, ["stem", "encoder", "decoder"], [])
     elif kind == "published":
         torch.save({"model_state_dict": {"embeddings.0.proj.weight": torch.zeros(4, 1, 3, 3, 3)}}, path)
     else:
@@ -108,7 +108,7 @@ def fuzz_checkpoints(folder: Path, kind: str, count: int) -> int:
         inside = kind != "safetensors" and number % 2 == 0
         path.write_bytes(repacked(valid, generator) if inside else mutated(valid, generator))
         if kind == "published":
-            refused += must_be_one_error(lambda: import_published(path, target))
+            refused += must_be_one_error(lambda: import_published(path, target, DEGREES_OF_ANISOTROPY))
             target.unlink(missing_ok=True)
         else:
             refused += must_be_one_error(lambda: read_source(path) and load_network(path))
@@ -187,7 +187,7 @@ def fuzz_plans(folder: Path, count: int) -> int:
         (folder / "P.json").write_text(text, encoding="utf-8")
 
         def read() -> None:
-            run_settings(read_plans(folder, "P"), FinetuningSettings)
+            run_settings(read_plans(folder, "P", ["3d_fullres"]), FinetuningSettings)
 
         refused += must_be_one_error(read)
     return refused

@@ -112,8 +112,8 @@ def test_every_file_belongs_to_one_part(tmp_path: Path) -> None:
         (tmp_path / f"patient{number}").mkdir()
         for slice_number in range(3):
             (tmp_path / f"patient{number}" / f"{slice_number}.dcm").touch()
-    whole = list_archive([tmp_path])
-    shares = [list_archive([tmp_path], bundles=Share(7, part).bundles) for part in range(7)]
+    whole = list_archive([tmp_path], True)
+    shares = [list_archive([tmp_path], True, bundles=Share(7, part).bundles) for part in range(7)]
     files = [[f.path for groups in one.groups.values() for g in groups for f in g.files] for one in [whole, *shares]]
     assert sorted(files[0]) == sorted(sum(files[1:], [])) and len(files[0]) == 160
     assert all(10 < len(share) < 45 for share in files[1:])  # the huge folder is shared as well
@@ -125,10 +125,10 @@ def test_every_file_belongs_to_one_part(tmp_path: Path) -> None:
 def test_shares_do_not_depend_on_what_else_there_is(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.nii.gz").touch()
-    before = set(list_archive([tmp_path]).groups)
+    before = set(list_archive([tmp_path], True).groups)
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "y.nii.gz").touch()
-    assert before < set(list_archive([tmp_path]).groups)
+    assert before < set(list_archive([tmp_path], True).groups)
     assert max(before) < BUNDLES
 
 
@@ -377,7 +377,7 @@ def test_the_archive_is_listed_once_for_all_parts(tmp_path: Path, monkeypatch: p
     (scans[0] / "d\udce9.nii.gz").touch()
     kept.mkdir()
     shares = [Share(4, part) for part in range(4)]
-    expected = [list_archive(scans, bundles=share.bundles) for share in shares]
+    expected = [list_archive(scans, True, bundles=share.bundles) for share in shares]
     first = list_share(kept, shares[2], scans, True)
     monkeypatch.setattr(ArchiveLister, "run", lambda _: pytest.fail("the archive is listed again"))
     assert [list_share(kept, share, scans, True) for share in shares] == expected and first == expected[2]

@@ -738,7 +738,7 @@ def test_another_patch_or_network_is_no_other_pool(images: Path) -> None:
     names = (DATASET, PLANS, CONFIGURATION)
     geometry = find_geometry(inspection, settings, CONFIGURATION, existing_plans(DATASET, PLANS) or {})
     plans = plan_pool(inspection, settings, geometry, *names, (8, 8, 8), 7, ARCHITECTURE, {"seed": 2})
-    prepare_pool(PoolFolder(*names), inspection, plans)
+    prepare_pool(PoolFolder(*names), inspection, plans, 1)
     written = json.loads(
         (Path(os.environ["nnUNet_preprocessed"]) / DATASET / f"{PLANS}.json").read_text(encoding="utf-8")
     )
@@ -930,7 +930,7 @@ def test_with_the_plans_of_another_dataset_cases_are_those_nnunet_makes(
     inspection = find_volumes([images])
     source = source_plans(image_reader_writer=reader)
     plans = adopt_plans(source, configuration, PoolSettings(), DATASET, PLANS)
-    report = prepare_pool(PoolFolder(DATASET, PLANS, configuration), inspection, plans)
+    report = prepare_pool(PoolFolder(DATASET, PLANS, configuration), inspection, plans, 1)
     manager = PlansManager(source)
     expected, _, _ = DefaultPreprocessor(verbose=False).run_case(
         [str(path)], None, manager, manager.get_configuration(configuration), {}
@@ -942,10 +942,10 @@ def test_with_the_plans_of_another_dataset_cases_are_those_nnunet_makes(
 def test_other_plans_on_an_existing_pool_are_an_error(images: Path) -> None:
     phantoms.write(images / "a.nii.gz", phantoms.ct())
     inspection, folder, source = find_volumes([images]), PoolFolder(DATASET, PLANS, CONFIGURATION), source_plans()
-    prepare_pool(folder, inspection, adopt_plans(source, CONFIGURATION, PoolSettings(), DATASET, PLANS))
+    prepare_pool(folder, inspection, adopt_plans(source, CONFIGURATION, PoolSettings(), DATASET, PLANS), 1)
     source["configurations"][CONFIGURATION]["spacing"] = [3.0, 3.0, 3.0]
     with pytest.raises(PoolError, match=r"spacing: \[2.0, 1.5, 1.0\] there, \[3.0, 3.0, 3.0\] now"):
-        prepare_pool(folder, inspection, adopt_plans(source, CONFIGURATION, PoolSettings(), DATASET, PLANS))
+        prepare_pool(folder, inspection, adopt_plans(source, CONFIGURATION, PoolSettings(), DATASET, PLANS), 1)
 
 
 def test_the_geometry_is_known_before_a_network_is_chosen(images: Path) -> None:

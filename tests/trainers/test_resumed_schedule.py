@@ -44,7 +44,8 @@ def traced(run: Any, trace: Trace, folder: Path | None = None) -> None:
             if isinstance(module, torch.nn.BatchNorm3d) and not module.training
         ]
         weights = sum(float(value.double().abs().sum()) for value in run.bare_network.state_dict().values())
-        trace.append((run.lr_scheduler.stage.name, run.lr_scheduler.get_last_lr(), frozen, weights))
+        rates = [group["lr"] for group in run.optimizer.param_groups]
+        trace.append((run.lr_scheduler.stage.name, rates, frozen, weights))
         with torch.no_grad():
             run.on_validation_epoch_start()
             run.on_validation_epoch_end([run.validation_step(next(run.dataloader_val))])

@@ -101,16 +101,14 @@ def _colour(summary: Summary, arm: str) -> str:
     return COLOURS[[known.name for known in summary.arms].index(arm) % len(COLOURS)]
 
 
-def case_picture(
-    image: Path, segmentations: Sequence[Path], reader: BaseReaderWriter, ignored: int | None = None
-) -> str:
+def case_picture(image: Path, segmentations: Sequence[Path], reader: BaseReaderWriter, ignored: int | None) -> str:
     """The slice of a case with most of its truth, once for each segmentation, as the data URI of a PNG.
 
     Args:
         image: first channel of the case.
         segmentations: the truth first.
         reader: nnU-Net's of the dataset.
-        ignored: the label of voxels that nobody has annotated.
+        ignored: the label of voxels that nobody has annotated, if there is one.
     """
     images, properties = reader.read_images([str(image)])
     voxels, (_, height, width) = images[0], properties["spacing"]

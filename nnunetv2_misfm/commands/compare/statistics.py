@@ -67,7 +67,7 @@ def confidence_for(comparisons: int) -> float:
     return 1 - (1 - CONFIDENCE) / max(1, comparisons)
 
 
-def seeds_needed(values: Sequence[float], confidence: float = CONFIDENCE) -> int | None:
+def seeds_needed(values: Sequence[float], confidence: float) -> int | None:
     """How many fresh seeds would show a difference as large as this one, spread as it is.
 
     Fresh, because seeds that are added to those which the number is worked out from find differences that are not there

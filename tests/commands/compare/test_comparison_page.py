@@ -309,7 +309,7 @@ def test_a_case_is_shown_with_the_outline_of_each_label(
             (tmp_path / f"{name.removesuffix('_0000')}.json").write_text('{"spacing": [1, 1, 1]}', encoding="utf-8")
         else:
             sitk.WriteImage(sitk.GetImageFromArray(voxels), str(files[-1]))
-    uri = case_picture(files[0], files[1:], reader())
+    uri = case_picture(files[0], files[1:], reader(), ignored=None)
     pixels = plt.imread(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
     red = (pixels[..., 0] > 0.8) & (pixels[..., 1] < 0.4) & (pixels[..., 3] > 0.9)
     half = pixels.shape[1] // 2

@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from nnunetv2_misfm.commands.compare.statistics import (
+    CONFIDENCE,
     confidence_for,
     epochs_to_end,
     equal_labels,
@@ -63,7 +64,7 @@ def test_so_many_fresh_seeds_show_a_difference_four_times_out_of_five() -> None:
     """By trying it out: with one seed fewer it is shown less often."""
     draw = np.random.default_rng(0)
     for values in ([1.0, 2.0, 3.0], [-1.0, 1.0, 3.0]):
-        needed = seeds_needed(values)
+        needed = seeds_needed(values, CONFIDENCE)
         assert needed is not None
         shown = {}
         for seeds in (needed - 1, needed):
@@ -71,12 +72,12 @@ def test_so_many_fresh_seeds_show_a_difference_four_times_out_of_five() -> None:
             errors = trials.std(1, ddof=1) / math.sqrt(seeds)
             shown[seeds] = np.mean(trials.mean(1) > stats.t.ppf(0.975, seeds - 1) * errors)
         assert shown[needed - 1] < 0.81 and shown[needed] > 0.79
-    assert seeds_needed([2.0, 2.0]) == 2
+    assert seeds_needed([2.0, 2.0], CONFIDENCE) == 2
 
 
 @pytest.mark.parametrize("values", [[1.0], [-1.0, 1.0], [-10.0, 10.01]], ids=["one seed", "level", "too small"])
 def test_how_many_more_seeds_cannot_always_be_told(values: list[float]) -> None:
-    assert seeds_needed(values) is None
+    assert seeds_needed(values, CONFIDENCE) is None
 
 
 def test_labels_saved_are_read_off_the_baseline_on_a_logarithmic_scale() -> None:
