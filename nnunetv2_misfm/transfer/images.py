@@ -64,7 +64,25 @@ def change_spacing(configuration: dict[str, Any], spacing: list[float]) -> str:
         configuration["patch_size"] = [
             int(min(n, most)) for n, most in zip(configuration["patch_size"], largest, strict=True)
         ]
-    return f"spacing {_rounded(before)} becomes {_rounded(spacing)} mm; patch size {configuration['patch_size']}"
+    slices, new_slices = _slice_axis(before), _slice_axis(spacing)
+    turned = (
+        ""
+        if None in (slices, new_slices) or slices == new_slices
+        else (
+            f"; its slices are thick along axis {slices}, but {new_slices} is the coarse one now: -spacing begins with the "
+            f"slice axis"
+        )
+    )
+    return (
+        f"spacing {_rounded(before)} becomes {_rounded(spacing)} mm; patch size {configuration['patch_size']}{turned}"
+    )
+
+
+def _slice_axis(spacing: Sequence[float]) -> int | None:
+    """Where slices are thick in nnU-Net's sense; None where no axis is."""
+    from nnunetv2.configuration import ANISO_THRESHOLD
+
+    return list(spacing).index(max(spacing)) if max(spacing) / min(spacing) > ANISO_THRESHOLD else None
 
 
 def keep_normalisation(

@@ -26,6 +26,7 @@ from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import locked
 from nnunetv2_misfm.plans.network_entry import NETWORKS, PLAIN_UNET, UNET_ARGUMENTS, UNET_CLASSES, architecture_entry
 from nnunetv2_misfm.transfer.arrays import changed_since, check_data_unchanged
+from nnunetv2_misfm.transfer.images import change_spacing
 from nnunetv2_misfm.transfer.memory_target import MemoryBudget, MisFMPlanner
 
 DATASET = "Dataset004_Small"
@@ -599,6 +600,12 @@ def test_the_spacing_can_be_the_checkpoints_or_any(nnunet: Path, tmp_path: Path)
     plan_main(["-d", "4", "-spacing", "8", "1", "1", "-overwrite_plans_name", "Thick", "--no_pp"])
     anisotropic = plans(nnunet, "Thick")["configurations"]["3d_fullres"]
     assert anisotropic["architecture"]["arch_kwargs"]["strides"] == strides_of(2)
+
+
+@pytest.mark.parametrize(("spacing", "turned"), [([1.0, 1.0, 8.0], True), ([9.0, 2.0, 2.0], False), ([2.0] * 3, False)])
+def test_thick_slices_along_another_axis_than_before_are_named(spacing: list[float], turned: bool) -> None:
+    entry = {"spacing": [8.0, 1.0, 1.0], "patch_size": [8, 64, 64]}
+    assert ("thick along axis 0, but 2 is the coarse one now" in change_spacing(entry, spacing)) == turned
 
 
 def test_plans_with_the_same_preprocessing_share_its_arrays(nnunet: Path, capsys: pytest.CaptureFixture[str]) -> None:
