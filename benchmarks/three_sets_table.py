@@ -189,15 +189,18 @@ def draw_differences(results: Sequence[Result], path: Path) -> None:
 
 
 def draw_set(axis: Axes, results: Sequence[Result], rows: Sequence[tuple[str, str]]) -> None:
-    """The differences of one set, in a colour for each length and number of labelled patients."""
+    """The differences of one set: a colour for each length and its draws, full dots for the most labelled patients."""
     lines = [
         (of, labelled)
         for of in sorted(results, key=lambda of: (of.iterations, of.fresh))
         for labelled in sorted({one["labelled"] for one in of.differences()})
     ]
+    runs = list(dict.fromkeys((of.iterations, of.fresh) for of, _ in lines))
+    most = max(labelled for _, labelled in lines)
     axis.axvline(0, color="black", linewidth=1)
     for number, (of, labelled) in enumerate(lines):
-        colour = plt.get_cmap("viridis_r")((number + 1) / len(lines))
+        colour = plt.get_cmap("viridis_r")((runs.index((of.iterations, of.fresh)) + 1) / len(runs))
+        dot: dict = {"color": colour, "markersize": 5, "markerfacecolor": colour if labelled == most else "white"}
         # Lines of one row lie below each other, as in the legend.
         below = 0.7 * ((number + 0.5) / len(lines) - 0.5)
         title = f"{of.iterations:,} iterations, {labelled} labelled{', fresh draws' if of.fresh else ''}"
@@ -205,8 +208,8 @@ def draw_set(axis: Axes, results: Sequence[Result], rows: Sequence[tuple[str, st
             if one["labelled"] == labelled and one["low"] is not None:
                 y = rows.index(task_and_pool(one)) + below
                 axis.plot((one["low"], one["high"]), (y, y), color=colour, linewidth=2, alpha=0.6)
-                axis.plot(one["difference"], y, "o", color=colour, markersize=5)
-        axis.plot([], [], "o-", color=colour, label=title)
+                axis.plot(one["difference"], y, "o", **dot)
+        axis.plot([], [], "o-", label=title, **dot)
 
 
 def task_and_pool(difference: dict) -> tuple[str, str]:
