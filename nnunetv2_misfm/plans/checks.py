@@ -195,7 +195,7 @@ def configuration_3d(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
     of_plans = f"of the plans {plans['plans_name']} of {plans['dataset_name']}"
     if name not in plans["configurations"]:
         known = ", ".join(plans["configurations"])
-        raise PlanError(f"There is no configuration {name!r} {of_plans}. Choose one with -c: {known}.")
+        raise PlanError(f"There is no configuration {name!r} {of_plans}. Choose one of {known}.")
     try:
         resolved: dict[str, Any] = deepcopy(PlansManager(dict(plans)).get_configuration(name).configuration)
     except RuntimeError as error:  # a network of before nnU-Net 2.4 that nnU-Net cannot translate
