@@ -64,18 +64,14 @@ def change_spacing(configuration: dict[str, Any], spacing: list[float]) -> str:
         configuration["patch_size"] = [
             int(min(n, most)) for n, most in zip(configuration["patch_size"], largest, strict=True)
         ]
-    slices, new_slices = _slice_axis(before), _slice_axis(spacing)
-    turned = (
-        ""
-        if None in (slices, new_slices) or slices == new_slices
-        else (
-            f"; its slices are thick along axis {slices}, but {new_slices} is the coarse one now: -spacing begins with the "
-            f"slice axis"
+    said = f"spacing {_rounded(before)} becomes {_rounded(spacing)} mm; patch size {configuration['patch_size']}"
+    coarse, coarse_before = _slice_axis(spacing), _slice_axis(before)
+    if coarse is not None and coarse_before not in (None, coarse):
+        said += (
+            f"; its slices are thick along axis {coarse_before}, but {coarse} is the coarse one now: -spacing begins "
+            "with the slice axis"
         )
-    )
-    return (
-        f"spacing {_rounded(before)} becomes {_rounded(spacing)} mm; patch size {configuration['patch_size']}{turned}"
-    )
+    return said
 
 
 def _slice_axis(spacing: Sequence[float]) -> int | None:
