@@ -21,7 +21,7 @@ from nnunetv2_misfm.plans.files import FINAL
 
 EXPORTED = "model.safetensors"
 """The name of our exported checkpoints."""
-_OF_VERSION_1 = ".model"  # nnU-Net v1's checkpoints, with a pickle beside each
+_OF_NNUNET_V1 = ".model"  # nnU-Net v1's checkpoints, with a pickle beside each
 _USUAL_FILES = (EXPORTED, FINAL)
 _NAME = re.compile(r"hf:(?://)?(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>[^:]+))?(?::(?P<file>.+))?")
 _ADDRESS = re.compile(
@@ -85,7 +85,7 @@ def download(name: str) -> HubFile:
         file, path = repository.checkpoint()
     commit = path.parts[-1 - len(Path(file).parts)]
     if file != EXPORTED and repository.is_reached:
-        described_by = f"{Path(file).name}.pkl" if file.endswith(_OF_VERSION_1) else ADAPTATION_FILE
+        described_by = f"{Path(file).name}.pkl" if file.endswith(_OF_NNUNET_V1) else ADAPTATION_FILE
         if not path.with_name(described_by).is_file():
             with suppress(CheckpointError):  # the weights are there already, and tell most of it themselves
                 _Repository(repository.name, commit).fetch(str(Path(file).with_name(described_by)))

@@ -33,11 +33,11 @@ from nnunetv2_misfm.checkpoints.foreign import FMUNET, GENERIC_UNET, PCTNET, PUB
 from nnunetv2_misfm.checkpoints.hub import download, is_hub_name
 from nnunetv2_misfm.checkpoints.names import LEARNING_PARTS, SEG_LAYERS, Names, names_in_class
 from nnunetv2_misfm.checkpoints.nnssl import ADAPTATION, ADAPTATION_FILE
+from nnunetv2_misfm.checkpoints.nnunet_v1 import init_args_beside
 from nnunetv2_misfm.checkpoints.own_weights import describe_own
 from nnunetv2_misfm.checkpoints.published_weights import read_published
 from nnunetv2_misfm.checkpoints.safetensors_file import is_safetensors, read_safetensors
 from nnunetv2_misfm.checkpoints.state_dicts import Found, find_weights
-from nnunetv2_misfm.checkpoints.version_1 import init_args_beside
 from nnunetv2_misfm.files import json_or_nothing
 from nnunetv2_misfm.plans.network_entry import DECODER, NETWORKS, own_class
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from itertools import chain, repeat
 from pathlib import Path
@@ -14,7 +15,6 @@ import torch
 import torch.distributed as dist
 from batchgenerators.utilities.file_and_folder_operations import save_json
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
-from nnunetv2.utilities.helpers import dummy_context
 from torch import Tensor, autocast, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
@@ -243,7 +243,7 @@ class PretrainingTrainer(BaseTrainer):
         self._use_stem(batch.anisotropy)
         with torch.no_grad():
             data, target = self.task.make(batch, self.device)
-        with autocast(self.device.type, enabled=True) if self.device.type == "cuda" else dummy_context():
+        with autocast(self.device.type, enabled=True) if self.device.type == "cuda" else nullcontext():
             outputs = self._model(data, target)
             loss = self.loss(outputs, target)
         return outputs, target, loss

@@ -200,27 +200,12 @@ class MisFMPlanner(ExperimentPlanner):
         return int(network.compute_conv_feature_map_size(patch_size))
 
     def sizes_for(self, configuration: Mapping[str, Any]) -> dict[str, Any]:
-        """A 3D configuration of a plans file, planned anew for its spacing."""
+        """A 3D configuration as nnU-Net plans it for its spacing; patch and batch fit the budget's network."""
         median = configuration["median_image_size_in_voxels"]
         voxels = float(np.prod(median, dtype=np.float64)) * self.dataset_json["numTraining"]
         name = configuration["data_identifier"]
-        return self.get_plans_for_configuration(configuration["spacing"], median, name, voxels, {})
-
-    def get_plans_for_configuration(
-        self,
-        spacing: Sequence[float],
-        median_shape: Sequence[float],
-        data_identifier: str,
-        approximate_n_voxels_dataset: float,
-        _cache: dict,
-    ) -> dict[str, Any]:
-        """As in nnU-Net; patch and batch size of a 3D configuration are fitted to the budget's network."""
-        plan: dict[str, Any] = super().get_plans_for_configuration(
-            spacing, median_shape, data_identifier, approximate_n_voxels_dataset, _cache
-        )
-        if len(spacing) == 3:
-            plan["batch_size"] = _SMALLEST_BATCH
-            self.budget.shrink_to_fit(plan)
-            covered = approximate_n_voxels_dataset * self.max_dataset_covered / np.prod(plan["patch_size"])
-            self.budget.grow_batch(plan, round(covered))
+        plan: dict[str, Any] = self.get_plans_for_configuration(configuration["spacing"], median, name, voxels, {})
+        plan["batch_size"] = _SMALLEST_BATCH
+        self.budget.shrink_to_fit(plan)
+        self.budget.grow_batch(plan, round(voxels * self.max_dataset_covered / np.prod(plan["patch_size"])))
         return plan

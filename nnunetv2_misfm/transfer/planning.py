@@ -36,8 +36,8 @@ from nnunetv2_misfm.plans.network_entry import (
     patch_divisor,
     set_sizes,
 )
-from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, SEGMENTATION, FinetuningSettings, without_groups
-from nnunetv2_misfm.plans.settings import read_settings, write_settings
+from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, SEGMENTATION, FinetuningSettings, run_settings
+from nnunetv2_misfm.plans.settings import write_settings
 from nnunetv2_misfm.transfer.images import (
     about_channels,
     about_spacing,
@@ -199,7 +199,7 @@ def check_fit(
     network = checked_network(plans["configurations"][configuration], channels, heads)
     if source is None:
         return None
-    settings = read_settings(FinetuningSettings, without_groups(plans[BLOCK]), "The run settings")
+    settings = run_settings(plans, FinetuningSettings)
     if min_coverage is not None:
         settings = settings.model_copy(update={"min_coverage": min_coverage})
     return transfer(

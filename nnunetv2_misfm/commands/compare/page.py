@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from nnunetv2_misfm.commands.compare import figures
@@ -35,11 +35,20 @@ class CasePicture:
     picture: str
 
 
-@dataclass(frozen=True)
-class Page:
-    """What the page shows beside the summary.
+def write_page(
+    path: Path,
+    title: str,
+    summary: Summary,
+    terms: Sequence[tuple[str, str]],
+    differing: Sequence[str],
+    cases: Sequence[CasePicture],
+    commands: str,
+    more: Sequence[Section],
+) -> None:
+    """Write the page; it appears complete or not at all.
 
-    Attributes:
+    Args:
+        path: of the HTML file.
         title: of the page.
         summary: what came out.
         terms: what all arms have in common, as names and values.
@@ -48,22 +57,15 @@ class Page:
         commands: to repeat it.
         more: sections before the terms.
     """
-
-    title: str
-    summary: Summary
-    terms: Sequence[tuple[str, str]]
-    differing: Sequence[str]
-    cases: Sequence[CasePicture] = ()
-    commands: str = ""
-    more: Sequence[Section] = field(default_factory=tuple)
-
-
-def write_page(page: Page, path: Path) -> None:
-    """Write the page; it appears complete or not at all."""
-    summary, rows = page.summary, page.summary.rows()
+    rows = summary.rows()
     values = {
-        "page": page,
+        "title": title,
         "summary": summary,
+        "terms": terms,
+        "differing": differing,
+        "cases": cases,
+        "commands": commands,
+        "more": more,
         "confidence": round(100 * CONFIDENCE),
         # Those with nnU-Net's own may be ten times as large, and have a figure of their own.
         "differences": [figures.differences(summary, of) for of in by_question(summary.comparisons) if of],

@@ -21,9 +21,8 @@ from nnunetv2_misfm.plans.run_settings import (
     PRETRAIN_INFO,
     FinetuningSettings,
     pretrain_info,
-    without_groups,
+    run_settings,
 )
-from nnunetv2_misfm.plans.settings import read_settings
 
 
 def plan_arms(options: CompareOptions, workspace: Workspace) -> tuple[list[Arm], dict[str, list[str]]]:
@@ -81,8 +80,7 @@ def _without_names(workspace: Workspace, arm: Arm) -> str:
     plans.pop(PRETRAIN_INFO, None)  # nnU-Net's own plans have none
     del plans["configurations"][workspace.configuration]["data_identifier"]
     if BLOCK in plans:
-        settings = read_settings(FinetuningSettings, without_groups(plans[BLOCK]), "The run settings")
-        plans[BLOCK] = settings.model_dump(mode="json", exclude_defaults=True)
+        plans[BLOCK] = run_settings(plans, FinetuningSettings).model_dump(mode="json", exclude_defaults=True)
     return json.dumps(plans, sort_keys=True)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from nnunetv2_misfm.commands.compare import figures
 from nnunetv2_misfm.commands.compare.arms import MEANINGS, NNUNET, Arm, Run
-from nnunetv2_misfm.commands.compare.page import CasePicture, Page, Section, write_page
+from nnunetv2_misfm.commands.compare.page import CasePicture, Section, write_page
 from nnunetv2_misfm.commands.compare.records import RunRecord, versions, write_csv
 from nnunetv2_misfm.commands.compare.study import Study
 from nnunetv2_misfm.commands.compare.summary import Summary, summarise
@@ -53,7 +53,8 @@ def write_results(
     command = shlex.join(["misfm_compare", *words])
     content = summary.as_json() | {"terms": dict(terms), "command": command}
     write_json(content, folder / "summary.json")
-    page = Page(
+    write_page(
+        folder / "report.html",
         title=title or f"Does pretraining help on {study.workspace.dataset}?",
         summary=summary,
         terms=terms,
@@ -62,7 +63,6 @@ def write_results(
         commands=f"export nnUNet_raw=... nnUNet_preprocessed=... nnUNet_results=...\n{command}",
         more=more,
     )
-    write_page(page, folder / "report.html")
     return Written(folder / "report.html", summary.verdict)
 
 

@@ -22,7 +22,7 @@ from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 
 from nnunetv2_misfm.commands.compare.arms import Arm, Run, choose_rates, test_runs, tuning_runs
 from nnunetv2_misfm.commands.compare.figures import case_picture
-from nnunetv2_misfm.commands.compare.page import Page, write_page
+from nnunetv2_misfm.commands.compare.page import write_page
 from nnunetv2_misfm.commands.compare.records import RunRecord, read_record, write_csv
 from nnunetv2_misfm.commands.compare.summary import summarise
 
@@ -85,7 +85,7 @@ def test_a_case_is_shown_with_the_dice_of_the_seeds_that_its_gain_is_of(tmp_path
     records += [record("VF", 3, 0.7), record("scratch", 3, 0.5).model_copy(update={"dice": without_a})]
     summary = summarise(ARMS, records)
     assert list(summary.cases) == ["a", "b"]  # worst gain first
-    write_page(Page("Page", summary, [], []), tmp_path / "report.html")
+    write_page(tmp_path / "report.html", "Page", summary, [], [], [], "", [])
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<td>a</td><td>60.0</td><td>50.0</td><td>+10.0</td>" in text
     assert "<td>b</td><td>65.0</td><td>50.0</td><td>+15.0</td>" in text
@@ -94,7 +94,7 @@ def test_a_case_is_shown_with_the_dice_of_the_seeds_that_its_gain_is_of(tmp_path
 def test_the_page_and_the_file_have_the_same_rows(tmp_path: Path) -> None:
     records = [record("scratch", 0, 0.4), record("VF", 0, 0.5), record("VF", 1, 0.7, rate=3e-3)]
     summary = summarise(ARMS, records)
-    write_page(Page("Page", summary, [], []), tmp_path / "report.html")
+    write_page(tmp_path / "report.html", "Page", summary, [], [], [], "", [])
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     # 52.5 and 72.5: mean 62.5, standard deviation 20 / sqrt(2); two runs of 60 s of training, 70 s in all
     assert "<td>62.5 ± 14.1</td>" in text and "<td>0.001, 0.003</td>\n<td>0.03</td><td>0.04</td>" in text
@@ -179,7 +179,7 @@ def test_what_nnunets_own_trainer_has_not_learnt_does_not_hide_what_weights_do(t
     assert "nnunet has hardly learnt with 5 labelled, 2.8 points of Dice: more iterations" in summary.verdict
     assert summary.verdict.count("hardly learnt") == 1
     assert summary.first is not None and (summary.first.arm, summary.first.other) == ("VF", "scratch")
-    write_page(Page("Page", summary, [], []), tmp_path / "report.html")
+    write_page(tmp_path / "report.html", "Page", summary, [], [], [], "", [])
     # Two figures of differences, of which the second has another scale, and one of learning curves.
     assert (tmp_path / "report.html").read_text(encoding="utf-8").count("<svg") == 3
 
@@ -227,10 +227,10 @@ class _Loads(HTMLParser):
 def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
     records = [record(arm, seed, 0.5, labelled) for arm in ("VF", "scratch") for seed in (0, 1) for labelled in (5, 10)]
     summary = summarise(ARMS, records)
-    page = Page(
-        "Does it help on <Dataset>?", summary, [("test", "2 cases")], ["VF: pretrained"], commands="misfm_compare"
+    terms, differing = [("test", "2 cases")], ["VF: pretrained"]
+    write_page(
+        tmp_path / "report.html", "Does it help on <Dataset>?", summary, terms, differing, [], "misfm_compare", []
     )
-    write_page(page, tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     loads = _Loads()
     loads.feed(text)
@@ -253,7 +253,7 @@ def test_the_page_needs_nothing_else(tmp_path: Path) -> None:
 )
 def test_only_what_was_trained_has_rates_hours_and_iterations(trained: bool, run: dict, tmp_path: Path) -> None:
     records = [record(arm, 0, 0.5, labelled, **run) for arm in ("VF", "scratch") for labelled in (5, 10)]
-    write_page(Page("Page", summarise(ARMS, records), [], []), tmp_path / "report.html")
+    write_page(tmp_path / "report.html", "Page", summarise(ARMS, records), [], [], [], "", [])
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     for column in ("learning rate", "hours of training", "iterations to its end"):
         assert (f"<th>{column}</th>" in text) == trained

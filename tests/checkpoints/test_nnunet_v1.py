@@ -19,8 +19,8 @@ from foreign_files import as_generic_unet, unet, version_1_plans
 from torch import nn
 
 from nnunetv2_misfm.architectures.generic_unet import GenericUNet
+from nnunetv2_misfm.checkpoints.nnunet_v1 import init_args_beside
 from nnunetv2_misfm.checkpoints.source import Source, read_source
-from nnunetv2_misfm.checkpoints.version_1 import init_args_beside
 
 CONTENT = {"state_dict": as_generic_unet(unet()), "plot_stuff": ([1.0], [1.0], [], [np.float64(0.5), 0.25])}
 

@@ -126,5 +126,5 @@ def _init_args(content: Mapping[str, Any], name: str) -> dict[str, Any]:
     }
 
 
-def _scheme(of_version_1: str) -> str:
-    return _SCHEMES.get(of_version_1, f"{of_version_1} of nnU-Net v1")
+def _scheme(of_v1: str) -> str:
+    return _SCHEMES.get(of_v1, f"{of_v1} of nnU-Net v1")
