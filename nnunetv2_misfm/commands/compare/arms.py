@@ -12,6 +12,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
+from pydantic import BaseModel, ConfigDict
+
 SCRATCH, NNUNET = "scratch", "nnunet"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(_[A-Za-z0-9.-]+)*")
 Kind = Literal["pretrained", "scratch", "nnunet"]
@@ -52,8 +54,7 @@ class Arm:
         return f"{self.name}_arm"
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(BaseModel):
     """One arm with the labelled cases of one seed, to be tested or to choose a learning rate.
 
     Attributes:
@@ -64,11 +65,13 @@ class Run:
         tuning: scored on the validation cases, not on the test cases.
     """
 
+    model_config = ConfigDict(frozen=True)
+
     arm: str
     labelled: int
     seed: int
     rate: float
-    tuning: bool = False
+    tuning: bool
 
     @property
     def title(self) -> str:
@@ -116,7 +119,7 @@ def _name_of(path: str) -> str:
 def tuning_runs(arms: Sequence[Arm], labelled: Sequence[int], seeds: int) -> list[Run]:
     """The runs that choose learning rates; an arm with one rate needs none."""
     return [
-        Run(arm.name, number, FIRST_TUNING_SEED + seed, rate, tuning=True)
+        Run(arm=arm.name, labelled=number, seed=FIRST_TUNING_SEED + seed, rate=rate, tuning=True)
         for number in labelled
         for seed in range(seeds)
         for arm in arms
@@ -135,7 +138,7 @@ def test_runs(
         chosen: learning rate by arm and number of labelled cases; what is not in it is left out.
     """
     return [
-        Run(arm.name, number, seed, chosen[arm.name, number])
+        Run(arm=arm.name, labelled=number, seed=seed, rate=chosen[arm.name, number], tuning=False)
         for seed in seeds
         for number in labelled
         for arm in arms

@@ -10,26 +10,19 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from nnunetv2_misfm.commands.compare.arms import Run
 from nnunetv2_misfm.files import written_whole
 
 
-class RunIdentity(BaseModel):
+class RunIdentity(Run):
     """Which run, and what it is made of.
 
     Attributes:
-        arm, labelled, seed, rate, tuning: which run; see `arms.Run`.
         iterations_per_epoch: of training.
         weights_sha256: of a pretrained arm's checkpoint.
         plans_sha256: of the arm's plans, but for their names and weights; earlier records lack it.
     """
 
-    model_config = ConfigDict(frozen=True)
-
-    arm: str
-    labelled: int
-    seed: int
-    rate: float
-    tuning: bool
     iterations_per_epoch: int
     weights_sha256: str | None = None
     plans_sha256: str | None = None

@@ -144,7 +144,8 @@ def _pictures(study: Study, summary: Summary, chosen: Mapping[tuple[str, int], f
         images, truth = study.workspace.cases[case]
         segmentations = [Path(truth)]
         for arm in (first.other, first.arm):
-            run = Run(arm, first.labelled, seed, chosen[arm, first.labelled])
+            rate = chosen[arm, first.labelled]
+            run = Run(arm=arm, labelled=first.labelled, seed=seed, rate=rate, tuning=False)
             predictions = study.workspace.run_folder(run) / "predictions"
             segmentations.append(predictions / f"{case}{study.workspace.file_ending}")
         if not all(path.is_file() for path in [Path(images[0]), *segmentations]):

@@ -193,13 +193,8 @@ class Study:
             )
         return RunOrder(
             about=RunIdentity(
-                arm=run.arm,
-                labelled=run.labelled,
-                seed=run.seed,
-                rate=run.rate,
-                tuning=run.tuning,
+                **(run.model_dump() | made_of(workspace, arm)),
                 iterations_per_epoch=settings.num_iterations_per_epoch,
-                **made_of(workspace, arm),
             ),
             dataset=workspace.dataset,
             configuration=workspace.configuration,

@@ -291,7 +291,9 @@ def test_every_arm_is_tuned_with_the_same_effort_and_gets_its_own_best_rate() ->
     # Validation cases without any of the labels say nothing, and choose nothing.
     unknown = {run: math.nan if run.rate == 1e-3 else 60.0 for run in runs}
     assert choose_rates(arms, [5], unknown) == {("VF", 5): 3e-3, ("scratch", 5): 3e-3}
-    assert test_runs(arms, [5], range(1), chosen) == [Run("VF", 5, 0, 1e-3), Run("scratch", 5, 0, 3e-3)]
+    assert test_runs(arms, [5], range(1), chosen) == [
+        Run(arm=arm, labelled=5, seed=0, rate=rate, tuning=False) for arm, rate in (("VF", 1e-3), ("scratch", 3e-3))
+    ]
 
 
 @pytest.mark.parametrize(("ending", "reader"), [(".nii.gz", SimpleITKIO), (".tif", Tiff3DIO)])
