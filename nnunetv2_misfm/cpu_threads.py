@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from nnunetv2_misfm.environment import processes_on_this_machine
+
 
 def keep_cores_free() -> None:
     """Let OpenMP threads sleep soon instead of spinning; works only before torch is loaded.
@@ -25,7 +27,7 @@ def training_threads() -> int:
         `OMP_NUM_THREADS` if the user set it; otherwise a share of the cores that the process may use. With several
         processes of torchrun on this machine the variable does not count, because torchrun sets it to 1 by itself.
     """
-    processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # set by torchrun
+    processes_here = processes_on_this_machine()
     chosen = os.environ.get("OMP_NUM_THREADS", "")
     if processes_here == 1 and chosen.isdigit() and int(chosen) > 0:
         return int(chosen)

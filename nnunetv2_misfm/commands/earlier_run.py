@@ -9,7 +9,7 @@ from typing import Any
 from nnunetv2_misfm.errors import PlanError
 from nnunetv2_misfm.files import read_json, training_lock
 from nnunetv2_misfm.plans.compare import what_a_run_must_keep
-from nnunetv2_misfm.plans.files import FINAL, nnunet_folder
+from nnunetv2_misfm.plans.files import FINAL, has_checkpoints, nnunet_folder
 from nnunetv2_misfm.plans.run_settings import BLOCK
 from nnunetv2_misfm.pretrain.tasks import default_settings, task_class
 
@@ -30,11 +30,6 @@ class EarlierRun:
     def __init__(self, folder: Path):
         self.folder = folder
 
-    @property
-    def exists(self) -> bool:
-        """Whether there is anything to continue or lose."""
-        return any(self.folder.glob("checkpoint_*.pth"))
-
     def check_ready(self, may_exist: bool) -> None:
         """Before a run starts or goes on.
 
@@ -45,7 +40,7 @@ class EarlierRun:
         if self.folder.is_dir():
             with training_lock(self.folder):
                 pass
-        if may_exist or not self.exists:
+        if may_exist or not has_checkpoints(self.folder):
             return
         finished = (self.folder / FINAL).is_file()
         state = "a finished" if finished else "an unfinished"
@@ -59,7 +54,7 @@ class EarlierRun:
     def check_same(self, plans: Mapping[str, Any], configuration: str) -> None:
         """Raise a PlanError if a run that is to go on would become another one, naming what differs."""
         path = self.folder.parent / "plans.json"
-        if not self.exists or not path.is_file():
+        if not has_checkpoints(self.folder) or not path.is_file():
             return
         before = read_json(path, "Start the run anew with --overwrite.")
         differing = what_a_run_must_keep(before, plans, configuration, **default_settings(plans[BLOCK]["task"]))

@@ -13,6 +13,7 @@ from nnunetv2_misfm.commands.launch import launch
 from nnunetv2_misfm.commands.pretrain_options import PretrainOptions, read_options
 from nnunetv2_misfm.commands.processes import Processes
 from nnunetv2_misfm.cpu_threads import keep_cores_free
+from nnunetv2_misfm.environment import processes_on_this_machine
 from nnunetv2_misfm.errors import exit_with_message
 from nnunetv2_misfm.plans.files import FINAL, nnunet_folder
 
@@ -38,7 +39,7 @@ def pretrain(arguments: list[str] | None = None) -> None:
     options = read_options(arguments, under_torchrun=processes.several)
     nnunet_folder("nnUNet_results")
     if not (options.only_prepare or options.dry_run):
-        check_device(options.device, max(options.num_gpus, processes.on_this_machine))
+        check_device(options.device, max(options.num_gpus, processes_on_this_machine()))
     num_processes = max(options.num_gpus, processes.count)
     planned = processes.first_does(lambda: plan_and_prepare(options, num_processes))
     if planned is None:

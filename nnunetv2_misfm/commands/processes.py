@@ -40,11 +40,6 @@ class Processes:
         """Whether torchrun started more than this one."""
         return self.count > 1
 
-    @property
-    def on_this_machine(self) -> int:
-        """How many of them share this machine's cores."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if self.several else 1
-
     def first_does(self, work: Callable[[], Any]) -> Any:
         """The result of `work`, plain data, which only the first process does; the others wait for it.
 

@@ -16,6 +16,7 @@ from nnunetv2_misfm.plans.checks import check_complete, check_dataset, with_pres
 from nnunetv2_misfm.plans.run_settings import PRETRAIN_INFO, pretrain_info
 
 FINAL, LATEST = "checkpoint_final.pth", "checkpoint_latest.pth"  # nnU-Net's, in a results folder
+CHECKPOINTS = "checkpoint_*.pth"
 _FOLDS = 5  # of nnU-Net's cross-validation
 _OF_A_POOL = "for a pool, remove it and run misfm_pretrain with the -i and the options that made the pool"
 
@@ -54,6 +55,11 @@ def preprocessed_dataset(dataset_name_or_id: str) -> Path:
             f"nnUNetv2_plan_and_preprocess -d {wanted}"
         )
     return found[0]
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Whether there is anything to continue or lose in the results folder of a fold."""
+    return any(folder.glob(CHECKPOINTS))
 
 
 def dataset_number(dataset_name: str) -> str:

@@ -12,25 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_misfm.checkpoints.checkpoint import CheckpointError, read_checkpoint
-from nnunetv2_misfm.plans.files import FINAL, LATEST
+from nnunetv2_misfm.plans.files import CHECKPOINTS, FINAL, LATEST
 from nnunetv2_misfm.trainers.distributed import from_all_processes
 from nnunetv2_misfm.trainers.metrics_file import METRICS
 from nnunetv2_misfm.trainers.run_page import PAGE, PICTURES
 
 PREVIOUS = "checkpoint_previous.pth"
-_CHECKPOINTS = "checkpoint_*.pth"
 # What tells one run from another on its page and to nnU-Net's commands; what is written when a run starts is replaced.
-_OF_A_RUN = (_CHECKPOINTS, METRICS, PAGE, "*.png", PICTURES, "validation", "training_log_*.txt")
-
-
-def has_checkpoints(folder: Path) -> bool:
-    """Whether there is anything to continue or lose."""
-    return any(folder.glob(_CHECKPOINTS))
+_OF_A_RUN = (CHECKPOINTS, METRICS, PAGE, "*.png", PICTURES, "validation", "training_log_*.txt")
 
 
 def left_by_earlier_runs(folder: Path) -> list[str]:
     """The checkpoints in a folder, also those that were ever put aside there, by their paths in it."""
-    found = (*folder.glob(_CHECKPOINTS), *folder.glob(f"earlier_*/{_CHECKPOINTS}"))
+    found = (*folder.glob(CHECKPOINTS), *folder.glob(f"earlier_*/{CHECKPOINTS}"))
     return sorted(path.relative_to(folder).as_posix() for path in found)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from nnunetv2_misfm.environment import processes_on_this_machine
+
 # As a container sees its own limit, in versions 2 and 1.
 _CONTROL_GROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
@@ -24,8 +26,7 @@ def available_memory(device: torch.device) -> float:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device)
-    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
-    return 0.9 * min(_memory_limits(), default=float("inf")) / max(1, int(processes))
+    return 0.9 * min(_memory_limits(), default=float("inf")) / processes_on_this_machine()
 
 
 def _memory_limits() -> Iterator[float]:

@@ -29,11 +29,10 @@ from nnunetv2_misfm.checkpoints.checkpoint import (
 from nnunetv2_misfm.errors import PlanError, UserError, first_line
 from nnunetv2_misfm.files import training_lock, write_json, written_whole
 from nnunetv2_misfm.plans.compare import what_a_run_must_keep
-from nnunetv2_misfm.plans.files import LATEST
+from nnunetv2_misfm.plans.files import LATEST, has_checkpoints
 from nnunetv2_misfm.plans.run_settings import BLOCK, RunSettings
 from nnunetv2_misfm.trainers.checkpoint_files import (
     PREVIOUS,
-    has_checkpoints,
     kept,
     left_by_earlier_runs,
     put_aside,
