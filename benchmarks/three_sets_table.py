@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -17,6 +18,7 @@ from provenance import provenance
 from three_sets import EPOCH, ITERATIONS, NETWORKS, OWN_SCHEDULES, PRETRAINING, RESULTS, SETS, TASK_OPTIONS, Network
 
 from nnunetv2_misfm.commands.compare.arms import NNUNET, SCRATCH
+from nnunetv2_misfm.plans.run_settings import PRETEXT_TASKS
 
 WHERE_FROM = (
     "- Dataset004_Hippocampus: 200 of the training cases of Task04 of the Medical Segmentation Decathlon "
@@ -35,6 +37,7 @@ TITLES = {
 }
 # What the figure calls the pools.
 POOLS = {"common": "images of all sets", "own": "own images", "own_long": "own images, longer"}
+COLOURS = "#35b779", "#440154"  # of the shorter and the longer fine-tuning
 
 
 def main() -> None:
@@ -164,57 +167,63 @@ def fine_tuned(found: Sequence[Result]) -> list[str]:
 
 
 def draw_differences(results: Sequence[Result], path: Path) -> None:
-    """Differences to scratch with their intervals: a panel for each set, a row for each task and pool.
+    """Differences to scratch with their intervals: a panel for each set and number of labelled patients.
 
-    Of runs with the schedules of misfm_plan and the first network alone; the table has all.
+    Of the comparisons in which all tasks took part, with the schedules of misfm_plan and the first network; the table
+    has all. A row is a task and its pool, the best on average first.
     """
     shown = [of for of in results if of.own_schedules and of.network == next(iter(NETWORKS)) and not of.short_epochs]
+    shown = [of for of in shown if {task for task, _ in map(task_and_pool, of.differences())} == set(PRETEXT_TASKS)]
+    found = [(of, one) for of in shown for one in of.differences()]
     sets = sorted({of.set for of in shown}, key=lambda name: TITLES[name])
-    rows = list(dict.fromkeys(arm for of in shown for arm in map(task_and_pool, of.differences())))
-    rows.sort(key=lambda arm: (arm[0], list(POOLS).index(arm[1])))
-    size = 4 + 2.6 * len(sets), 1.8 + 0.45 * len(rows)
+    numbers = sorted({one["labelled"] for _, one in found})
+    gains: dict[tuple[str, str], list[float]] = {}
+    for _, one in found:
+        gains.setdefault(task_and_pool(one), []).append(one["difference"])
+    rows = sorted(gains, key=lambda row: -fmean(gains[row]))
     figure, axes = plt.subplots(
-        1, len(sets), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+        len(numbers),
+        len(sets),
+        figsize=(3.4 + 2.5 * len(sets), 0.8 + len(numbers) * (0.5 + 0.27 * len(rows))),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
-    for axis, name in zip(axes[0], sets, strict=True):
-        draw_set(axis, [of for of in shown if of.set == name], rows)
-        axis.set_title(TITLES[name], fontsize="medium")
+    for line, number in zip(axes, numbers, strict=True):
+        for axis, name in zip(line, sets, strict=True):
+            of_panel = [(of, one) for of, one in found if of.set == name and one["labelled"] == number]
+            if not of_panel:
+                axis.set_visible(False)
+                continue
+            draw_panel(axis, of_panel, rows)
+            axis.set_title(f"{TITLES[name]}, {number} labelled", fontsize="medium")
+    for axis in axes[-1]:
         axis.set_xlabel("points of Dice more than from scratch")
-        axis.set_yticks(range(len(rows)), [f"{task}, {POOLS[pool]}" for task, pool in rows])
-        axis.grid(axis="x", alpha=0.3)
-        axis.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
+    axes[0, 0].set_yticks(range(len(rows)), [f"{task.replace('_', ' ')}, {POOLS[pool]}" for task, pool in rows])
     axes[0, 0].invert_yaxis()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def draw_set(axis: Axes, results: Sequence[Result], rows: Sequence[tuple[str, str]]) -> None:
-    """The differences of one set: a colour for each length and its draws, full dots for the most labelled patients."""
-    lines = [
-        (of, labelled)
-        for of in sorted(results, key=lambda of: (of.iterations, of.fresh))
-        for labelled in sorted({one["labelled"] for one in of.differences()})
-    ]
-    runs = list(dict.fromkeys((of.iterations, of.fresh) for of, _ in lines))
-    most = max(labelled for _, labelled in lines)
+def draw_panel(axis: Axes, found: Sequence[tuple[Result, dict]], rows: Sequence[tuple[str, str]]) -> None:
+    """The differences of one set: a colour for each length, the shorter one above."""
     axis.axvline(0, color="black", linewidth=1)
-    for number, (of, labelled) in enumerate(lines):
-        colour = plt.get_cmap("viridis_r")((runs.index((of.iterations, of.fresh)) + 1) / len(runs))
-        dot: dict = {"color": colour, "markersize": 5, "markerfacecolor": colour if labelled == most else "white"}
-        # Lines of one row lie below each other, as in the legend.
-        below = 0.7 * ((number + 0.5) / len(lines) - 0.5)
-        title = f"{of.iterations:,} iterations, {labelled} labelled{', fresh draws' if of.fresh else ''}"
-        for one in of.differences():
-            if one["labelled"] == labelled and one["low"] is not None:
+    axis.grid(axis="x", alpha=0.3)
+    for number, iterations in enumerate(sorted({of.iterations for of, _ in found})):
+        colour, below = COLOURS[number], 0.3 * (number - 0.5)
+        for of, one in found:
+            if of.iterations == iterations and one["low"] is not None:
                 y = rows.index(task_and_pool(one)) + below
                 axis.plot((one["low"], one["high"]), (y, y), color=colour, linewidth=2, alpha=0.6)
-                axis.plot(one["difference"], y, "o", **dot)
-        axis.plot([], [], "o-", label=title, **dot)
+                axis.plot(one["difference"], y, "o", color=colour, markersize=5)
+        axis.plot([], [], "o-", color=colour, markersize=5, label=f"{iterations:,} iterations")
+    axis.legend(fontsize="x-small", loc="upper left")
 
 
 def task_and_pool(difference: dict) -> tuple[str, str]:
     pool = next(pool for pool in POOLS if difference["arm"].endswith(f"_{pool}"))
-    return difference["arm"].removesuffix(f"_{pool}").replace("_", " "), pool
+    return difference["arm"].removesuffix(f"_{pool}"), pool
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
