@@ -82,16 +82,10 @@ def patch_divisor(architecture: Mapping[str, Any]) -> tuple[int, int, int]:
     return (1, 1, 1) if is_own_network(architecture) else total_strides(architecture["arch_kwargs"]["strides"])[-1]
 
 
-def enlarge_for_augmentation(configuration: dict[str, Any]) -> bool:
-    """Give the patch of a plan for a segmentation as many voxels along each axis as nnU-Net's augmentation needs.
-
-    Returns:
-        Whether that changed anything.
-    """
-    before = list(configuration["patch_size"])
-    fewest = [max(_FEWEST_VOXELS_TO_BLUR, stride) for stride in _coarsest_output(configuration["architecture"])]
-    configuration["patch_size"] = [max(n, least) for n, least in zip(before, fewest, strict=True)]
-    return bool(configuration["patch_size"] != before)
+def patch_to_augment(architecture: Mapping[str, Any], patch_size: Sequence[int]) -> list[int]:
+    """The patch with as many voxels along each axis as nnU-Net's augmentation of segmentations needs at least."""
+    coarsest = _coarsest_output(architecture)
+    return [max(int(n), _FEWEST_VOXELS_TO_BLUR, stride) for n, stride in zip(patch_size, coarsest, strict=True)]
 
 
 def _coarsest_output(architecture: Mapping[str, Any]) -> tuple[int, int, int]:
@@ -252,7 +246,7 @@ def with_own_network(plans: dict[str, Any], configuration: str, kind: type[RunSe
     else:
         resolved["architecture"] = architecture_entry("pctnet", degree_of_anisotropy(resolved))
         entry["architecture"] = resolved["architecture"]
-        if enlarge_for_augmentation(resolved):
-            entry["patch_size"] = resolved["patch_size"]
+        if (patch_size := patch_to_augment(entry["architecture"], resolved["patch_size"])) != resolved["patch_size"]:
+            entry["patch_size"] = patch_size
         plans[BLOCK] = {"task": kind.TASKS[0], **write_settings(kind())}
     return plans

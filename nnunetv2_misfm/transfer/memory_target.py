@@ -20,10 +20,10 @@ from nnunetv2_misfm.errors import PlanError, first_line
 from nnunetv2_misfm.plans.checks import build_network, build_on_meta
 from nnunetv2_misfm.plans.files import nnunet_folder
 from nnunetv2_misfm.plans.network_entry import (
-    enlarge_for_augmentation,
     enlarged_patch,
     is_own_network,
     leaves_a_single_value,
+    patch_to_augment,
 )
 from nnunetv2_misfm.plans.run_settings import BLOCK
 
@@ -152,7 +152,7 @@ class MemoryBudget:
             a
             for a in range(3)
             if patch[a] - self.strides[a] >= min(_SMALLEST_PATCH_AXIS, median[a])
-            and not enlarge_for_augmentation({"architecture": self._architecture, "patch_size": self._shrunk(patch, a)})
+            and patch_to_augment(self._architecture, self._shrunk(patch, a)) == self._shrunk(patch, a)
             and not leaves_a_single_value(self._architecture, self._shrunk(patch, a), entry["batch_size"])
         ]
         if not axes:

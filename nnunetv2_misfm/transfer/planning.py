@@ -29,11 +29,11 @@ from nnunetv2_misfm.plans.network_entry import (
     checked_network,
     degree_for_spacing,
     degree_of_anisotropy,
-    enlarge_for_augmentation,
     enlarged_patch,
     is_own_network,
     own_network_name,
     patch_divisor,
+    patch_to_augment,
     set_sizes,
 )
 from nnunetv2_misfm.plans.run_settings import BLOCK, PRETRAIN_INFO, SEGMENTATION, FinetuningSettings, run_settings
@@ -227,21 +227,21 @@ def _configuration(
         degree = degree_for_spacing(configuration["spacing"])
     else:
         remarks += (f"{name}: {remark}" for remark in about_spacing(configuration["spacing"], source))
-    configuration["architecture"] = _architecture(configuration, degree, name, request, source, remarks)
+    configuration["architecture"] = planned = _architecture(configuration, degree, name, request, source, remarks)
     if request.network == "pretrained" and request.patch_size is None:
-        planned = configuration["architecture"]
         configuration["patch_size"] = enlarged_patch(configuration, planned, patch_divisor(planned))
-    if request.patch_size is None and enlarge_for_augmentation(configuration):
+    enough = patch_to_augment(planned, request.patch_size or configuration["patch_size"])
+    if request.patch_size is None and enough != configuration["patch_size"]:
+        configuration["patch_size"] = enough
         remarks.append(
-            f"{name}: patch size {configuration['patch_size']}, because nnU-Net's augmentation cannot blur or scale "
+            f"{name}: patch size {enough}, because nnU-Net's augmentation cannot blur or scale "
             f"fewer voxels along an axis; smaller images are padded."
         )
     set_sizes(configuration, request.patch_size, request.batch_size)
-    given = configuration["patch_size"]
-    if enlarge_for_augmentation(configuration):
+    if configuration["patch_size"] != enough:
         raise PlanError(
-            f"-patch_size {' '.join(map(str, given))}: nnU-Net's augmentation cannot blur so few voxels along an axis. "
-            f"Use -patch_size {' '.join(map(str, configuration['patch_size']))}."
+            f"-patch_size {' '.join(map(str, configuration['patch_size']))}: nnU-Net's augmentation cannot blur so few "
+            f"voxels along an axis. Use -patch_size {' '.join(map(str, enough))}."
         )
     return configuration
 
