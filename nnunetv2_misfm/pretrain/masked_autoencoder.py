@@ -94,6 +94,7 @@ class MaskedAutoencoder(ReconstructionTask[MaskSettings]):
         """The image with hidden voxels at 0, and the whole image, of which the hidden voxels count."""
         (image,) = batch.patches(device)
         hidden = voxel_masks(batch.drawn, batch.patch_size, self.settings, device)
-        target = Target(standardised(image), hidden, batch.in_volume(device))
+        inside = batch.in_volume(device)
+        target = Target(standardised(image, inside), hidden if inside is None else hidden & inside)
         hide(image, hidden)
         return image, target

@@ -321,4 +321,4 @@ class ModelsGenesis(ReconstructionTask[ModelsGenesisSettings]):
         image = flip_crops(crops, batch.drawn)
         inside = batch.in_volume(device)
         inside = None if inside is None else flip_crops(inside, batch.drawn)
-        return corrupt(image, batch.drawn), Target(standardised(image), in_volume=inside)
+        return corrupt(image, batch.drawn), Target(standardised(image, inside), inside)

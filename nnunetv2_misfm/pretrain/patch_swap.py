@@ -113,7 +113,7 @@ class SwapTarget(Target):
         """Squared error of an output that is the input, as means over each sample's voxels, added up."""
         swapped = self.image.clone()
         apply_swaps(swapped, self.swaps)
-        return self.without_padding().mean((swapped - self.image).square()).sum().item()
+        return self.mean((swapped - self.image).square()).sum().item()
 
 
 class PatchSwap(ReconstructionTask[PatchSwapSettings]):
@@ -138,13 +138,14 @@ class PatchSwap(ReconstructionTask[PatchSwapSettings]):
     def make(self, batch: CropBatch, device: torch.device) -> tuple[Tensor, SwapTarget]:
         """The image with its blocks swapped, and the image."""
         (x,) = batch.patches(device)
-        target = SwapTarget(image=standardised(x), in_volume=batch.in_volume(device), swaps=batch.drawn)
+        inside = batch.in_volume(device)
+        target = SwapTarget(image=standardised(x, inside), counted=inside, swaps=batch.drawn)
         apply_swaps(x, batch.drawn)
         return x, target
 
     def loss(self, outputs: Tensor, target: Target) -> Tensor:
-        """Mean absolute error of all voxels."""
-        return (outputs.float() - target.image).abs().mean()
+        """Mean absolute error."""
+        return target.mean((outputs.float() - target.image).abs()).mean()
 
     def count(self, outputs: Tensor, target: Target) -> dict[str, Any]:
         """As for other reconstructions, and the error of an output that is the input."""

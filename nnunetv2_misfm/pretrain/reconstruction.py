@@ -5,14 +5,15 @@ autoencoder of He et al. (CVPR 2022) in each patch. InstanceNorm, which nnU-Net'
 trace of a crop's own mean and scale, so no such network could tell them; and the loss has the same size for any
 normalisation of the volumes, so that one learning rate does.
 
-The score is the variance explained: 1 - squared error / square of the target, both summed over the scored voxels. It is
-1 for the image itself, 0 for the crop's mean everywhere and below 0 for anything worse. Padding, which is easily told,
-does not count in it; the square is about the mean of the rest there.
+The score is the variance explained: 1 - squared error / square of the target, both summed over the voxels that count.
+It is 1 for the image itself, 0 for the crop's mean everywhere and below 0 for anything worse.
+
+Padding counts in neither of these. Telling it from the image is easy, and where volumes are smaller than the patch it
+would be most of the loss.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +32,30 @@ _TRIVIAL = 0.02  # of the score
 _CONSTANT = 1e-5  # standard deviation of an image without contrast, as a share of its mean: rounding alone
 
 
-def standardised(images: Tensor) -> Tensor:
-    """Each channel of each image (B, C, X, Y, Z) with mean 0 and standard deviation 1; 0 where it has no contrast."""
-    mean = images.mean(_SPATIAL, keepdim=True)
+def standardised(images: Tensor, inside: Tensor | None) -> Tensor:
+    """Each channel of each image with mean 0 and standard deviation 1; 0 where it has no contrast.
+
+    Args:
+        images: (B, C, X, Y, Z).
+        inside: bool (B, 1, X, Y, Z), the voxels that are no padding; None for all.
+    """
+    mean = _mean(images, inside)
     centred = images - mean
     # In one pass over memory; torch.std takes seven times as long.
-    std = torch.linalg.vector_norm(centred, dim=_SPATIAL, keepdim=True) / images[0, 0].numel() ** 0.5
+    size = torch.linalg.vector_norm(centred if inside is None else centred * inside, dim=_SPATIAL, keepdim=True)
+    std = size / (images[0, 0].numel() if inside is None else _number(inside)) ** 0.5
     return centred.mul_(torch.where(std > _CONSTANT * mean.abs(), 1 / std, 0.0))
+
+
+def _mean(values: Tensor, counted: Tensor | None) -> Tensor:
+    """Of values (B, C, X, Y, Z) over the voxels that count (B, 1, X, Y, Z): (B, C, 1, 1, 1)."""
+    if counted is None:
+        return values.mean(_SPATIAL, keepdim=True)
+    return (values * counted).sum(_SPATIAL, keepdim=True) / _number(counted)
+
+
+def _number(counted: Tensor) -> Tensor:
+    return counted.sum(_SPATIAL, keepdim=True).clamp(min=1)  # 0 where all that would count is padding
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,35 +64,18 @@ class Target:
 
     Attributes:
         image: float32 (B, C, X, Y, Z), see `standardised`.
-        scored: bool (B, 1, X, Y, Z), the voxels that count, at least one in each sample; None for all.
-        in_volume: bool (B, 1, X, Y, Z), the voxels that are no padding; None for all.
+        counted: bool (B, 1, X, Y, Z), the voxels that count in loss and scores, no padding; None for all.
     """
 
     image: Tensor
-    scored: Tensor | None = None
-    in_volume: Tensor | None = None
-
-    def without_padding(self) -> Target:
-        """The target of scores: a network that only tells padding from the image has learnt nothing."""
-        if self.in_volume is None:
-            return self
-        scored = self.in_volume if self.scored is None else self.scored & self.in_volume
-        return dataclasses.replace(self, scored=scored)
-
-    def middle(self) -> Tensor | float:
-        """Each channel's mean without padding (B, C, 1, 1, 1), the best constant output; 0 where nothing is padded."""
-        return 0.0 if self.in_volume is None else dataclasses.replace(self, scored=self.in_volume).mean(self.image)
+    counted: Tensor | None
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over the scored voxels (B, C, 1, 1, 1) of values (B, C, X, Y, Z)."""
-        if self.scored is None:
-            return values.mean(_SPATIAL, keepdim=True)
-        number = self.scored.sum(_SPATIAL, keepdim=True).clamp(min=1)  # 0 where all that counts is padding
-        return (values * self.scored).sum(_SPATIAL, keepdim=True) / number
+        """The mean over the voxels that count (B, C, 1, 1, 1) of values (B, C, X, Y, Z).
 
-    def squared_error(self, output: Tensor) -> Tensor:
-        """Mean over the scored voxels; each sample weighs the same, so that processes may share a batch evenly."""
-        return self.mean((output.float() - self.image).square()).mean()
+        Means of samples are to be averaged, so that each weighs the same and processes may share a batch evenly.
+        """
+        return _mean(values, self.counted)
 
 
 class ReconstructionTask(PretextTask[SettingsT]):
@@ -105,17 +106,13 @@ class ReconstructionTask(PretextTask[SettingsT]):
 
     def loss(self, outputs: Tensor, target: Target) -> Tensor:
         """Mean squared error."""
-        return target.squared_error(outputs)
+        return target.mean((outputs.float() - target.image).square()).mean()
 
     def count(self, outputs: Tensor, target: Target) -> dict[str, Any]:
-        """Squares of error and image and the output's variance, as means over each sample's scored voxels, added up."""
-        output, image, counted = outputs.detach().float(), target.image, target.without_padding()
-        deviations = {
-            "image": image - target.middle(),
-            "output": output - counted.mean(output),
-            "error": output - image,
-        }
-        return {name: counted.mean(values.square()).sum().item() for name, values in deviations.items()}
+        """Squares of error and image and the output's variance, as means over each sample's voxels, added up."""
+        output, image = outputs.detach().float(), target.image
+        deviations = {"image": image, "output": output - target.mean(output), "error": output - image}
+        return {name: target.mean(values.square()).sum().item() for name, values in deviations.items()}
 
     def scores(self, sums: Mapping[str, Any]) -> Scores:
         """Variance explained, and the variance of the output as a share of the image's."""
@@ -151,7 +148,7 @@ class ReconstructionTask(PretextTask[SettingsT]):
         from nnunetv2_misfm.pretrain.picture import Panel, grey, heat, write_panels
 
         image, error = target.image, (outputs.float() - target.image).abs()
-        if target.scored is not None:
-            error = error * target.scored
+        if target.counted is not None:
+            error = error * target.counted
         images = [Panel("input", x, grey), Panel("target", image, grey), Panel("output", outputs, grey, like=image)]
         write_panels(path, [*images, Panel("error, to half of the range", error, heat, like=image)])

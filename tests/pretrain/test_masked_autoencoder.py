@@ -74,16 +74,16 @@ def test_hidden_voxels_are_0_and_the_others_untouched(tmp_path: Path) -> None:
     task = MaskedAutoencoder(MaskSettings())
     batch = next(crop_loader(validation_samples(tmp_path, ["0"], (16, 20, 12), task, 0, 2), 3, 1))
     x, target = task.make(batch, torch.device("cpu"))
-    hidden = target.scored.expand_as(x)
+    hidden = target.counted.expand_as(x)
     (image,) = batch.patches("cpu")
     assert (x[hidden] == 0).all() and torch.equal(x[~hidden], image[~hidden])
-    assert not torch.equal(target.scored[0], target.scored[1]), "samples have masks of their own"
+    assert not torch.equal(target.counted[0], target.counted[1]), "samples have masks of their own"
 
 
 def example() -> Target:
     torch.manual_seed(0)
     image = torch.randn(2, 3, 6, 6, 6) * torch.tensor([1.0, 2.0, 5.0])[:, None, None, None] + 7
-    return Target(standardised(image), torch.rand(2, 1, 6, 6, 6) < 0.7)
+    return Target(standardised(image, None), torch.rand(2, 1, 6, 6, 6) < 0.7)
 
 
 def score(target: Target, output: torch.Tensor) -> Scores:
@@ -93,8 +93,8 @@ def score(target: Target, output: torch.Tensor) -> Scores:
 
 def test_only_hidden_voxels_count() -> None:
     target = example()
-    assert target.scored is not None
-    elsewhere = torch.where(target.scored, target.image, torch.full_like(target.image, 100.0))
+    assert target.counted is not None
+    elsewhere = torch.where(target.counted, target.image, torch.full_like(target.image, 100.0))
     assert MaskedAutoencoder(MaskSettings()).loss(elsewhere, target) == 0
     assert score(target, elsewhere).main == 1
 
@@ -102,8 +102,8 @@ def test_only_hidden_voxels_count() -> None:
 def test_the_loss_is_the_mean_squared_error_of_hidden_voxels() -> None:
     target = example()
     output = torch.randn_like(target.image)
-    assert target.scored is not None
-    expected = [((output - target.image)[i][target.scored[i].expand(3, -1, -1, -1)] ** 2).mean() for i in range(2)]
+    assert target.counted is not None
+    expected = [((output - target.image)[i][target.counted[i].expand(3, -1, -1, -1)] ** 2).mean() for i in range(2)]
     assert torch.allclose(MaskedAutoencoder(MaskSettings()).loss(output, target), torch.stack(expected).mean())
 
 

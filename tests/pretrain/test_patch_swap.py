@@ -111,7 +111,7 @@ def test_the_loss_is_of_all_voxels_and_the_score_the_share_of_the_swaps_undone(t
     blosc2.asarray(volume, urlpath=str(tmp_path / "0.b2nd"), mode="w")
     batch = next(crop_loader(validation_samples(tmp_path, ["0"], (16, 16, 16), task, 0, 2), 3, 1))
     x, target = task.make(batch, torch.device("cpu"))
-    copied = standardised(x)  # swaps keep all values, so this is the target with its blocks swapped
+    copied = standardised(x, None)  # swaps keep all values, so this is the target with its blocks swapped
     assert task.loss(copied, target).item() == pytest.approx((copied - target.image).abs().mean().item())
 
     def score(output):
@@ -148,7 +148,7 @@ def test_a_batch_can_be_made_twice(tmp_path):
     batch = next(crop_loader(validation_samples(tmp_path, ["0"], (16, 16, 16), task, 0, 1), 2, 1))
     (x, target), (again, target_again) = (task.make(batch, torch.device("cpu")) for _ in range(2))
     assert torch.equal(x, again) and torch.equal(target.image, target_again.image)
-    assert not torch.allclose(standardised(x), target.image)
+    assert not torch.allclose(standardised(x, None), target.image)
 
 
 def test_blocks_of_more_than_half_a_patch_are_refused():

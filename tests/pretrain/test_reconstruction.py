@@ -68,7 +68,7 @@ def test_images_without_contrast_score_0(name: str, tmp_path: Path) -> None:
 def test_an_image_without_contrast_is_0(value: float) -> None:
     images = torch.full((1, 2, 5, 6, 7), value)
     images[0, 1, 0, 0, 0] += abs(value) + 1
-    out = standardised(images)
+    out = standardised(images, None)
     assert (out[0, 0] == 0).all() and out[0, 1].std(correction=0).item() == pytest.approx(1, abs=1e-4)
 
 

@@ -243,16 +243,21 @@ def test_telling_padding_from_the_image_is_no_score(name: str, tmp_path: Path) -
     _, target = task.make(batch, torch.device("cpu"))
     inside = batch.in_volume(torch.device("cpu"))
     assert inside.float().mean() == pytest.approx(10 * 12 / 16**2)
-    if name != "models_genesis":  # which flips its target
-        assert (
-            torch.equal(inside, target.in_volume)
-            and target.image[0][inside[0]].min() >= target.image[0][~inside[0]].max()
-        )
-    mean = target.image[target.in_volume].mean()
-    knows_padding = torch.where(target.in_volume, mean, target.image)
+    if name == "models_genesis":  # which flips its target
+        inside = target.counted
+        assert inside.float().mean() == pytest.approx(10 * 12 / 16**2)
+    padding = target.image[~inside.expand_as(target.image)]
+    assert target.image[inside].min() >= padding.max()
+    of_volumes = target.image[inside].reshape(3, -1)
+    torch.testing.assert_close(of_volumes.mean(1), torch.zeros(3), atol=1e-4, rtol=0)
+    torch.testing.assert_close(of_volumes.std(1, unbiased=False), torch.ones(3), atol=1e-3, rtol=0)
+    knows_padding = torch.where(inside, 0.0, target.image)
     explained = task.scores(task.count(knows_padding, target)).values["variance_explained"]
     assert explained == pytest.approx(0, abs=0.02)
     assert task.scores(task.count(target.image, target)).main == 1
+    # It is no loss either: nothing is gained by telling padding, and nothing lost by leaving it.
+    assert task.loss(knows_padding, target) == task.loss(torch.zeros_like(target.image), target) > 0.5
+    assert task.loss(torch.where(inside, target.image, 100.0), target) == 0
 
 
 @pytest.mark.parametrize("flips", [(False, False, False), (True, False, True)])
