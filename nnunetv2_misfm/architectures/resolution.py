@@ -119,6 +119,10 @@ class AnySizeNetwork(nn.Module):
         """What inputs are padded to a multiple of, along each axis."""
         return total_strides(strides_of(self.anisotropy))[-1]
 
+    def padded_size(self, size: Sequence[int]) -> list[int]:
+        """The size that images of a size (X, Y, Z) are padded to, at the far end of each axis."""
+        return [n + -n % d for n, d in zip(size, self.size_divisor, strict=True)]
+
     def feature_maps(self, x: Tensor, checkpointed: bool) -> list[Tensor]:
         """The encoder's maps for (B, C, X, Y, Z) whose size all strides divide, finest first."""
         raise TypeError(f"{type(self).__name__} has to define feature_maps")

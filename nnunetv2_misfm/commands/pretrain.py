@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from shlex import quote
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnunetv2_misfm.commands.devices import check_device
 from nnunetv2_misfm.commands.earlier_run import EarlierRun, run_folder
@@ -17,6 +17,10 @@ from nnunetv2_misfm.environment import processes_on_this_machine
 from nnunetv2_misfm.errors import exit_with_message
 from nnunetv2_misfm.plans.files import FINAL, nnunet_folder
 
+if TYPE_CHECKING:
+    from nnunetv2_misfm.pretrain.task import PretextTask
+
+_AXES_THAT_TELL = 2  # of three; one alone leaves voxels alike that lie in a plane
 _MOSTLY_PADDING = 0.5  # a smaller share of a patch that the median volume fills is told
 
 # nnU-Net takes seconds to import: --help and wrong options should not wait for it, so the functions below import what
@@ -120,7 +124,7 @@ def describe_choices(options: PretrainOptions, plans: Mapping[str, Any]) -> str:
     """Lines that tell what will be trained: network and sizes, what was given, and what else is not the default."""
     from nnunetv2_misfm.plans.run_settings import BLOCK
     from nnunetv2_misfm.pretrain.planning import enough_samples
-    from nnunetv2_misfm.pretrain.tasks import settings_of, too_short
+    from nnunetv2_misfm.pretrain.tasks import settings_of, task_class, too_short
 
     entry, block = plans["configurations"][options.configuration], plans[BLOCK]
     network = entry["architecture"]["network_class_name"].rpartition(".")[2]
@@ -138,13 +142,7 @@ def describe_choices(options: PretrainOptions, plans: Mapping[str, Any]) -> str:
         elif value != default:
             kept.append(f"{name} {value}")
     lines.append(f"Given: {', '.join(given) or 'nothing'}. Kept from earlier plans: {', '.join(kept) or 'nothing'}.")
-    median = entry.get("median_image_size_in_voxels") or entry["patch_size"]
-    filled = math.prod(min(1.0, most / n) for most, n in zip(median, entry["patch_size"], strict=True))
-    if filled < _MOSTLY_PADDING:
-        lines.append(
-            f"Patch size {entry['patch_size']} is larger than the median volume, {[round(n) for n in median]} voxels: "
-            f"{1 - filled:.0%} of such a patch is padding. Give a smaller -patch_size, or leave it out for a new pool."
-        )
+    lines += _about_patch(entry, task_class(block["task"]))
     if few := too_short(block["task"], settings["num_epochs"][0] * settings["num_iterations_per_epoch"][0]):
         lines.append(few)
     enough = enough_samples(entry["architecture"], entry["patch_size"])
@@ -154,3 +152,23 @@ def describe_choices(options: PretrainOptions, plans: Mapping[str, Any]) -> str:
             f"{entry['patch_size']}; the weights help fine-tuning more with -batch_size {enough}."
         )
     return "\n".join(lines)
+
+
+def _about_patch(entry: Mapping[str, Any], task: type[PretextTask]) -> Iterator[str]:
+    """What is to be said of a patch that is as large as the volumes; nothing where plans do not tell their size."""
+    patch, median = entry["patch_size"], entry.get("median_image_size_in_voxels")
+    if not median:
+        return
+    of_volumes = f"the median volume, {[round(n) for n in median]} voxels"
+    filled = math.prod(min(1.0, most / n) for most, n in zip(median, patch, strict=True))
+    if filled < _MOSTLY_PADDING:
+        yield (
+            f"Patch size {patch} is larger than {of_volumes}: {1 - filled:.0%} of such a patch is padding. Give a "
+            f"smaller -patch_size, or leave it out for a new pool."
+        )
+    held = sum(most <= n for most, n in zip(median, patch, strict=True))
+    if task.tells_places and held >= _AXES_THAT_TELL:
+        yield (
+            f"Patch size {patch} holds {of_volumes}, along {held} axes, so {task.name} can tell its voxels by how far "
+            f"they are from the border. Give a smaller -patch_size."
+        )

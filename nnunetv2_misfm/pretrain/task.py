@@ -61,6 +61,7 @@ class PretextTask(ABC, Generic[SettingsT]):
         trains: which of stem, encoder and decoder learn. A transfer takes the others for fresh.
         deep_supervision: whether `loss` gets an output of every resolution, finest first, or the finest alone.
         inputs_per_sample: how many inputs of the network a sample becomes; for the estimate of memory.
+        tells_places: whether places of a volume are told apart, which its border does too where a crop holds all of it.
         least_iterations: fewer of them have made fine-tuning worse in a study; 0 where none have.
         run_defaults, augmentation_defaults: what a run of this task has where nothing is given.
         picture_name: of the PNG in the results folder.
@@ -75,6 +76,7 @@ class PretextTask(ABC, Generic[SettingsT]):
     trains: ClassVar[tuple[str, ...]] = (STEM, ENCODER, DECODER)
     deep_supervision: ClassVar[bool] = False
     inputs_per_sample: ClassVar[int] = 1
+    tells_places: ClassVar[bool] = False
     least_iterations: ClassVar[int] = 0
     run_defaults: ClassVar[PretrainingSettings] = PretrainingSettings()
     augmentation_defaults: ClassVar[AugmentSettings] = AugmentSettings()

@@ -285,7 +285,7 @@ def encoder_maps(network: nn.Module, x: Tensor) -> tuple[list[Tensor], list[int]
     """The feature maps of a network's encoder, and the size (X, Y, Z) of the input that they divide."""
     network = getattr(network, "_orig_mod", network)  # torch.compile's wrapper compiles the whole forward pass alone
     if hasattr(network, "encode"):  # one of ours, which pads inside
-        return network.encode(x), [n + -n % d for n, d in zip(x.shape[2:], network.size_divisor, strict=True)]  # type: ignore[operator, arg-type]
+        return network.encode(x), network.padded_size(x.shape[2:])  # type: ignore[operator]
     return network.encoder(x), list(x.shape[2:])  # type: ignore[operator]
 
 
@@ -297,6 +297,7 @@ class Vox2Vec(PretextTask[Vox2VecSettings]):
     Settings = Vox2VecSettings
     trains = (STEM, ENCODER)
     inputs_per_sample = 2
+    tells_places = True
     picture_caption = (
         "Each row is a pair of crops of one volume. The points are voxels that both crops show: green where the "
         "network finds the voxel of the first crop again in the second, red where it does not."

@@ -206,6 +206,27 @@ def test_a_patch_that_is_mostly_padding_is_told(patch: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("task", "patch", "told"),
+    [
+        ("vox2vec", [48, 64, 48], "[36, 50, 35] voxels, along 3 axes, so vox2vec can tell its voxels by how far they"),
+        ("vox2vec", [32, 50, 35], "along 2 axes"),
+        ("vox2vec", [32, 48, 48], ""),  # along one axis alone
+        ("patch_swap", [36, 50, 35], ""),
+    ],
+)
+def test_a_patch_whose_border_tells_the_place_of_voxels_is_told(task: str, patch: list[int], told: str) -> None:
+    entry = {
+        "architecture": architecture_entry("pctnet", 0),
+        "patch_size": patch,
+        "batch_size": 4,
+        "median_image_size_in_voxels": [36.0, 50.0, 35.0],
+    }
+    plans = {"plans_name": "P", "misfm": {"task": task}, "configurations": {"3d_fullres": entry}}
+    said = describe_choices(read_options(["-d", "4", "-device", "cpu"], under_torchrun=False), plans)
+    assert ("from the border. Give a smaller -patch_size" in said) == bool(told) and told in said
+
+
+@pytest.mark.parametrize(
     ("task", "settings", "few"),
     [
         ("volume_fusion", {"num_epochs": 30, "num_iterations_per_epoch": 50}, True),

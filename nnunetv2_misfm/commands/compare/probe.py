@@ -21,6 +21,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 
+from nnunetv2_misfm.architectures.resolution import AnySizeNetwork
 from nnunetv2_misfm.checkpoints.source import load_source
 from nnunetv2_misfm.commands.compare.records import ProbeOrder, RunOrder
 from nnunetv2_misfm.errors import PlanError
@@ -64,7 +65,10 @@ class ProbedNetwork(nn.Module):
 
     @torch.no_grad()
     def measure_statistics(self, batches: Sequence[Tensor]) -> None:
-        """Give BatchNorm the statistics of some images, where a network of random weights has none of its own."""
+        """Give BatchNorm the statistics of some images.
+
+        Random weights have none of their own, and those of pretraining are of what the task has made of its images.
+        """
         norms = [module for module in self.network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         for module in norms:
             module.reset_running_stats()
@@ -78,7 +82,7 @@ class ProbedNetwork(nn.Module):
     @torch.no_grad()
     def features(self, x: Tensor) -> Tensor:
         """(B, C, X, Y, Z) to (B, F, X, Y, Z), all maps resized to the input."""
-        return torch.cat([_resized(maps, x) for maps in self._all_maps(x)], 1)
+        return torch.cat([self._resized(maps, x) for maps in self._all_maps(x)], 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, X, Y, Z) to logits (B, L, X, Y, Z)."""
@@ -86,7 +90,7 @@ class ProbedNetwork(nn.Module):
         maps = self._all_maps(x)
         weights = self.classifier.weight[:, :, None, None, None].split([one.shape[1] for one in maps], 1)
         # Resizing and the classifier are both linear: what is resized are logits, which are few, and not features.
-        logits = sum(_resized(F.conv3d(one, weight), x) for one, weight in zip(maps, weights, strict=True))
+        logits = sum(self._resized(F.conv3d(one, weight), x) for one, weight in zip(maps, weights, strict=True))
         return logits + self.classifier.bias[:, None, None, None]
 
     def _all_maps(self, x: Tensor) -> list[Tensor]:
@@ -95,9 +99,13 @@ class ProbedNetwork(nn.Module):
         maps, self._maps = [one.float() for one in self._maps], []
         return maps
 
-
-def _resized(maps: Tensor, like: Tensor) -> Tensor:
-    return F.interpolate(maps, like.shape[2:], mode="trilinear")
+    def _resized(self, maps: Tensor, x: Tensor) -> Tensor:
+        """Maps at the resolution of the input that they were made from."""
+        size = x.shape[2:]
+        # Our networks pad inside, and their maps are those of the padded image.
+        padded = self.network.padded_size(size) if isinstance(self.network, AnySizeNetwork) else size
+        resized = F.interpolate(maps, padded, mode="trilinear")
+        return resized[:, :, : size[0], : size[1], : size[2]]
 
 
 def fitted_predictor(order: RunOrder, fit: ProbeOrder, device: torch.device) -> nnUNetPredictor:
@@ -117,8 +125,7 @@ def fitted_predictor(order: RunOrder, fit: ProbeOrder, device: torch.device) -> 
     torch.manual_seed(order.about.seed)
     channels = determine_num_input_channels(manager, configuration, dataset_json)
     network = MisFMTrainer.build_network_architecture(manager, configuration, channels, labels.num_segmentation_heads)
-    pretrained = weights_of(plans) is not None
-    if pretrained:
+    if weights_of(plans) is not None:
         settings, source = run_settings(plans, FinetuningSettings), load_source(pretrain_info(plans))
         weights, _ = transfer(source, network, settings, channel_names(dataset_json))
         network.load_state_dict(weights)
@@ -130,7 +137,6 @@ def fitted_predictor(order: RunOrder, fit: ProbeOrder, device: torch.device) -> 
         configuration.patch_size,
         labels.num_segmentation_heads,
         order.about.seed,
-        with_statistics=not pretrained,
     )
     predictor = nnUNetPredictor(
         device=device, use_mirroring=False, perform_everything_on_device=device.type == "cuda", allow_tqdm=False
@@ -148,8 +154,6 @@ def fit_classifier(
     patch_size: Sequence[int],
     num_classes: int,
     seed: int,
-    *,
-    with_statistics: bool,
 ) -> None:
     """Fit the classifier by multinomial logistic regression to voxels of random patches.
 
@@ -160,7 +164,6 @@ def fit_classifier(
         patch_size: (X, Y, Z).
         num_classes: background included.
         seed: of the patches and voxels.
-        with_statistics: measure the statistics of BatchNorm on the patches first.
     """
     generator = np.random.default_rng(seed)
     device = next(probed.parameters()).device
@@ -175,8 +178,7 @@ def fit_classifier(
         ]
         images.append(torch.as_tensor(np.stack([x for x, _ in patches]), dtype=torch.float32, device=device))
         labels += [y.ravel() for _, y in patches]
-    if with_statistics:
-        probed.measure_statistics(images)
+    probed.measure_statistics(images)
     chosen, targets = [], []
     for patch, of_patch in zip(torch.cat(images), labels, strict=True):
         voxels = _voxels(of_patch, num_classes, generator)

@@ -41,7 +41,20 @@ def test_a_probed_network_gives_logits_of_the_image_from_all_its_stages() -> Non
         torch.testing.assert_close(logits[0, :, 3, 5, 7], voxel)
 
 
-def test_random_weights_get_the_statistics_of_the_patches_and_keep_them() -> None:
+def test_maps_of_a_network_that_pads_lie_where_the_image_does() -> None:
+    """The features of a patch that the strides do not divide are those of the padded one, without the padding."""
+    torch.manual_seed(0)
+    for network in (PCTNet(1, 3, features_per_stage=FEATURES), FMUNet(1, 3, features_per_stage=FEATURES)):
+        probed = ProbedNetwork(network).eval()
+        x = torch.randn(1, 1, 17, 40, 33)
+        padded = torch.nn.functional.pad(x, (0, 15, 0, 8, 0, 7))  # to 24x48x48
+        features, whole = probed.features(x), probed.features(padded)
+        torch.testing.assert_close(features, whole[..., :17, :40, :33])
+        probed.classifier = nn.Linear(features.shape[1], 4)
+        torch.testing.assert_close(probed(x), probed(padded)[..., :17, :40, :33])
+
+
+def test_a_network_gets_the_statistics_of_the_patches_and_keeps_them() -> None:
     torch.manual_seed(0)
     probed = ProbedNetwork(PCTNet(1, 3, features_per_stage=FEATURES)).eval()
     # Patches so small that one alone would leave BatchNorm a single value in the deepest stage.
@@ -70,7 +83,7 @@ def test_patches_are_taken_around_every_label(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(probe, "_patch", patch)
     monkeypatch.setattr(probe, "infer_dataset_class", lambda _: lambda _: data)
     probed = ProbedNetwork(FMUNet(1, 3, features_per_stage=FEATURES)).eval()
-    probe.fit_classifier(probed, Path(), ["a", "b", "c"], (16, 32, 32), 14, 0, with_statistics=False)
+    probe.fit_classifier(probed, Path(), ["a", "b", "c"], (16, 32, 32), 14, 0)
     assert set(looked_for) == set(range(1, 14))
 
 
