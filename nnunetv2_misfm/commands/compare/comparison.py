@@ -122,8 +122,13 @@ def _compare(runs: Runs, pair: tuple[str, str, bool], labelled: int, together: f
     strict = paired_difference(mine, theirs, together)
     if difference is None or strict is None:
         return None
-    baseline = {n: mean(scores(runs, other, n).values()) for (name, n) in runs if name == other}
-    curves, goals = _curves(runs[arm, labelled].values()), _curves(runs[other, labelled].values())
+
+    def score(name: str, number: int) -> float:
+        return mean(dice for seed, dice in scores(runs, name, number).items() if seed in mine)
+
+    by_number = {number: score(other, number) for (name, number) in runs if name == other}
+    baseline = {number: dice for number, dice in by_number.items() if not math.isnan(dice)}
+    curves, goals = (_curves(runs[one, labelled][seed] for seed in sorted(mine)) for one in (arm, other))
     length = next(iter(runs[arm, labelled].values())).iterations_per_epoch
     reached = epochs_to_end(curves.mean(0), goals.mean(0)) if curves.size and goals.size else None
     return Comparison(
@@ -134,7 +139,7 @@ def _compare(runs: Runs, pair: tuple[str, str, bool], labelled: int, together: f
         strict,
         tuple(sorted(mine)),
         seeds_needed(difference.values, together),
-        equal_labels(mean(scores(runs, arm, labelled).values()), baseline) if len(baseline) > 1 else None,
+        equal_labels(score(arm, labelled), baseline) if len(baseline) > 1 else None,
         None if reached is None else reached * length,
         curves.shape[1] * length if curves.size else 0,
         weights_alone,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ def write_results(
     records = [record for run in runs if (record := study.record(run)) is not None]
     write_csv(records, folder / "runs.csv")
     summary = summarise(study.arms, records)
+    if study.own_schedules:
+        summary = replace(summary, verdict=f"{summary.verdict} With and without weights the schedule differs too.")
     terms = list(_terms(study, records))
     command = shlex.join(["misfm_compare", *words])
     content = summary.as_json() | {"terms": dict(terms), "command": command}
@@ -77,7 +79,7 @@ def _terms(study: Study, records: Collection[RunRecord]) -> Iterator[tuple[str, 
     yield (
         "test",
         f"{len(split.test)} {what}, the same in every seed; they were in nnU-Net's fingerprint, which takes "
-        "intensities within their labels",
+        "intensities within their labels; weights whose pretraining has seen their images may gain by that",
     )
     if options.probe:
         yield "score", "a linear classifier of voxels on frozen features; nothing is fine-tuned"

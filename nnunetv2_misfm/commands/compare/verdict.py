@@ -94,6 +94,8 @@ def _nothing_shown(nearest: Comparison, comparisons: int) -> str:
             f"if it is as large as it looks, {nearest.seeds_needed} fresh seeds would show it four times out of five "
             f"(-first_seed {first} -seeds {nearest.seeds_needed})"
         )
+        if comparisons > 1:
+            advice += ", but the clearest of several mostly looks larger than it is"
     return (
         f"No difference could be shown with {seeds} seeds: {nearest.arm} minus {nearest.other}{of_all} is "
         f"{points(nearest.difference.mean)} points of Dice with {nearest.labelled} labelled "

@@ -188,7 +188,9 @@ def test_where_nothing_was_shown_the_clearest_difference_is_told_not_the_largest
     arms = [Arm(name, "pretrained", (1e-3,), "w", "scratch") for name in ("VF", "MAE")] + [ARMS[1]]
     dice = {"VF": (0.52, 0.53, 0.53), "MAE": (0.7, 0.45, 0.53), "scratch": (0.5, 0.51, 0.52)}
     records = [record(arm, seed, value) for arm, values in dice.items() for seed, value in enumerate(values)]
-    assert "VF minus scratch, the clearest of 2 differences, is +1.7 points" in summarise(arms, records).verdict
+    verdict = summarise(arms, records).verdict
+    assert "VF minus scratch, the clearest of 2 differences, is +1.7 points" in verdict
+    assert "but the clearest of several mostly looks larger than it is." in verdict
     one = summarise(arms, [record for record in records if record.seed == 0]).verdict
     assert one.startswith("Nothing can be shown with one seed: MAE minus scratch is +20.0 points")
 
@@ -209,6 +211,17 @@ def test_labels_and_iterations_saved() -> None:
 def test_only_seeds_of_both_arms_are_compared() -> None:
     records = [record("scratch", 0, 0.5), record("scratch", 1, 0.5), record("VF", 0, 0.6), record("VF", 4, 0.0)]
     assert summarise(ARMS, records).comparisons[0].difference.values == pytest.approx((10.0,))
+
+
+def test_what_is_saved_is_of_the_seeds_of_both_arms() -> None:
+    """Runs of one arm alone, as of one that failed in some seeds, change nothing."""
+    curves = {"scratch": [0.3, 0.5], "VF": [0.5, 0.6]}
+    dice = {("scratch", 5): 0.4, ("scratch", 20): 0.6, ("VF", 5): 0.5, ("VF", 20): 0.6}
+    both = [record(arm, 0, value, labelled, curve=curves[arm]) for (arm, labelled), value in dice.items()]
+    alone = [record("VF", 1, 0.9, 5, curve=[0.0, 0.0]), record("scratch", 2, 0.0, 5, curve=[0.9, 0.9])]
+    few, with_alone = (summarise(ARMS, records).comparisons[0] for records in (both, [*both, *alone]))
+    assert (with_alone.same_labels, with_alone.iterations) == (few.same_labels, few.iterations)
+    assert few.same_labels == pytest.approx(10.0) and few.iterations == 50
 
 
 class _Loads(HTMLParser):

@@ -384,7 +384,9 @@ def test_with_own_schedules_weights_are_trained_as_misfm_plan_says(
         "VF": "sawtooth",
         "scratch": "poly",
     }
-    page = write_results(made, {}, []).path.read_text(encoding="utf-8")
+    written = write_results(made, {}, [])
+    assert written.verdict.endswith("With and without weights the schedule differs too.")
+    page = written.path.read_text(encoding="utf-8")
     assert "schedule sawtooth." in page and "schedule poly." in page and "one of each arm, adamw" in page
 
 
