@@ -65,10 +65,7 @@ class ProbedNetwork(nn.Module):
 
     @torch.no_grad()
     def measure_statistics(self, batches: Sequence[Tensor]) -> None:
-        """Give BatchNorm the statistics of some images.
-
-        Random weights have none of their own, and those of pretraining are of what the task has made of its images.
-        """
+        """Give BatchNorm the statistics of some images, where a network of random weights has none of its own."""
         norms = [module for module in self.network.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         for module in norms:
             module.reset_running_stats()
@@ -125,7 +122,8 @@ def fitted_predictor(order: RunOrder, fit: ProbeOrder, device: torch.device) -> 
     torch.manual_seed(order.about.seed)
     channels = determine_num_input_channels(manager, configuration, dataset_json)
     network = MisFMTrainer.build_network_architecture(manager, configuration, channels, labels.num_segmentation_heads)
-    if weights_of(plans) is not None:
+    pretrained = weights_of(plans) is not None
+    if pretrained:
         settings, source = run_settings(plans, FinetuningSettings), load_source(pretrain_info(plans))
         weights, _ = transfer(source, network, settings, channel_names(dataset_json))
         network.load_state_dict(weights)
@@ -137,6 +135,7 @@ def fitted_predictor(order: RunOrder, fit: ProbeOrder, device: torch.device) -> 
         configuration.patch_size,
         labels.num_segmentation_heads,
         order.about.seed,
+        with_statistics=not pretrained,
     )
     predictor = nnUNetPredictor(
         device=device, use_mirroring=False, perform_everything_on_device=device.type == "cuda", allow_tqdm=False
@@ -154,6 +153,8 @@ def fit_classifier(
     patch_size: Sequence[int],
     num_classes: int,
     seed: int,
+    *,
+    with_statistics: bool,
 ) -> None:
     """Fit the classifier by multinomial logistic regression to voxels of random patches.
 
@@ -164,6 +165,7 @@ def fit_classifier(
         patch_size: (X, Y, Z).
         num_classes: background included.
         seed: of the patches and voxels.
+        with_statistics: measure the statistics of BatchNorm on the patches first.
     """
     generator = np.random.default_rng(seed)
     device = next(probed.parameters()).device
@@ -178,7 +180,8 @@ def fit_classifier(
         ]
         images.append(torch.as_tensor(np.stack([x for x, _ in patches]), dtype=torch.float32, device=device))
         labels += [y.ravel() for _, y in patches]
-    probed.measure_statistics(images)
+    if with_statistics:
+        probed.measure_statistics(images)
     chosen, targets = [], []
     for patch, of_patch in zip(torch.cat(images), labels, strict=True):
         voxels = _voxels(of_patch, num_classes, generator)

@@ -54,7 +54,7 @@ def test_maps_of_a_network_that_pads_lie_where_the_image_does() -> None:
         torch.testing.assert_close(probed(x), probed(padded)[..., :17, :40, :33])
 
 
-def test_a_network_gets_the_statistics_of_the_patches_and_keeps_them() -> None:
+def test_random_weights_get_the_statistics_of_the_patches_and_keep_them() -> None:
     torch.manual_seed(0)
     probed = ProbedNetwork(PCTNet(1, 3, features_per_stage=FEATURES)).eval()
     # Patches so small that one alone would leave BatchNorm a single value in the deepest stage.
@@ -83,7 +83,7 @@ def test_patches_are_taken_around_every_label(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(probe, "_patch", patch)
     monkeypatch.setattr(probe, "infer_dataset_class", lambda _: lambda _: data)
     probed = ProbedNetwork(FMUNet(1, 3, features_per_stage=FEATURES)).eval()
-    probe.fit_classifier(probed, Path(), ["a", "b", "c"], (16, 32, 32), 14, 0)
+    probe.fit_classifier(probed, Path(), ["a", "b", "c"], (16, 32, 32), 14, 0, with_statistics=False)
     assert set(looked_for) == set(range(1, 14))
 
 
